@@ -1,0 +1,27 @@
+"""The errors a user can meet: each says what, where, what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class MoeconvError(ValueError):
+    """The base of every error that the user's input or machine can cause; the command line prints it without a traceback."""
+
+
+class SourceError(MoeconvError):
+    """A source can't be read as a checkpoint: a missing, truncated, malformed or unsafe file."""
+
+
+class MappingError(MoeconvError):
+    """Tensors and family don't fit: an unknown, missing, duplicate or misshaped tensor, or a config that disagrees."""
+
+
+class LayoutError(MoeconvError):
+    """Degrees of parallelism that the model or each other don't allow."""
+
+
+class IntegrityError(MoeconvError):
+    """Bytes differ from their checksum, or rectangles don't cover a tensor exactly once."""
+
+
+class WriteError(MoeconvError):
+    """The output can't be written: it exists, the disk is full, the folder is read-only, a resumed run doesn't fit."""

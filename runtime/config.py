@@ -82,7 +82,10 @@ class ModelConfig:
             self.num_experts == 0 or 1 <= self.topk <= self.num_experts,
             f"{where}: {self.topk} experts a token; expected 1 to {self.num_experts}",
         )
-        require(self.dtype in DTYPE_NAMES, f"{where}: dtype is {self.dtype!r}; expected one of {', '.join(DTYPE_NAMES)}")
+        require(
+            self.dtype in DTYPE_NAMES,
+            f"{where}: dtype is {self.dtype!r}; expected one of {', '.join(DTYPE_NAMES)}",
+        )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, dtype: DtypeName | None = None) -> ModelConfig:

@@ -21,6 +21,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from moeconv.errors import MoeconvError
+
 FAILURE_STATUS = 1
 _FAILED = "failed"
 _ALIVE = "alive"
@@ -79,15 +81,18 @@ class Watchdog:
         """
         self._doing, self._since = doing, time.monotonic()
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> bool:
         """Tell every rank that this one is about to die, and why.
 
         Args:
             error: what was raised.
+
+        Returns:
+            Whether it is the first to fail, so that nobody else has told the cause.
         """
         self._stop.set()
-        text = "".join(traceback.format_exception(error))
-        self._publish(f"rank {self._rank} on {socket.gethostname()} failed in {self._doing}:\n{text}")
+        text = str(error) if isinstance(error, MoeconvError) else "".join(traceback.format_exception(error))
+        return self._publish(f"rank {self._rank} on {socket.gethostname()} failed in {self._doing}:\n{text}")
 
     def stop(self) -> None:
         """Stop watching: the process ends as it should."""
@@ -95,10 +100,12 @@ class Watchdog:
         with contextlib.suppress(RuntimeError):  # the job's store may be gone already: everybody is leaving
             self._store.set(f"{_ALIVE}/{self._rank}", "left")
 
-    def _publish(self, report: str) -> None:
+    def _publish(self, report: str) -> bool:
         with contextlib.suppress(RuntimeError):  # without a store there is nobody to tell
-            if self._store.add(f"{_FAILED}/count", 1) == 1:  # the first failure is the cause, the others follow
-                self._store.set(_FAILED, report)
+            if self._store.add(f"{_FAILED}/count", 1) > 1:
+                return False  # the first failure is the cause, the others follow from it
+            self._store.set(_FAILED, report)
+        return True
 
     def _watch(self) -> None:
         beat = 0

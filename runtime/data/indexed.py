@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ def write_tokens(path: Path, documents: Iterable[Sequence[int]], dtype: np.dtype
         https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/datasets/indexed_dataset.py
         (_IndexWriter): magic, version, dtype code, counts, lengths int32, byte offsets int64, document indices int64.
     """
-    partial = [path.with_suffix(f".{suffix}.{os.getpid()}.partial") for suffix in ("bin", "idx")]
+    # Several machines may write to one shared folder at a time: each its own files, the last rename wins.
+    partial = [path.with_suffix(f".{secrets.token_hex(8)}.partial") for _ in ("bin", "idx")]
     lengths: list[int] = []
     with open(partial[0], "wb") as data:
         for document in documents:

@@ -63,6 +63,25 @@ class DataSource:
             self._streams[paths] = TokenStream(files, vocab_size)
         return self._streams[paths]
 
+    def has(self, split: str) -> bool:
+        """Say whether a split has data enough for one sample.
+
+        Args:
+            split: train, valid or test.
+        """
+        index = SPLITS.index(split)
+        own = self.config.split_paths[index]
+        if not own and not self.config.paths:
+            return False
+        begin, end = self._range(index)
+        return end - begin > self.config.seq_length
+
+    def _range(self, index: int) -> tuple[int, int]:
+        """Give the part of its stream that a split takes."""
+        own = self.config.split_paths[index]
+        size = len(self._stream(own or self.config.paths))
+        return (0, size) if own else split_bounds(size, (*self.config.split, 0.0, 0.0)[:3])[index]
+
     def samples(self, split: str) -> PackedSamples:
         """Open the samples of a split; text is tokenized unless the cache has it.
 
@@ -80,8 +99,7 @@ class DataSource:
         own = self.config.split_paths[index]
         require(bool(own or self.config.paths), f"the {split} split has no data: name some with --{split}-data-path")
         stream = self._stream(own or self.config.paths)
-        weights = (*self.config.split, 0.0, 0.0)[:3]
-        begin, end = (0, len(stream)) if own else split_bounds(len(stream), weights)[index]
+        begin, end = self._range(index)
         config, shuffle = self.config, split == "train"
         return PackedSamples(
             stream, begin, end, seq_length=config.seq_length, seed=config.seed, shuffle=shuffle, name=split

@@ -1,0 +1,103 @@
+"""The processes of a job: who they are, how they start together, and how they agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moeconv.errors import MoeconvError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Process:
+    """This process's place in the job, as torchrun says it; a process started by hand is a job of its own."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Process:
+        """Read the place from torchrun's variables."""
+        names = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
+        return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
+
+
+def start(process: Process, timeout: float) -> torch.device:
+    """Join the job: NCCL where there are GPUs, gloo otherwise.
+
+    Args:
+        process: this process's place.
+        timeout: seconds that a collective may take.
+
+    Returns:
+        The device to compute on.
+
+    Raises:
+        MoeconvError: more processes on this machine than GPUs.
+    """
+    cuda = torch.cuda.is_available()
+    if cuda:
+        count = torch.cuda.device_count()
+        if process.local_rank >= count:
+            raise MoeconvError(
+                f"--nproc-per-node: process {process.local_rank} of this machine has no GPU; it has {count}"
+            )
+        torch.cuda.set_device(process.local_rank)
+    device = torch.device("cuda", process.local_rank) if cuda else torch.device("cpu")
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(name, value)
+    store = None if "RANK" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        rank=process.rank,
+        world_size=process.world_size,
+        store=store,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if cuda else None,
+    )
+    return device
+
+
+def one_first(first: bool, action: Callable[[], None]) -> None:
+    """Run an action on chosen ranks, then on the others, which find its work done; errors of users reach everybody.
+
+    Args:
+        first: whether this rank is among those that go first.
+        action: what to do.
+
+    Raises:
+        MoeconvError: the action failed on this or another rank.
+    """
+    for turn in (True, False):
+        error: str | None = None
+        if first is turn:
+            try:
+                action()
+            except MoeconvError as failure:
+                error = str(failure)
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        failed = next((text for text in errors if text is not None), None)
+        if failed is not None:
+            raise MoeconvError(failed)
+
+
+def any_rank(mine: bool, group: dist.ProcessGroup) -> bool:
+    """Find out whether any rank says yes.
+
+    Args:
+        mine: this rank's answer.
+        group: a gloo group of all ranks, so that no device has to be waited for.
+
+    Returns:
+        The same answer on every rank.
+    """
+    flag = torch.tensor([int(mine)], dtype=torch.int32)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    return bool(flag.item())

@@ -1,0 +1,282 @@
+"""The archive that `torch.save` writes: a zip of stored records, the first a pickle, the others raw storages.
+
+Reading finds where each storage lies and maps nothing; writing lays a file out before its data exist, so that the data
+can be written in any order and in bounded buffers, and its checksums afterwards.
+Source: https://github.com/pytorch/pytorch/blob/v2.10.0/caffe2/serialize/inline_container.h.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from moeconv.dtypes import dtype
+from moeconv.errors import SourceError
+from moeconv.io.pickling import Call, Persistent, dump_pickle
+from moeconv.io.unpickle import STORAGE_TYPES, StorageRef, Symbol, TensorRef, load_pickle
+
+ALIGNMENT = 64
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_UTF8 = 0x800
+_DOS_DATE = 0x21  # 1 January 1980: the same bytes every time
+
+
+@dataclass(frozen=True, slots=True)
+class TorchArchive:
+    """What an archive holds: the root of its pickle, and where each storage's bytes are in the file."""
+
+    path: Path
+    root: Any
+    storages: dict[str, tuple[int, int]]
+
+    def begin(self, tensor: TensorRef) -> int:
+        """Give the position of a tensor's first element in the file, in bytes, after checking that it fits its storage.
+
+        Raises:
+            SourceError: the storage is missing, or the tensor reaches outside it.
+        """
+        where = self.storages.get(tensor.storage.key)
+        if where is None:
+            raise SourceError(f"{self.path}: storage {tensor.storage.key} is missing; the file is incomplete")
+        begin, end = where
+        itemsize = dtype(tensor.dtype).itemsize
+        last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+        empty = 0 in tensor.shape
+        if tensor.offset < 0 or min((*tensor.strides, 0)) < 0 or (not empty and (last + 1) * itemsize > end - begin):
+            raise SourceError(
+                f"{self.path}: a tensor of shape {list(tensor.shape)} does not fit its storage of {end - begin} bytes; "
+                "the file is damaged"
+            )
+        return begin + tensor.offset * itemsize
+
+
+def read_archive(path: Path, offset: int = 0, length: int | None = None) -> TorchArchive:
+    """Read the pickle of a `torch.save` file as data and find its storages.
+
+    Args:
+        path: the file.
+        offset: where the archive begins in it, in bytes (`.distcp` files hold many).
+        length: the archive's length in bytes; by default to the end of the file.
+
+    Returns:
+        The archive; no storage has been read.
+
+    Raises:
+        SourceError: the file is missing, damaged, of the old non-zip form, compressed, or its pickle is no data.
+    """
+    try:
+        with open(path, "rb") as raw:
+            size = os.fstat(raw.fileno()).st_size
+            length = size - offset if length is None else length
+            if offset < 0 or length < 0 or offset + length > size:
+                raise SourceError(
+                    f"{path}: {size} bytes, but bytes {offset} to {offset + length} are needed: truncated"
+                )
+            window = cast(BinaryIO, _Window(raw, offset, length))
+            with zipfile.ZipFile(window) as archive:
+                return _read(path, raw, offset, length, archive)
+    except OSError as error:
+        raise SourceError(f"{path}: can't be read: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, RuntimeError, KeyError) as error:
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(
+            f"{path}: is no archive that torch.save writes ({error}); it is truncated, damaged, or of the form "
+            "before torch 1.6, which torch.save(torch.load(FILE, weights_only=True), FILE) renews"
+        ) from None
+
+
+def _read(path: Path, raw: BinaryIO, offset: int, length: int, archive: zipfile.ZipFile) -> TorchArchive:
+    pickles = [i for i in archive.infolist() if i.filename.rpartition("/")[2] == "data.pkl"]
+    if len(pickles) != 1:
+        raise SourceError(f"{path}: holds {len(pickles)} data.pkl records; expected a file that torch.save wrote")
+    prefix = pickles[0].filename[: -len("data.pkl")]
+    storages: dict[str, tuple[int, int]] = {}
+    for info in archive.infolist():
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise SourceError(f"{path}: {info.filename} is compressed or encrypted; torch.save stores records plainly")
+        if info.filename == prefix + "byteorder" and archive.read(info) != b"little":
+            raise SourceError(f"{path}: was written on a big-endian machine; save it again on a little-endian one")
+        if info.filename.startswith(prefix + "data/"):
+            key = info.filename[len(prefix) + 5 :]
+            begin = _data_begin(path, raw, offset + info.header_offset)
+            if key in storages or begin + info.file_size > offset + length:
+                raise SourceError(f"{path}: storage {key} appears twice or reaches past the end; the file is damaged")
+            storages[key] = (begin, begin + info.file_size)
+    root = load_pickle(archive.read(pickles[0]), str(path))
+    return TorchArchive(path, root, storages)
+
+
+def _data_begin(path: Path, raw: BinaryIO, header: int) -> int:
+    raw.seek(header)
+    fields = _LOCAL.unpack(raw.read(_LOCAL.size))
+    if fields[0] != b"PK\x03\x04":
+        raise SourceError(f"{path}: no record where the archive's directory says one is; the file is damaged")
+    return header + _LOCAL.size + int(fields[-2]) + int(fields[-1])
+
+
+class _Window:
+    """A part of a file as a file of its own, for zipfile."""
+
+    def __init__(self, raw: BinaryIO, begin: int, length: int) -> None:
+        self._raw, self._begin, self._length, self._position = raw, begin, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        base = (0, self._position, self._length)[whence]
+        if base + offset < 0:
+            raise OSError("seek before the start")
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._length - self._position, 0)
+        size = left if size < 0 else min(size, left)
+        self._raw.seek(self._begin + self._position)
+        data = self._raw.read(size)
+        self._position += len(data)
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class DataRecord:
+    """A record whose bytes come later: `size` bytes from `begin`; its CRC-32 goes to both positions `crc_at`."""
+
+    name: str
+    begin: int
+    size: int
+    crc_at: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveLayout:
+    """An archive before its data: its length, the bytes that are known by position, and the records to be filled."""
+
+    size: int
+    literals: tuple[tuple[int, bytes], ...]
+    records: tuple[DataRecord, ...]
+
+
+def lay_out_archive(name: str, pickle: bytes, storages: Iterable[tuple[str, int]], base: int = 0) -> ArchiveLayout:
+    """Lay out an archive that `torch.load` reads: pickle, version records, then storages aligned to 64 bytes.
+
+    Args:
+        name: the archive's name, the folder of all its records.
+        pickle: the bytes of `data.pkl`.
+        storages: key and size in bytes of each storage.
+        base: where the archive begins in its file; all positions in the result count from the start of the file.
+
+    Returns:
+        The layout; CRCs of storages are left as zeros.
+    """
+    small = [("data.pkl", pickle), (".format_version", b"1"), (".storage_alignment", str(ALIGNMENT).encode())]
+    small += [("byteorder", b"little"), ("version", b"3\n")]
+    literals: list[tuple[int, bytes]] = []
+    central: list[tuple[str, int, int, int]] = []  # name, crc, size, header position within the archive
+    position = 0
+    for record, data in small:
+        crc = zlib.crc32(data)
+        header = _local_header(f"{name}/{record}", crc, len(data), position)
+        literals.append((base + position, header + data))
+        central.append((f"{name}/{record}", crc, len(data), position))
+        position += len(header) + len(data)
+    begins: list[int] = []
+    sizes = list(storages)
+    for key, size in sizes:
+        record = f"{name}/data/{key}"
+        header = _local_header(record, 0, size, position)
+        literals.append((base + position, header))
+        central.append((record, 0, size, position))
+        begins.append(position + len(header))
+        position += len(header) + size
+    tail, crc_at = _central_directory(central, position)
+    literals.append((base + position, tail))
+    first = len(small)
+    records = tuple(
+        DataRecord(key, base + begin, size, (base + central[first + i][3] + 14, base + crc_at[first + i]))
+        for i, ((key, size), begin) in enumerate(zip(sizes, begins, strict=True))
+    )
+    return ArchiveLayout(position + len(tail), tuple(literals), records)
+
+
+def _local_header(name: str, crc: int, size: int, position: int) -> bytes:
+    """Make a record's header, padded with an extra field so that its data are aligned within the archive."""
+    raw = name.encode()
+    zip64 = struct.pack("<2HQQ", 1, 16, size, size) if size >= 0xFFFFFFFF else b""
+    begin = position + _LOCAL.size + len(raw) + len(zip64) + 4
+    padding = -begin % ALIGNMENT
+    extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    field = min(size, 0xFFFFFFFF)
+    version = 45 if zip64 else 20
+    return (
+        _LOCAL.pack(b"PK\x03\x04", version, _UTF8, 0, 0, _DOS_DATE, crc, field, field, len(raw), len(extra))
+        + raw
+        + extra
+    )
+
+
+def _central_directory(records: list[tuple[str, int, int, int]], position: int) -> tuple[bytes, list[int]]:
+    """Make the directory at the end of an archive; give it with the position of each record's CRC."""
+    out, crc_at = bytearray(), []
+    for name, crc, size, header in records:
+        raw = name.encode()
+        wide = ([size, size] if size >= 0xFFFFFFFF else []) + ([header] if header >= 0xFFFFFFFF else [])
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        crc_at.append(position + len(out) + 16)
+        field, where = min(size, 0xFFFFFFFF), min(header, 0xFFFFFFFF)
+        version = 45 if wide else 20
+        fixed = (b"PK\x01\x02", version, version, _UTF8, 0, 0, _DOS_DATE, crc, field, field)
+        out += _CENTRAL.pack(*fixed, len(raw), len(extra), 0, 0, 0, 0, where) + raw + extra
+    size, count = len(out), len(records)
+    if position + size >= 0xFFFFFFFF or count >= 0xFFFF:
+        out += struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, position)
+        out += struct.pack("<4sIQI", b"PK\x06\x07", 0, position + size, 1)
+    few, where = min(count, 0xFFFF), min(position, 0xFFFFFFFF)
+    out += struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, few, few, min(size, 0xFFFFFFFF), where, 0)
+    return bytes(out), crc_at
+
+
+def tensor_value(tensor: TensorRef) -> Call:
+    """Give the value that pickles as a torch tensor: `torch._utils._rebuild_tensor_v2` of a persistent storage."""
+    storage = tensor.storage
+    kind = next(name for name, known in STORAGE_TYPES.items() if known == storage.dtype)
+    pid = ("storage", Symbol("torch", kind), storage.key, "cpu", storage.numel)
+    hooks = Call(Symbol("collections", "OrderedDict"))
+    args = (Persistent(pid), tensor.offset, tensor.shape, tensor.strides, False, hooks)
+    return Call(Symbol("torch._utils", "_rebuild_tensor_v2"), args)
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Give the strides, in elements, of a tensor of this shape without gaps."""
+    strides = [1]
+    for n in reversed(shape[1:]):
+        strides.append(strides[-1] * n)
+    return tuple(reversed(strides)) if shape else ()
+
+
+def whole_tensor(key: str, kind: str, shape: tuple[int, ...]) -> TensorRef:
+    """Give the reference to a row-major tensor that fills a storage of its own."""
+    strides = row_major(shape)
+    numel = shape[0] * strides[0] if shape else 1
+    return TensorRef(StorageRef(key, kind, numel), kind, 0, shape, strides)
+
+
+def small_archive(name: str, value: Any) -> bytes:
+    """Make the whole `torch.save` file of a value without tensors."""
+    layout = lay_out_archive(name, dump_pickle(value), ())
+    out = bytearray(layout.size)
+    for begin, data in layout.literals:
+        out[begin : begin + len(data)] = data
+    return bytes(out)

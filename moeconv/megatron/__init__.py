@@ -1,1 +1,1 @@
-"""Megatron-Core's checkpoint formats: names and rectangles of the same global tensors, read and written without Megatron or torch."""
+"""Megatron-Core checkpoint formats: more names for the same rectangles, read and written without Megatron or torch."""

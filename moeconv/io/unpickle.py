@@ -95,10 +95,18 @@ class Opaque:
     __slots__ = ("args", "items", "state")
     module = name = "?"
 
+    args: tuple[Any, ...]
+    state: Any
+    items: dict[Any, Any] | None
+
+    def __new__(cls, *args: Any) -> Opaque:
+        """Take any arguments; pickles make objects both by calling a class and by its `__new__` alone."""
+        made = object.__new__(cls)
+        made.args, made.state, made.items = args, None, None
+        return made
+
     def __init__(self, *args: Any) -> None:
-        self.args = args
-        self.state: Any = None
-        self.items: dict[Any, Any] | None = None
+        """Take any arguments; `__new__` kept them."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeconv.dtypes import dtype
 from moeconv.errors import MappingError, SourceError
 from moeconv.families.base import Model
 from moeconv.io.torch_archive import TorchArchive, read_archive, row_major
@@ -280,7 +281,7 @@ class _Expected:
         self._check(name, file, value.shape, shape)
         if value.strides != row_major(shape):
             raise MappingError(f"{name} in {file}: expected a contiguous tensor, got strides {list(value.strides)}")
-        step = rows * columns * (archive_itemsize(value))
+        step = rows * columns * dtype(value.dtype).itemsize
         for number, (_, parts) in enumerate(ranked):
             yield from place_parts(parts, value.dtype, file, begin + number * step, (rows, 1), reverse=True)
 
@@ -309,10 +310,3 @@ class _Expected:
         ]
         if missing:
             raise MappingError(f"{folder}: lacks {len(missing)} tensors of its part, such as that of {min(missing)}")
-
-
-def archive_itemsize(value: TensorRef) -> int:
-    """Give the size in bytes of a tensor's elements."""
-    from moeconv.dtypes import dtype
-
-    return dtype(value.dtype).itemsize

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 from moeconv.dtypes import dtype
@@ -135,11 +134,6 @@ def place_parts(
         yield Piece(part.tensor, kind, part.rect, file, begin + offset * dtype(kind).itemsize, None if plain else own)
 
 
-def lift(parts: Iterable[Part], leading: Sequence[int]) -> list[Part]:
-    """Put leading indices (layer, expert) before the position of each part, whose rectangle keeps its dimensions."""
-    return [Part(p.tensor, p.rect, (*leading, *p.at)) for p in parts]
-
-
 def megatron_tensors(model: Model) -> list[MegatronTensor]:
     """List the tensors of Megatron's form of a model, in the order of its state dict.
 
@@ -247,8 +241,3 @@ def padded_vocab(vocab: int, tp: int, divisor: int = 128) -> int:
     """
     multiple = divisor * tp
     return -(-vocab // multiple) * multiple
-
-
-def nbytes(shape: Sequence[int], kind: str) -> int:
-    """Give the size in bytes of a tensor."""
-    return prod(shape) * dtype(kind).itemsize

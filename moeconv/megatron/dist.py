@@ -1,0 +1,327 @@
+"""Reading the `torch_dist` format: `.metadata` says which chunk of which global tensor is where in the `.distcp` files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from moeconv.dtypes import dtype
+from moeconv.errors import MappingError, SourceError
+from moeconv.families.base import Model
+from moeconv.io.hf_folder import check_inside, parse_json
+from moeconv.io.torch_archive import read_archive
+from moeconv.io.unpickle import TORCH_DTYPES, Opaque, Symbol, TensorRef, load_pickle
+from moeconv.layout.degrees import Degrees
+from moeconv.layout.rect import Rect
+from moeconv.megatron.args import RunArgs
+from moeconv.megatron.names import EXTRA_STATE, LAYERS, Found, parse
+from moeconv.megatron.source import Collector, MegatronSource
+from moeconv.megatron.tensors import MegatronTensor, Part, cut, megatron_tensors, place_parts
+from moeconv.pieces import Piece
+
+METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
+COMMON_STATE = "common_state/shard_0_1"
+# How Megatron names the optimizer's tensors, and how they are named here.
+OPTIMIZER_STATES = {"fp32_param": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+_OPTIMIZER = "optimizer.state."
+_DROPPED = {
+    "rng_state": "random states of one run's ranks",
+    "rerun_state_machine": "state of one run",
+    "common_state": "read as the run's arguments",
+    "content_metadata": "read as the run's arguments",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk of a global tensor: its rectangle, and the file, offset and length in bytes of the item that holds it."""
+
+    rect: Rect
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class DistTensor:
+    """A global tensor of a `torch_dist` checkpoint: its safetensors dtype, shape and chunks."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+class DistReader:
+    """The tensors and the common state of one iteration."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read `.metadata`, the configuration and the common state.
+
+        Raises:
+            SourceError: a file is missing or damaged, or the save was never completed.
+        """
+        self.folder = folder
+        if not (folder / CONFIG).is_file():
+            raise SourceError(f"{folder}: has no {CONFIG}, which Megatron writes last: its save was never completed")
+        config = parse_json((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+        if config.get("sharded_backend") != "torch_dist":
+            raise SourceError(f"{folder}: its backend is {config.get('sharded_backend')!r}; expected torch_dist")
+        raw = load_pickle((folder / METADATA).read_bytes(), str(folder / METADATA))
+        entries = raw.get("state_dict_metadata") if isinstance(raw, Opaque) else None
+        stored = raw.get("storage_data") if isinstance(raw, Opaque) else None
+        if not isinstance(entries, dict) or not isinstance(stored, dict):
+            raise SourceError(f"{folder / METADATA}: holds no metadata of torch.distributed.checkpoint")
+        self._infos = self._storage(stored)
+        self.tensors = {k: self._tensor(k, v) for k, v in entries.items() if isinstance(v, Opaque) and v.get("size")}
+        self.objects = [k for k in entries if k not in self.tensors]
+        self.common = self._common()
+        self.args = RunArgs(self.common.get("args"))
+
+    def _storage(self, stored: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], Opaque]:
+        out = {}
+        for index, info in stored.items():
+            if not isinstance(index, Opaque) or not isinstance(info, Opaque) or not isinstance(index.get("fqn"), str):
+                raise SourceError(f"{self.folder / METADATA}: an entry of its storage data is malformed")
+            if info.get("transform_descriptors"):
+                raise SourceError(
+                    f"{self.folder}: {index.get('fqn')} is compressed; save it without a stream transform"
+                )
+            offset = index.get("offset")
+            out[index.get("fqn"), tuple(offset) if offset is not None else None] = info
+        return out
+
+    def _chunk(self, key: str, rect: Rect | None) -> Chunk:
+        info = self._infos.get((key, rect.offsets if rect else None))
+        if info is None:
+            raise SourceError(f"{self.folder}: {METADATA} lists {key} {rect or ''} but not where it is stored")
+        file, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
+        if not isinstance(file, str) or not isinstance(offset, int) or not isinstance(length, int):
+            raise SourceError(f"{self.folder / METADATA}: {key} has a malformed position")
+        check_inside(self.folder, file)
+        return Chunk(rect or Rect((), ()), file, offset, length)
+
+    def _tensor(self, key: str, entry: Opaque) -> DistTensor:
+        try:
+            properties = entry.get("properties")
+            symbol = properties.state[0] if isinstance(properties.state, tuple) else properties.get("dtype")
+            assert isinstance(symbol, Symbol)
+            rects = [Rect(tuple(c.get("offsets")), tuple(c.get("sizes"))) for c in entry.get("chunks")]
+            chunks = tuple(self._chunk(key, rect) for rect in rects)
+            return DistTensor(key, TORCH_DTYPES[symbol.name], tuple(entry.get("size")), chunks)
+        except (AssertionError, AttributeError, KeyError, TypeError) as error:
+            raise SourceError(f"{self.folder / METADATA}: the entry of {key} is malformed ({error!r})") from None
+
+    def _common(self) -> dict[str, Any]:
+        if (self.folder / COMMON).is_file():
+            root = read_archive(self.folder / COMMON).root
+        elif COMMON_STATE in self.objects:
+            root = self.object(COMMON_STATE)
+        else:
+            return {}
+        while isinstance(root, list) and len(root) == 1:
+            root = root[0]
+        if not isinstance(root, dict):
+            raise SourceError(f"{self.folder}: its common state is no dict")
+        return root
+
+    def object(self, key: str) -> Any:
+        """Read a byte object as data.
+
+        Raises:
+            SourceError: it is damaged, or no data.
+        """
+        chunk = self._chunk(key, None)
+        return read_archive(self.folder / chunk.file, chunk.offset, chunk.length).root
+
+    def dtype(self) -> str:
+        """Give the dtype of the weights: that of the embedding.
+
+        Raises:
+            MappingError: there is no embedding.
+        """
+        found = self.tensors.get("embedding.word_embeddings.weight")
+        if found is None:
+            raise MappingError(f"{self.folder}: has no embedding.word_embeddings.weight: no GPT model of Megatron's")
+        return found.dtype
+
+    def degrees(self) -> Degrees:
+        """Give the degrees of the run that wrote the checkpoint, as its arguments say; they don't change the tensors."""
+        args = self.args
+        pp = args.degree("pipeline_model_parallel_size")
+        vpp = args.degree("virtual_pipeline_model_parallel_size") if pp > 1 else 1
+        tp, ep = args.degree("tensor_model_parallel_size"), args.degree("expert_model_parallel_size")
+        return Degrees(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=int(args.get("expert_tensor_parallel_size") or tp))
+
+
+def locate(
+    reader: DistReader, root: Path, iteration: str, model: Model, config: Mapping[str, Any], *, optimizer: bool
+) -> MegatronSource:
+    """Find the rectangles of a Hugging Face model, and of its optimizer state, in a checkpoint's chunks.
+
+    Args:
+        reader: the checkpoint.
+        root: its root; the pieces name files relative to it.
+        iteration: the iteration's folder in it.
+        model: the model that it should hold.
+        config: its config.json.
+        optimizer: also find the optimizer's state.
+
+    Returns:
+        The opened checkpoint.
+
+    Raises:
+        MappingError: a tensor is unknown, missing, or of another shape than the config implies; an optimizer's state
+            is stored in a form that does not map to the model's tensors.
+        IntegrityError: the chunks don't cover a tensor exactly once.
+    """
+    places = _Places(model, reader)
+    collectors = {"": Collector()}
+    for key, tensor in reader.tensors.items():
+        state, name = _split_optimizer(key)
+        if state is not None and not optimizer:
+            continue
+        collector = collectors.setdefault(state or "", Collector())
+        for piece in places.pieces(tensor, name, iteration):
+            collector.add(piece)
+    pieces = collectors.pop("").finish(model, str(root / iteration))
+    for state, collector in collectors.items():
+        found = collector.finish(model, f"{root / iteration} (optimizer state {state})")
+        pieces += [Piece(f"optimizer.{state}.{p.tensor}", p.dtype, p.rect, p.file, p.begin, p.strides) for p in found]
+    spec = "te" if any(key.endswith("pre_mlp_layernorm.weight") for key in reader.tensors) else "local"
+    experts = "grouped" if reader.args.get("moe_grouped_gemm") else "sequential"
+    dropped = _dropped(reader, optimizer)
+    return MegatronSource(
+        root, iteration, "torch_dist", spec, experts, reader.args, reader.degrees(), model, config, pieces, [], dropped
+    )
+
+
+def _split_optimizer(key: str) -> tuple[str | None, str]:
+    """Tell an optimizer's tensor from a model's.
+
+    Raises:
+        MappingError: the state is of a kind or a form that has no counterpart.
+    """
+    if not key.startswith(("optimizer.", "chained_")):
+        return None, key
+    state, _, name = key.removeprefix(_OPTIMIZER).partition(".")
+    if not key.startswith(_OPTIMIZER) or state not in OPTIMIZER_STATES or parse(name) is None:
+        raise MappingError(
+            f"{key}: the optimizer state is stored by data-parallel rank or of an unknown kind, not by the model's "
+            "tensors. Save it with --ckpt-fully-parallel-save and --dist-ckpt-optim-fully-reshardable, or import the "
+            "weights alone with --no-optimizer"
+        )
+    return OPTIMIZER_STATES[state], name
+
+
+def _dropped(reader: DistReader, optimizer: bool) -> list[str]:
+    out, states = [], 0
+    for key in reader.objects:
+        stem = key.partition("/")[0]
+        if stem.endswith(EXTRA_STATE):
+            states += 1
+        elif stem in _DROPPED or stem.startswith("optimizer"):
+            out.append(f"{key} ({_DROPPED.get(stem, 'state of the optimizer that belongs to no tensor')})")
+        else:
+            raise MappingError(f"{reader.folder}: holds the object {key}, which is none of Megatron's GPT model")
+    if states:
+        out.append(f"{states} {EXTRA_STATE} objects (state of the modules' kernels, not of the model)")
+    if not optimizer and any(key.startswith("optimizer") for key in reader.tensors):
+        out.append("optimizer state (--no-optimizer)")
+    return out
+
+
+class _Places:
+    """What each stored tensor holds of the model."""
+
+    def __init__(self, model: Model, reader: DistReader) -> None:
+        self.model, self._reader = model, reader
+        self._tensors = {(t.kind.removeprefix("dense_"), t.layer, t.expert): t for t in megatron_tensors(model)}
+
+    def pieces(self, stored: DistTensor, name: str, folder: str) -> Iterator[Piece]:
+        """Describe a stored tensor's chunks as pieces.
+
+        Args:
+            stored: the tensor.
+            name: its key without an optimizer's prefix.
+            folder: the iteration's folder, for the pieces' file names.
+
+        Yields:
+            The pieces; padding of the vocabulary is in none.
+
+        Raises:
+            MappingError: the model has no such tensor, or of another shape.
+            SourceError: a chunk's item is damaged.
+        """
+        found = parse(name)
+        kind = "" if found is None else found.kind
+        half = {"_w": 0, "_v": 1}.get(kind[-2:])
+        kind = kind[:-2] if half is not None else kind
+        sizes = self.model.sizes
+        leading = []
+        if found is not None and name.startswith(LAYERS):
+            leading += [range(sizes["layers"])] if found.layer is None else []
+            stacked = kind.startswith("expert_") and found.expert is None
+            leading += [range(sizes.get("experts", 0))] if stacked else []
+        first = self._find(found, kind, 0, 0)
+        if found is None or first is None:
+            raise MappingError(
+                f"{stored.key} in {self._reader.folder}: is no tensor of a {self.model.family.name} model"
+            )
+        shape = first.shape if half is None else (first.shape[0] // 2, *first.shape[1:])
+        self._check(stored, (*map(len, leading), *shape), first.padded, len(leading))
+        for chunk in stored.chunks:
+            yield from self._chunk(stored, chunk, found, kind, half, len(leading), folder)
+
+    def _find(self, found: Found | None, kind: str, layer: int, expert: int) -> MegatronTensor | None:
+        if found is None or (kind == "output" and self.model.flags.get("tied", False)):
+            return None
+        in_layer = ("input_norm", "mlp_norm", "qkv", "qkv_bias", "proj", "router", "fc1", "fc2")
+        if kind in in_layer:
+            return self._tensors.get((kind, layer if found.layer is None else found.layer, None))
+        if kind.startswith("expert_"):
+            number = expert if found.expert is None else found.expert
+            return self._tensors.get((kind, layer if found.layer is None else found.layer, number))
+        return self._tensors.get((kind, None, None))
+
+    def _check(self, stored: DistTensor, expected: tuple[int, ...], padded: bool, lead: int) -> None:
+        got = stored.shape
+        fits = len(got) == len(expected) and (
+            got[0] >= expected[0] and got[1:] == expected[1:] if padded else got == expected
+        )
+        if not fits:
+            keys = ", ".join(f"{k}={v}" for k, v in self.model.sizes.items())
+            raise MappingError(f"{stored.key} has shape {list(got)}; the config ({keys}) implies {list(expected)}")
+
+    def _chunk(
+        self, stored: DistTensor, chunk: Chunk, found: Found, kind: str, half: int | None, lead: int, folder: str
+    ) -> Iterator[Piece]:
+        path = self._reader.folder / chunk.file
+        archive = read_archive(path, chunk.offset, chunk.length)
+        value = archive.root
+        rect = chunk.rect
+        if not isinstance(value, TensorRef) or value.shape != rect.shape or value.dtype != stored.dtype:
+            raise SourceError(
+                f"{path}: at byte {chunk.offset} expected a {stored.dtype} tensor {list(rect.shape)} of {stored.key}"
+            )
+        begin, inner = archive.begin(value), Rect(rect.offsets[lead:], rect.shape[lead:])
+        for index in range(prod(rect.shape[:lead])):
+            where, rest = [], index
+            for n in reversed(rect.shape[:lead]):
+                rest, digit = divmod(rest, n)
+                where.insert(0, digit)
+            numbers = [o + w for o, w in zip(rect.offsets[:lead], where, strict=True)]
+            layer = numbers.pop(0) if found.layer is None and numbers else 0
+            tensor = self._find(found, kind, layer, numbers.pop(0) if numbers else 0)
+            assert tensor is not None
+            parts = (
+                tensor.parts if half is None else (Part(tensor.parts[half].tensor, tensor.parts[half].rect, (0, 0)),)
+            )
+            offset = sum(w * s for w, s in zip(where, value.strides[:lead], strict=True))
+            item = begin + offset * dtype(stored.dtype).itemsize
+            yield from place_parts(
+                cut(parts, inner), stored.dtype, f"{folder}/{chunk.file}", item, value.strides[lead:]
+            )

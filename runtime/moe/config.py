@@ -45,7 +45,7 @@ class MoEConfig:
     aux_loss_coeff: tuple[float, ...] = (0.0,)
     """Scaling of each auxiliary loss of load_balancing; one value serves all."""
     aux_loss_mode: str = "megatron"
-    """megatron: per layer, all choices, 1.0 is balanced; hf: layers pooled, not divided by topk; switch: first choices."""
+    """megatron: per layer, 1.0 is balanced; hf: layers pooled, not divided by topk; switch: first choices."""
     z_loss_coeff: float = 0.0
     """Scaling of the router z-loss; 0 turns it off."""
     input_jitter_eps: float = 0.0
@@ -142,7 +142,9 @@ class MoEConfig:
         if not all(math.isfinite(coeff) and coeff >= 0 for coeff in self.aux_loss_coeff):
             raise MoEConfigError(f"aux_loss_coeff is {self.aux_loss_coeff}; expected finite numbers of at least 0")
         if self.aux_loss_mode != "megatron" and kinds not in (("aux_loss",), ("none",)):
-            raise MoEConfigError(f"aux_loss_mode {self.aux_loss_mode!r} knows only load_balancing aux_loss, got {kinds}")
+            raise MoEConfigError(
+                f"aux_loss_mode {self.aux_loss_mode!r} knows only load_balancing aux_loss, got {kinds}"
+            )
         if kinds[0] in ("sinkhorn", "expert_choice"):
             self._check_alone(kinds[0])
 
@@ -190,7 +192,9 @@ class MoEConfig:
     @property
     def renormalize(self) -> bool:
         """Whether a token's weights are scaled to sum 1."""
-        return not self.pre_softmax if self.normalize_topk is None else self.normalize_topk
+        if self.normalize_topk is not None:
+            return self.normalize_topk
+        return self.topk > 1 if self.score_function == "sigmoid" else not self.pre_softmax
 
     @property
     def aux_losses(self) -> tuple[tuple[str, float], ...]:

@@ -16,10 +16,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
+from typing import Protocol
 
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
 from moeconv.errors import MoeconvError
 
@@ -28,23 +27,10 @@ _FAILED = "failed"
 _ALIVE = "alive"
 
 
-def job_store(timeout: float = 60.0) -> Store | None:
-    """Connect to the store that torchrun keeps for the job; a connection of its own, so that nothing blocks it.
+class Progress(Protocol):
+    """How the rest of the trainer tells the watchdog that it is getting on."""
 
-    Args:
-        timeout: seconds to wait for it.
-
-    Returns:
-        The store, with keys of this attempt of the job; None where the process wasn't started by torchrun.
-    """
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if host is None or port is None:
-        return None
-    # The stubs of torch leave this public name out.
-    connect = dist.TCPStore  # type: ignore[attr-defined]
-    store: Store = connect(host, int(port), is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"moeconv/health/{attempt}", store)
+    def __call__(self, doing: str, *, limited: bool = True) -> None: ...
 
 
 class Watchdog:
@@ -64,7 +50,7 @@ class Watchdog:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._stall, self._silence, self._interval = stall_seconds, silence_seconds, interval
         self._leave = leave
-        self._doing, self._since = "start-up", time.monotonic()
+        self._doing, self._since, self._limited = "start-up", time.monotonic(), False
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -73,13 +59,14 @@ class Watchdog:
         """Start watching."""
         self._thread.start()
 
-    def progress(self, doing: str) -> None:
+    def progress(self, doing: str, *, limited: bool = True) -> None:
         """Say that the process is getting on.
 
         Args:
             doing: what it does next, for the report.
+            limited: whether that may take no longer than stall_seconds; reading a large checkpoint may.
         """
-        self._doing, self._since = doing, time.monotonic()
+        self._doing, self._since, self._limited = doing, time.monotonic(), limited
 
     def fail(self, error: BaseException) -> bool:
         """Tell every rank that this one is about to die, and why.
@@ -123,7 +110,7 @@ class Watchdog:
 
     def _own_stall(self) -> str | None:
         seconds = time.monotonic() - self._since
-        if seconds < self._stall:
+        if not self._limited or seconds < self._stall:
             return None
         report = (
             f"rank {self._rank} on {socket.gethostname()} stands still for {seconds:.0f} s in {self._doing} "
@@ -137,7 +124,9 @@ class Watchdog:
         now = time.monotonic()
         for rank in range(1, self._world_size):
             key = f"{_ALIVE}/{rank}"
-            beat = self._store.get(key) if self._store.check([key]) else b""
+            if not self._store.check([key]):
+                continue  # not there yet: machines take their time to start
+            beat = self._store.get(key)
             if beat != self._seen.get(rank, (None, 0.0))[0]:
                 self._seen[rank] = (beat, now)
             elif beat != b"left" and now - self._seen[rank][1] > self._silence:

@@ -13,7 +13,7 @@ import xxhash
 from runtime.config import require
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.data.packing import SPLITS, PackedSamples, TokenStream, split_bounds
-from runtime.data.text import default_cache, load_tokenizer, open_sources
+from runtime.data.text import default_cache, open_sources
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ class DataSource:
             vocab_size = self.config.vocab_size
             cache = self.config.cache or default_cache()
             source = self.config.tokenizer or self._checkpoint
-            files = open_sources(paths, lambda: load_tokenizer(source), vocab_size, cache)
+            files = open_sources(paths, source, vocab_size, cache)
             self._streams[paths] = TokenStream(files, vocab_size)
         return self._streams[paths]
 
@@ -124,38 +124,23 @@ class Loader:
     dp_rank: int
     dp_size: int
 
-    def global_batch(self, first: int, size: int) -> list[Batch]:
+    def global_batch(self, first: int, size: int, limit: int | None = None) -> list[Batch]:
         """Give this rank's micro-batches of one global batch.
 
         Args:
             first: index of the batch's first sample.
             size: samples of the global batch, a multiple of micro_batch_size * dp_size.
+            limit: samples from here on don't count: their labels are ignored. None counts all.
 
         Returns:
-            Micro-batches of micro_batch_size samples; together the ranks have each sample once.
+            Micro-batches of micro_batch_size samples, as many on every rank; together the ranks have each sample once.
         """
         one_pass = self.micro_batch_size * self.dp_size
         assert size % one_pass == 0
         begins = range(first + self.dp_rank * self.micro_batch_size, first + size, one_pass)
-        return [self._batch(range(begin, begin + self.micro_batch_size)) for begin in begins]
-
-    def evaluation(self, iterations: int, global_batch_size: int) -> list[Batch]:
-        """Give this rank's batches of an evaluation, from the split's start.
-
-        Args:
-            iterations: global batches; -1 takes every sample once.
-            global_batch_size: samples of each.
-
-        Returns:
-            As many batches on every rank; where samples run out, all labels of a sample are ignored.
-        """
-        total = self.samples.num_samples if iterations < 0 else iterations * global_batch_size
-        one_pass = self.micro_batch_size * self.dp_size
-        limit = min(total, self.samples.num_samples)
-        begins = range(self.dp_rank * self.micro_batch_size, -(-limit // one_pass) * one_pass, one_pass)
         return [self._batch(range(begin, begin + self.micro_batch_size), limit) for begin in begins]
 
-    def _batch(self, indices: Sequence[int], limit: int | None = None) -> Batch:
+    def _batch(self, indices: Sequence[int], limit: int | None) -> Batch:
         rows_BS1 = torch.from_numpy(np.stack([self.samples.sample(i if limit is None else i % limit) for i in indices]))
         labels_BS = rows_BS1[:, 1:].clone()
         if limit is not None:

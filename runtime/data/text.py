@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import xxhash
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from runtime.data.indexed import DataError, TokenFile, open_tokens, token_dtype, write_tokens
 
 JSON_LINES = (".jsonl", ".ndjson")
 PLAIN_TEXT = (".txt", ".md", ".rst", ".py")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "config.json",
+)
 _BATCH = 256
 _MAX_CHARACTERS = 1 << 20
 _FORMAT = 1
@@ -25,7 +32,6 @@ class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is used here."""
 
     eos_token_id: int | None
-    name_or_path: str
 
     def __call__(self, text: list[str]) -> Any: ...
 
@@ -44,6 +50,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         DataError: there is no tokenizer, or transformers can't load it.
     """
+    # Imported here: transformers takes a second to load, and a run whose tokens are kept already doesn't need it.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     try:
         if path.is_file() and path.suffix == ".json":
             make = cast(Callable[..., Tokenizer], PreTrainedTokenizerFast)
@@ -86,14 +95,12 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def open_sources(
-    paths: Sequence[Path], get_tokenizer: Callable[[], Tokenizer], vocab_size: int, cache: Path
-) -> list[TokenFile]:
+def open_sources(paths: Sequence[Path], tokenizer_path: Path, vocab_size: int, cache: Path) -> list[TokenFile]:
     """Open data as tokens; text is tokenized on first use and kept in the cache.
 
     Args:
         paths: files or folders, as `list_files` takes them.
-        get_tokenizer: loads what turns text into ids; not called for token files (.bin).
+        tokenizer_path: what turns text into ids, as for `load_tokenizer`; token files (.bin) don't need it.
         vocab_size: size of the model's vocabulary.
         cache: folder for tokenized text.
 
@@ -108,14 +115,14 @@ def open_sources(
     opened = [open_tokens(file, vocab_size) for file in files if file.suffix == ".bin"]
     if not text:
         return opened
-    tokenizer = get_tokenizer()
-    if len(tokenizer) > vocab_size:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, the model {vocab_size}; "
-            "name the model's own with --tokenizer-model"
-        )
-    target = cache / f"{_cache_key(text, tokenizer)}.bin"
+    target = cache / f"{_cache_key(text, tokenizer_path, vocab_size)}.bin"
     if not target.is_file():
+        tokenizer = load_tokenizer(tokenizer_path)
+        if len(tokenizer) > vocab_size:
+            raise DataError(
+                f"the tokenizer {tokenizer_path} has {len(tokenizer)} tokens, the model {vocab_size}; "
+                "name the model's own with --tokenizer-model"
+            )
         try:
             cache.mkdir(parents=True, exist_ok=True)
             if not write_tokens(target, _tokenize(_documents(text), tokenizer), token_dtype(vocab_size)):
@@ -127,12 +134,13 @@ def open_sources(
     return [open_tokens(target, vocab_size), *opened]
 
 
-def _cache_key(files: Sequence[Path], tokenizer: Tokenizer) -> str:
-    """A name that changes with the tokenizer and with each file's path, size or time."""
-    digest = xxhash.xxh3_128()
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else repr(tokenizer)
-    digest.update(f"{_FORMAT} {tokenizer.eos_token_id} {len(tokenizer)} {vocabulary}".encode())
+def _cache_key(files: Sequence[Path], tokenizer_path: Path, vocab_size: int) -> str:
+    """A name that changes with the tokenizer's files, and with each data file's path, size or time."""
+    digest = xxhash.xxh3_128(f"{_FORMAT} {vocab_size}\n".encode())
+    folder = tokenizer_path.parent if tokenizer_path.is_file() else tokenizer_path
+    for pattern in _TOKENIZER_FILES:
+        for part in sorted(folder.glob(pattern)):
+            digest.update(part.name.encode() + part.read_bytes())
     for file in files:
         stat = file.stat()
         digest.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -165,14 +173,22 @@ def _plain_text(file: Path) -> Iterator[str]:
             yield "".join(lines)
 
 
-def _tokenize(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _tokenize(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[Sequence[int]]:
     """Give each document's ids with the tokenizer's own special tokens, and an end-of-sequence token at its end."""
     end = tokenizer.eos_token_id
     while batch := list(islice(documents, _BATCH)):
-        for ids in tokenizer(batch)["input_ids"]:
+        for ids in _encode(batch, tokenizer):
             if end is not None and (not ids or ids[-1] != end):
                 ids = [*ids, end]
             yield ids
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> Sequence[Sequence[int]]:
+    """Give the same ids as calling the tokenizer; the library below transformers is about twice as fast without masks."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return cast(list[list[int]], tokenizer(texts)["input_ids"])
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
 
 
 def default_cache() -> Path:

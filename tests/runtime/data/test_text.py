@@ -11,12 +11,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from runtime.data.indexed import DataError, TokenFile
-from runtime.data.text import load_tokenizer, open_sources
+from runtime.data.text import open_sources
 from tests.runtime.words import VOCAB_SIZE, real_text
 
 
 def tokenize(paths: list[Path], folder: Path, cache: Path) -> list[TokenFile]:
-    return open_sources(paths, lambda: load_tokenizer(folder), VOCAB_SIZE, cache)
+    return open_sources(paths, folder, VOCAB_SIZE, cache)
 
 
 def test_jsonl_and_text_are_documents_that_end(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -86,7 +86,7 @@ def test_bad_sources(tmp_path: Path, tokenizer_folder: Path) -> None:
     with pytest.raises(DataError, match="no usable tokenizer"):
         tokenize([tmp_path / "a.txt"], tmp_path, tmp_path)
     with pytest.raises(DataError, match="384 tokens, the model 100"):
-        open_sources([tmp_path / "a.txt"], lambda: load_tokenizer(tokenizer_folder), 100, tmp_path)
+        open_sources([tmp_path / "a.txt"], tokenizer_folder, 100, tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no \.jsonl, text"):
         tokenize([tmp_path / "empty"], tokenizer_folder, tmp_path)

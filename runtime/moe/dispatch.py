@@ -1,0 +1,109 @@
+"""How tokens reach the ranks that hold their experts, and come back.
+
+Legend: T tokens of this rank, K choices per token, R rows, E experts (E_local on this rank), D hidden size.
+
+Both dispatchers give the same sums. Host synchronisations in a forward pass: none on one rank (ep = etp = 1), one
+otherwise (the numbers of rows that the ranks exchange); none in the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from runtime.moe.experts import Experts
+from runtime.moe.groups import MoEGroups
+from runtime.moe.losses import count_choices
+from runtime.moe.passes import permute, unpermute
+from runtime.moe.permutation import plan_rows
+from runtime.moe.routing import Routing
+from runtime.parallel.collectives import (
+    all_gather,
+    all_to_all,
+    gather_tensor,
+    group_rank,
+    group_size,
+    reduce_scatter,
+)
+
+
+def run_local(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """All experts whole on this rank: no communication, and the host never waits for the device."""
+    plan = plan_rows(routing.experts_TK, experts.num_local_experts, routing.max_rows, fused=experts.fused)
+    return experts(x_TD, routing.weights_TK, plan)
+
+
+def _gather_counts(values: Tensor, groups: MoEGroups) -> list[list[list[int]]]:
+    """Every rank's values as [etp][ep][...]: the one point where the host waits."""
+    over_ep = gather_tensor(values.unsqueeze(0), 0, groups.ep)
+    counts: list[list[list[int]]] = gather_tensor(over_ep.unsqueeze(0), 0, groups.etp).tolist()
+    return counts
+
+
+def run_all_to_all(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoEGroups) -> Tensor:
+    """Send each choice to the rank of its expert, and its result back.
+
+    Args:
+        x_TD: [T, D] this rank's tokens; T may differ between ranks.
+        routing: their routing over all experts.
+        experts: this rank's experts.
+        groups: ep exchanges rows; etp gathers its ranks' rows and sums their partial results.
+
+    Returns:
+        [T, D] weighted sums.
+    """
+    num_local = experts.num_local_experts
+    num_experts = num_local * group_size(groups.ep)
+    mine = count_choices(routing.experts_TK, num_experts)
+    counts = _gather_counts(mine, groups)
+    etp_rank, ep_rank = group_rank(groups.etp), group_rank(groups.ep)
+    own = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
+    sent = counts[etp_rank][ep_rank]
+    input_splits = [sum(sent[start : start + num_local]) for start in range(0, num_experts, num_local)]
+    # What arrives here: for each etp rank and each ep rank, the rows of each of our experts.
+    arriving = [[row[own] for row in over_ep] for over_ep in counts]
+    output_splits = [sum(row) for row in arriving[etp_rank]]
+    etp_sizes = [sum(sum(row) for row in over_ep) for over_ep in arriving]
+
+    plan = plan_rows(routing.experts_TK, num_experts, sum(sent), fused=experts.fused)
+    rows, weights = permute(x_TD, routing.weights_TK, plan, fused=experts.fused)
+    rows = all_to_all(rows, output_splits, input_splits, groups.ep)
+    weights = all_to_all(weights, output_splits, input_splits, groups.ep)
+    rows = all_gather(rows, 0, groups.etp, etp_sizes)
+    weights = all_gather(weights, 0, groups.etp, etp_sizes)
+
+    blocks = torch.tensor([row for over_ep in arriving for row in over_ep], device=x_TD.device).reshape(-1)
+    ids = torch.arange(num_local, device=x_TD.device).repeat(blocks.shape[0] // num_local)
+    local_R1 = ids.repeat_interleave(blocks, output_size=sum(etp_sizes)).unsqueeze(1)
+    local_plan = plan_rows(local_R1, num_local, sum(etp_sizes), fused=experts.fused)
+    out = experts(rows, weights.unsqueeze(1), local_plan)
+
+    out = reduce_scatter(out, 0, groups.etp, etp_sizes)
+    out = all_to_all(out, input_splits, output_splits, groups.ep)
+    return unpermute(out, plan, fused=experts.fused)
+
+
+def run_all_gather(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoEGroups) -> Tensor:
+    """Gather all ranks' tokens, apply this rank's experts, and sum the partial results back.
+
+    Arguments and result as of `run_all_to_all`. Traffic does not depend on the balance of the routing.
+    """
+    num_local = experts.num_local_experts
+    num_experts = num_local * group_size(groups.ep)
+    mine = count_choices(routing.experts_TK, num_experts)
+    counts = _gather_counts(torch.cat([mine, mine.new_tensor([x_TD.shape[0]])]), groups)
+    etp_rank, ep_rank = group_rank(groups.etp), group_rank(groups.ep)
+    own = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
+    ep_sizes = [row[-1] for row in counts[etp_rank]]
+    etp_sizes = [sum(row[-1] for row in over_ep) for over_ep in counts]
+    num_rows = sum(sum(row[own]) for over_ep in counts for row in over_ep)
+
+    def gather(values: Tensor) -> Tensor:
+        return all_gather(all_gather(values, 0, groups.ep, ep_sizes), 0, groups.etp, etp_sizes)
+
+    with torch.no_grad():
+        ids = gather(routing.experts_TK) - ep_rank * num_local
+        ids = ids.masked_fill((ids < 0) | (ids >= num_local), num_local)
+    plan = plan_rows(ids, num_local, num_rows, fused=experts.fused)
+    out = experts(gather(x_TD), gather(routing.weights_TK), plan)
+    return reduce_scatter(reduce_scatter(out, 0, groups.etp, etp_sizes), 0, groups.ep, ep_sizes)

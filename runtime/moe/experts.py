@@ -1,0 +1,177 @@
+"""The experts: SwiGLU networks over rows in expert order.
+
+Legend: T tokens, K choices per token, R rows in expert order, E experts of this rank, D hidden size, F width of this
+rank's piece of an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from moeconv.errors import MoeconvError
+from runtime.moe import passes
+from runtime.moe.config import MoEConfig
+from runtime.moe.grouped_gemm import GroupedGemm, make_gemm, resolve_backend
+from runtime.moe.permutation import RowPlan
+
+
+class _GroupedMLP(torch.autograd.Function):
+    """Gather, both products, activation and sum as one node: keeps x and the pre-activations, nothing else of size.
+
+    With y = sum over choices of s * W2 a and a = swiglu(h), the backward needs neither the rows of x nor the experts'
+    outputs: the gradient of s is <W2' dy, a>, and those of the weights take rows gathered again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        w13_EGD: Tensor,
+        w2_EDF: Tensor,
+        plan: RowPlan,
+        gemm: GroupedGemm,
+        fused: bool,
+    ) -> Tensor:
+        rows = passes.gather_rows(x_TD, plan, fused=fused)
+        hidden = gemm.rows_times_transposed(rows, w13_EGD, plan.offsets_E)
+        del rows
+        weights_R = passes.slots_to_rows(weights_TK, plan)
+        act = passes.swiglu(hidden, weights_R, plan, fused=fused)
+        out = gemm.rows_times_transposed(act, w2_EDF, plan.offsets_E)
+        ctx.save_for_backward(x_TD, hidden, weights_R, w13_EGD, w2_EDF)
+        ctx.plan, ctx.gemm, ctx.fused = plan, gemm, fused
+        return passes.sum_rows(out, plan, fused=fused)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, hidden, weights_R, w13_EGD, w2_EDF = ctx.saved_tensors
+        plan, gemm, fused = ctx.plan, ctx.gemm, ctx.fused
+        grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
+        grad_act = gemm.rows_times(grad_rows, w2_EDF, plan.offsets_E)
+        grad_hidden, grad_weights_R, act = passes.swiglu_backward(hidden, weights_R, grad_act, plan, fused=fused)
+        del hidden, grad_act
+        grad_w2 = gemm.transposed_times_rows(grad_rows, act, plan.offsets_E) if ctx.needs_input_grad[3] else None
+        del grad_rows, act
+        grad_w13 = None
+        if ctx.needs_input_grad[2]:
+            rows = passes.gather_rows(x_TD, plan, fused=fused)
+            grad_w13 = gemm.transposed_times_rows(grad_hidden, rows, plan.offsets_E)
+            del rows
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = passes.sum_rows(gemm.rows_times(grad_hidden, w13_EGD, plan.offsets_E), plan, fused=fused)
+        return grad_x, passes.rows_to_slots(grad_weights_R, plan), grad_w13, grad_w2, None, None, None
+
+
+def grouped_mlp(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    w13_EGD: Tensor,
+    w2_EDF: Tensor,
+    plan: RowPlan,
+    gemm: GroupedGemm,
+    *,
+    fused: bool = True,
+) -> Tensor:
+    """Each token's weighted sum over its experts' SwiGLU networks.
+
+    Args:
+        x_TD: [T, D] tokens.
+        weights_TK: [T, K] routing weights.
+        w13_EGD: [E, 2F, D], rows of w1 (gate) first, then of w3 (up).
+        w2_EDF: [E, D, F].
+        plan: which choice is which row.
+        gemm: the grouped products.
+        fused: use the fused kernels on a GPU.
+
+    Returns:
+        [T, D] in the dtype of x.
+    """
+    args = (x_TD, weights_TK, w13_EGD, w2_EDF, plan, gemm, fused)
+    return cast(Tensor, _GroupedMLP.apply(*args))  # type: ignore[no-untyped-call]
+
+
+class Experts(nn.Module):
+    """The experts of this rank as two stacked parameters, w13 [E, 2F, D] and w2 [E, D, F]."""
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        num_local_experts: int,
+        hidden_size: int,
+        ffn_local_size: int,
+        dtype: torch.dtype,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(
+            torch.empty(num_local_experts, 2 * ffn_local_size, hidden_size, dtype=dtype, device=device)
+        )
+        self.w2 = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn_local_size, dtype=dtype, device=device))
+        self.fused = config.permute_fusion
+        self._config = config
+        self._gemm: tuple[torch.device, torch.dtype, GroupedGemm] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw the weights from a normal distribution."""
+        if not self.w13.is_meta:
+            nn.init.normal_(self.w13, std=std)
+            nn.init.normal_(self.w2, std=std)
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts of this rank."""
+        return self.w13.shape[0]
+
+    def gemm(self) -> GroupedGemm:
+        """The backend for the device and dtype that the weights are in now."""
+        key = (self.w13.device, self.w13.dtype)
+        if self._gemm is None or self._gemm[:2] != key:
+            self._gemm = (*key, make_gemm(resolve_backend(self._config, *key)))
+        return self._gemm[2]
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan) -> Tensor:
+        """Weighted sum of each token's experts; see `grouped_mlp`.
+
+        Raises:
+            MoeconvError: the input's dtype is not that of the weights.
+        """
+        if x_TD.dtype != self.w13.dtype:
+            raise MoeconvError(f"experts hold {self.w13.dtype} weights but got {x_TD.dtype} tokens; cast one of them")
+        return grouped_mlp(x_TD, weights_TK, self.w13, self.w2, plan, self.gemm(), fused=self.fused)
+
+
+class SharedExpert(nn.Module):
+    """A SwiGLU network that sees every token, with or without a sigmoid gate of the token.
+
+    Parameters: w13 [2F, D], w2 [D, F], gate [1, D]; replicated, each rank over its own tokens.
+    """
+
+    def __init__(
+        self, *, hidden_size: int, ffn_size: int, gated: bool, dtype: torch.dtype, device: torch.device | None
+    ) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(2 * ffn_size, hidden_size, dtype=dtype, device=device))
+        self.w2 = nn.Parameter(torch.empty(hidden_size, ffn_size, dtype=dtype, device=device))
+        self.gate = nn.Parameter(torch.empty(1, hidden_size, dtype=dtype, device=device)) if gated else None
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw the weights from a normal distribution."""
+        for parameter in self.parameters():
+            if not parameter.is_meta:
+                nn.init.normal_(parameter, std=std)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] to [T, D]."""
+        gate, up = torch.nn.functional.linear(x_TD, self.w13).chunk(2, dim=-1)
+        out = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, self.w2)
+        if self.gate is not None:
+            out = torch.sigmoid(torch.nn.functional.linear(x_TD, self.gate)) * out
+        return out

@@ -1,0 +1,162 @@
+"""Products of each expert's rows with its matrix, behind one interface.
+
+Legend: R rows in expert order, E experts, N and K the sizes of an expert's matrix.
+
+Rows from offsets_E[-1] on belong to no expert: their results may be uninitialised memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runtime.moe.config import MoEConfig, MoEConfigError
+
+
+class GroupedGemm(Protocol):
+    """Three products that a layer and its gradients need; offsets_E [E] int32 says where each expert's rows end."""
+
+    name: str
+
+    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+        """[R, N]: each expert's rows times the transpose of its matrix."""
+        ...
+
+    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+        """[R, K]: each expert's rows times its matrix."""
+        ...
+
+    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, offsets_E: Tensor) -> Tensor:
+        """[E, N, K]: the transpose of each expert's rows times its rows; zero for an expert without rows."""
+        ...
+
+
+class LoopGemm:
+    """One product per expert, in any dtype: the reference that the others are held against."""
+
+    name = "loop"
+
+    @staticmethod
+    def _ranges(offsets_E: Tensor) -> list[tuple[int, int]]:
+        ends = offsets_E.tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+        """See `GroupedGemm`; unused rows are zero."""
+        out = rows_RK.new_zeros(rows_RK.shape[0], weight_ENK.shape[1])
+        for expert, (start, end) in enumerate(self._ranges(offsets_E)):
+            out[start:end] = rows_RK[start:end] @ weight_ENK[expert].t()
+        return out
+
+    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+        """See `GroupedGemm`; unused rows are zero."""
+        return self.rows_times_transposed(rows_RN, weight_ENK.transpose(1, 2), offsets_E)
+
+    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, offsets_E: Tensor) -> Tensor:
+        """See `GroupedGemm`."""
+        parts = [left_RN[start:end].t() @ right_RK[start:end] for start, end in self._ranges(offsets_E)]
+        return torch.stack(parts)
+
+
+class TorchGemm:
+    """`torch.nn.functional.grouped_mm`: no look at the device by the host, fp32, bf16 and fp16."""
+
+    name = "torch"
+
+    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+        """See `GroupedGemm`."""
+        return F.grouped_mm(rows_RK, weight_ENK.transpose(1, 2), offs=offsets_E)
+
+    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+        """See `GroupedGemm`."""
+        return F.grouped_mm(rows_RN, weight_ENK, offs=offsets_E)
+
+    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, offsets_E: Tensor) -> Tensor:
+        """See `GroupedGemm`."""
+        return F.grouped_mm(left_RN.t(), right_RK, offs=offsets_E)
+
+
+class CutlassGemm:
+    """The grouped_gemm package: bf16 on a GPU; the host waits for the sizes of the groups."""
+
+    name = "grouped_gemm"
+
+    @staticmethod
+    def _sizes(offsets_E: Tensor) -> Tensor:
+        return torch.diff(offsets_E.long(), prepend=offsets_E.new_zeros(1, dtype=torch.long)).cpu()
+
+    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+        """See `GroupedGemm`."""
+        from grouped_gemm import backend
+
+        return backend.gmm(rows_RK, weight_ENK, self._sizes(offsets_E), trans_a=False, trans_b=True)
+
+    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+        """See `GroupedGemm`."""
+        from grouped_gemm import backend
+
+        return backend.gmm(rows_RN, weight_ENK, self._sizes(offsets_E), trans_a=False, trans_b=False)
+
+    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, offsets_E: Tensor) -> Tensor:
+        """See `GroupedGemm`."""
+        from grouped_gemm import backend
+
+        return backend.gmm(left_RN, right_RK, self._sizes(offsets_E), trans_a=True, trans_b=False)
+
+
+def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs: the chosen one, or for auto the fastest that is installed and knows the dtype.
+
+    Args:
+        config: gemm_backend and fp8_format.
+        device: where the experts live.
+        dtype: their dtype.
+
+    Returns:
+        triton, torch, grouped_gemm, te or loop.
+
+    Raises:
+        MoEConfigError: the chosen backend is not installed, or can't run on this device or in this dtype.
+    """
+    name = config.gemm_backend
+    if name == "auto":
+        if config.fp8_format is not None:
+            name = "te"
+        elif dtype == torch.float64:
+            return "loop"
+        else:
+            hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+            return "triton" if hopper and dtype == torch.bfloat16 and _installed("triton") else "torch"
+    if name in ("triton", "grouped_gemm", "te"):
+        package = "transformer_engine" if name == "te" else name
+        if not _installed(package):
+            raise MoEConfigError(f"gemm_backend {name} needs the package {package}: pip install 'moeconv[gpu]'")
+        if device.type != "cuda":
+            raise MoEConfigError(f"gemm_backend {name} runs on a GPU; on {device.type} use torch or loop")
+        if name != "te" and dtype != torch.bfloat16:
+            raise MoEConfigError(f"gemm_backend {name} computes in bfloat16, got {dtype}; use torch")
+    if name == "torch" and dtype == torch.float64:
+        raise MoEConfigError("gemm_backend torch knows no float64; use loop")
+    return name
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def make_gemm(name: str) -> GroupedGemm:
+    """The products of a resolved backend other than te."""
+    if name == "triton":
+        from runtime.kernels.backend import TritonGemm
+
+        return TritonGemm()
+    gemms: dict[str, type[LoopGemm] | type[TorchGemm] | type[CutlassGemm]] = {
+        "loop": LoopGemm,
+        "torch": TorchGemm,
+        "grouped_gemm": CutlassGemm,
+    }
+    return gemms[name]()

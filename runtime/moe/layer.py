@@ -1,0 +1,171 @@
+"""The mixture-of-experts layer: router, dispatch, experts, shared expert.
+
+Legend: T tokens of this rank, D hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moeconv.errors import LayoutError, MoeconvError
+from runtime.moe.config import MoEConfig
+from runtime.moe.dispatch import run_all_gather, run_all_to_all, run_local
+from runtime.moe.experts import Experts, SharedExpert
+from runtime.moe.groups import MoEGroups
+from runtime.moe.router import Router
+from runtime.moe.routing import Routing
+from runtime.moe.statistics import RouterStats
+from runtime.parallel.collectives import gather_from, group_size, split_to
+
+__all__ = ["MoEGroups", "MoELayer", "moe_layers", "set_loss_scale"]
+
+
+class MoELayer(nn.Module):
+    """A sparse SwiGLU layer.
+
+    Parameters of a rank, with E_local = E / ep and F_local = F / etp: router.weight [E, D], experts.w13
+    [E_local, 2 F_local, D] (rows of w1, then of w3), experts.w2 [E_local, D, F_local], and those of the shared expert.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        groups: MoEGroups | None = None,
+        *,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        dtype: torch.dtype = torch.float32,
+        router_param_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Build the layer for this rank.
+
+        Args:
+            config: what the layer computes.
+            groups: the process groups; None: one rank.
+            hidden_size: D.
+            ffn_hidden_size: F, the width of a whole expert.
+            dtype: of the parameters and the tokens.
+            router_param_dtype: of the router's weight where it differs.
+            device: where the parameters live.
+
+        Raises:
+            LayoutError: experts or widths don't divide over the groups.
+        """
+        super().__init__()
+        groups = groups or MoEGroups()
+        ep, etp = group_size(groups.ep), group_size(groups.etp)
+        if config.num_experts % ep:
+            raise LayoutError(
+                f"num_experts ({config.num_experts}) is not a multiple of the expert-parallel size ({ep})"
+            )
+        if ffn_hidden_size % etp:
+            raise LayoutError(
+                f"ffn_hidden_size ({ffn_hidden_size}) is not a multiple of the expert-tensor size ({etp})"
+            )
+        self.config, self.groups = config, groups
+        self.router = Router(config, groups, hidden_size=hidden_size, dtype=router_param_dtype or dtype, device=device)
+        self.experts = Experts(
+            config,
+            num_local_experts=config.num_experts // ep,
+            hidden_size=hidden_size,
+            ffn_local_size=ffn_hidden_size // etp,
+            dtype=dtype,
+            device=device,
+        )
+        width = config.shared_expert_intermediate_size
+        self.shared = (
+            SharedExpert(
+                hidden_size=hidden_size, ffn_size=width, gated=config.shared_expert_gate, dtype=dtype, device=device
+            )
+            if width is not None
+            else None
+        )
+
+    @property
+    def stats(self) -> RouterStats:
+        """Routing statistics since `reset_stats`."""
+        return self.router.stats
+
+    @property
+    def loss_scale(self) -> Tensor | float:
+        """Factor of the attached losses' gradients."""
+        return self.router.loss_scale
+
+    @loss_scale.setter
+    def loss_scale(self, scale: Tensor | float) -> None:
+        self.router.loss_scale = scale
+
+    @property
+    def router_logits(self) -> Tensor | None:
+        """[T, E] logits of the last micro-batch, kept for aux_loss_mode hf."""
+        return self.router.logits
+
+    def reset_stats(self) -> None:
+        """Begin a new global batch."""
+        self.router.reset_stats()
+
+    def finish_step(self) -> None:
+        """End a global batch: move the expert bias. Every rank calls it."""
+        self.router.finish_step()
+
+    def forward(self, x_TD: Tensor, sequence_T: Tensor | None = None, num_sequences: int = 1) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x_TD: [T, D] tokens: this rank's own with sequence parallelism, the same on all tp ranks without.
+            sequence_T: [T] int64 sequence of each token; only seq_aux_loss needs it.
+            num_sequences: sequences of the micro-batch.
+
+        Returns:
+            [T, D].
+
+        Raises:
+            MoeconvError: x is not [T, D].
+        """
+        if x_TD.dim() != 2 or x_TD.shape[1] != self.router.weight.shape[1]:
+            raise MoeconvError(
+                f"the MoE layer takes tokens [T, {self.router.weight.shape[1]}], got {tuple(x_TD.shape)}"
+            )
+        tp = None if self.groups.sequence_parallel else self.groups.tp
+        sizes = None
+        if group_size(tp) > 1:
+            parts = group_size(tp)
+            sizes = [x_TD.shape[0] // parts + (rank < x_TD.shape[0] % parts) for rank in range(parts)]
+            x_TD = split_to(x_TD, 0, tp, sizes)
+            sequence_T = None if sequence_T is None else split_to(sequence_T, 0, tp, sizes)
+        routing = self.router(x_TD, sequence_T, num_sequences)
+        if self.config.recompute_layer and torch.is_grad_enabled():
+            out = cast(Tensor, checkpoint(self._run_experts, x_TD, routing, use_reentrant=False))
+        else:
+            out = self._run_experts(x_TD, routing)
+        if self.shared is not None:
+            out = out + self.shared(x_TD)
+        return gather_from(out, 0, tp, sizes)
+
+    def _run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        if group_size(self.groups.ep) == 1 and group_size(self.groups.etp) == 1:
+            return run_local(x_TD, routing, self.experts)
+        run = run_all_to_all if self.config.dispatcher == "alltoall" else run_all_gather
+        return run(x_TD, routing, self.experts, self.groups)
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def set_loss_scale(model: nn.Module, scale: Tensor | float) -> None:
+    """Set the factor of the attached losses' gradients in all layers.
+
+    Args:
+        model: any module.
+        scale: 1 / (micro-batches * dp) where the model's loss is a mean over the global batch whose gradients are
+            summed over ranks; times the loss scale of fp16.
+    """
+    for layer in moe_layers(model):
+        layer.loss_scale = scale

@@ -1,0 +1,174 @@
+"""The memory-bound steps around the grouped GEMMs: in plain torch, or fused on a GPU.
+
+Legend: T tokens, K choices per token, R rows in expert order, D hidden size, F width of an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runtime.moe.permutation import RowPlan
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gather_rows(x_TD: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
+    """Copy each row's token.
+
+    Args:
+        x_TD: [T, D].
+        plan: which token fills which row.
+        fused: use the kernel on a GPU.
+
+    Returns:
+        [R, D] in the dtype of x.
+    """
+    if fused and x_TD.is_cuda:
+        from runtime.kernels.permute import gather_rows as kernel
+
+        return kernel(x_TD, plan.slot_of_row_R, plan.offsets_E, plan.topk)
+    return x_TD.index_select(0, plan.slot_of_row_R // plan.topk)
+
+
+def sum_rows(rows_RD: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
+    """Sum each token's rows in the order of its choices: the same bits in every run.
+
+    Args:
+        rows_RD: [R, D].
+        plan: which rows belong to which token.
+        fused: use the kernel on a GPU.
+
+    Returns:
+        [T, D] in the dtype of the rows, summed in fp32 (fp64 for fp64).
+    """
+    if fused and rows_RD.is_cuda:
+        from runtime.kernels.permute import sum_rows as kernel
+
+        return kernel(rows_RD, plan.row_of_slot_TK)
+    num_tokens, topk = plan.row_of_slot_TK.shape
+    total = rows_RD.new_zeros(num_tokens, rows_RD.shape[1], dtype=_accumulator(rows_RD.dtype))
+    if rows_RD.shape[0] == 0:
+        return total.to(rows_RD.dtype)
+    for k in range(topk):
+        index = plan.row_of_slot_TK[:, k]
+        part = rows_RD.index_select(0, index.clamp(min=0)).to(total.dtype)
+        # where, not a product: a dropped slot's stand-in row may hold anything
+        total += torch.where((index >= 0).unsqueeze(1), part, 0)
+    return total.to(rows_RD.dtype)
+
+
+def slots_to_rows(values_TK: Tensor, plan: RowPlan) -> Tensor:
+    """[R] the value of each row's slot."""
+    return values_TK.reshape(-1).index_select(0, plan.slot_of_row_R)
+
+
+def rows_to_slots(values_R: Tensor, plan: RowPlan) -> Tensor:
+    """[T, K] the value of each slot's row, 0 where dropped."""
+    index = plan.row_of_slot_TK
+    if values_R.shape[0] == 0:
+        return values_R.new_zeros(index.shape)
+    values = values_R.index_select(0, index.clamp(min=0).reshape(-1)).view(index.shape)
+    return torch.where(index >= 0, values, 0)
+
+
+def swiglu(hidden_R2F: Tensor, weights_R: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
+    """silu(gate) * up * weight.
+
+    Args:
+        hidden_R2F: [R, 2F], gate in the first half, up in the second.
+        weights_R: [R] routing weight of each row.
+        plan: tells which rows are in use.
+        fused: use the kernel on a GPU.
+
+    Returns:
+        [R, F] in the dtype of hidden, computed in fp32 (fp64 for fp64).
+    """
+    if fused and hidden_R2F.is_cuda:
+        from runtime.kernels.swiglu import swiglu_forward as kernel
+
+        return kernel(hidden_R2F, weights_R, plan.offsets_E)
+    gate, up = hidden_R2F.to(_accumulator(hidden_R2F.dtype)).chunk(2, dim=1)
+    return (F.silu(gate) * up * weights_R.to(gate.dtype).unsqueeze(1)).to(hidden_R2F.dtype)
+
+
+def swiglu_backward(
+    hidden_R2F: Tensor, weights_R: Tensor, grad_RF: Tensor, plan: RowPlan, *, fused: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `swiglu`, with its output computed again.
+
+    On a GPU the gradient of hidden replaces hidden, and the output replaces the incoming gradient: both buffers end
+    here, and two fewer are alive at the peak.
+
+    Args:
+        hidden_R2F: [R, 2F] input of swiglu.
+        weights_R: [R] routing weights.
+        grad_RF: [R, F] gradient of the output.
+        plan: tells which rows are in use.
+        fused: use the kernel on a GPU.
+
+    Returns:
+        Gradient of hidden [R, 2F], of weights [R] (in their dtype), and the output [R, F].
+    """
+    if fused and hidden_R2F.is_cuda:
+        from runtime.kernels.swiglu import swiglu_backward as kernel
+
+        return kernel(hidden_R2F, weights_R, grad_RF, plan.offsets_E)
+    gate, up = hidden_R2F.to(_accumulator(hidden_R2F.dtype)).chunk(2, dim=1)
+    weights = weights_R.to(gate.dtype).unsqueeze(1)
+    grad = grad_RF.to(gate.dtype)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    plain = silu * up
+    grad_gate = grad * weights * up * sigmoid * (1 + gate * (1 - sigmoid))
+    grad_up = grad * weights * silu
+    grad_hidden = torch.cat([grad_gate, grad_up], dim=1).to(hidden_R2F.dtype)
+    return grad_hidden, (grad * plain).sum(1).to(weights_R.dtype), (plain * weights).to(hidden_R2F.dtype)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, fused: bool) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.fused = plan, fused
+        return gather_rows(x_TD, plan, fused=fused), slots_to_rows(weights_TK, plan)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor, grad_weights_R: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad = sum_rows(grad_RD.contiguous(), ctx.plan, fused=ctx.fused)
+        return grad, rows_to_slots(grad_weights_R, ctx.plan), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, plan: RowPlan, fused: bool) -> Tensor:
+        ctx.plan, ctx.fused = plan, fused
+        return sum_rows(rows_RD, plan, fused=fused)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        return gather_rows(grad_TD.contiguous(), ctx.plan, fused=ctx.fused), None, None
+
+
+def permute(x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, *, fused: bool) -> tuple[Tensor, Tensor]:
+    """Rows and their weights in expert order, differentiable in both.
+
+    Args:
+        x_TD: [T, D] tokens.
+        weights_TK: [T, K] routing weights.
+        plan: the order.
+        fused: use the kernels on a GPU.
+
+    Returns:
+        rows [R, D] and weights [R].
+    """
+    return cast("tuple[Tensor, Tensor]", _Permute.apply(x_TD, weights_TK, plan, fused))  # type: ignore[no-untyped-call]
+
+
+def unpermute(rows_RD: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
+    """Sum of each token's rows, differentiable; see `sum_rows`."""
+    return cast(Tensor, _Unpermute.apply(rows_RD, plan, fused))  # type: ignore[no-untyped-call]

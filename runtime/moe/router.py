@@ -1,0 +1,192 @@
+"""The router: logits, choices, weights, and the losses and statistics that hang on them.
+
+Legend: T tokens of this rank, E experts, K choices per token, B sequences, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from runtime.moe import losses
+from runtime.moe.config import MoEConfig
+from runtime.moe.groups import MoEGroups
+from runtime.moe.router_linear import router_linear
+from runtime.moe.routing import Routing, choose, route
+from runtime.moe.statistics import RouterStats
+from runtime.moe.tape import active_tape
+from runtime.parallel.collectives import group_size
+
+ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
+
+
+def _sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group_size(group) > 1:
+        values = values.clone()
+        dist.all_reduce(values, group=group)
+    return values
+
+
+class Router(nn.Module):
+    """Scores experts for each token. Parameter: weight [E, D]. Buffer: expert_bias [E] fp32 where it is on.
+
+    Every tp rank sees other tokens, so the gradient of `weight` is summed over tp x cp x dp.
+    """
+
+    expert_bias: Tensor | None
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        groups: MoEGroups,
+        *,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__()
+        self.config, self.groups = config, groups
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=dtype, device=device))
+        bias = torch.zeros(config.num_experts, device=device) if config.enable_expert_bias else None
+        self.register_buffer("expert_bias", bias)
+        self.loss_scale: Tensor | float = 1.0
+        self.logits: Tensor | None = None
+        self.stats = RouterStats.zeros(config.num_experts, self.weight.device)
+        self._window_counts_E: Tensor | None = None
+        self._window_steps = 0
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw the weights from a normal distribution; biases start at 0."""
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=std)
+            if self.expert_bias is not None:
+                self.expert_bias.zero_()
+
+    def reset_stats(self) -> None:
+        """Begin a new global batch: statistics and the counts of global_aux_loss start at 0."""
+        self.stats = RouterStats.zeros(self.config.num_experts, self.weight.device)
+        self._window_counts_E, self._window_steps = None, 0
+
+    def finish_step(self) -> None:
+        """Move the expert bias by the load of the global batch, summed over tp x dp x cp."""
+        if self.expert_bias is not None:
+            counts = _sum_over(self.stats.load_E, self.groups.tp_dp_cp)
+            rate, centered = self.config.expert_bias_update_rate, self.config.expert_bias_centered
+            self.expert_bias += losses.expert_bias_step(counts, rate, centered=centered)
+
+    def forward(self, x_TD: Tensor, sequence_T: Tensor | None = None, num_sequences: int = 1) -> Routing:
+        """Route tokens.
+
+        Args:
+            x_TD: [T, D] this rank's tokens.
+            sequence_T: [T] int64 sequence of each token in the micro-batch, equal numbering on the ranks of tp x cp;
+                only seq_aux_loss needs it.
+            num_sequences: B, sequences of the micro-batch.
+
+        Returns:
+            The routing, with the losses attached to its weights.
+        """
+        config = self.config
+        logits = router_linear(self._jitter(x_TD), self.weight, ROUTER_DTYPES[config.router_dtype])
+        tape = active_tape()
+        if tape is not None and tape.replaying:
+            chosen = tape.replay()
+        else:
+            chosen = choose(logits, config, training=self.training, bias_E=self.expert_bias)
+            if tape is not None:
+                tape.record(chosen)
+        counting = tape is None or not tape.replaying
+        with_losses = self.training and torch.is_grad_enabled()
+        if with_losses and config.z_loss_coeff > 0:
+            logits = self._attach_z_loss(logits, counting)
+        routing = route(logits, config, chosen)
+        counts = losses.count_choices(chosen, config.num_experts)
+        scores = losses.aux_scores(logits, config.score_function)
+        if with_losses and config.aux_losses:
+            routing = self._attach_aux_losses(routing, logits, scores, counts, sequence_T, num_sequences, counting)
+        if counting:
+            with torch.no_grad():
+                drops = config.capacity_factor is not None or config.load_balancing[0] == "expert_choice"
+                self.stats.add(routing, counts, losses.router_entropy(scores), logits, drops=drops)
+        return routing
+
+    def _jitter(self, x_TD: Tensor) -> Tensor:
+        """Multiply by uniform noise; only the router sees it. Drawn from the default generator of the device."""
+        eps = self.config.input_jitter_eps
+        if eps == 0 or not self.training:
+            return x_TD
+        return x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps)
+
+    def _attach_z_loss(self, logits_TE: Tensor, counting: bool) -> Tensor:
+        value = losses.z_loss(logits_TE) / group_size(self.groups.tp_cp)
+        if counting:
+            self.stats.add_loss("z_loss", value)
+        return losses.attach_loss(logits_TE, value * self.config.z_loss_coeff, self.loss_scale)
+
+    def _attach_aux_losses(
+        self,
+        routing: Routing,
+        logits_TE: Tensor,
+        scores_TE: Tensor,
+        counts_E: Tensor,
+        sequence_T: Tensor | None,
+        num_sequences: int,
+        counting: bool,
+    ) -> Routing:
+        config = self.config
+        if config.aux_loss_mode == "hf":
+            self.logits = logits_TE  # layers are pooled first: the loss is the model's, see hf_load_balancing_loss
+            return routing
+        if config.aux_loss_mode == "switch":
+            chosen = scores_TE.detach().argmax(-1, keepdim=True)
+            counts_E = losses.count_choices(chosen, config.num_experts)
+        else:
+            chosen = routing.chosen_TK
+            if not config.topk_router or config.enable_expert_bias or config.num_groups is not None:
+                chosen = scores_TE.detach().topk(config.topk, dim=-1).indices
+                counts_E = losses.count_choices(chosen, config.num_experts)
+        weights = routing.weights_TK
+        for kind, coeff in config.aux_losses:
+            if kind == "seq_aux_loss":
+                value = self._seq_aux_loss(scores_TE, chosen, sequence_T, num_sequences)
+            else:
+                value = self._aux_loss(scores_TE, counts_E, chosen.shape[1], over_window=kind == "global_aux_loss")
+            if counting:
+                self.stats.add_loss(kind, value)
+            weights = losses.attach_loss(weights, value * coeff, self.loss_scale)
+        return Routing(
+            experts_TK=routing.experts_TK, weights_TK=weights, chosen_TK=routing.chosen_TK, max_rows=routing.max_rows
+        )
+
+    def _aux_loss(self, scores_TE: Tensor, counts_E: Tensor, topk: int, *, over_window: bool) -> Tensor:
+        """This rank's summand over tp x cp; with over_window, counts of all ranks and of the window so far."""
+        tokens = counts_E.new_full((1,), scores_TE.shape[0])
+        local = torch.cat([counts_E, tokens])
+        totals = _sum_over(local, self.groups.tp_cp)
+        prob_tokens = totals[-1].clamp(min=1)
+        if over_window:
+            totals = _sum_over(local, self.groups.tp_dp_cp).double()
+            self._window_counts_E = totals if self._window_counts_E is None else self._window_counts_E + totals
+            totals = self._window_counts_E
+        return losses.load_balancing_loss(scores_TE.sum(0), totals[:-1], prob_tokens, totals[-1].clamp(min=1), topk)
+
+    def _seq_aux_loss(
+        self, scores_TE: Tensor, chosen_TK: Tensor, sequence_T: Tensor | None, num_sequences: int
+    ) -> Tensor:
+        """Mean over sequences of each one's loss: this rank's summand over tp x cp."""
+        num_tokens, num_experts = scores_TE.shape
+        if sequence_T is None:
+            sequence_T = chosen_TK.new_zeros(num_tokens)
+        cells = sequence_T.unsqueeze(1) * num_experts + chosen_TK
+        counts = losses.count_choices(cells, num_sequences * num_experts).view(num_sequences, num_experts)
+        lengths = losses.count_choices(sequence_T.unsqueeze(1), num_sequences).unsqueeze(1)
+        totals = _sum_over(torch.cat([counts, lengths], dim=1), self.groups.tp_cp)
+        tokens = totals[:, -1].clamp(min=1)
+        # A product with the one-hot matrix sums in a fixed order on every device, which index_add does not.
+        member_BT = torch.nn.functional.one_hot(sequence_T, num_sequences).t().to(scores_TE.dtype)
+        per_sequence = losses.load_balancing_loss(
+            member_BT @ scores_TE, totals[:, :-1], tokens, tokens, chosen_TK.shape[1]
+        )
+        return per_sequence.mean()

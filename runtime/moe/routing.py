@@ -1,0 +1,272 @@
+"""Which experts a token goes to, and with which weights.
+
+Legend: T tokens of this rank, E experts, K choices of a token. A choice whose value is E (one past the last expert) is
+dropped: it takes no row of any expert.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runtime.moe.config import MoEConfig
+
+SINKHORN_TOLERANCE = 1e-4
+SINKHORN_ITERATIONS = 128
+_EPSILON = 1e-20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """The routing of a micro-batch.
+
+    `experts_TK` has one column per choice; one per expert (K = E, most of them dropped) where experts fill a capacity.
+    """
+
+    experts_TK: Tensor
+    """[T, K] int64, the expert of each choice, E where dropped."""
+    weights_TK: Tensor
+    """[T, K] router dtype, the weight of each choice, 0 where dropped; carries the gradient."""
+    chosen_TK: Tensor
+    """[T, topk] int64, the choices before any drop."""
+    max_rows: int
+    """Upper bound of the kept choices, known without a look at the device."""
+
+
+def group_limited_topk(scores_TE: Tensor, topk: int, num_groups: int, group_topk: int) -> Tensor:
+    """Choose experts from the best groups only.
+
+    A group's score is the sum of its topk // group_topk best experts.
+
+    Args:
+        scores_TE: [T, E] float.
+        topk: experts per token.
+        num_groups: groups of E / num_groups neighbouring experts.
+        group_topk: groups per token.
+
+    Returns:
+        [T, topk] int64, best first.
+
+    Source: https://arxiv.org/abs/2412.19437, node-limited routing, as generalised by
+        https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/transformer/moe/moe_utils.py
+    """
+    grouped = scores_TE.unflatten(1, (num_groups, -1))
+    group_scores = grouped.topk(topk // group_topk, dim=-1).values.sum(-1)
+    best = group_scores.topk(group_topk, dim=-1).indices
+    allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
+    masked = grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
+    return masked.topk(topk, dim=-1).indices
+
+
+def sinkhorn(logits_TE: Tensor, max_iterations: int = SINKHORN_ITERATIONS) -> Tensor:
+    """Scale exp(logits) so that tokens sum to 1/T and experts to 1/E.
+
+    The row maximum is taken off first: it cancels in the result, and keeps exp from overflowing. Iterations are
+    bounded, and counted on the device, so that nothing waits for it.
+
+    Args:
+        logits_TE: [T, E] float; computed in fp32 at least.
+        max_iterations: bound of the loop, which ends earlier at a mean change of 1e-4.
+
+    Returns:
+        [T, E] float, the transport plan.
+
+    Source: https://arxiv.org/abs/2103.16716 (BASE layers), stopping rule of
+        https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/transformer/moe/moe_utils.py
+    """
+    logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    num_tokens, num_experts = logits.shape
+    if num_tokens == 0:
+        return logits
+    cost = torch.exp(logits - logits.amax(1, keepdim=True))
+    scale_E = cost.new_ones(num_experts)
+    rows_T = cost.new_ones(num_tokens)
+    error = cost.new_full((), float("inf"))
+    check_every = (
+        8 if cost.is_cuda else 1
+    )  # reading the error back stalls a GPU; the state freezes on the device anyway
+    for iteration in range(max_iterations):
+        open_ = error > SINKHORN_TOLERANCE
+        new_rows = 1 / (num_tokens * (cost @ scale_E + 1e-8))
+        new_scale = 1 / (num_experts * (new_rows @ cost + 1e-8))
+        error = torch.where(open_, (scale_E - new_scale).abs().mean(), error)
+        rows_T, scale_E = torch.where(open_, new_rows, rows_T), torch.where(open_, new_scale, scale_E)
+        if (iteration + 1) % check_every == 0 and not bool(error > SINKHORN_TOLERANCE):
+            break
+    return scale_E * cost * rows_T.unsqueeze(1)
+
+
+def expert_capacity(num_tokens: int, num_choices: int, num_experts: int, factor: float) -> int:
+    """Rows of an expert: ceil(T * K / E * factor), at most T.
+
+    Args:
+        num_tokens: T, the tokens of this rank.
+        num_choices: K, choices per token.
+        num_experts: E.
+        factor: the capacity factor.
+
+    Returns:
+        The capacity C.
+    """
+    return min(num_tokens, math.ceil(num_tokens * num_choices / num_experts * factor))
+
+
+def best_tokens(priority_TE: Tensor, capacity: int) -> Tensor:
+    """Mark each expert's `capacity` tokens of highest priority; the earliest among equals.
+
+    Args:
+        priority_TE: [T, E] any ordered dtype.
+        capacity: tokens per expert, at most T.
+
+    Returns:
+        [T, E] bool.
+    """
+    order = priority_TE.argsort(dim=0, descending=True, stable=True)[:capacity]
+    return torch.zeros_like(priority_TE, dtype=torch.bool).scatter_(0, order, True)
+
+
+def choose(logits_TE: Tensor, config: MoEConfig, *, training: bool, bias_E: Tensor | None = None) -> Tensor:
+    """Choose each token's experts, before any drop; no gradient.
+
+    Args:
+        logits_TE: [T, E] router logits.
+        config: the layer's options; for expert_choice the result only serves statistics.
+        training: sinkhorn balances in training only.
+        bias_E: [E] added to the sigmoid scores for the choice alone.
+
+    Returns:
+        [T, topk] int64, best first.
+    """
+    with torch.no_grad():
+        scores = logits_TE
+        if config.load_balancing[0] == "sinkhorn" and training:
+            scores = sinkhorn(logits_TE)
+        elif config.score_function == "sigmoid":
+            scores = torch.sigmoid(logits_TE)
+            if bias_E is not None:
+                scores = scores + bias_E
+        elif config.pre_softmax:
+            scores = torch.softmax(logits_TE, dim=-1)
+        if config.num_groups is not None and config.group_topk is not None:
+            return group_limited_topk(scores, config.topk, config.num_groups, config.group_topk)
+        return scores.topk(config.topk, dim=-1).indices
+
+
+def weigh(logits_TE: Tensor, chosen_TK: Tensor, config: MoEConfig) -> Tensor:
+    """The weights of chosen experts.
+
+    Args:
+        logits_TE: [T, E] router logits.
+        chosen_TK: [T, K] int64 from `choose`.
+        config: the layer's options.
+
+    Returns:
+        [T, K] in the dtype of the logits, differentiable in them.
+
+    Source: https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/transformer/moe/moe_utils.py; with
+        pre_softmax and normalize_topk the order of transformers' Mixtral.
+    """
+    if config.load_balancing[0] == "sinkhorn":
+        full = torch.sigmoid(logits_TE) if config.topk == 1 else torch.softmax(logits_TE, dim=-1)
+        return full.gather(1, chosen_TK)
+    if config.score_function == "sigmoid":
+        weights = torch.sigmoid(logits_TE.gather(1, chosen_TK))
+    elif config.pre_softmax:
+        weights = torch.softmax(logits_TE, dim=-1).gather(1, chosen_TK)
+    else:
+        weights = torch.softmax(logits_TE.gather(1, chosen_TK), dim=-1)
+    if config.renormalize and (config.pre_softmax or config.score_function == "sigmoid"):
+        weights = weights / (weights.sum(-1, keepdim=True) + _EPSILON)
+    if config.topk_scaling_factor is not None:
+        weights = weights * config.topk_scaling_factor
+    return weights
+
+
+def _fill(weights_TE: Tensor, mask_TE: Tensor, chosen_TK: Tensor, max_rows: int) -> Routing:
+    """A routing with one column per expert."""
+    num_experts = mask_TE.shape[1]
+    experts = torch.arange(num_experts, device=mask_TE.device).expand_as(mask_TE)
+    return Routing(
+        experts_TK=experts.masked_fill(~mask_TE, num_experts),
+        weights_TK=weights_TE * mask_TE,
+        chosen_TK=chosen_TK,
+        max_rows=max_rows,
+    )
+
+
+def expert_choice(logits_TE: Tensor, config: MoEConfig, chosen_TK: Tensor) -> Routing:
+    """Let each expert take the C = T * factor / E tokens that score it highest.
+
+    An expert compares all tokens of the micro-batch, later ones of a sequence too, so a causal model trained this way
+    sees a trace of the future that it does not have when it generates.
+
+    Args:
+        logits_TE: [T, E] router logits.
+        config: capacity_factor is the mean number of experts per token, topk where it is None.
+        chosen_TK: [T, topk] each token's own choice, for statistics.
+
+    Returns:
+        The routing, one column per expert, weights softmax over experts.
+
+    Source: https://arxiv.org/abs/2202.09368, section 3.2
+    """
+    num_tokens, num_experts = logits_TE.shape
+    scores = torch.softmax(logits_TE, dim=-1)
+    factor = config.topk if config.capacity_factor is None else config.capacity_factor
+    capacity = expert_capacity(num_tokens, 1, num_experts, factor)
+    return _fill(scores, best_tokens(scores.detach(), capacity), chosen_TK, capacity * num_experts)
+
+
+def drop_tokens(weights_TK: Tensor, chosen_TK: Tensor, num_experts: int, config: MoEConfig) -> Routing:
+    """Bound each expert to its capacity; the weights that stay are not renormalised.
+
+    Args:
+        weights_TK: [T, K] weights of the choices.
+        chosen_TK: [T, K] int64 choices.
+        num_experts: E.
+        config: capacity_factor, drop_policy, pad_to_capacity.
+
+    Returns:
+        The routing; with pad_to_capacity exactly C rows for each expert, the added ones with weight 0.
+
+    Source: https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/transformer/moe/moe_utils.py
+    """
+    assert config.capacity_factor is not None
+    num_tokens, topk = chosen_TK.shape
+    capacity = expert_capacity(num_tokens, topk, num_experts, config.capacity_factor)
+    priority = weights_TK.detach() if config.drop_policy == "probs" else torch.ones_like(weights_TK)
+    priority_TE = priority.new_full((num_tokens, num_experts), -1).scatter_(1, chosen_TK, priority)
+    kept_TE = best_tokens(priority_TE, capacity)
+    max_rows = capacity * num_experts
+    if config.pad_to_capacity:
+        weights_TE = weights_TK.new_zeros(num_tokens, num_experts).scatter(1, chosen_TK, weights_TK)
+        return _fill(weights_TE, kept_TE, chosen_TK, max_rows)
+    kept_TK = kept_TE.gather(1, chosen_TK)
+    return Routing(
+        experts_TK=chosen_TK.masked_fill(~kept_TK, num_experts),
+        weights_TK=weights_TK * kept_TK,
+        chosen_TK=chosen_TK,
+        max_rows=min(max_rows, num_tokens * topk),
+    )
+
+
+def route(logits_TE: Tensor, config: MoEConfig, chosen_TK: Tensor) -> Routing:
+    """Turn choices into a routing: weights, and drops where a capacity is set.
+
+    Args:
+        logits_TE: [T, E] router logits.
+        config: the layer's options.
+        chosen_TK: [T, topk] int64 from `choose`, or kept from an earlier forward pass.
+
+    Returns:
+        The routing.
+    """
+    if config.load_balancing[0] == "expert_choice":
+        return expert_choice(logits_TE, config, chosen_TK)
+    weights = weigh(logits_TE, chosen_TK, config)
+    if config.capacity_factor is not None:
+        return drop_tokens(weights, chosen_TK, logits_TE.shape[1], config)
+    return Routing(experts_TK=chosen_TK, weights_TK=weights, chosen_TK=chosen_TK, max_rows=chosen_TK.numel())

@@ -1,0 +1,71 @@
+"""What a layer reports of its routing, kept on the device: reading it is the only synchronisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from runtime.moe.routing import Routing
+
+
+@dataclass(slots=True)
+class RouterStats:
+    """Sums over the micro-batches since the last reset, of this rank's tokens.
+
+    Sum each over the ranks with different tokens (tp x dp x cp), then divide: load_E by its mean for max over mean,
+    dropped by choices for the dropped share, entropy and nonfinite by tokens, losses by the number of micro-batches
+    (their values are summands over a tp x cp group, so divide their sum over all ranks by dp).
+    """
+
+    load_E: Tensor
+    """[E] int64 choices of each expert before any drop."""
+    dropped: Tensor
+    """int64 choices without a row."""
+    entropy: Tensor
+    """fp32 sum over tokens of the entropy of the router's distribution, in nats."""
+    nonfinite: Tensor
+    """int64 tokens with a NaN or infinite logit."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Each loss without its coefficient: 1 is balanced for the auxiliary losses."""
+    num_tokens: int = 0
+    num_choices: int = 0
+    num_microbatches: int = 0
+
+    @classmethod
+    def zeros(cls, num_experts: int, device: torch.device) -> RouterStats:
+        """No micro-batch yet."""
+
+        def zero() -> Tensor:
+            return torch.zeros((), dtype=torch.int64, device=device)
+
+        load = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        return cls(load_E=load, dropped=zero(), entropy=zero().float(), nonfinite=zero())
+
+    def add(self, routing: Routing, counts_E: Tensor, entropy: Tensor, logits_TE: Tensor, *, drops: bool) -> None:
+        """Count a micro-batch.
+
+        Args:
+            routing: what was chosen and kept.
+            counts_E: [E] choices of each expert.
+            entropy: 0-dim sum of the tokens' entropies.
+            logits_TE: [T, E] router logits.
+            drops: whether a capacity can drop choices.
+        """
+        self.load_E += counts_E
+        self.entropy += entropy.float()
+        # A sum of squares is finite only if every logit is: one pass, no mask of the whole.
+        self.nonfinite += (~torch.isfinite(logits_TE.detach().sum(1))).sum()
+        if drops:
+            num_experts = logits_TE.shape[1]
+            kept = (routing.experts_TK < num_experts) & (routing.weights_TK.detach() > 0)
+            self.dropped += routing.chosen_TK.numel() - kept.sum()
+        self.num_tokens += routing.chosen_TK.shape[0]
+        self.num_choices += routing.chosen_TK.numel()
+        self.num_microbatches += 1
+
+    def add_loss(self, name: str, value: Tensor) -> None:
+        """Add a loss of a micro-batch, without its coefficient."""
+        value = value.detach().float()
+        self.losses[name] = self.losses[name] + value if name in self.losses else value

@@ -87,7 +87,7 @@ def gather_tensor(x: Tensor, dim: int, group: Group, sizes: Sequence[int] | None
     longest = max(sizes)
     padded = front.new_zeros((longest, *front.shape[1:]))
     padded[: front.shape[0]] = front
-    parts = _gather_first(padded, group).split(longest)
+    parts = torch.split(_gather_first(padded, group), longest)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
 
@@ -110,7 +110,7 @@ def reduce_scatter_tensor(x: Tensor, dim: int, group: Group, sizes: Sequence[int
         return _reduce_scatter_first(front.contiguous(), group).movedim(0, dim)
     longest = max(sizes)
     padded = front.new_zeros((longest * len(sizes), *front.shape[1:]))
-    for rank, part in enumerate(front.split(list(sizes))):
+    for rank, part in enumerate(torch.split(front, list(sizes))):
         padded[rank * longest : rank * longest + part.shape[0]] = part
     return _reduce_scatter_first(padded, group)[: sizes[group_rank(group)]].movedim(0, dim)
 

@@ -1,0 +1,125 @@
+"""The ranks as two grids over the same processes, one for attention, one for experts, and a process group per axis.
+
+Attention, embeddings and norms see the grid (pp, dp, cp, tp); experts see (pp, edp, ep, etp). Both list the ranks in
+the same order, the last axis fastest, so that tensor-parallel neighbours share a machine. Apart from pp the two grids
+are independent: an expert's ranks may lie along tp, along cp and dp, or along any mixture of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch.distributed as dist
+
+from runtime.config import ParallelConfig, require
+from runtime.parallel.collectives import Group
+
+DENSE_AXES = ("pp", "dp", "cp", "tp")
+EXPERT_AXES = ("pp", "edp", "ep", "etp")
+# Axes taken together: data parallelism of dense weights, tokens of one sequence, and all ranks of a stage.
+JOINT_AXES = {"dp_cp": ("dp", "cp"), "tp_cp": ("cp", "tp"), "tp_dp_cp": ("dp", "cp", "tp"), "ep_etp": ("ep", "etp")}
+
+# The default process group, and the groups made under it so far.
+_made: tuple[Group, dict[tuple[int, ...], dist.ProcessGroup]] = (None, {})
+
+
+def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """Make a group, or give the one that the same ranks have already: axes of equal extent share a communicator."""
+    global _made
+    world = dist.group.WORLD
+    if _made[0] is not world:
+        _made = (world, {})
+    if ranks not in _made[1]:
+        _made[1][ranks] = dist.new_group(list(ranks))
+    return _made[1][ranks]
+
+
+class ParallelMesh:
+    """The coordinates of this rank, and the process group of each axis."""
+
+    def __init__(self, parallel: ParallelConfig, world_size: int | None = None, rank: int | None = None) -> None:
+        """Lay the ranks out and create the groups; collective over all ranks.
+
+        Args:
+            parallel: the degrees; data-parallel degrees are what the others leave of the world size.
+            world_size: number of ranks; None asks torch.distributed (1 where it isn't initialised).
+            rank: coordinates of this rank instead of the process's own; then no group is created.
+
+        Raises:
+            ConfigError: the degrees don't divide the world size.
+        """
+        initialized = dist.is_available() and dist.is_initialized()
+        self.world_size = world_size or (dist.get_world_size() if initialized else 1)
+        self.global_rank = rank if rank is not None else (dist.get_rank() if initialized else 0)
+        self._connected = initialized and rank is None and self.world_size > 1
+        dense = parallel.pp * parallel.cp * parallel.tp
+        expert = parallel.pp * parallel.ep * parallel.etp
+        for name, product in (("tp x pp x cp", dense), ("ep x etp x pp", expert)):
+            require(
+                self.world_size % product == 0,
+                f"{name} is {product}, which doesn't divide the world size {self.world_size}",
+            )
+        dense_shape = (parallel.pp, self.world_size // dense, parallel.cp, parallel.tp)
+        expert_shape = (parallel.pp, self.world_size // expert, parallel.ep, parallel.etp)
+        ranks = np.arange(self.world_size)
+        self._groups: dict[str, Group] = {}
+        self._members: dict[str, tuple[int, ...]] = {}
+        for axes, shape in ((DENSE_AXES, dense_shape), (EXPERT_AXES, expert_shape)):
+            grid = ranks.reshape(shape)
+            for axis in axes:
+                self._add(axis, grid, axes, (axis,))
+            for name, joint in JOINT_AXES.items():
+                if set(joint) <= set(axes):
+                    self._add(name, grid, axes, joint)
+        self._add_ends(ranks.reshape(dense_shape))
+
+    def _add(self, name: str, grid: npt.NDArray[np.int64], axes: Sequence[str], keep: Sequence[str]) -> None:
+        if name in self._members:
+            return
+        kept = [axes.index(axis) for axis in keep]
+        others = [i for i in range(len(axes)) if i not in kept]
+        self._add_rows(name, grid.transpose(*others, *kept).reshape(-1, int(np.prod([grid.shape[i] for i in kept]))))
+
+    def _add_rows(self, name: str, rows: npt.NDArray[np.int64]) -> None:
+        for row in rows.tolist():
+            members = tuple(row)
+            # Every rank creates every group, in the same order: torch.distributed asks for that.
+            group = _new_group(members) if self._connected and len(members) > 1 else None
+            if self.global_rank in members:
+                self._members[name], self._groups[name] = members, group
+
+    def _add_ends(self, grid: npt.NDArray[np.int64]) -> None:
+        """The axis "ends": first and last stage, which both hold tied embeddings."""
+        self._members["ends"], self._groups["ends"] = (self.global_rank,), None
+        if grid.shape[0] > 1:
+            self._add_rows("ends", np.stack([grid[0].reshape(-1), grid[-1].reshape(-1)], axis=1))
+
+    def share_heads(self, num_kv_heads: int) -> None:
+        """Create the axis "kv": the neighbours along tp that hold the same key/value head; collective.
+
+        Args:
+            num_kv_heads: key/value heads of the model.
+        """
+        copies = max(1, self.size("tp") // num_kv_heads)
+        tp = self.size("tp")
+        rows = np.arange(self.world_size).reshape(-1, tp).reshape(-1, copies)
+        self._members.pop("kv", None)
+        self._add_rows("kv", rows)
+
+    def group(self, axis: str) -> Group:
+        """The process group of this rank along an axis (tp, cp, dp, pp, ep, etp, edp, dp_cp, ...); None: one rank."""
+        return self._groups[axis]
+
+    def size(self, axis: str) -> int:
+        """Ranks along an axis."""
+        return len(self._members[axis])
+
+    def rank(self, axis: str) -> int:
+        """This rank's coordinate along an axis."""
+        return self._members[axis].index(self.global_rank)
+
+    def ranks(self, axis: str) -> tuple[int, ...]:
+        """The global ranks along an axis, this one among them."""
+        return self._members[axis]

@@ -1,0 +1,349 @@
+"""Ranks of the real megatron-core on a CPU: they load checkpoints strictly, compute logits, and save their own.
+
+Run in processes of its own (`run_cases`), since Megatron keeps its parallel state in globals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import traceback
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 4
+
+
+@dataclass
+class Case:
+    """A checkpoint for megatron-core to load, under a layout of four ranks; what it saves goes to `save`."""
+
+    load: str
+    fmt: str
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    ep: int = 1
+    etp: int | None = None
+    spec: str = "local"
+    experts: str = "sequential"
+    folder: str = "release"
+    save: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    save_fmt: str | None = None
+
+
+def run_cases(cases: list[Case], config: dict[str, Any], tokens: torch.Tensor, work: Path) -> list[torch.Tensor]:
+    """Run cases one after another in one world of four ranks.
+
+    Args:
+        cases: what to load and save.
+        config: the Hugging Face config.
+        tokens: int64 [batch, length].
+        work: a scratch folder.
+
+    Returns:
+        For each case the logits, float32 [batch, length, vocabulary].
+    """
+    torch.save(tokens, work / "tokens.pt")
+    spec = {"cases": [asdict(c) for c in cases], "config": config}
+    (work / "cases.json").write_text(json.dumps(spec))
+    mp.spawn(_rank, args=(str(work),), nprocs=WORLD, join=True)
+    return [torch.load(work / f"logits{i}.pt", weights_only=True) for i in range(len(cases))]
+
+
+def _rank(rank: int, work: str) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    _allow_cpu()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{work}/rendezvous", rank=rank, world_size=WORLD)
+    spec = json.loads((Path(work) / "cases.json").read_text())
+    tokens = torch.load(Path(work) / "tokens.pt", weights_only=True)
+    try:
+        for number, case in enumerate(spec["cases"]):
+            logits = _case(Case(**case), spec["config"], tokens)
+            if rank == 0:
+                torch.save(logits, Path(work) / f"logits{number}.pt")
+    except BaseException:
+        traceback.print_exc(file=sys.stderr)
+        raise
+    dist.destroy_process_group()
+
+
+def _allow_cpu() -> None:
+    """Stand in for what megatron-core asks of CUDA: a device for the rotary table, dropout's seeds, TE's presence."""
+    from megatron.core.safe_globals import register_safe_globals
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None  # v0.16.1 forgets to define it where Transformer Engine is absent
+
+    register_safe_globals()  # as Megatron's own initialisation does
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = lambda *_: None
+    CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
+
+
+def _case(case: Case, config: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        case.tp,
+        case.pp,
+        virtual_pipeline_model_parallel_size=case.vpp,
+        expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=case.etp,
+    )
+    models = _build(case, config)
+    with torch.no_grad():
+        for model in models:
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))  # whatever the load leaves out shows in the logits
+        (_load_torch if case.fmt == "torch" else _load_dist)(case, models)
+        logits = _forward(case, models, tokens, config["vocab_size"])
+    if case.save is not None:
+        fmt = case.save_fmt or case.fmt
+        (_save_torch if fmt == "torch" else _save_dist)(case, models, config)
+    return logits
+
+
+def _build(case: Case, config: dict[str, Any]) -> list[Any]:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    settings = TransformerConfig(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        moe_ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=config["num_attention_heads"],
+        num_query_groups=config["num_key_value_heads"],
+        kv_channels=config["head_dim"],
+        num_moe_experts=config["num_local_experts"],
+        moe_router_topk=config["num_experts_per_tok"],
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="allgather",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=config["rms_norm_eps"],
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+        params_dtype=torch.float32,
+        pipeline_dtype=torch.float32,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        virtual_pipeline_model_parallel_size=case.vpp,
+        expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=case.etp or case.tp,
+    )
+    layer = get_gpt_layer_local_spec(
+        num_experts=config["num_local_experts"], moe_grouped_gemm=False, normalization="RMSNorm"
+    )
+    if case.spec == "te":
+        # Transformer Engine does not run on a CPU. Its layers name the norm before the experts without the renaming
+        # of local ones, which is the only difference between the two specs' sharded keys of tensors.
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    multiple = 128 * case.tp
+    rows = (config["vocab_size"] + multiple - 1) // multiple * multiple
+    models = []
+    for stage in range(case.vpp or 1):
+        virtual = {} if case.vpp is None else {"vp_stage": stage}
+        where = {"ignore_virtual": case.vpp is None, **virtual}
+        model = GPTModel(
+            settings,
+            layer,
+            rows,
+            config["max_position_embeddings"],
+            pre_process=parallel_state.is_pipeline_first_stage(**where),
+            post_process=parallel_state.is_pipeline_last_stage(**where),
+            share_embeddings_and_output_weights=config["tie_word_embeddings"],
+            position_embedding_type="rope",
+            rotary_base=config["rope_theta"],
+            **virtual,
+        )
+        models.append(model.eval())
+    return models
+
+
+def _rank_path(case: Case, root: str, folder: str) -> Path:
+    """The path of this rank's file, as megatron/training/checkpointing.py (get_checkpoint_name) makes it."""
+    from megatron.core import parallel_state
+
+    name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+    if case.pp > 1:
+        name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    if case.ep > 1:
+        name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
+    return Path(root) / folder / name / "model_optim_rng.pt"
+
+
+def _load_torch(case: Case, models: list[Any]) -> None:
+    saved = torch.load(_rank_path(case, case.load, case.folder), weights_only=True)
+    assert saved["checkpoint_version"] == 3.0
+    assert saved["args"].tensor_model_parallel_size == case.tp
+    for number, model in enumerate(models):
+        entries = saved["model"] if len(models) == 1 else saved[f"model{number}"]
+        if case.spec == "te" or case.experts == "grouped":
+            entries = _as_local(entries)
+        model.load_state_dict(entries, strict=True)
+
+
+def _as_local(entries: dict[str, Any]) -> dict[str, Any]:
+    """Rename a Transformer Engine model's state dict to the local layers', by what TE's modules are called.
+
+    TELayerNormColumnParallelLinear keeps its norm as `layer_norm_weight`; TEGroupedLinear its matrices as `weight{i}`
+    of one module; both, the attention core and the norms have an `_extra_state`.
+    """
+    out = {}
+    for name, value in entries.items():
+        name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+        head, experts, rest = name.partition("mlp.experts.linear_fc")
+        if experts and rest[1:].startswith(".weight"):
+            name = f"{head}mlp.experts.local_experts.{rest[8:]}.linear_fc{rest[0]}.weight"
+        if name.endswith("_extra_state"):
+            assert value is None or (value.dtype == torch.uint8 and value.numel() == 0), name
+            continue
+        out[name] = value
+    return out
+
+
+def _sharded(models: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    keys = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
+    return {
+        key: model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
+        for key, model in zip(keys, models, strict=True)
+    }
+
+
+def _load_dist(case: Case, models: list[Any]) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    folder = str(Path(case.load) / case.folder)
+    common = dist_checkpointing.load_common_state_dict(folder)
+    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
+    # TE's own extra states are objects that local modules don't ask for; everything else must match both ways.
+    strict = StrictHandling.RAISE_UNEXPECTED if case.spec == "te" else StrictHandling.RAISE_ALL
+    loaded = dist_checkpointing.load(_sharded(models, metadata), folder, strict=strict)
+    for number, model in enumerate(models):
+        model.load_state_dict(loaded["model" if len(models) == 1 else f"model{number}"], strict=True)
+
+
+def _forward(case: Case, models: list[Any], tokens: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Run the stages one after another; each hands its hidden states to all ranks of the pipeline."""
+    from megatron.core import parallel_state
+
+    batch, length = tokens.shape
+    positions = torch.arange(length).expand(batch, length)
+    mask = torch.ones(length, length).triu(1).bool()[None, None]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    mine, out = parallel_state.get_pipeline_model_parallel_rank(), torch.empty(0)
+    hidden = None
+    for number, model in enumerate(models):
+        for stage in range(stages):
+            last = number == len(models) - 1 and stage == stages - 1
+            if stage == mine:
+                model.set_input_tensor(hidden)
+                out = model(tokens, positions, mask)
+            if last:
+                shape = (batch, length, _rows(case, vocab))
+            else:
+                shape = (length, batch, models[0].config.hidden_size)
+            hidden = (out if stage == mine else torch.empty(shape)).contiguous()
+            dist.broadcast(hidden, dist.get_global_rank(group, stage), group=group)
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    shards = [torch.empty_like(hidden) for _ in range(tensor_group.size())]
+    dist.all_gather(shards, hidden, group=tensor_group)
+    return torch.cat(shards, dim=-1)[..., :vocab].float()
+
+
+def _rows(case: Case, vocab: int) -> int:
+    multiple = 128 * case.tp
+    return (vocab + multiple - 1) // multiple * 128
+
+
+def _args(case: Case, config: dict[str, Any]) -> argparse.Namespace:
+    """Arguments as a run has them: those that an importer reads, and an enum that only Megatron can unpickle."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    return argparse.Namespace(
+        attention_backend=AttnBackend.auto,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        moe_ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=config["num_attention_heads"],
+        group_query_attention=True,
+        num_query_groups=config["num_key_value_heads"],
+        kv_channels=config["head_dim"],
+        num_experts=config["num_local_experts"],
+        moe_router_topk=config["num_experts_per_tok"],
+        moe_router_pre_softmax=False,
+        rotary_base=int(config["rope_theta"]),
+        layernorm_epsilon=config["rms_norm_eps"],
+        max_position_embeddings=config["max_position_embeddings"],
+        normalization="RMSNorm",
+        swiglu=True,
+        add_bias_linear=False,
+        position_embedding_type="rope",
+        untie_embeddings_and_output_weights=not config["tie_word_embeddings"],
+        vocab_size=config["vocab_size"],
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        virtual_pipeline_model_parallel_size=case.vpp,
+        expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=case.etp or case.tp,
+        params_dtype=torch.float32,
+    )
+
+
+def _save_torch(case: Case, models: list[Any], config: dict[str, Any]) -> None:
+    state: dict[str, Any] = {"args": _args(case, config), "checkpoint_version": 3.0, "iteration": 7}
+    for number, model in enumerate(models):
+        state["model" if len(models) == 1 else f"model{number}"] = model.state_dict_for_save_checkpoint()
+    path = _rank_path(case, str(case.save), "iter_0000007")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() < WORLD:  # replicas over data parallel ranks write the same bytes
+        torch.save(state, path.with_suffix(f".{dist.get_rank()}"))
+        path.with_suffix(f".{dist.get_rank()}").rename(path)
+    dist.barrier()
+    (Path(str(case.save)) / "latest_checkpointed_iteration.txt").write_text("7")
+
+
+def _save_dist(case: Case, models: list[Any], config: dict[str, Any]) -> None:
+    from megatron.core import dist_checkpointing
+
+    folder = Path(str(case.save)) / "iter_0000007"
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    state = {"args": _args(case, config), "checkpoint_version": 3.0, "iteration": 7, **_sharded(models, case.metadata)}
+    metadata = {"singleton_local_shards": False, **case.metadata}
+    dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+    dist.barrier()
+    (Path(str(case.save)) / "latest_checkpointed_iteration.txt").write_text("7")

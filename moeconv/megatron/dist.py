@@ -1,4 +1,4 @@
-"""Reading the `torch_dist` format: `.metadata` says which chunk of which global tensor is where in the `.distcp` files."""
+"""Reading the `torch_dist` format: `.metadata` says which chunk of which tensor is where in the `.distcp` files."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class DistReader:
         return found.dtype
 
     def degrees(self) -> Degrees:
-        """Give the degrees of the run that wrote the checkpoint, as its arguments say; they don't change the tensors."""
+        """Give the degrees of the run that wrote the checkpoint, by its arguments; the tensors don't depend on them."""
         args = self.args
         pp = args.degree("pipeline_model_parallel_size")
         vpp = args.degree("virtual_pipeline_model_parallel_size") if pp > 1 else 1
@@ -309,7 +309,8 @@ class _Places:
             )
         begin, inner = archive.begin(value), Rect(rect.offsets[lead:], rect.shape[lead:])
         for index in range(prod(rect.shape[:lead])):
-            where, rest = [], index
+            where: list[int] = []
+            rest = index
             for n in reversed(rect.shape[:lead]):
                 rest, digit = divmod(rest, n)
                 where.insert(0, digit)

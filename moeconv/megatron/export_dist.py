@@ -29,6 +29,9 @@ _DCP = "torch.distributed.checkpoint.metadata"
 _TORCH_NAMES = {kind: name for name, kind in TORCH_DTYPES.items()}
 
 
+_Cover = tuple[list[Part], Part | None]  # what a chunk holds, and the row that fills its padding
+
+
 @dataclass(frozen=True, slots=True)
 class _Item:
     """An entry of `.metadata`: a key, the chunk's rectangle (None: a byte object), and where its archive is."""
@@ -56,15 +59,15 @@ class _Writer:
         return layout
 
     def chunk(
-        self, rank: int, key: str, kind: str, shape: tuple[int, ...], rect: Rect, parts: list[Part], last: Part | None
+        self, rank: int, key: str, kind: str, shape: tuple[int, ...], numbers: list[int], inner: Rect, cover: _Cover
     ) -> None:
-        """Add a chunk of a global tensor; `parts` have positions in the chunk's last dimensions."""
+        """Add a chunk of a stacked tensor: the rectangle `inner` of the layer and expert with these numbers."""
+        rect = Rect((*numbers, *inner.offsets), (*(1 for _ in numbers), *inner.shape))
         value = whole_tensor("0", kind, rect.shape)
         size = rect.size * dtype(kind).itemsize
         layout = self._add(rank, key, rect, "archive", dump_pickle(tensor_value(value)), [size])
-        inner = rect.shape[len(rect.shape) - len((parts or [last])[0].rect.shape) :]  # type: ignore[union-attr]
         file = self.files[rank]
-        file.pieces += padded_pieces(key, inner, parts, last, kind, file.name, layout.records[0].begin)
+        file.pieces += padded_pieces(key, inner.shape, *cover, kind, file.name, layout.records[0].begin)
         self.tensors.setdefault(key, (kind, shape, []))[2].append(rect)
 
     def object(self, rank: int, key: str, empty_tensor: bool) -> None:
@@ -135,8 +138,7 @@ def _chunks(target: Target, writer: _Writer, tensor: MegatronTensor, index: int,
         window = Rect.slab(shape, tensor.dim, begin, begin + share) if tensor.axis else Rect.whole(shape)
         parts = cut(tensor.parts, window)
         last = last_row(tensor.parts, tensor.shape) if tensor.padded else None
-        rect = Rect((*numbers, *window.offsets), (*(1 for _ in leading), *window.shape))
-        writer.chunk(rank, key, kind, (*leading, *shape), rect, parts, last)
+        writer.chunk(rank, key, kind, (*leading, *shape), numbers, window, (parts, last))
 
 
 def _metadata(writer: _Writer) -> bytes:

@@ -1,10 +1,7 @@
-"""Files of a Megatron checkpoint that are to be written: known bytes, pieces to copy, and checksums that follow them."""
+"""Files of a Megatron checkpoint to be written: known bytes, pieces to copy, and records whose checksums follow."""
 
 from __future__ import annotations
 
-import os
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -15,8 +12,6 @@ from moeconv.io.torch_archive import ArchiveLayout, DataRecord, row_major
 from moeconv.layout.rect import Rect
 from moeconv.megatron.tensors import Part, place_parts
 from moeconv.pieces import Piece
-
-_BUFFER = 4 << 20
 
 
 @dataclass(slots=True)
@@ -35,22 +30,6 @@ class MegatronFile:
         self.records += [record for record in layout.records if record.size]
         self.size += layout.size
 
-    def finish(self, fd: int) -> None:
-        """Write the CRC-32 of every record once all data are in the file: zip keeps it apart from the data.
-
-        Args:
-            fd: the file, open for reading and writing.
-        """
-        buffer = memoryview(bytearray(_BUFFER))
-        for record in self.records:
-            crc, position, end = 0, record.begin, record.begin + record.size
-            while position < end:
-                got = os.preadv(fd, [buffer[: min(_BUFFER, end - position)]], position)
-                crc = zlib.crc32(buffer[:got], crc)
-                position += got
-            for where in record.crc_at:
-                os.pwrite(fd, struct.pack("<I", crc), where)
-
 
 def parts_dtype(name: str, parts: Sequence[Part], dtypes: Mapping[str, str]) -> str:
     """Give the dtype of a fused tensor: that of all its parts.
@@ -67,7 +46,7 @@ def parts_dtype(name: str, parts: Sequence[Part], dtypes: Mapping[str, str]) -> 
 def padded_pieces(
     name: str, shape: tuple[int, ...], parts: Sequence[Part], last: Part | None, kind: str, file: str, begin: int
 ) -> list[Piece]:
-    """Give the pieces of a row-major tensor, and fill its vocabulary padding with the last row, as Megatron's saver does.
+    """Give the pieces of a row-major tensor; its vocabulary padding repeats the last row, as Megatron's saver does it.
 
     Args:
         name: the stored tensor's name, for the assertion.

@@ -46,8 +46,9 @@ def legacy_ranks(degrees: Degrees) -> list[Rank]:
         other = found.setdefault((rank.tp, rank.ep), rank)
         if other.etp != rank.etp:
             raise LayoutError(
-                f"tp {degrees.tp} with etp {degrees.etp}: the torch format names files by tp, pp and ep only, so expert "
-                f"shards {other.etp} and {rank.etp} would share a file; use an etp that divides tp, or --format torch_dist"
+                f"tp {degrees.tp} with etp {degrees.etp}: the torch format names files by tp, pp and ep only, so "
+                f"expert shards {other.etp} and {rank.etp} would share a file; use an etp that divides tp, or "
+                "--format torch_dist"
             )
     return [Rank(r.tp, stage, r.ep, r.etp) for stage in range(degrees.pp) for r in found.values()]
 
@@ -55,7 +56,8 @@ def legacy_ranks(degrees: Degrees) -> list[Rank]:
 def rank_folder(rank: Rank, degrees: Degrees) -> str:
     """Name a rank's folder: `mp_rank_TT`, with `_PPP` where there is a pipeline and `_EEE` where experts are parallel.
 
-    Source: https://github.com/NVIDIA/Megatron-LM/blob/d98e8a64/megatron/training/checkpointing.py (get_checkpoint_name).
+    Source: https://github.com/NVIDIA/Megatron-LM/blob/d98e8a64/megatron/training/checkpointing.py
+    (get_checkpoint_name).
     """
     name = f"mp_rank_{rank.tp:02d}"
     name += f"_{rank.pp:03d}" if degrees.pp > 1 else ""

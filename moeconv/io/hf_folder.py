@@ -1,0 +1,190 @@
+"""A Hugging Face folder: which files hold the weights, which are carried along, and nothing from outside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from moeconv.errors import SourceError
+from moeconv.io.safetensors import Header, read_header
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+# Weights in other forms: never carried, and (consolidated.*) never read, since they repeat the same weights.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".ot")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_CODE_OF_TRAINERS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class HFFolder:
+    """A Hugging Face checkpoint on disk: weight files with their headers, the index, config.json, and the files carried verbatim."""
+
+    root: Path
+    headers: dict[str, Header]
+    index: bytes | None
+    config_bytes: bytes
+    config: dict[str, Any]
+    carried: tuple[str, ...]
+
+
+def read_hf_folder(root: Path) -> HFFolder:
+    """Read a folder's index, headers and config, and check that they agree.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        What the folder holds; no weight has been read.
+
+    Raises:
+        SourceError: config or weights are missing, malformed, disagree, or lie outside the folder.
+    """
+    if not root.is_dir():
+        raise SourceError(f"{root}: no such folder")
+    config_bytes = read_inside(root, CONFIG)
+    config = parse_json(config_bytes, f"{root / CONFIG}")
+    index = read_inside(root, INDEX) if (root / INDEX).exists() else None
+    present = sorted(p.name for p in root.glob("*.safetensors") if not p.name.startswith("consolidated"))
+    weight_map = _weight_map(root, index) if index is not None else None
+    names = sorted(set(weight_map.values())) if weight_map is not None else present
+    if not names:
+        raise SourceError(_no_weights(root))
+    for name in names:
+        check_inside(root, name)
+    extra = sorted(set(present) - set(names))
+    if extra:
+        raise SourceError(f"{root}: {', '.join(extra)} is not in {INDEX}, so its tensors would be lost; move it away, or correct the index")
+    headers = {name: read_header(root / name) for name in names}
+    _check_index(root, headers, weight_map)
+    return HFFolder(root, headers, index, config_bytes, config, tuple(_carried(root)))
+
+
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object, refusing keys that appear twice.
+
+    Args:
+        raw: the file's bytes.
+        where: the file's name, for messages.
+
+    Returns:
+        The object.
+
+    Raises:
+        SourceError: it is no JSON object, or names a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in table:
+                raise SourceError(f"{where}: names {key!r} twice")
+            table[key] = value
+        return table
+
+    try:
+        value = json.loads(raw, object_pairs_hook=unique)
+    except SourceError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{where}: is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{where}: is no JSON object")
+    return value
+
+
+def check_inside(root: Path, name: str) -> Path:
+    """Check that a file named by a checkpoint lies inside its folder.
+
+    A symbolic link may lead into the `blobs` of the same repository in the hub's cache, where huggingface_hub keeps its files.
+
+    Args:
+        root: the checkpoint's folder.
+        name: the file's name relative to it.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        SourceError: the name is absolute or climbs out, or the file is missing or a link to elsewhere.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+        raise SourceError(f"{root}: refers to {name!r}, which is outside the folder; a checkpoint names only its own files")
+    path = root / name
+    real, base = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    allowed = [base]
+    if base.parent.name == "snapshots":
+        allowed.append(base.parent.parent / "blobs")
+    if not any(real.is_relative_to(folder) for folder in allowed):
+        raise SourceError(f"{path}: is a link to {real}, outside the folder; copy the file into it")
+    if not real.is_file():
+        raise SourceError(f"{path}: no such file; the download is incomplete")
+    return path
+
+
+def read_inside(root: Path, name: str) -> bytes:
+    """Read a small file of a checkpoint.
+
+    Raises:
+        SourceError: as `check_inside`, or it can't be read.
+    """
+    path = check_inside(root, name)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path}: can't be read: {error.strerror or error}") from None
+
+
+def _weight_map(root: Path, raw: bytes) -> dict[str, str]:
+    where = f"{root / INDEX}"
+    weight_map = parse_json(raw, where).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise SourceError(f"{where}: weight_map must map tensor names to file names")
+    for name in set(weight_map.values()):
+        if not name.endswith(".safetensors"):
+            raise SourceError(f"{where}: weight_map names {name!r}, which is no safetensors file")
+    return weight_map
+
+
+def _check_index(root: Path, headers: dict[str, Header], weight_map: dict[str, str] | None) -> None:
+    seen: dict[str, str] = {}
+    for file, header in headers.items():
+        for entry in header.entries:
+            if entry.name in seen:
+                raise SourceError(f"{root}: {entry.name} is stored twice, in {seen[entry.name]} and in {file}; remove one")
+            seen[entry.name] = file
+            if weight_map is not None and weight_map.get(entry.name) != file:
+                listed = weight_map.get(entry.name)
+                says = f"puts it in {listed}" if listed else "does not list it"
+                raise SourceError(f"{root}: {entry.name} is in {file}, but {INDEX} {says}; correct the index")
+    for name, file in (weight_map or {}).items():
+        if name not in seen:
+            raise SourceError(f"{root}: {INDEX} puts {name} in {file}, which doesn't hold it; download {file} again")
+
+
+def _carried(root: Path) -> Iterator[str]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for file in sorted(files):
+            name = (Path(folder) / file).relative_to(root).as_posix()
+            if file.startswith(".") or file.endswith(_WEIGHTS) or file.endswith(".index.json"):
+                continue
+            check_inside(root, name)
+            yield name
+
+
+def _no_weights(root: Path) -> str:
+    pickles = sorted(p.name for p in root.iterdir() if p.name.endswith(_PICKLES) and p.name not in _CODE_OF_TRAINERS)
+    if pickles:
+        return (
+            f"{root}: only pickle weights ({pickles[0]}), which can run code when read, and are refused; "
+            "save the model with transformers' save_pretrained, which writes safetensors"
+        )
+    if any(root.glob("consolidated*.safetensors")):
+        return f"{root}: only consolidated.*.safetensors, in Mistral's own names; download the repository's model*.safetensors files"
+    return f"{root}: no *.safetensors file; expected a Hugging Face checkpoint"

@@ -1,0 +1,110 @@
+"""Degrees of parallelism: how many ranks share a model along each axis, and which layers each pipeline stage holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeconv.errors import LayoutError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Degrees:
+    """The degrees of a layout.
+
+    `etp` defaults to `tp`. `pp_layers`, if given, says how many layers each stage holds, in the order of the model: `pp` numbers,
+    or `pp * vpp` where stages are virtual. Virtual stage v of rank p is chunk `v * pp + p` of the model.
+    """
+
+    tp: int = 1
+    "Tensor parallel degree of attention, embeddings and output head."
+    pp: int = 1
+    "Pipeline parallel degree."
+    vpp: int = 1
+    "Virtual pipeline stages a rank (interleaved schedule)."
+    ep: int = 1
+    "Expert parallel degree: experts are split into contiguous blocks."
+    etp: int = field(default=0)
+    "Tensor parallel degree inside an expert; 0 stands for tp."
+    pp_layers: tuple[int, ...] | None = None
+    "Layers of each stage, where they are not all the same."
+
+    def __post_init__(self) -> None:
+        if self.etp == 0:
+            object.__setattr__(self, "etp", self.tp)
+        for name in ("tp", "pp", "vpp", "ep", "etp"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"--{name} {getattr(self, name)}: a degree is at least 1")
+        if self.vpp > 1 and self.pp == 1:
+            raise LayoutError(f"--vpp {self.vpp} with --pp 1: virtual stages need a pipeline; give --pp 2 or more, or --vpp 1")
+        if self.pp_layers is not None and (len(self.pp_layers) != self.pp * self.vpp or min(self.pp_layers) < 1):
+            raise LayoutError(
+                f"--pp-layers {','.join(map(str, self.pp_layers))}: expected {self.pp * self.vpp} numbers of at least 1 "
+                f"(pp {self.pp} x vpp {self.vpp}), got {len(self.pp_layers)}"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the degrees as the manifest records them."""
+        out: dict[str, Any] = {name: getattr(self, name) for name in ("tp", "pp", "vpp", "ep", "etp")}
+        if self.pp_layers is not None:
+            out["pp_layers"] = list(self.pp_layers)
+        return out
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Degrees:
+        """Read the degrees back from the form that `as_json` gives.
+
+        Raises:
+            LayoutError: a degree is missing or not a number of at least 1.
+        """
+        try:
+            numbers = {name: int(value[name]) for name in ("tp", "pp", "vpp", "ep", "etp")}
+            layers = tuple(map(int, value["pp_layers"])) if value.get("pp_layers") else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise LayoutError(f"degrees {value!r} can't be read: {error!r}") from None
+        return cls(**numbers, pp_layers=layers)
+
+    def __str__(self) -> str:
+        text = f"tp{self.tp} pp{self.pp} ep{self.ep} etp{self.etp}"
+        return text.replace(" ep", f" vpp{self.vpp} ep", 1) if self.vpp > 1 else text
+
+
+def chunk_layers(num_layers: int, degrees: Degrees) -> list[range]:
+    """Split the layers into `pp * vpp` chunks of consecutive layers, in the order of the model.
+
+    Args:
+        num_layers: layers of the model.
+        degrees: the layout's degrees; `pp_layers` overrules the even split.
+
+    Returns:
+        One range of global layer numbers a chunk; chunk `v * pp + p` belongs to stage p.
+
+    Raises:
+        LayoutError: the layers don't divide and `pp_layers` is not given, or it doesn't add up.
+    """
+    chunks = degrees.pp * degrees.vpp
+    counts = degrees.pp_layers
+    if counts is None:
+        if num_layers % chunks:
+            low, more = divmod(num_layers, chunks)
+            example = ",".join(str(low + (i < more)) for i in range(chunks))
+            hint = f"say how with --pp-layers, for example {example}" if low else f"at most {num_layers} stages fit"
+            raise LayoutError(f"{num_layers} layers don't divide over pp {degrees.pp} x vpp {degrees.vpp}: {hint}")
+        counts = (num_layers // chunks,) * chunks
+    elif sum(counts) != num_layers:
+        raise LayoutError(f"--pp-layers {','.join(map(str, counts))} adds up to {sum(counts)}; the model has {num_layers} layers")
+    ends = [sum(counts[: i + 1]) for i in range(chunks)]
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def stage_of_layers(num_layers: int, degrees: Degrees) -> list[int]:
+    """Give the pipeline stage (0 to pp - 1) of each layer.
+
+    Raises:
+        LayoutError: as `chunk_layers`.
+    """
+    stages = [0] * num_layers
+    for chunk, layers in enumerate(chunk_layers(num_layers, degrees)):
+        for layer in layers:
+            stages[layer] = chunk % degrees.pp
+    return stages

@@ -1,0 +1,176 @@
+"""Where a layout puts each tensor: the rectangle that each rank holds, and the file that stores it once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moeconv.errors import LayoutError
+from moeconv.families.base import GlobalTensor, Model
+from moeconv.layout.degrees import Degrees, chunk_layers, stage_of_layers
+from moeconv.layout.rect import Rect
+from moeconv.layout.shard import divisors, split_ceil, split_even, split_units
+
+OPTIMIZER_STATES = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A rectangle on disk: the file that stores it, and the first rank along its axis that holds it."""
+
+    file: str
+    rect: Rect
+
+
+def split_optimizer_name(name: str) -> tuple[str | None, str]:
+    """Tell an optimizer's tensor from a model's: `optimizer.exp_avg.X` is the state `exp_avg` of the model's tensor `X`.
+
+    Returns:
+        `(state, model tensor's name)`; the state is None for a model's tensor.
+    """
+    for state in OPTIMIZER_STATES:
+        prefix = f"optimizer.{state}."
+        if name.startswith(prefix):
+            return state, name[len(prefix) :]
+    return None, name
+
+
+def check_degrees(model: Model, degrees: Degrees) -> None:
+    """Check that a model can be split by these degrees.
+
+    Args:
+        model: the model.
+        degrees: the layout's degrees.
+
+    Raises:
+        LayoutError: a degree doesn't divide what it splits; the message names the option, its value and what fits.
+    """
+    sizes = model.sizes
+    heads, kv_heads = sizes["heads"], sizes["kv_heads"]
+    if heads % degrees.tp or (kv_heads % degrees.tp and degrees.tp % kv_heads):
+        fits = [d for d in divisors(heads) if kv_heads % d == 0 or d % kv_heads == 0]
+        raise LayoutError(f"--tp {degrees.tp}: {heads} attention heads and {kv_heads} key/value heads can't be shared by {degrees.tp} ranks; {_fits(fits)}")
+    experts = sizes.get("experts", 0)
+    if experts == 0 and degrees.ep > 1:
+        raise LayoutError(f"--ep {degrees.ep}: a {model.family.name} model has no experts; give --ep 1")
+    if experts % degrees.ep:
+        raise LayoutError(f"--ep {degrees.ep}: {experts} experts can't be shared evenly; {_fits(divisors(experts))}")
+    if experts and sizes["ffn"] % degrees.etp:
+        raise LayoutError(
+            f"--etp {degrees.etp}: an expert's width of {sizes['ffn']} can't be shared evenly; {_fits(divisors(sizes['ffn'])[:12])} (--etp defaults to --tp)"
+        )
+    chunk_layers(sizes["layers"], degrees)
+    for rule in model.family.rules:
+        if rule.split is not None and rule.split.axis == "tp" and rule.split.units is None and not rule.split.rounded:
+            size = model.shape(rule)[rule.split.dim]
+            if size % degrees.tp:
+                raise LayoutError(f"--tp {degrees.tp}: {rule.name} has {size} elements to split; {_fits(divisors(size)[:12])}")
+
+
+def rank_rects(tensor: GlobalTensor, degrees: Degrees) -> list[Rect]:
+    """Give the rectangle that each rank along the tensor's own axis holds.
+
+    Args:
+        tensor: the tensor.
+        degrees: the layout's degrees.
+
+    Returns:
+        One rectangle a rank of `tp` or `etp`; a single one for a tensor that every rank holds whole. Equal rectangles are shared,
+        empty ones (the vocabulary's last ranks) hold nothing.
+
+    Raises:
+        LayoutError: the dimension doesn't divide.
+    """
+    split = tensor.rule.split
+    if split is None:
+        return [Rect.whole(tensor.shape)]
+    parts, size = getattr(degrees, split.axis), tensor.shape[split.dim]
+    if split.rounded:
+        ranges = split_ceil(size, parts)
+    elif tensor.units is not None:
+        ranges = split_units(size, tensor.units, parts)
+    else:
+        ranges = split_even(size, parts)
+    return [Rect.slab(tensor.shape, split.dim, begin, end) for begin, end in ranges]
+
+
+class Placement:
+    """A model under a layout: where each tensor is stored, and what each rank holds."""
+
+    def __init__(self, model: Model, degrees: Degrees) -> None:
+        """Check the degrees and lay out the stages.
+
+        Raises:
+            LayoutError: as `check_degrees`.
+        """
+        check_degrees(model, degrees)
+        self.model, self.degrees = model, degrees
+        self._stages = stage_of_layers(model.sizes["layers"], degrees)
+
+    def stage(self, tensor: GlobalTensor) -> int:
+        """Give the pipeline stage that stores a tensor."""
+        if tensor.layer is not None:
+            return self._stages[tensor.layer]
+        return 0 if tensor.rule.where == "first" else self.degrees.pp - 1
+
+    def stored(self, name: str) -> list[Stored]:
+        """Give the files that store a tensor, each byte once.
+
+        Args:
+            name: a model's tensor by its hub name, or an optimizer's (`optimizer.exp_avg.<name>`).
+
+        Returns:
+            The rectangles, each with the file of the first rank that holds it; they cover the tensor exactly once.
+        """
+        state, base = split_optimizer_name(name)
+        tensor = self.model.tensors[base]
+        out: dict[Rect, str] = {}
+        for rank, rect in enumerate(rank_rects(tensor, self.degrees)):
+            if rect.size and rect not in out:
+                out[rect] = ("optimizer-" if state else "") + self.file(tensor, rank)
+        return [Stored(file, rect) for rect, file in out.items()]
+
+    def file(self, tensor: GlobalTensor, rank: int) -> str:
+        """Name the file for rank `rank` along the tensor's own axis."""
+        stage = self.stage(tensor)
+        if tensor.expert is None:
+            return f"dense-tp{rank}-pp{stage}.safetensors"
+        return f"experts-ep{self.expert_rank(tensor)}-etp{rank}-pp{stage}.safetensors"
+
+    def expert_rank(self, tensor: GlobalTensor) -> int:
+        """Give the expert-parallel rank whose contiguous block holds an expert's tensor."""
+        assert tensor.expert is not None
+        return tensor.expert // (self.model.sizes["experts"] // self.degrees.ep)
+
+    def held(self, *, tp: int = 0, pp: int = 0, ep: int = 0, etp: int | None = None) -> Iterator[tuple[GlobalTensor, Rect]]:
+        """List what one rank holds, shared tensors included.
+
+        Args:
+            tp: tensor parallel coordinate.
+            pp: pipeline stage.
+            ep: expert parallel coordinate.
+            etp: expert tensor parallel coordinate; by default that of `tp`, modulo the degree.
+
+        Yields:
+            Each tensor with the rank's rectangle of it, empty rectangles left out.
+
+        Raises:
+            LayoutError: a coordinate is outside its degree.
+        """
+        etp = tp % self.degrees.etp if etp is None else etp
+        for axis, value in (("tp", tp), ("pp", pp), ("ep", ep), ("etp", etp)):
+            if not 0 <= value < getattr(self.degrees, axis):
+                raise LayoutError(f"rank {axis}={value}: the layout has {axis} {getattr(self.degrees, axis)}; coordinates go from 0")
+        tied_head = self.model.flags.get("tied", False) and pp == self.degrees.pp - 1
+        for tensor in self.model.tensors.values():
+            here = self.stage(tensor) == pp or (tied_head and tensor.rule.where == "first")
+            if not here or (tensor.expert is not None and self.expert_rank(tensor) != ep):
+                continue
+            rects = rank_rects(tensor, self.degrees)
+            rect = rects[0] if len(rects) == 1 else rects[etp if tensor.expert is not None else tp]
+            if rect.size:
+                yield tensor, rect
+
+
+def _fits(degrees: list[int]) -> str:
+    return f"degrees that fit: {', '.join(map(str, degrees))}"

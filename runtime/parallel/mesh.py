@@ -21,19 +21,26 @@ EXPERT_AXES = ("pp", "edp", "ep", "etp")
 # Axes taken together: data parallelism of dense weights, tokens of one sequence, and all ranks of a stage.
 JOINT_AXES = {"dp_cp": ("dp", "cp"), "tp_cp": ("cp", "tp"), "tp_dp_cp": ("dp", "cp", "tp"), "ep_etp": ("ep", "etp")}
 
+# Axes over which gradients are reduced while the backward pass goes on.
+_REDUCTION_AXES = ("dp_cp", "edp")
+
 # The default process group, and the groups made under it so far.
-_made: tuple[Group, dict[tuple[int, ...], dist.ProcessGroup]] = (None, {})
+_made: tuple[Group, dict[tuple[bool, tuple[int, ...]], dist.ProcessGroup]] = (None, {})
 
 
-def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """Make a group, or give the one that the same ranks have already: axes of equal extent share a communicator."""
+def _new_group(ranks: tuple[int, ...], *, reduction: bool) -> dist.ProcessGroup:
+    """Make a group, or give the one that the same ranks have already: axes of equal extent share a communicator.
+
+    Reductions have communicators of their own: on a shared one, the exchanges of the layers would queue behind them.
+    """
     global _made
     world = dist.group.WORLD
     if _made[0] is not world:
         _made = (world, {})
-    if ranks not in _made[1]:
-        _made[1][ranks] = dist.new_group(list(ranks))
-    return _made[1][ranks]
+    key = (reduction, ranks)
+    if key not in _made[1]:
+        _made[1][key] = dist.new_group(list(ranks))
+    return _made[1][key]
 
 
 class ParallelMesh:
@@ -86,7 +93,8 @@ class ParallelMesh:
         for row in rows.tolist():
             members = tuple(row)
             # Every rank creates every group, in the same order: torch.distributed asks for that.
-            group = _new_group(members) if self._connected and len(members) > 1 else None
+            connect = self._connected and len(members) > 1
+            group = _new_group(members, reduction=name in _REDUCTION_AXES) if connect else None
             if self.global_rank in members:
                 self._members[name], self._groups[name] = members, group
 

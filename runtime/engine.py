@@ -1,0 +1,315 @@
+"""The engine: a model over all axes of parallelism, and one optimizer step at a time.
+
+All gradients are sums: a micro-batch's loss is divided by the tokens of the whole global batch at once, so that adding
+up over micro-batches and ranks gives the gradient of the mean, whatever the layout. No gradient is averaged anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moeconv.layout.degrees import Degrees, chunk_layers
+from runtime.config import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig, require
+from runtime.data.batch import IGNORED_LABEL, Batch
+from runtime.diagnosis import NonFiniteError, diagnose
+from runtime.model.context import ModelContext
+from runtime.model.decoder import DecoderStage
+from runtime.model.embedding import cross_entropy, take_positions, vocabulary_range
+from runtime.moe.config import MoEConfig
+from runtime.moe.layer import moe_layers, set_loss_scale
+from runtime.moe.losses import attach_loss, hf_load_balancing_loss
+from runtime.optim.adamw import AdamW, clip_coefficient, squared_norm
+from runtime.optim.loss_scale import LossScale
+from runtime.parallel import state as states
+from runtime.parallel.buckets import BucketStore
+from runtime.parallel.mesh import ParallelMesh
+from runtime.parallel.pipeline import Pipeline, WholeModel
+from runtime.router_metrics import RouterMetrics
+
+__all__ = ["Engine", "NonFiniteError", "StepResult"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step reports; the same on every rank."""
+
+    lm_loss: float
+    """Mean cross entropy over the global batch, nats a token."""
+    aux_loss: float
+    """Balancing loss without its coefficient, mean over layers; 1 is balanced. 0 without MoE layers."""
+    z_loss: float
+    """Router z-loss without its coefficient, mean over layers."""
+    grad_norm: float
+    """Norm of the whole gradient, before clipping."""
+    expert_load: Tensor | None
+    """[L, E] int64 on the CPU: choices of each expert; None for a dense model."""
+    skipped: bool
+    """Whether the update was left out because a number was not finite."""
+
+
+class Engine:
+    """This rank's part of a model and its optimizer."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        moe: MoEConfig | None,
+        optim: OptimConfig,
+        recompute: RecomputeConfig,
+        mesh: ParallelMesh,
+        device: torch.device,
+    ) -> None:
+        """Build the model and the optimizer; weights are zero until `load_state`. Collective.
+
+        Args:
+            model: the architecture.
+            parallel: the degrees.
+            moe: the MoE layer's options; None for a dense model.
+            optim: AdamW's settings.
+            recompute: what is computed again in the backward pass.
+            mesh: the ranks.
+            device: where to compute.
+
+        Raises:
+            ConfigError: options that exclude each other.
+        """
+        check_combinations(parallel, moe)
+        mesh.share_heads(model.num_kv_heads)
+        self.mesh, self.device, self._optim, self._moe = mesh, device, optim, moe
+        self._context = ModelContext(
+            model=model, parallel=parallel, moe=moe, recompute=recompute, mesh=mesh, device=device
+        )
+        degrees = Degrees(pp=parallel.pp, vpp=parallel.vpp, pp_layers=parallel.pp_layers)
+        chunks = chunk_layers(model.num_layers, degrees)[mesh.rank("pp") :: parallel.pp]
+        stages = [DecoderStage(self._context, layers) for layers in chunks]
+        self.module = nn.ModuleList(stages)
+        self.store = BucketStore(self.module, mesh, device, distributed=parallel.use_distributed_optimizer)
+        for module in self.module.modules():
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[name] = torch.zeros_like(buffer, device=device)
+        self.optimizer = AdamW(optim, self.store.buckets)
+        self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
+        self._metrics = RouterMetrics(self._context, self.module)
+        self._runner = (
+            WholeModel(stages[0], self._loss)
+            if parallel.pp == 1
+            else Pipeline(
+                stages, mesh, device, parallel.pp_schedule, self._activation_shape, self._context.dtype, self._loss
+            )
+        )
+        self._scale = torch.ones((), device=device)
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next steps."""
+        self.optimizer.set_lr(lr)
+
+    def train_step(self, microbatches: Sequence[Batch]) -> StepResult:
+        """Do one optimizer step. Collective.
+
+        Args:
+            microbatches: this data-parallel rank's micro-batches of the global batch, equally many on each rank.
+
+        Returns:
+            Losses, norm and expert load; the host waits for the device once, to read them.
+
+        Raises:
+            NonFiniteError: a loss or gradient is NaN or infinite, and steps are not to be skipped; weights and
+                optimizer are as before the step.
+        """
+        self.module.train()
+        tokens, labels = self._to_device(microbatches)
+        num_tokens = self._count_tokens(labels)
+        self._scale = (self.loss_scale.scale / num_tokens).to(self._wide)
+        # Balancing losses are means over a micro-batch: of these the global batch has so many.
+        set_loss_scale(self.module, self.loss_scale.scale / (len(tokens) * self.mesh.size("dp")))
+        self._reset()
+        self.store.begin(len(tokens) if self._runner.counts_backwards else None)
+        self._runner.run(tokens, labels, backward=True)
+        self.store.finish()
+        result = self._collect(num_tokens, len(tokens))
+        if self._accept(result, tokens, labels):
+            coefficient = clip_coefficient(result.grad_norm, self._optim.clip_grad)
+            divisor = torch.full((), self.loss_scale.scale / coefficient, dtype=torch.float32, device=self.device)
+            self.optimizer.step(divisor)
+            self.store.weights_from_masters()
+            for layer in moe_layers(self.module):
+                layer.finish_step()
+            self.loss_scale.success(self._optim)
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """Measure the loss. Collective.
+
+        Args:
+            batches: this data-parallel rank's micro-batches, equally many on each rank.
+
+        Returns:
+            Mean cross entropy over all tokens of all ranks, nats a token; the same on every rank.
+        """
+        self.module.eval()
+        tokens, labels = self._to_device(batches)
+        # An interleaved schedule takes its micro-batches in rounds of pp: fill up with ones that don't count.
+        while len(tokens) % self.mesh.size("pp"):
+            tokens.append(tokens[0])
+            labels.append(torch.full_like(labels[0], IGNORED_LABEL))
+        num_tokens = self._count_tokens(labels)
+        self._reset()
+        self._runner.run(tokens, labels, backward=False)
+        loss = self._loss_sum.clone()
+        if self.mesh.world_size > 1:
+            dist.all_reduce(loss)
+        return float(loss / num_tokens)
+
+    def state(self, with_optimizer: bool) -> list[states.StateTensor]:
+        """Give the rectangles that this rank writes; of each global element, one rank has it.
+
+        Args:
+            with_optimizer: master weights and moments, too.
+
+        Returns:
+            Views of live memory.
+        """
+        out = list(states.weights(self.store))
+        if with_optimizer:
+            out += states.optimizer_state(self.store, self.optimizer)
+        return out
+
+    def gradients(self) -> list[states.StateTensor]:
+        """Give the clipped gradients of the last step, each global element on one rank, under the weights' names."""
+        return list(states.gradients(self.store))
+
+    def load_state(self, read: states.Read, with_optimizer: bool) -> None:
+        """Fill the model, and the optimizer.
+
+        Args:
+            read: gives a rectangle of a tensor by its name on disk; only what this rank holds is asked for.
+            with_optimizer: master weights and moments, too; without, moments are left as they are.
+        """
+        states.load_weights(self.store, read)
+        if with_optimizer:
+            states.load_optimizer(self.store, self.optimizer, read)
+
+    def scalars(self) -> dict[str, Any]:
+        """Give what a checkpoint must keep besides tensors, as JSON; the same on every rank. Collective."""
+        out: dict[str, Any] = {"num_steps": self.optimizer.num_steps}
+        if self._context.dtype == torch.float16:
+            out |= {"loss_scale": self.loss_scale.scale, "good_steps": self.loss_scale.good_steps}
+        if self._moe is not None and self._moe.enable_expert_bias:
+            out["expert_bias"] = self._metrics.expert_bias().tolist()
+        return out
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        """Take back what `scalars` gave; what is missing stays as it is."""
+        self.optimizer.set_num_steps(int(scalars.get("num_steps", 0)))
+        if self._context.dtype == torch.float16 and "loss_scale" in scalars:
+            self.loss_scale = LossScale(float(scalars["loss_scale"]), int(scalars.get("good_steps", 0)))
+        if "expert_bias" in scalars:
+            self._metrics.set_expert_bias(torch.tensor(scalars["expert_bias"]))
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.float64 if self._context.dtype == torch.float64 else torch.float32
+
+    def _to_device(self, batches: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = [
+            (b.tokens.to(self.device, non_blocking=True), b.labels.to(self.device, non_blocking=True)) for b in batches
+        ]
+        return [tokens for tokens, _ in pairs], [labels for _, labels in pairs]
+
+    def _count_tokens(self, labels: Sequence[Tensor]) -> Tensor:
+        """Labels of the global batch that count; 0-dim fp64, at least 1."""
+        count = torch.stack([(x != IGNORED_LABEL).sum() for x in labels]).sum().double()
+        if self.mesh.size("dp") > 1:
+            dist.all_reduce(count, group=self.mesh.group("dp"))
+        return count.clamp(min=1)
+
+    def _reset(self) -> None:
+        self._loss_sum.zero_()
+        for layer in moe_layers(self.module):
+            layer.reset_stats()
+
+    def _activation_shape(self, batch: int, positions: int) -> tuple[int, ...]:
+        shares = self.mesh.size("cp") * (self.mesh.size("tp") if self._context.sp else 1)
+        return positions // shares, batch, self._context.model.hidden_size
+
+    def _loss(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+        """The summand of the global mean that this rank's gradient is taken of."""
+        group = self.mesh.group("tp")
+        labels_SB = take_positions(labels_BS, self._context)
+        total = cross_entropy(logits_SBV, labels_SB, vocabulary_range(self._context)[0], group).sum()
+        if self.mesh.rank("tp") == 0:
+            self._loss_sum += total.detach()
+        loss = total * self._scale
+        if (
+            self._moe is not None
+            and self._moe.aux_loss_mode == "hf"
+            and self._moe.aux_losses
+            and torch.is_grad_enabled()
+        ):
+            layers = moe_layers(self.module)
+            pooled = hf_load_balancing_loss(
+                [x for x in (m.router_logits for m in layers) if x is not None], self._moe.topk
+            )
+            for layer in layers:
+                layer.stats.add_loss("aux_loss", pooled)
+            loss = attach_loss(loss, pooled * self._moe.aux_losses[0][1], layers[0].loss_scale)
+        return loss
+
+    def _collect(self, num_tokens: Tensor, num_microbatches: int) -> StepResult:
+        """Sum everything that is reported over all ranks, stages without MoE layers included, and read it."""
+        numbers = torch.stack([squared_norm(self.store.buckets, self.device), self._loss_sum])
+        packed = torch.cat([numbers, self._metrics.pack()])
+        if self.mesh.world_size > 1:
+            dist.all_reduce(packed)
+        packed = torch.cat([packed, num_tokens.view(1)]).cpu()
+        routing = self._metrics.unpack(packed[2:-1], num_microbatches * self.mesh.size("dp"))
+        return StepResult(
+            lm_loss=float(packed[1] / packed[-1]),
+            aux_loss=routing.aux_loss,
+            z_loss=routing.z_loss,
+            grad_norm=float(packed[0].sqrt()) / self.loss_scale.scale,
+            expert_load=routing.load,
+            skipped=not bool(torch.isfinite(packed[:2]).all()),
+        )
+
+    def _accept(self, result: StepResult, tokens: Sequence[Tensor], labels: Sequence[Tensor]) -> bool:
+        """Decide whether to update; every rank sees the same numbers and decides alike."""
+        if not result.skipped:
+            return True
+        overflow = self._context.dtype == torch.float16 and self.loss_scale.overflow(self._optim)
+        if overflow or self._optim.skip_nonfinite:
+            return False
+        raise diagnose(self.module, self.store, self.mesh, lambda: self._again(tokens, labels), result.lm_loss)
+
+    @torch.no_grad()
+    def _again(self, tokens: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
+        self._runner.run(tokens, labels, backward=False)
+
+
+def check_combinations(parallel: ParallelConfig, moe: MoEConfig | None) -> None:
+    """Refuse what the engine doesn't compute.
+
+    Raises:
+        ConfigError: names the options.
+    """
+    require(
+        parallel.tp == 1 or parallel.ep == 1 or parallel.sp,
+        f"expert parallelism ({parallel.ep}) and tensor parallelism ({parallel.tp}) together need --sequence-parallel",
+    )
+    require(parallel.pp > 1 or parallel.vpp == 1, f"{parallel.vpp} virtual stages need a pipeline of at least 2 ranks")
+    if moe is not None and moe.aux_loss_mode == "hf" and moe.aux_losses:
+        require(
+            parallel.pp * parallel.tp * parallel.cp == 1,
+            "aux_loss_mode hf pools the layers of whole sequences: it needs pp, tp and cp 1; "
+            "aux_loss_mode megatron has no such limit",
+        )

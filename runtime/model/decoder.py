@@ -1,0 +1,107 @@
+"""The decoder: layers, and the consecutive part of the model that one pipeline stage computes.
+
+Legend: S positions, B sequences, D hidden size, V rows of the vocabulary on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from runtime.model.attention import Attention, Rotary
+from runtime.model.context import ModelContext, RMSNorm
+from runtime.model.embedding import Embedding, Head
+from runtime.model.mlp import DenseMLP, SparseMLP
+from runtime.moe.tape import RoutingTape
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each after a norm and added to the residual."""
+
+    def __init__(self, context: ModelContext, layer: int) -> None:
+        super().__init__()
+        prefix = f"model.layers.{layer}"
+        self.index = layer
+        self.input_norm = RMSNorm(context, f"{prefix}.input_layernorm.weight")
+        self.attention = Attention(context, layer)
+        self.post_norm = RMSNorm(context, f"{prefix}.post_attention_layernorm.weight")
+        self.mlp: nn.Module = DenseMLP(context, layer)
+        if context.moe is not None:
+            self.mlp = SparseMLP(context, context.moe, layer)
+        recompute = context.recompute
+        self._recompute_norms = recompute.granularity == "selective" and "layernorm" in recompute.modules
+
+    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
+        x_SBD = x_SBD + self.attention(self._norm(self.input_norm, x_SBD), cos, sin)
+        out: Tensor = x_SBD + self.mlp(self._norm(self.post_norm, x_SBD))
+        return out
+
+    def _norm(self, norm: nn.Module, x_SBD: Tensor) -> Tensor:
+        if self._recompute_norms and torch.is_grad_enabled():
+            return _again(norm, x_SBD)
+        out: Tensor = norm(x_SBD)
+        return out
+
+
+def _again(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """Run a function without keeping its activations; routers in it choose once."""
+    out: Tensor = checkpoint(function, *args, use_reentrant=False, context_fn=RoutingTape().contexts)
+    return out
+
+
+class DecoderStage(nn.Module):
+    """Consecutive layers, with the embedding before the first and norm and head after the last layer of the model."""
+
+    def __init__(self, context: ModelContext, layers: range) -> None:
+        """Build a stage on the meta device.
+
+        Args:
+            context: the model's context.
+            layers: global numbers of its layers.
+        """
+        super().__init__()
+        model = context.model
+        self._context = context
+        self.rotary = Rotary(context)
+        self.is_first, self.is_last = layers.start == 0, layers.stop == model.num_layers
+        self.embedding = Embedding(context) if self.is_first else None
+        self.layers = nn.ModuleList(DecoderLayer(context, layer) for layer in layers)
+        self.norm: RMSNorm | None = None
+        self.head: Head | None = None
+        if self.is_last:
+            self.norm = RMSNorm(context, "model.norm.weight")
+            tied = self.embedding.weight if model.tie_embeddings and self.embedding is not None else None
+            self.head = Head(context, tied)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the stage.
+
+        Args:
+            x: tokens [B, S] int64 on the first stage, else activations [S / cp, B, D], split over tp with sequence
+                parallelism.
+
+        Returns:
+            Logits [S / cp, B, V] on the last stage, else activations.
+        """
+        context = self._context
+        if self.embedding is not None:
+            num_positions = x.shape[1]
+            x = self.embedding(x)
+        else:
+            shares = context.mesh.size("cp") * (context.mesh.size("tp") if context.sp else 1)
+            num_positions = x.shape[0] * shares
+        cos, sin = self.rotary(num_positions)
+        for place, layer in enumerate(self.layers):
+            again = torch.is_grad_enabled() and self._recomputed(place)
+            x = _again(layer, x, cos, sin) if again else layer(x, cos, sin)
+        if self.head is not None and self.norm is not None:
+            x = self.head(self.norm(x))
+        return x
+
+    def _recomputed(self, place: int) -> bool:
+        recompute = self._context.recompute
+        return recompute.granularity == "full" and (recompute.num_layers == 0 or place < recompute.num_layers)

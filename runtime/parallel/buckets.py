@@ -1,0 +1,264 @@
+"""Weights and gradients in flat buckets, each reduced by one collective, and sharded for the distributed optimizer.
+
+A bucket holds the parameters that are treated alike: reduced over the same ranks, replicated over the same axes, with
+or without weight decay. Its gradients accumulate in fp32 over the micro-batches. When the last gradient of a bucket has
+come, its reduction starts while the backward pass goes on.
+
+With a distributed optimizer each data-parallel rank owns an equal range of the flat bucket: gradients are
+reduce-scattered, the owner updates, and the new weights are all-gathered. Such a range may begin within a row; in a
+checkpoint it is a few rectangles (`topology.blocks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from runtime.parallel.collectives import group_rank, group_size
+from runtime.parallel.mesh import ParallelMesh
+from runtime.parallel.topology import Topology, matrix_cols, tag, topology_of
+
+BUCKET_SIZE = 40_000_000
+"""Elements after which a new bucket begins: large enough for full bandwidth, small enough to overlap."""
+_ALIGNMENT = 64  # elements; keeps every parameter at an address that matrix products like
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a parameter lies in its bucket."""
+
+    name: str
+    topology: Topology
+    shape: torch.Size
+    cols: int
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.shape.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPart:
+    """The part of a parameter that this rank's optimizer owns, as ranges of flat tensors."""
+
+    slot: Slot
+    begin: int
+    """First element, in the flat parameter."""
+    end: int
+    offset: int
+    """Of the first element, in the shard."""
+
+    @property
+    def range(self) -> slice:
+        """The part in the shard."""
+        return slice(self.offset, self.offset + self.end - self.begin)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Gradients that a bucket still waits for, and the reduction under way."""
+
+    count: int = 0
+    work: Any = None
+    launched: bool = False
+
+
+class Bucket:
+    """Parameters that are reduced and updated together."""
+
+    def __init__(
+        self, members: list[tuple[str, nn.Parameter]], mesh: ParallelMesh, device: torch.device, *, distributed: bool
+    ) -> None:
+        """Allocate the flat tensors and move the parameters into them.
+
+        Args:
+            members: names and parameters, alike in all that `alike` lists; they may be on the meta device.
+            mesh: the ranks.
+            device: where the bucket lives.
+            distributed: whether gradients and optimizer state are sharded over the data-parallel axis.
+        """
+        first = members[0][1]
+        self.topology = topology_of(first)
+        self.group = mesh.group(self.topology.data_axis)
+        self.partial_groups = [mesh.group(axis) for axis in self.topology.partial if mesh.size(axis) > 1]
+        self.distributed = distributed and group_size(self.group) > 1
+        parts = group_size(self.group) if self.distributed else 1
+        self.slots: list[Slot] = []
+        end = 0
+        for name, parameter in members:
+            self.slots.append(Slot(name, topology_of(parameter), parameter.shape, matrix_cols(parameter), end))
+            end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+        unit = parts * _ALIGNMENT
+        self.size = -(-end // unit) * unit
+        wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.weights = torch.zeros(self.size, dtype=first.dtype, device=device)
+        self.grads = torch.zeros(self.size, dtype=wide, device=device)
+        piece = self.size // parts
+        self._begin = piece * (group_rank(self.group) if self.distributed else 0)
+        own = slice(self._begin, self._begin + piece)
+        self.weight_shard, self.grad_shard = self.weights[own], self.grads[own]
+        # In fp32 the weights are their own masters.
+        self.master = self.weight_shard if first.dtype == wide else self.weight_shard.to(wide)
+        self.primary = self.topology.is_primary(mesh)
+        self.parameters: list[nn.Parameter] = []
+        self.pending = _Pending()
+
+    @property
+    def counted(self) -> bool:
+        """Whether this rank's shard takes part in the gradient norm: of equal copies, one does."""
+        return self.primary and (self.distributed or group_rank(self.group) == 0)
+
+    def view(self, slot: Slot) -> Tensor:
+        """A parameter's weights in the bucket."""
+        return self.weights[slot.start : slot.start + slot.size].view(slot.shape)
+
+    def grad_view(self, slot: Slot) -> Tensor:
+        """A parameter's accumulated gradient."""
+        return self.grads[slot.start : slot.start + slot.size].view(slot.shape)
+
+    def parts(self) -> Iterator[ShardPart]:
+        """The parts of parameters in this rank's shard, in order."""
+        last = self._begin + self.master.numel()
+        for slot in self.slots:
+            begin, end = max(slot.start, self._begin), min(slot.start + slot.size, last)
+            if begin < end:
+                yield ShardPart(slot, begin - slot.start, end - slot.start, begin - self._begin)
+
+    def reduce(self, *, wait: bool) -> None:
+        """Start the sum over the data-parallel ranks, and with `wait` finish all sums."""
+        if not self.pending.launched:
+            self.pending.launched = True
+            if self.distributed:
+                self.pending.work = _reduce_scatter(self.grad_shard, self.grads, self.group)
+            elif group_size(self.group) > 1:
+                self.pending.work = dist.all_reduce(self.grads, group=self.group, async_op=True)
+        if wait:
+            if self.pending.work is not None:
+                self.pending.work.wait()
+                self.pending.work = None
+            for group in self.partial_groups:
+                dist.all_reduce(self.grad_shard, group=group)
+
+    def publish(self) -> None:
+        """Bring the updated masters into the weights of all data-parallel ranks."""
+        if self.master is not self.weight_shard:
+            self.weight_shard.copy_(self.master)
+        if self.distributed:
+            _all_gather(self.weights, self.weight_shard, self.group)
+
+
+def _reduce_scatter(out: Tensor, source: Tensor, group: dist.ProcessGroup | None) -> Any:
+    if hasattr(dist, "reduce_scatter_single"):
+        return dist.reduce_scatter_single(out, source, group=group, async_op=True)
+    return dist.reduce_scatter_tensor(out, source, group=group, async_op=True)
+
+
+def _all_gather(out: Tensor, piece: Tensor, group: dist.ProcessGroup | None) -> None:
+    if hasattr(dist, "all_gather_single"):
+        dist.all_gather_single(out, piece, group=group)
+    else:
+        dist.all_gather_into_tensor(out, piece, group=group)
+
+
+def alike(parameter: nn.Parameter) -> tuple[object, ...]:
+    """What parameters of one bucket have in common."""
+    topology = topology_of(parameter)
+    return (topology.data_axis, topology.replicated, topology.partial, topology.decay, parameter.dtype)
+
+
+def _groups(parameters: Iterable[tuple[str, nn.Parameter]], size: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Sort parameters into buckets, the last of the model first: their gradients come first."""
+    opened: dict[tuple[object, ...], list[tuple[str, nn.Parameter]]] = {}
+    filled: dict[tuple[object, ...], int] = {}
+    for name, parameter in reversed(list(parameters)):
+        key = alike(parameter)
+        if key in opened and filled[key] + parameter.numel() > size:
+            yield opened.pop(key)
+        opened.setdefault(key, []).append((name, parameter))
+        filled[key] = (filled[key] if len(opened[key]) > 1 else 0) + parameter.numel()
+    yield from opened.values()
+
+
+class BucketStore:
+    """All parameters of this rank in buckets: replicated, or with optimizer state sharded over data parallel."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        mesh: ParallelMesh,
+        device: torch.device,
+        *,
+        distributed: bool,
+        bucket_size: int = BUCKET_SIZE,
+    ) -> None:
+        """Move a model's parameters into buckets, and collect gradients there from now on.
+
+        Args:
+            module: the model, its parameters tagged; the meta device is fine.
+            mesh: the ranks.
+            device: where the weights go.
+            distributed: whether gradients and optimizer state are sharded.
+            bucket_size: elements after which a new bucket begins.
+        """
+        groups = list(_groups(module.named_parameters(), bucket_size))
+        self.buckets = [Bucket(members, mesh, device, distributed=distributed) for members in groups]
+        replaced: dict[int, nn.Parameter] = {}
+        for bucket, members in zip(self.buckets, groups, strict=True):
+            for slot, (_, old) in zip(bucket.slots, members, strict=True):
+                new = nn.Parameter(bucket.view(slot))
+                tag(new, slot.topology)
+                replaced[id(old)] = new
+                bucket.parameters.append(new)
+                new.register_post_accumulate_grad_hook(self._collector(bucket, slot))  # type: ignore[no-untyped-call]
+        for owner in module.modules():
+            for name, parameter in list(owner._parameters.items()):
+                if parameter is not None:
+                    owner._parameters[name] = replaced[id(parameter)]
+
+    def _collector(self, bucket: Bucket, slot: Slot) -> Any:
+        total = bucket.grad_view(slot)
+
+        def collect(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                total.add_(parameter.grad)
+                parameter.grad = None
+            bucket.pending.count -= 1
+            if bucket.pending.count == 0:
+                bucket.reduce(wait=False)
+
+        return collect
+
+    def begin(self, num_backwards: int | None) -> None:
+        """Set gradients to zero before a step.
+
+        Args:
+            num_backwards: backward passes that each parameter will see, so that a bucket's reduction can start with
+                the last; None where that isn't known: reductions then start at the end.
+        """
+        for bucket in self.buckets:
+            bucket.grads.zero_()
+            bucket.pending = _Pending(count=num_backwards * len(bucket.slots) if num_backwards else 0)
+
+    def finish(self) -> None:
+        """Finish all reductions: after this `grad_shard` holds the gradients of the global batch."""
+        for bucket in self.buckets:
+            for slot, parameter in zip(bucket.slots, bucket.parameters, strict=True):
+                if parameter.grad is not None:  # from a schedule that doesn't run the hooks
+                    bucket.grad_view(slot).add_(parameter.grad)
+                    parameter.grad = None
+        for bucket in self.buckets:
+            bucket.reduce(wait=False)
+        for bucket in self.buckets:
+            bucket.reduce(wait=True)
+
+    def weights_from_masters(self) -> None:
+        """Bring the masters into the weights of all data-parallel ranks."""
+        for bucket in self.buckets:
+            bucket.publish()

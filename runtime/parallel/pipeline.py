@@ -1,0 +1,120 @@
+"""Micro-batches through the stages of a pipeline, on the schedules of torch.distributed.pipelining."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+from torch.distributed.pipelining.stage import _PipelineStageBase
+
+from runtime.config import PipelineSchedule
+from runtime.parallel.mesh import ParallelMesh
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+
+
+class Pipeline:
+    """This rank's stages, and a schedule for each number and shape of micro-batches that has come so far."""
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        mesh: ParallelMesh,
+        device: torch.device,
+        schedule: PipelineSchedule,
+        activation: Callable[[int, int], tuple[int, ...]],
+        dtype: torch.dtype,
+        loss: LossFunction,
+    ) -> None:
+        """Connect the stages.
+
+        Args:
+            stages: this rank's stages; the v-th is the model's stage v * pp + p.
+            mesh: the ranks.
+            device: where they compute.
+            schedule: the order of forward and backward passes.
+            activation: from sequences B and positions S of a micro-batch to the shape of what stages pass on.
+            dtype: of the activations.
+            loss: from output and labels of the last stage to the scalar whose gradient is taken.
+        """
+        self._stages, self._mesh, self._device = stages, mesh, device
+        self._kind, self._activation, self._dtype, self._loss = schedule, activation, dtype, loss
+        self._schedules: dict[tuple[int, int, int, bool], Schedule] = {}
+
+    @property
+    def counts_backwards(self) -> bool:
+        """Whether each parameter sees one ordinary backward pass for each micro-batch."""
+        return self._kind != "zero-bubble"
+
+    def run(self, tokens: Sequence[Tensor], labels: Sequence[Tensor], *, backward: bool) -> None:
+        """Run the micro-batches of a step.
+
+        Args:
+            tokens: [B, S] of each micro-batch; all alike in shape.
+            labels: [B, S] of each micro-batch.
+            backward: whether to compute gradients.
+        """
+        num, (batch, positions) = len(tokens), tokens[0].shape
+        key = (num, batch, positions, backward)
+        if key not in self._schedules:
+            self._schedules[key] = self._make(num, batch, positions)
+        schedule = self._schedules[key]
+        first, last = self._mesh.rank("pp") == 0, self._mesh.rank("pp") == self._mesh.size("pp") - 1
+        inputs = (torch.cat(list(tokens)),) if first else ()
+        target = torch.cat(list(labels)) if last else None
+        if backward:
+            schedule.step(*inputs, target=target, return_outputs=False)
+        else:
+            schedule.eval(*inputs, target=target, return_outputs=False)
+
+    def _make(self, num: int, batch: int, positions: int) -> Schedule:
+        size, rank = self._mesh.size("pp"), self._mesh.rank("pp")
+        total = size * len(self._stages)
+        between = torch.empty(self._activation(batch, positions), dtype=self._dtype, device="meta", requires_grad=True)
+        tokens = torch.empty(batch, positions, dtype=torch.int64, device="meta")
+        stages: list[_PipelineStageBase] = [
+            # Shapes are known: nothing has to be inferred by a trial run. The last stage sends nothing on.
+            PipelineStage(
+                module,
+                place * size + rank,
+                total,
+                self._device,
+                input_args=tokens if place * size + rank == 0 else between,
+                output_args=between,
+                group=self._mesh.group("pp"),
+            )
+            for place, module in enumerate(self._stages)
+        ]
+        if self._kind == "zero-bubble":
+            return ScheduleInterleavedZeroBubble(stages, num, loss_fn=self._loss, scale_grads=False)
+        if len(stages) > 1:
+            return ScheduleInterleaved1F1B(stages, num, loss_fn=self._loss, scale_grads=False)
+        # With fewer micro-batches than stages there is no steady state for 1F1B: both orders are the same work.
+        kind = ScheduleGPipe if self._kind == "gpipe" or num < size else Schedule1F1B
+        return kind(stages[0], num, loss_fn=self._loss, scale_grads=False)
+
+
+class WholeModel:
+    """Micro-batches one after another through a whole model."""
+
+    counts_backwards = True
+
+    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
+        self._model, self._loss = model, loss
+
+    def run(self, tokens: Sequence[Tensor], labels: Sequence[Tensor], *, backward: bool) -> None:
+        """Run the micro-batches of a step; arguments as of `Pipeline.run`."""
+        for inputs, target in zip(tokens, labels, strict=True):
+            loss = self._loss(self._model(inputs), target)
+            if backward:
+                loss.backward()  # type: ignore[no-untyped-call]

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from moeconv.errors import MappingError, SourceError
 from moeconv.families import family_of
 from moeconv.families.base import Model
-from moeconv.io.hf_folder import CONFIG, INDEX, HFFolder, parse_json, read_hf_folder, read_inside
-from moeconv.io.safetensors import encode_header
+from moeconv.io.hf_folder import CONFIG, INDEX, parse_json, read_hf_folder, read_inside
+from moeconv.io.safetensors import encode_header, read_header
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
 from moeconv.megatron import dist, legacy
@@ -25,11 +25,13 @@ from moeconv.megatron.names import Experts, Spec
 from moeconv.megatron.source import TRACKER, Collector, MegatronSource, find_iteration
 from moeconv.megatron.staging import Staging, fingerprint
 from moeconv.pieces import NameMap, Piece, TensorInfo
+from moeconv.placement import check_degrees
 
 Format = Literal["torch", "torch_dist"]
 Progress = Callable[[int], None]
 SHARD_BYTES = 5_000_000_000
 _SHARDING = "DCP_SHARDING_INFO"
+_MANIFEST = "moeconv.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,10 +127,16 @@ def open_model(root: Path) -> OpenModel:
         MappingError: tensors and config don't fit.
         IntegrityError: a tensor is stored in part, or twice.
     """
-    folder = read_hf_folder(root)
-    model = Model.from_config(family_of(folder.config), folder.config)
+    if (root / _MANIFEST).is_file():
+        config = parse_json(read_inside(root, CONFIG), str(root / CONFIG))
+        headers = {p.name: read_header(p) for p in sorted(root.glob("*.safetensors"))}
+        carried = tuple(name for name in _beside(root) if name != _MANIFEST)
+    else:
+        folder = read_hf_folder(root)
+        config, headers, carried = folder.config, folder.headers, folder.carried
+    model = Model.from_config(family_of(config), config)
     names, collector = NameMap(model), Collector()
-    for file, header in folder.headers.items():
+    for file, header in headers.items():
         sharding = parse_json(header.metadata[_SHARDING].encode(), file) if _SHARDING in header.metadata else {}
         for entry in header.entries:
             if entry.name in sharding:
@@ -137,11 +145,7 @@ def open_model(root: Path) -> OpenModel:
                 continue
             for piece in names.pieces(entry.name, entry.dtype, entry.shape, file, entry.begin):
                 collector.add(piece)
-    return OpenModel(root, folder.config, _carried(folder), model, collector.finish(model, str(root)))
-
-
-def _carried(folder: HFFolder) -> tuple[str, ...]:
-    return tuple(name for name in folder.carried if name != "moeconv.json")
+    return OpenModel(root, config, carried, model, collector.finish(model, str(root)))
 
 
 def export_megatron(
@@ -165,6 +169,7 @@ def export_megatron(
         MoeconvError: as the source, layout or output demands; nothing is left under `out`.
     """
     found = open_model(src)
+    check_degrees(found.model, degrees)
     source = Source(found.root, found.pieces)
     target = Target(
         model=found.model,

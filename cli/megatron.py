@@ -1,0 +1,145 @@
+"""The commands `import-megatron` and `export-megatron`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moeconv.errors import MoeconvError
+from moeconv.layout.degrees import Degrees
+
+_WORKERS = min(8, os.cpu_count() or 1)
+
+
+def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that both commands have."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
+        click.option("--dry-run", is_flag=True, help="Check and plan everything; write nothing."),
+        click.option("--resume", is_flag=True, help="Go on with a run that was killed."),
+        click.option("--workers", type=click.IntRange(1), default=_WORKERS, help="Threads that copy."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("import-megatron")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--iteration", type=click.IntRange(0), help="The iteration; by default the one that the tracker names.")
+@click.option(
+    "--hf-config",
+    type=click.Path(path_type=Path, exists=True),
+    help="The model's config.json or a folder with it; by default made from the checkpoint's args.",
+)
+@click.option("--ignore-args", is_flag=True, help="Trust --hf-config where the checkpoint's args say otherwise.")
+@_run_options
+def import_megatron(src: Path, out: Path, **options: Any) -> None:
+    """Turn a Megatron-Core checkpoint SRC into the Hugging Face folder OUT.
+
+    SRC is the folder that Megatron's --save named, or one iteration in it; both formats (torch, torch_dist), any
+    layout, any spec. Neither Megatron, Transformer Engine nor a GPU is needed, and no pickle is ever executed.
+
+    Example: moeconv import-megatron checkpoints/run7 mixtral-hf
+    """
+    from moeconv.megatron import convert
+
+    def run() -> convert.Summary:
+        source = convert.open_megatron(
+            src,
+            iteration=options["iteration"],
+            hf_config=options["hf_config"],
+            ignore_args=options["ignore_args"],
+        )
+        return convert.import_megatron(source, out, _options(options))
+
+    _report(run, out, options)
+
+
+@click.command("export-megatron")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "fmt",
+    type=click.Choice(["torch", "torch_dist"]),
+    required=True,
+    help="torch_dist loads under any layout; torch only under the one that is written.",
+)
+@click.option("--spec", type=click.Choice(["te", "local"]), default="te", help="Megatron's --transformer-impl.")
+@click.option(
+    "--experts",
+    type=click.Choice(["grouped", "sequential"]),
+    help="grouped: with --moe-grouped-gemm (default of te); sequential: without (default of local).",
+)
+@click.option("--tp", type=int, default=1, help="Tensor parallel degree.")
+@click.option("--pp", type=int, default=1, help="Pipeline parallel degree.")
+@click.option("--vpp", type=int, default=1, help="Virtual pipeline stages a rank.")
+@click.option("--ep", type=int, default=1, help="Expert parallel degree.")
+@click.option("--etp", type=int, default=0, help="Tensor parallel degree of experts; by default that of --tp.")
+@click.option("--pp-layers", help="Layers of each stage, as 9,8,8,7, where they don't divide.")
+@_run_options
+def export_megatron(src: Path, out: Path, **options: Any) -> None:
+    """Turn a model SRC into a Megatron-Core checkpoint OUT, ready for Megatron's --load.
+
+    OUT also gets the model's config and tokenizer, which Megatron leaves alone and import-megatron uses.
+
+    Example: moeconv export-megatron mixtral-hf out --format torch_dist --tp 2 --ep 4
+    """
+    from moeconv.megatron import convert
+
+    def run() -> convert.Summary:
+        names = ("tp", "pp", "vpp", "ep", "etp")
+        degrees = Degrees(**{n: options[n] for n in names}, pp_layers=_numbers(options["pp_layers"]))
+        experts = options["experts"] or ("grouped" if options["spec"] == "te" else "sequential")
+        return convert.export_megatron(
+            src,
+            out,
+            fmt=options["fmt"],
+            degrees=degrees,
+            spec=options["spec"],
+            experts=experts,
+            options=_options(options),
+        )
+
+    _report(run, out, options)
+
+
+COMMANDS = (import_megatron, export_megatron)
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: expected numbers such as 9,8,8,7", param_hint="--pp-layers") from None
+
+
+def _options(options: dict[str, Any]) -> Any:
+    from moeconv.megatron.convert import RunOptions
+
+    return RunOptions(workers=options["workers"], resume=options["resume"], dry_run=options["dry_run"])
+
+
+def _report(run: Callable[[], Any], out: Path, options: dict[str, Any]) -> None:
+    try:
+        summary = run()
+    except MoeconvError as error:
+        raise click.ClickException(str(error)) from None
+    if options["as_json"]:
+        click.echo(json.dumps({"out": str(out), "dry_run": options["dry_run"], **asdict(summary)}))
+        return
+    for what in summary.dropped:
+        click.echo(f"not converted: {what}", err=True)
+    done = "would write" if options["dry_run"] else "wrote"
+    click.echo(
+        f"{done} {out}: {summary.files} files, {summary.nbytes / 1e9:.2f} GB (Megatron layout {summary.degrees})"
+    )

@@ -80,5 +80,6 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if numpy_name == "bfloat16" or numpy_name.startswith("float8"):
         import ml_dtypes  # here, since most commands move bytes and never need it
 
-        return np.dtype(getattr(ml_dtypes, numpy_name))
+        numpy_type: np.dtype[Any] = np.dtype(getattr(ml_dtypes, numpy_name))
+        return numpy_type
     return np.dtype(numpy_name)

@@ -86,7 +86,9 @@ class NameMap:
                 return self._alias_pieces(alias, found[0], name, kind, tuple(shape), file, begin)
         raise self._unknown(name, file)
 
-    def _alias_pieces(self, alias: Alias, layer: int, name: str, kind: str, shape: tuple[int, ...], file: str, begin: int) -> list[Piece]:
+    def _alias_pieces(
+        self, alias: Alias, layer: int, name: str, kind: str, shape: tuple[int, ...], file: str, begin: int
+    ) -> list[Piece]:
         experts = range(self.model.sizes["experts"]) if alias.stack else (None,)
         parts = [[self.model.tensors[fill(part, layer, expert)] for part in alias.parts] for expert in experts]
         first = parts[0]
@@ -102,19 +104,29 @@ class NameMap:
     def _check_shape(self, name: str, got: tuple[int, ...], expected: tuple[int, ...], file: str) -> None:
         if got != expected:
             keys = ", ".join(f"{key}={value}" for key, value in self.model.sizes.items())
-            raise MappingError(f"{name} in {file} has shape {list(got)}; config.json implies {list(expected)} ({keys}). Correct whichever is wrong")
+            raise MappingError(
+                f"{name} in {file} has shape {list(got)}; config.json implies {list(expected)} ({keys}). Correct whichever is wrong"
+            )
 
     def _unknown(self, name: str, file: str) -> MappingError:
         sizes = self.model.sizes
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer and int(layer[1]) >= sizes["layers"]:
-            return MappingError(f"{name} in {file}: config.json has num_hidden_layers {sizes['layers']}, so layers end at {sizes['layers'] - 1}. Correct config.json")
+            return MappingError(
+                f"{name} in {file}: config.json has num_hidden_layers {sizes['layers']}, so layers end at {sizes['layers'] - 1}. Correct config.json"
+            )
         expert = re.search(r"\.experts\.(\d+)\.", name)
         if expert and int(expert[1]) >= sizes.get("experts", 0):
-            return MappingError(f"{name} in {file}: config.json has {sizes.get('experts', 0)} experts. Correct config.json")
-        near = difflib.get_close_matches(name, [fill(r.name, int(layer[1]) if layer else 0, 0) for r in self.model.family.rules], 1)
+            return MappingError(
+                f"{name} in {file}: config.json has {sizes.get('experts', 0)} experts. Correct config.json"
+            )
+        near = difflib.get_close_matches(
+            name, [fill(r.name, int(layer[1]) if layer else 0, 0) for r in self.model.family.rules], 1
+        )
         hint = f"; the nearest known name is {near[0]}" if near else ""
-        return MappingError(f"{name} in {file} is no tensor of {self.model.family.name}{hint}. Nothing is dropped silently: remove it from the source if it is not wanted")
+        return MappingError(
+            f"{name} in {file} is no tensor of {self.model.family.name}{hint}. Nothing is dropped silently: remove it from the source if it is not wanted"
+        )
 
 
 def check_complete(model: Model, present: Iterable[str], where: str) -> None:
@@ -132,6 +144,8 @@ def check_complete(model: Model, present: Iterable[str], where: str) -> None:
     missing = [t.name for t in model.tensors.values() if t.name not in found and not model.optional(t)]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise MappingError(f"{where} lacks {shown}; config.json says {model.sizes['layers']} layers" + (
-            f" and {model.sizes['experts']} experts" if EXPERT in missing[0] or "experts" in model.sizes else ""
-        ) + ". Complete the source, or correct config.json")
+        raise MappingError(
+            f"{where} lacks {shown}; config.json says {model.sizes['layers']} layers"
+            + (f" and {model.sizes['experts']} experts" if EXPERT in missing[0] or "experts" in model.sizes else "")
+            + ". Complete the source, or correct config.json"
+        )

@@ -49,7 +49,9 @@ def check_degrees(model: Model, degrees: Degrees) -> None:
     heads, kv_heads = sizes["heads"], sizes["kv_heads"]
     if heads % degrees.tp or (kv_heads % degrees.tp and degrees.tp % kv_heads):
         fits = [d for d in divisors(heads) if kv_heads % d == 0 or d % kv_heads == 0]
-        raise LayoutError(f"--tp {degrees.tp}: {heads} attention heads and {kv_heads} key/value heads can't be shared by {degrees.tp} ranks; {_fits(fits)}")
+        raise LayoutError(
+            f"--tp {degrees.tp}: {heads} attention heads and {kv_heads} key/value heads can't be shared by {degrees.tp} ranks; {_fits(fits)}"
+        )
     experts = sizes.get("experts", 0)
     if experts == 0 and degrees.ep > 1:
         raise LayoutError(f"--ep {degrees.ep}: a {model.family.name} model has no experts; give --ep 1")
@@ -64,7 +66,9 @@ def check_degrees(model: Model, degrees: Degrees) -> None:
         if rule.split is not None and rule.split.axis == "tp" and rule.split.units is None and not rule.split.rounded:
             size = model.shape(rule)[rule.split.dim]
             if size % degrees.tp:
-                raise LayoutError(f"--tp {degrees.tp}: {rule.name} has {size} elements to split; {_fits(divisors(size)[:12])}")
+                raise LayoutError(
+                    f"--tp {degrees.tp}: {rule.name} has {size} elements to split; {_fits(divisors(size)[:12])}"
+                )
 
 
 def rank_rects(tensor: GlobalTensor, degrees: Degrees) -> list[Rect]:
@@ -142,7 +146,9 @@ class Placement:
         assert tensor.expert is not None
         return tensor.expert // (self.model.sizes["experts"] // self.degrees.ep)
 
-    def held(self, *, tp: int = 0, pp: int = 0, ep: int = 0, etp: int | None = None) -> Iterator[tuple[GlobalTensor, Rect]]:
+    def held(
+        self, *, tp: int = 0, pp: int = 0, ep: int = 0, etp: int | None = None
+    ) -> Iterator[tuple[GlobalTensor, Rect]]:
         """List what one rank holds, shared tensors included.
 
         Args:
@@ -160,7 +166,9 @@ class Placement:
         etp = tp % self.degrees.etp if etp is None else etp
         for axis, value in (("tp", tp), ("pp", pp), ("ep", ep), ("etp", etp)):
             if not 0 <= value < getattr(self.degrees, axis):
-                raise LayoutError(f"rank {axis}={value}: the layout has {axis} {getattr(self.degrees, axis)}; coordinates go from 0")
+                raise LayoutError(
+                    f"rank {axis}={value}: the layout has {axis} {getattr(self.degrees, axis)}; coordinates go from 0"
+                )
         tied_head = self.model.flags.get("tied", False) and pp == self.degrees.pp - 1
         for tensor in self.model.tensors.values():
             here = self.stage(tensor) == pp or (tied_head and tensor.rule.where == "first")

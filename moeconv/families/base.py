@@ -138,7 +138,9 @@ class Model:
 
     def _expand(self) -> Iterator[GlobalTensor]:
         for where in ("first", "layers", "last"):
-            rules = [r for r in self.family.rules if r.where == where and (r.only_if is None or self.flags.get(r.only_if))]
+            rules = [
+                r for r in self.family.rules if r.where == where and (r.only_if is None or self.flags.get(r.only_if))
+            ]
             for layer in range(self.sizes["layers"]) if where == "layers" else (None,):
                 for rule in rules:
                     if EXPERT not in rule.name:
@@ -177,7 +179,11 @@ def match(template: str, name: str) -> tuple[int | None, int | None] | None:
     Returns:
         `(layer, expert)`, with None for what the template lacks; None where the name is of another kind.
     """
-    pattern = re.escape(template).replace(re.escape(LAYER), r"(?P<layer>0|[1-9]\d*)").replace(re.escape(EXPERT), r"(?P<expert>0|[1-9]\d*)")
+    pattern = (
+        re.escape(template)
+        .replace(re.escape(LAYER), r"(?P<layer>0|[1-9]\d*)")
+        .replace(re.escape(EXPERT), r"(?P<expert>0|[1-9]\d*)")
+    )
     found = re.fullmatch(pattern, name)
     if found is None:
         return None

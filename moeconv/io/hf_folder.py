@@ -11,11 +11,26 @@ from typing import Any
 
 from moeconv.errors import SourceError
 from moeconv.io.safetensors import Header, read_header
+from moeconv.io.torch_bin import BIN_INDEX, bin_names, read_bin
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 # Weights in other forms: never carried, and (consolidated.*) never read, since they repeat the same weights.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".ot")
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".npz",
+    ".tflite",
+    ".ot",
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CODE_OF_TRAINERS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
@@ -48,9 +63,11 @@ def read_hf_folder(root: Path) -> HFFolder:
         raise SourceError(f"{root}: no such folder")
     config_bytes = read_inside(root, CONFIG)
     config = parse_json(config_bytes, f"{root / CONFIG}")
-    index = read_inside(root, INDEX) if (root / INDEX).exists() else None
     present = sorted(p.name for p in root.glob("*.safetensors") if not p.name.startswith("consolidated"))
-    weight_map = _weight_map(root, index) if index is not None else None
+    old = not present and not (root / INDEX).exists()  # a folder from before safetensors
+    present, index_name = (bin_names(root), BIN_INDEX) if old else (present, INDEX)
+    index = read_inside(root, index_name) if (root / index_name).exists() else None
+    weight_map = _weight_map(root, index, index_name) if index is not None else None
     names = sorted(set(weight_map.values())) if weight_map is not None else present
     if not names:
         raise SourceError(_no_weights(root))
@@ -58,8 +75,10 @@ def read_hf_folder(root: Path) -> HFFolder:
         check_inside(root, name)
     extra = sorted(set(present) - set(names))
     if extra:
-        raise SourceError(f"{root}: {', '.join(extra)} is not in {INDEX}, so its tensors would be lost; move it away, or correct the index")
-    headers = {name: read_header(root / name) for name in names}
+        raise SourceError(
+            f"{root}: {', '.join(extra)} is not in {index_name}, so its tensors would be lost; move it away, or correct the index"
+        )
+    headers = {name: read_bin(root / name) if old else read_header(root / name) for name in names}
     _check_index(root, headers, weight_map)
     return HFFolder(root, headers, index, config_bytes, config, tuple(_carried(root)))
 
@@ -114,7 +133,9 @@ def check_inside(root: Path, name: str) -> Path:
     """
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
-        raise SourceError(f"{root}: refers to {name!r}, which is outside the folder; a checkpoint names only its own files")
+        raise SourceError(
+            f"{root}: refers to {name!r}, which is outside the folder; a checkpoint names only its own files"
+        )
     path = root / name
     real, base = Path(os.path.realpath(path)), Path(os.path.realpath(root))
     allowed = [base]
@@ -140,14 +161,14 @@ def read_inside(root: Path, name: str) -> bytes:
         raise SourceError(f"{path}: can't be read: {error.strerror or error}") from None
 
 
-def _weight_map(root: Path, raw: bytes) -> dict[str, str]:
-    where = f"{root / INDEX}"
+def _weight_map(root: Path, raw: bytes, index: str) -> dict[str, str]:
+    where, kind = f"{root / index}", ".bin" if index == BIN_INDEX else ".safetensors"
     weight_map = parse_json(raw, where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise SourceError(f"{where}: weight_map must map tensor names to file names")
     for name in set(weight_map.values()):
-        if not name.endswith(".safetensors"):
-            raise SourceError(f"{where}: weight_map names {name!r}, which is no safetensors file")
+        if not name.endswith(kind):
+            raise SourceError(f"{where}: weight_map names {name!r}, which is no {kind[1:]} file")
     return weight_map
 
 
@@ -156,7 +177,9 @@ def _check_index(root: Path, headers: dict[str, Header], weight_map: dict[str, s
     for file, header in headers.items():
         for entry in header.entries:
             if entry.name in seen:
-                raise SourceError(f"{root}: {entry.name} is stored twice, in {seen[entry.name]} and in {file}; remove one")
+                raise SourceError(
+                    f"{root}: {entry.name} is stored twice, in {seen[entry.name]} and in {file}; remove one"
+                )
             seen[entry.name] = file
             if weight_map is not None and weight_map.get(entry.name) != file:
                 listed = weight_map.get(entry.name)

@@ -59,7 +59,9 @@ def read_header(path: Path) -> Header:
                 raise SourceError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
             length = int.from_bytes(prefix, "little")
             if length > MAX_HEADER_BYTES or length > size - _PREFIX:
-                raise SourceError(f"{path}: header length {length} in a file of {size} bytes; the file is truncated or no safetensors file")
+                raise SourceError(
+                    f"{path}: header length {length} in a file of {size} bytes; the file is truncated or no safetensors file"
+                )
             raw = file.read(length)
     except OSError as error:
         raise SourceError(f"{path}: can't be read: {error.strerror or error}") from None
@@ -91,16 +93,24 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise SourceError(f"{where}: __metadata__ must map strings to strings")
-    entries = sorted((_entry(name, value, len(raw), where) for name, value in table.items()), key=lambda e: (e.begin, e.end))
+    entries = sorted(
+        (_entry(name, value, len(raw), where) for name, value in table.items()), key=lambda e: (e.begin, e.end)
+    )
     position = len(raw)
     for entry in entries:
         if entry.begin != position:
-            kind = "overlaps the tensor before it" if entry.begin < position else f"leaves a gap of {entry.begin - position} bytes before it"
+            kind = (
+                "overlaps the tensor before it"
+                if entry.begin < position
+                else f"leaves a gap of {entry.begin - position} bytes before it"
+            )
             raise SourceError(f"{where}: {entry.name} {kind}; the header's data_offsets are wrong")
         position = entry.end
     if position != file_size:
         problem = "truncated" if position > file_size else "longer than its header says"
-        raise SourceError(f"{where}: {file_size} bytes, the header needs {position}: the file is {problem}; download it again")
+        raise SourceError(
+            f"{where}: {file_size} bytes, the header needs {position}: the file is {problem}; download it again"
+        )
     return Header(raw, tuple(entries), metadata, file_size)
 
 
@@ -152,5 +162,7 @@ def _entry(name: str, value: Any, data_begin: int, where: str) -> Entry:
     except SourceError as error:
         raise SourceError(f"{where}: {name}: {error}") from None
     if end - begin != expected:
-        raise SourceError(f"{where}: {name} is {kind} {shape}, {expected} bytes, but its data_offsets [{begin}, {end}] hold {end - begin}")
+        raise SourceError(
+            f"{where}: {name} is {kind} {shape}, {expected} bytes, but its data_offsets [{begin}, {end}] hold {end - begin}"
+        )
     return Entry(name, kind, tuple(shape), data_begin + begin, data_begin + end)

@@ -36,7 +36,9 @@ class Degrees:
             if getattr(self, name) < 1:
                 raise LayoutError(f"--{name} {getattr(self, name)}: a degree is at least 1")
         if self.vpp > 1 and self.pp == 1:
-            raise LayoutError(f"--vpp {self.vpp} with --pp 1: virtual stages need a pipeline; give --pp 2 or more, or --vpp 1")
+            raise LayoutError(
+                f"--vpp {self.vpp} with --pp 1: virtual stages need a pipeline; give --pp 2 or more, or --vpp 1"
+            )
         if self.pp_layers is not None and (len(self.pp_layers) != self.pp * self.vpp or min(self.pp_layers) < 1):
             raise LayoutError(
                 f"--pp-layers {','.join(map(str, self.pp_layers))}: expected {self.pp * self.vpp} numbers of at least 1 "
@@ -92,7 +94,9 @@ def chunk_layers(num_layers: int, degrees: Degrees) -> list[range]:
             raise LayoutError(f"{num_layers} layers don't divide over pp {degrees.pp} x vpp {degrees.vpp}: {hint}")
         counts = (num_layers // chunks,) * chunks
     elif sum(counts) != num_layers:
-        raise LayoutError(f"--pp-layers {','.join(map(str, counts))} adds up to {sum(counts)}; the model has {num_layers} layers")
+        raise LayoutError(
+            f"--pp-layers {','.join(map(str, counts))} adds up to {sum(counts)}; the model has {num_layers} layers"
+        )
     ends = [sum(counts[: i + 1]) for i in range(chunks)]
     return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 

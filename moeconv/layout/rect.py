@@ -81,8 +81,12 @@ def check_cover(name: str, shape: Sequence[int], parts: Iterable[tuple[Rect, str
             if rect.ends and other.offsets[0] >= rect.ends[0]:
                 break  # sorted by the first offset: nothing later can reach back
             if rect.intersect(other):
-                raise IntegrityError(f"{name}: {where} holds {rect} and {elsewhere} holds {other}, which overlap; expected each element once")
+                raise IntegrityError(
+                    f"{name}: {where} holds {rect} and {elsewhere} holds {other}, which overlap; expected each element once"
+                )
     covered = sum(rect.size for rect, _ in ordered)
     if covered != whole.size:
         held = ", ".join(f"{rect} in {where}" for rect, where in ordered[:8]) or "nothing"
-        raise IntegrityError(f"{name}: {whole.size - covered} of {whole.size} elements are in no file (held: {held}); a file is missing or incomplete")
+        raise IntegrityError(
+            f"{name}: {whole.size - covered} of {whole.size} elements are in no file (held: {held}); a file is missing or incomplete"
+        )

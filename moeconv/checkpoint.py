@@ -1,0 +1,291 @@
+"""A checkpoint on disk, sharded or not: its model, its tensors, and where every byte of them is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from moeconv.dtypes import dtype, numpy_dtype
+from moeconv.errors import IntegrityError, MappingError, SourceError, WriteError
+from moeconv.families import family_of
+from moeconv.families.base import Family, Model
+from moeconv.io.checksum import checksum
+from moeconv.io.hf_folder import CONFIG, HFFolder, parse_json, read_hf_folder, read_inside
+from moeconv.io.manifest import MANIFEST, FileRecord, Manifest, write_bytes
+from moeconv.io.safetensors import Header, read_header
+from moeconv.layout.degrees import Degrees, chunk_layers
+from moeconv.layout.rect import Rect, check_cover
+from moeconv.pieces import NameMap, Piece, TensorInfo, check_complete
+from moeconv.placement import split_optimizer_name
+
+TRAINER = "trainer.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Opening reads headers only; `checksums` (by file and tensor) are there for sharded ones."""
+
+    root: Path
+    kind: Literal["hf", "sharded"]
+    config: dict[str, Any]
+    model: Model
+    tensors: dict[str, TensorInfo]
+    pieces: dict[str, list[Piece]]
+    checksums: dict[tuple[str, str], str]
+    carried: tuple[str, ...]
+    manifest: Manifest | None = None
+    folder: HFFolder | None = None
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return self.model.family
+
+    @property
+    def degrees(self) -> Degrees:
+        """The layout's degrees; all 1 for a Hugging Face folder."""
+        return Degrees.from_json(self.manifest.degrees) if self.manifest else Degrees()
+
+    @property
+    def files(self) -> list[str]:
+        """The files that hold tensors, relative to the root."""
+        return sorted({piece.file for pieces in self.pieces.values() for piece in pieces})
+
+    @cached_property
+    def carried_bytes(self) -> dict[str, bytes]:
+        """The carried files' contents; once read, they stay when the folder goes."""
+        return {name: read_inside(self.root, name) for name in self.carried}
+
+    def read(self, name: str, rect: Rect | None = None) -> np.ndarray[Any, Any]:
+        """Read a part of a tensor from whatever files hold it, and only that.
+
+        Args:
+            name: the tensor's hub name.
+            rect: the part to read; by default the whole tensor.
+
+        Returns:
+            An array of the part's shape in the tensor's own dtype (ml_dtypes' bfloat16 for BF16).
+
+        Raises:
+            SourceError: there is no such tensor, or a file can't be read.
+        """
+        if name not in self.tensors:
+            raise SourceError(f"{self.root}: holds no tensor {name}")
+        info = self.tensors[name]
+        wanted = rect or Rect.whole(info.shape)
+        out = np.empty(wanted.shape, numpy_dtype(info.dtype))
+        for piece in self.pieces[name]:
+            part = piece.rect.intersect(wanted)
+            if part is None:
+                continue
+            # Rows of dim 0 are contiguous in the file: map just those, and let numpy pick the columns.
+            inner, width = (
+                part.within(piece.rect),
+                piece.rect.size // max(piece.rect.shape[0], 1) if piece.rect.shape else 1,
+            )
+            first, rows = (inner.offsets[0], inner.shape[0]) if inner.shape else (0, 1)
+            try:
+                data = np.fromfile(
+                    self.root / piece.file,
+                    out.dtype,
+                    count=rows * width,
+                    offset=piece.begin + first * width * dtype(info.dtype).itemsize,
+                )
+            except OSError as error:
+                raise SourceError(f"{self.root / piece.file}: can't be read: {error.strerror or error}") from None
+            data = data.reshape(rows, *piece.rect.shape[1:]) if piece.rect.shape else data.reshape(())
+            columns = inner.slices()[1:]
+            out[part.within(wanted).slices()] = data[(slice(None), *columns)] if inner.shape else data
+        return out
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a sharded checkpoint or a Hugging Face folder, and check that its tensors are exactly those that its config implies.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        The checkpoint; no tensor has been read.
+
+    Raises:
+        SourceError: the folder, a header or the manifest is missing or malformed.
+        MappingError: a tensor is unknown, missing, twice there or misshapen.
+        IntegrityError: the manifest and the files disagree.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise SourceError(f"{root}: no such folder")
+    if (root / MANIFEST).exists():
+        return _open_sharded(root)
+    if list(root.glob("*-pp[0-9]*.safetensors")) or root.name.endswith(".partial"):
+        raise SourceError(
+            f"{root}: has no {MANIFEST}: the run that wrote it did not finish; finish it with --resume, or remove the folder"
+        )
+    return _open_hf(root)
+
+
+def _open_hf(root: Path) -> Checkpoint:
+    folder = read_hf_folder(root)
+    model = Model.from_config(family_of(folder.config), folder.config)
+    names = NameMap(model)
+    pieces: dict[str, list[Piece]] = {}
+    for file, header in folder.headers.items():
+        for entry in header.entries:
+            for piece in names.pieces(entry.name, entry.dtype, entry.shape, file, entry.begin):
+                pieces.setdefault(piece.tensor, []).append(piece)
+    for name, found in pieces.items():
+        if len(found) > 1:
+            raise MappingError(
+                f"{name} is stored twice, in {found[0].file} and {found[1].file}, under its own name and fused; remove one"
+            )
+    check_complete(model, pieces, str(root))
+    ordered = {name: pieces[name] for name in model.tensors if name in pieces}
+    tensors = {name: TensorInfo(name, found[0].dtype, model.tensors[name].shape) for name, found in ordered.items()}
+    return Checkpoint(root, "hf", folder.config, model, tensors, ordered, {}, folder.carried, None, folder)
+
+
+def _open_sharded(root: Path) -> Checkpoint:
+    manifest = Manifest.decode(read_inside(root, MANIFEST), str(root / MANIFEST))
+    config = parse_json(read_inside(root, CONFIG), str(root / CONFIG))
+    model = Model.from_config(family_of(config), config)
+    pieces: dict[str, list[Piece]] = {}
+    tensors: dict[str, TensorInfo] = {}
+    checksums: dict[tuple[str, str], str] = {}
+    for name, record in manifest.files.items():
+        header = read_header(root / name)
+        _check_header(root, record, header)
+        for t, entry in zip(record.tensors, header.entries, strict=True):
+            info = TensorInfo(t.name, t.dtype, t.shape)
+            if tensors.setdefault(t.name, info) != info:
+                raise IntegrityError(
+                    f"{root / MANIFEST}: {t.name} is {tensors[t.name]} in one file and {info} in {name}"
+                )
+            pieces.setdefault(t.name, []).append(Piece(t.name, t.dtype, Rect(t.offsets, t.extent), name, entry.begin))
+            checksums[name, t.name] = t.checksum
+    for tensor, info in tensors.items():
+        base = model.tensors.get(split_optimizer_name(tensor)[1])
+        if base is None or base.shape != info.shape:
+            raise MappingError(
+                f"{tensor} of shape {list(info.shape)} is no tensor that {root / CONFIG} implies; one of the two was changed"
+            )
+        check_cover(tensor, info.shape, [(p.rect, p.file) for p in pieces[tensor]])
+    check_complete(model, tensors, str(root))
+    ordered = sorted(tensors, key=_order(model))
+    return Checkpoint(
+        root,
+        "sharded",
+        config,
+        model,
+        {n: tensors[n] for n in ordered},
+        {n: pieces[n] for n in ordered},
+        checksums,
+        tuple(manifest.carried),
+        manifest,
+    )
+
+
+def _order(model: Model) -> Any:
+    position = {name: index for index, name in enumerate(model.tensors)}
+
+    def key(name: str) -> tuple[str, int]:
+        state, base = split_optimizer_name(name)
+        return state or "", position[base]
+
+    return key
+
+
+def _check_header(root: Path, record: FileRecord, header: Header) -> None:
+    path = root / record.name
+    if header.file_size != record.size:
+        raise IntegrityError(f"{path}: {header.file_size} bytes, the manifest says {record.size}; restore the file")
+    if checksum(header.raw) != record.header:
+        raise IntegrityError(f"{path}: the header differs from its checksum in the manifest; restore the file")
+    stored = [(e.name, e.dtype, e.shape) for e in header.entries]
+    if stored != [(t.name, t.dtype, t.extent) for t in record.tensors]:
+        raise IntegrityError(f"{path}: holds other tensors than the manifest says; restore the file")
+
+
+def finish_checkpoint(folder: Path, source: Checkpoint, degrees: Degrees, records: list[FileRecord]) -> None:
+    """Make a folder of shard files that ranks have written a checkpoint: config, tokenizer and manifest, the manifest last.
+
+    Args:
+        folder: the folder; every file of `records` is in it.
+        source: the checkpoint that the run began with; its carried files and shard map go along (read `source.carried_bytes` early where its folder may go).
+        degrees: the layout's degrees.
+        records: the files' records.
+
+    Raises:
+        IntegrityError: the files don't cover every tensor exactly once.
+        WriteError: a file can't be written.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    parts: dict[str, list[tuple[Rect, str]]] = {}
+    for record in records:
+        for t in record.tensors:
+            shapes[t.name] = t.shape
+            parts.setdefault(t.name, []).append((Rect(t.offsets, t.extent), record.name))
+    for name, found in parts.items():
+        check_cover(name, shapes[name], found)
+    check_complete(source.model, parts, str(folder))
+    trainer = folder / TRAINER
+    carried = {name: data for name, data in source.carried_bytes.items() if name != TRAINER}
+    try:
+        for name, data in carried.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(folder / name, data)
+        if trainer.exists():
+            carried[TRAINER] = trainer.read_bytes()
+        manifest = make_manifest(
+            source, degrees, records, {name: (len(data), checksum(data)) for name, data in carried.items()}
+        )
+        write_bytes(folder / MANIFEST, manifest.encode())
+    except OSError as error:
+        raise WriteError(f"{folder}: can't be written: {error.strerror or error}") from None
+
+
+def make_manifest(
+    source: Checkpoint, degrees: Degrees, records: list[FileRecord], carried: dict[str, tuple[int, str]]
+) -> Manifest:
+    """Make the manifest of a sharded checkpoint that comes from `source`, whose shard map it keeps.
+
+    Args:
+        source: the checkpoint that the bytes came from.
+        degrees: the new layout's degrees.
+        records: the new files' records.
+        carried: size in bytes and checksum of each carried file.
+
+    Returns:
+        The manifest.
+    """
+    from moeconv.io.manifest import SourceFile
+
+    chunks = chunk_layers(source.model.sizes["layers"], degrees)
+    stages = [
+        [layer for c in range(stage, len(chunks), degrees.pp) for layer in chunks[c]] for stage in range(degrees.pp)
+    ]
+    if source.manifest is not None:
+        files, index = source.manifest.source, source.manifest.index
+    else:
+        assert source.folder is not None
+        files = {name: SourceFile(h.file_size, h.raw) for name, h in source.folder.headers.items()}
+        index = source.folder.index
+    return Manifest(
+        family=source.family.model_type,
+        degrees=degrees.as_json(),
+        stages=stages,
+        files={r.name: r for r in sorted(records, key=lambda r: natural(r.name))},
+        carried=dict(sorted(carried.items())),
+        source=files,
+        index=index,
+    )
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """Give a key that sorts names with numbers as people expect: 2 before 10."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))

@@ -1,0 +1,245 @@
+"""The conversions: a Hugging Face folder to shards, shards to other shards, shards to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint import TRAINER, Checkpoint, make_manifest, natural
+from moeconv.dtypes import dtype
+from moeconv.errors import LayoutError, SourceError, WriteError
+from moeconv.execute import Progress, execute
+from moeconv.io.checksum import checksum
+from moeconv.io.hf_folder import INDEX
+from moeconv.io.manifest import MANIFEST, FileRecord, write_bytes
+from moeconv.io.safetensors import encode_header, parse_header
+from moeconv.io.staging import Staging, check_free
+from moeconv.layout.degrees import Degrees
+from moeconv.pieces import NameMap
+from moeconv.placement import Placement, split_optimizer_name
+from moeconv.plan import Plan, TargetFile, make_plan, sharded_files
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a conversion runs: threads, whether to go on with a killed run, and who is told of bytes moved."""
+
+    workers: int | None = None
+    resume: bool = False
+    progress: Callable[[int], Progress] | None = None
+
+
+def plan_sharded(source: Checkpoint, degrees: Degrees) -> Plan:
+    """Plan a checkpoint's tensors as shards.
+
+    Args:
+        source: a Hugging Face folder or a sharded checkpoint.
+        degrees: the new layout's degrees.
+
+    Returns:
+        The plan.
+
+    Raises:
+        LayoutError: the model can't be split so.
+    """
+    placement = Placement(source.model, degrees)
+    return make_plan(source.tensors, source.pieces, sharded_files(source.tensors.values(), placement))
+
+
+def write_sharded(source: Checkpoint, out: Path, degrees: Degrees, options: Options) -> Plan:
+    """Write a checkpoint as shards; its optimizer state, if any, goes along.
+
+    Args:
+        source: a Hugging Face folder or a sharded checkpoint.
+        out: the folder to make.
+        degrees: the new layout's degrees.
+        options: how to run.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        MoeconvError: anything is wrong; then `out` does not exist.
+    """
+    plan = plan_sharded(source, degrees)
+
+    def close(folder: Path, records: dict[str, FileRecord]) -> None:
+        carried = {name: (len(data), checksum(data)) for name, data in source.carried_bytes.items()}
+        write_bytes(folder / MANIFEST, make_manifest(source, degrees, list(records.values()), carried).encode())
+
+    _write(source, out, plan, source.carried_bytes, options, close)
+    return plan
+
+
+def plan_hf(source: Checkpoint, max_shard_size: int | None) -> tuple[Plan, bytes | None]:
+    """Plan a checkpoint as a Hugging Face folder: with the source's own shard map, or cut anew under hub names.
+
+    Args:
+        source: a sharded checkpoint.
+        max_shard_size: bytes of tensors a file at most; None for the source's own files.
+
+    Returns:
+        The plan, and the index file's bytes (None where there is no index).
+
+    Raises:
+        LayoutError: a tensor is larger than `max_shard_size` allows for at least one element.
+    """
+    tensors = {name: info for name, info in source.tensors.items() if split_optimizer_name(name)[0] is None}
+    pieces = {name: source.pieces[name] for name in tensors}
+    assert source.manifest is not None
+    if max_shard_size is None and source.manifest.source:
+        files, index = _own_files(source)
+    else:
+        files, index = _cut_files(source, list(tensors), max_shard_size or DEFAULT_SHARD_BYTES)
+    return make_plan(tensors, pieces, files), index
+
+
+def write_hf(source: Checkpoint, out: Path, max_shard_size: int | None, options: Options) -> Plan:
+    """Write a sharded checkpoint as a Hugging Face folder.
+
+    Args:
+        source: a sharded checkpoint.
+        out: the folder to make.
+        max_shard_size: bytes of tensors a file at most; None gives the source's own files, byte for byte.
+        options: how to run.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        MoeconvError: anything is wrong; then `out` does not exist.
+    """
+    if source.kind != "sharded":
+        raise SourceError(f"{source.root}: is a Hugging Face folder already")
+    plan, index = plan_hf(source, max_shard_size)
+    small = {name: data for name, data in source.carried_bytes.items() if name != TRAINER}
+    if index is not None:
+        small[INDEX] = index
+    _write(source, out, plan, small, options, lambda folder, records: None)
+    return plan
+
+
+def _own_files(source: Checkpoint) -> tuple[list[TargetFile], bytes | None]:
+    assert source.manifest is not None
+    names = NameMap(source.model)
+    files, total = [], 0
+    changed = False
+    for name in sorted(source.manifest.source, key=natural):
+        recorded = source.manifest.source[name]
+        header = parse_header(recorded.header, recorded.size, name)
+        kinds = {
+            e.name: source.tensors[names.pieces(e.name, e.dtype, e.shape, name, e.begin)[0].tensor].dtype
+            for e in header.entries
+        }
+        if any(kinds[e.name] != e.dtype for e in header.entries):  # trained in another precision
+            changed = True
+            header = encode_header([(e.name, kinds[e.name], e.shape) for e in header.entries], header.metadata)
+        pieces = [p for e in header.entries for p in names.pieces(e.name, e.dtype, e.shape, name, e.begin)]
+        files.append(TargetFile(name, header, tuple(pieces)))
+        total += header.file_size - len(header.raw)
+    index = source.manifest.index
+    if index is not None and changed:
+        table = json.loads(index)
+        table.setdefault("metadata", {})["total_size"] = total
+        index = (json.dumps(table, indent=2) + "\n").encode()
+    return files, index
+
+
+def _cut_files(source: Checkpoint, order: list[str], max_bytes: int) -> tuple[list[TargetFile], bytes | None]:
+    if max_bytes < 1:
+        raise LayoutError(f"--max-shard-size {max_bytes}: expected at least 1 byte")
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name in order:
+        size = source.tensors[name].nbytes
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    files, weight_map = [], {}
+    for number, group in enumerate(groups, 1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        ordered = sorted(group, key=lambda n: -dtype(source.tensors[n].dtype).itemsize)
+        infos = [source.tensors[name] for name in ordered]
+        header = encode_header([(i.name, i.dtype, i.shape) for i in infos], {"format": "pt"})
+        names = NameMap(source.model)
+        files.append(
+            TargetFile(
+                file,
+                header,
+                tuple(p for e in header.entries for p in names.pieces(e.name, e.dtype, e.shape, file, e.begin)),
+            )
+        )
+        weight_map.update(dict.fromkeys(group, file))
+    if len(groups) == 1:
+        return files, None
+    total = sum(source.tensors[name].nbytes for name in order)
+    table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return files, (json.dumps(table, indent=2) + "\n").encode()
+
+
+def _write(
+    source: Checkpoint,
+    out: Path,
+    plan: Plan,
+    small: dict[str, bytes],
+    options: Options,
+    close: Callable[[Path, dict[str, FileRecord]], None],
+) -> None:
+    out = Path(os.path.abspath(out))
+    check_free(out)
+    if out.is_relative_to(os.path.abspath(source.root)):
+        raise WriteError(
+            f"{out}: lies inside the source {source.root}, which is never changed; choose a folder elsewhere"
+        )
+    before = _stats(source)
+    staging = Staging(out, _identity(source, before, plan, small), resume=options.resume)
+    try:
+        progress = (
+            options.progress(sum(f.size for f in plan.files if f.name not in staging.done))
+            if options.progress
+            else None
+        )
+        records = execute(plan, source.root, staging, source.checksums, workers=options.workers, progress=progress)
+        changed = [name for name, stat in _stats(source).items() if stat != before[name]]
+        if changed:
+            raise SourceError(
+                f"{source.root}: {', '.join(changed)} changed while being read; nothing was finished, start again"
+            )
+        for name, data in small.items():
+            (staging.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(staging.folder / name, data)
+        close(staging.folder, records)
+        staging.commit()
+    except OSError as error:
+        raise WriteError(
+            f"{staging.folder}: can't be written: {error.strerror or error}; free the cause and go on with --resume"
+        ) from None
+    finally:
+        staging.close()
+
+
+def _stats(source: Checkpoint) -> dict[str, list[int]]:
+    out = {}
+    for name in source.files:
+        stat = os.stat(source.root / name)
+        out[name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return out
+
+
+def _identity(source: Checkpoint, stats: dict[str, list[int]], plan: Plan, small: dict[str, bytes]) -> dict[str, Any]:
+    targets = b"".join(f"{f.name}\0{f.size}\0".encode() + f.header.raw for f in plan.files)
+    carried = b"".join(f"{name}\0{len(data)}\0".encode() + data for name, data in sorted(small.items()))
+    return {
+        "source files": stats,
+        "options": checksum(targets),
+        "small files": checksum(carried),
+        "source folder": str(source.root.resolve()),
+    }

@@ -1,0 +1,335 @@
+"""Running a plan: each tensor is swept once in bands of rows, so that memory stays bounded and every byte is read and written once.
+
+A band is small enough to stay in a core's cache while it is read, checked, hashed and written. Rows go up, so each source
+and each target piece is touched front to back, and its checksum is computed on the way.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeconv.dtypes import dtype
+from moeconv.errors import IntegrityError, MoeconvError, SourceError, WriteError
+from moeconv.io.checksum import checksum, new
+from moeconv.io.manifest import FileRecord, TensorRecord
+from moeconv.io.staging import Staging, check_space
+from moeconv.layout.rect import Rect
+from moeconv.pieces import Piece, TensorInfo
+from moeconv.plan import Job, Plan, TargetFile
+
+BAND_BYTES = 1 << 20
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Progress = Callable[[int], None]
+
+
+@dataclass(slots=True)
+class _Strip:
+    """A piece as rows of bytes: rows `first` to `last` of the tensor, bytes `left` to `right` of each row, at `begin` in the file."""
+
+    piece: Piece
+    fd: int
+    first: int
+    last: int
+    left: int
+    right: int
+    hasher: Any = None
+
+    @classmethod
+    def of(cls, piece: Piece, shape: tuple[int, ...], fd: int) -> _Strip:
+        assert piece.strides is None, "the sweep moves row-major pieces"
+        itemsize = dtype(piece.dtype).itemsize
+        if not shape:
+            return cls(piece, fd, 0, 1, 0, itemsize)
+        assert piece.rect.shape[2:] == shape[2:], "pieces split dims 0 and 1 only"
+        if len(shape) == 1:
+            return cls(piece, fd, piece.rect.offsets[0], piece.rect.ends[0], 0, itemsize)
+        unit = itemsize * prod(shape[2:])
+        return cls(
+            piece,
+            fd,
+            piece.rect.offsets[0],
+            piece.rect.ends[0],
+            piece.rect.offsets[1] * unit,
+            piece.rect.ends[1] * unit,
+        )
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    def position(self, row: int) -> int:
+        return self.piece.begin + (row - self.first) * self.width
+
+
+class Sweep:
+    """Reads a tensor band by band from its pieces, whatever their layout."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        itemsize = dtype(info.dtype).itemsize
+        self.info = info
+        self.rows = info.shape[0] if info.shape else 1
+        self.row_bytes = itemsize * prod(info.shape[1:])
+        self.band = max(1, BAND_BYTES // max(self.row_bytes, 1))
+
+    def bands(self) -> Iterator[tuple[int, int]]:
+        """Give the row ranges, ascending."""
+        for first in range(0, self.rows, self.band):
+            yield first, min(first + self.band, self.rows)
+
+    def buffer(self, slot: str) -> Bytes:
+        """Give this thread's reusable buffer of a band's size, in bytes."""
+        size = self.band * self.row_bytes
+        held: Bytes | None = getattr(_local, slot, None)
+        if held is None or held.size < size:
+            held = np.empty(size, np.uint8)
+            setattr(_local, slot, held)
+        return held[:size]
+
+    def read(self, strips: list[_Strip], first: int, last: int, slot: str = "band") -> Bytes:
+        """Read the rows `first` to `last`; hash what strips with a hasher hold.
+
+        Returns:
+            An array [rows, row bytes] that the next call with this slot overwrites.
+        """
+        out = self.buffer(slot)[: (last - first) * self.row_bytes].reshape(last - first, self.row_bytes)
+        for strip in strips:
+            begin, end = max(first, strip.first), min(last, strip.last)
+            if begin >= end:
+                continue
+            whole = strip.width == self.row_bytes
+            rows = out[begin - first : end - first]
+            data = (
+                rows if whole else self.buffer("strip")[: (end - begin) * strip.width].reshape(end - begin, strip.width)
+            )
+            _pread(strip, data, strip.position(begin))
+            if strip.hasher is not None:
+                strip.hasher.update(data.data)
+            if not whole:
+                rows[:, strip.left : strip.right] = data
+        return out
+
+    def write(self, strips: list[_Strip], first: int, rows: Bytes) -> None:
+        """Write a band's rows, which begin at row `first`, to the strips that hold them, and hash them."""
+        last = first + len(rows)
+        for strip in strips:
+            begin, end = max(first, strip.first), min(last, strip.last)
+            if begin >= end:
+                continue
+            data = rows[begin - first : end - first]
+            if strip.width != self.row_bytes:
+                packed = self.buffer("strip")[: (end - begin) * strip.width].reshape(end - begin, strip.width)
+                np.copyto(packed, data[:, strip.left : strip.right])
+                data = packed
+            strip.hasher.update(data.data)
+            _pwrite(strip, data, strip.position(begin))
+
+
+_local = threading.local()
+
+
+def _pread(strip: _Strip, data: Bytes, position: int) -> None:
+    view = data.reshape(-1).data
+    while view:
+        count = os.preadv(strip.fd, [view], position)
+        if count == 0:
+            raise SourceError(
+                f"{strip.piece.file}: ends at byte {position} inside {strip.piece.tensor}; the file was truncated"
+            )
+        view, position = view[count:], position + count
+
+
+def _pwrite(strip: _Strip, data: Bytes, position: int) -> None:
+    view = data.reshape(-1).data
+    while view:
+        count = os.pwrite(strip.fd, view, position)
+        view, position = view[count:], position + count
+
+
+@contextmanager
+def open_strips(
+    root: Path, pieces: Any, shape: tuple[int, ...], flags: int = os.O_RDONLY, suffix: str = ""
+) -> Iterator[list[_Strip]]:
+    """Open the files of pieces.
+
+    Args:
+        root: the folder that they are in.
+        pieces: the pieces of one tensor.
+        shape: the tensor's shape.
+        flags: how to open them, as os.open takes it.
+        suffix: what the names carry while files are being written.
+
+    Yields:
+        A strip for each piece that holds an element.
+
+    Raises:
+        SourceError: a file can't be opened.
+    """
+    with ExitStack() as stack:
+        strips, fds = [], {}
+        for piece in pieces:
+            if piece.file not in fds:
+                try:
+                    fds[piece.file] = os.open(root / (piece.file + suffix), flags)
+                except OSError as error:
+                    raise SourceError(f"{root / piece.file}: can't be opened: {error.strerror}") from None
+                stack.callback(os.close, fds[piece.file])
+            if piece.rect.size:
+                strips.append(_Strip.of(piece, shape, fds[piece.file]))
+        yield strips
+
+
+@dataclass
+class _Run:
+    """A plan under way: what is left of each file, and the checksums so far."""
+
+    plan: Plan
+    root: Path
+    staging: Staging
+    checksums: Mapping[tuple[str, str], str]
+    progress: Progress
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    left: dict[str, int] = field(default_factory=dict)
+    digests: dict[tuple[str, str, Rect], str] = field(default_factory=dict)
+
+    def job(self, job: Job) -> None:
+        """Move one tensor."""
+        targets = [piece for piece in job.targets if piece.file in self.left]
+        sweep = Sweep(job.info)
+        with (
+            open_strips(self.root, job.sources, job.info.shape) as sources,
+            open_strips(self.staging.folder, targets, job.info.shape, os.O_WRONLY, ".writing") as outs,
+        ):
+            hashers = {}
+            for out in outs:
+                out.hasher = hashers[out.piece.rect] = new()
+            for source in sources:
+                # A rectangle that goes over unchanged is hashed once, on its way out.
+                if (source.piece.file, job.info.name) in self.checksums and source.piece.rect not in hashers:
+                    source.hasher = new()
+            for first, last in sweep.bands():
+                if self.stop.is_set():
+                    return
+                rows = sweep.read(sources, first, last)
+                sweep.write(outs, first, rows)
+                self.progress(rows.nbytes)
+            for source in sources:
+                hasher = source.hasher or hashers.get(source.piece.rect)
+                check_sum(self.root, source.piece, self.checksums, hasher)
+            for piece in targets:
+                digest = hashers[piece.rect].hexdigest() if piece.rect.size else checksum(b"")
+                self.digests[piece.file, job.info.name, piece.rect] = digest
+        with self.lock:
+            done = []
+            for file in {piece.file for piece in targets}:
+                self.left[file] -= 1
+                if self.left[file] == 0:
+                    done.append(file)
+        for file in done:
+            self.finish(next(f for f in self.plan.files if f.name == file))
+
+    def finish(self, file: TargetFile) -> None:
+        """Complete a file whose pieces are all written."""
+        digests = [self.digests[file.name, piece.tensor, piece.rect] for piece in file.pieces]
+        with self.lock:
+            self.staging.finish(file.name, {"header": checksum(file.header.raw), "digests": digests})
+
+
+def check_sum(root: Path, piece: Piece, checksums: Mapping[tuple[str, str], str], hasher: Any) -> None:
+    """Compare what was read of a piece with its recorded checksum.
+
+    Raises:
+        IntegrityError: they differ.
+    """
+    expected = checksums.get((piece.file, piece.tensor))
+    if expected is not None and hasher is not None and hasher.hexdigest() != expected:
+        raise IntegrityError(
+            f"{root / piece.file}: {piece.tensor} {piece.rect} has checksum {hasher.hexdigest()}, the manifest says {expected}: "
+            "the file was changed or damaged; restore it"
+        )
+
+
+def execute(
+    plan: Plan,
+    root: Path,
+    staging: Staging,
+    checksums: Mapping[tuple[str, str], str],
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, FileRecord]:
+    """Write a plan's files.
+
+    Args:
+        plan: what to write.
+        root: the folder of the source's files.
+        staging: where to write; files that it has already are not written again.
+        checksums: recorded checksums of source pieces by file and tensor, compared on the way; may be empty.
+        workers: threads; by default one a core, at most 8.
+        progress: called with the number of bytes moved, from any thread.
+
+    Returns:
+        The record of each file.
+
+    Raises:
+        IntegrityError: a source piece differs from its checksum.
+        SourceError: a source file can't be read.
+        WriteError: the disk is full or the folder can't be written.
+    """
+    todo = [file for file in plan.files if file.name not in staging.done]
+    check_space(staging.folder, sum(file.size for file in todo))
+    run = _Run(plan, root, staging, checksums, progress or (lambda _: None))
+    run.left = {file.name: len({piece.tensor for piece in file.pieces}) for file in todo}
+    try:
+        for file in todo:
+            _create(staging.temporary(file.name), file)
+            if not file.pieces:
+                run.finish(file)
+        _run_all(run, [job for job in plan.jobs if any(p.file in run.left for p in job.targets)], workers)
+    except MoeconvError:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"{staging.folder}: can't be written: {error.strerror or error}; free the cause and go on with --resume"
+        ) from None
+    return {file.name: _record(file, staging.done[file.name], plan) for file in plan.files}
+
+
+def _run_all(run: _Run, jobs: list[Job], workers: int | None) -> None:
+    with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
+        futures = [pool.submit(run.job, job) for job in jobs]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            run.stop.set()  # reached early only by an error or an interrupt
+            for future in futures:
+                future.cancel()
+        failed = [error for future in done if not future.cancelled() and (error := future.exception())]
+    if failed:
+        raise failed[0]
+
+
+def _create(path: Path, file: TargetFile) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as out:
+        out.write(file.header.raw)
+        out.truncate(file.size)
+
+
+def _record(file: TargetFile, done: Mapping[str, Any], plan: Plan) -> FileRecord:
+    shapes = {job.info.name: job.info for job in plan.jobs}
+    tensors = tuple(
+        TensorRecord(p.tensor, p.dtype, shapes[p.tensor].shape, p.rect.offsets, p.rect.shape, digest)
+        for p, digest in zip(file.pieces, done["digests"], strict=True)
+    )
+    return FileRecord(file.name, file.size, done["header"], tensors)

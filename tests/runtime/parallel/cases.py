@@ -1,0 +1,75 @@
+"""The layouts whose training must equal that of one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.runtime.parallel.parity import Case
+
+DIST = {"use_distributed_optimizer": True}
+SHARD = {"fully_shard": True}
+SP = {"sp": True}
+QWEN2: dict[str, Any] = {"model_type": "qwen2", "num_experts": 0, "topk": 0, "qkv_bias": True}
+TIED: dict[str, Any] = {"tie_embeddings": True}
+
+
+def case(name: str, num_ranks: int, parallel: dict[str, Any] | None = None, **options: Any) -> Case:
+    """A case with its degrees as one dict."""
+    return Case(name=name, num_ranks=num_ranks, parallel=parallel or {}, **options)
+
+
+CASES = (
+    # Each axis alone.
+    case("dp2", 2),
+    case("dp2 distributed optimizer", 2, DIST),
+    case("tp2", 2, {"tp": 2}),
+    case("tp2 sp", 2, {"tp": 2} | SP),
+    case("ep2", 2, {"ep": 2}),
+    case("etp2", 2, {"etp": 2}),
+    case("pp2", 2, {"pp": 2}),
+    case("cp2", 2, {"cp": 2}),
+    # Experts and attention on different grids.
+    case("tp2 sp ep2", 4, {"tp": 2, "ep": 2} | SP),
+    case("tp2 sp ep2 etp1", 2, {"tp": 2, "ep": 2, "etp": 1} | SP),
+    case("tp2 sp ep4 etp1", 4, {"tp": 2, "ep": 4, "etp": 1} | SP),
+    case("tp4 sp ep2", 8, {"tp": 4, "ep": 2} | SP),
+    case("ep4", 4, {"ep": 4}),
+    case("ep8", 8, {"ep": 8}, num_microbatches=8),
+    case("ep2 dp2", 4, {"ep": 2}),
+    case("ep2 dp2 distributed optimizer", 4, {"ep": 2} | DIST),
+    case("cp2 tp2 sp ep2", 4, {"cp": 2, "tp": 2, "ep": 2} | SP),
+    case("cp2 tp2 sp ep4 etp1 dp2", 8, {"cp": 2, "tp": 2, "ep": 4, "etp": 1} | SP | DIST),
+    case("tp2 sp ep2 all-gather", 4, {"tp": 2, "ep": 2} | SP, moe={"dispatcher": "allgather"}),
+    # Pipelines.
+    case("pp4 interleaved", 4, {"pp": 4, "vpp": 2, "pp_schedule": "interleaved"}, model={"num_layers": 8}),
+    case("pp2 ep2", 4, {"pp": 2, "ep": 2}),
+    case("pp2 tp2 sp ep2", 8, {"pp": 2, "tp": 2, "ep": 2} | SP),
+    case("pp2 cp2 dp2", 8, {"pp": 2, "cp": 2} | DIST),
+    case("pp2 uneven", 2, {"pp": 2, "pp_layers": (3, 1)}),
+    case("pp2 a stage without MoE", 4, {"pp": 2, "ep": 2}, dense_layers=(0, 1)),
+    case("pp4 fewer micro-batches than stages", 4, {"pp": 4}, num_microbatches=2),
+    case("pp4 gpipe", 4, {"pp": 4, "pp_schedule": "gpipe"}),
+    case("pp2 zero-bubble", 2, {"pp": 2, "pp_schedule": "zero-bubble"}),
+    case("pp2 vpp2 ep2 zero-bubble", 4, {"pp": 2, "vpp": 2, "ep": 2, "pp_schedule": "zero-bubble"}),
+    # Shapes that don't divide, and sharing.
+    case("tp4 two kv heads, vocabulary 65", 4, {"tp": 4} | SP, model={"vocab_size": 65}),
+    case("tp4 one kv head, vocabulary 9", 4, {"tp": 4}, model={"num_kv_heads": 1, "vocab_size": 9}),
+    case("pp2 tied", 2, {"pp": 2}, model=TIED),
+    case("pp2 tp2 dp2 tied, vocabulary 61", 8, {"pp": 2, "tp": 2} | DIST, model=TIED | {"vocab_size": 61}),
+    case("cp2 sliding window", 2, {"cp": 2}, model={"sliding_window": 5}),
+    case("tp2 dp2 dense", 4, {"tp": 2} | DIST, model=QWEN2),
+    case("tp4 sp dense, two kv heads", 4, {"tp": 4} | SP, model=QWEN2),
+    # Recomputed activations.
+    case("ep2 full recompute", 2, {"ep": 2}, recompute={"granularity": "full"}),
+    case("pp2 tp2 sp one recomputed", 4, {"pp": 2, "tp": 2} | SP, recompute={"granularity": "full", "num_layers": 1}),
+    case("tp2 sp ep2 selective recompute", 4, {"tp": 2, "ep": 2} | SP, recompute={"granularity": "selective"}),
+    case("ep2 MoE recompute", 2, {"ep": 2}, moe={"recompute_layer": True}),
+    # Other routing.
+    case("cp2 tp2 sp sequence aux loss", 4, {"cp": 2, "tp": 2} | SP, moe={"load_balancing": ("seq_aux_loss",)}),
+    case(
+        "tp2 sp ep2 sigmoid and expert bias",
+        4,
+        {"tp": 2, "ep": 2} | SP,
+        moe={"score_function": "sigmoid", "enable_expert_bias": True},
+    ),
+)  # fmt: skip

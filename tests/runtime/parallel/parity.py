@@ -1,0 +1,251 @@
+"""Layouts against one rank: what a case is, how a rank runs it, and how results are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from moeconv.layout.rect import Rect, check_cover
+from runtime.config import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
+from runtime.data.batch import IGNORED_LABEL, Batch
+from runtime.engine import Engine
+from runtime.model import decoder
+from runtime.model.context import ModelContext
+from runtime.model.mlp import DenseMLP, SparseMLP
+from runtime.moe.config import MoEConfig
+from runtime.parallel.mesh import ParallelMesh
+from runtime.parallel.state import StateTensor
+
+Array = npt.NDArray[Any]
+EMPTY_EXPERT = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A layout and a model; everything that is left out has the value that most cases share."""
+
+    name: str
+    num_ranks: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    moe: dict[str, Any] = field(default_factory=dict)
+    recompute: dict[str, Any] = field(default_factory=dict)
+    dense_layers: tuple[int, ...] = ()
+    """Layers whose mixture of experts is replaced by a dense network."""
+    num_microbatches: int = 4
+    """Of the global batch, over all data-parallel ranks."""
+    positions: int = 16
+
+    @property
+    def reference(self) -> Case:
+        """The same model and batch on one rank."""
+        return Case(
+            name="one rank",
+            num_ranks=1,
+            model=self.model,
+            moe=self.moe,
+            dense_layers=self.dense_layers,
+            num_microbatches=self.num_microbatches,
+            positions=self.positions,
+        )
+
+    @property
+    def key(self) -> str:
+        """Equal for cases with the same reference."""
+        return repr((self.model, self.moe, self.dense_layers, self.num_microbatches, self.positions))
+
+
+@dataclass
+class Outcome:
+    """What two steps gave: numbers, gradients of the first step, weights after the second."""
+
+    numbers: dict[str, list[float]]
+    load: list[Array]
+    gradients: dict[str, Array]
+    weights: dict[str, Array]
+
+
+def model_config(options: dict[str, Any]) -> ModelConfig:
+    """A Mixtral of 4 layers in fp32."""
+    defaults = {
+        "model_type": "mixtral", "hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+        "ffn_hidden_size": 32, "vocab_size": 64, "num_experts": 8, "topk": 2, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    return ModelConfig(**(defaults | options))
+
+
+def initial_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A global tensor that depends on its name alone."""
+    generator = torch.Generator().manual_seed(int.from_bytes(name.encode()[-16:], "little") % 2**63 + len(name))
+    values = torch.randn(shape, generator=generator) * (0.15 if len(shape) > 1 else 0.2)
+    if "norm" in name:
+        values += 1
+    if name.endswith("embed_tokens.weight"):
+        values[:, 0] = 2.0  # a direction that all tokens share,
+    if name.endswith(".gate.weight"):
+        values *= 3
+        values[EMPTY_EXPERT] = 0
+        values[EMPTY_EXPERT, 0] = -20.0  # and an expert that it keeps away
+    return values
+
+
+def make_engine(case: Case, **optim: Any) -> tuple[Engine, ParallelMesh]:
+    """Build the engine of this rank with the case's initial weights."""
+    config = model_config(case.model)
+    moe = None
+    if config.num_experts:
+        defaults: dict[str, Any] = {"num_experts": config.num_experts, "topk": config.topk, "aux_loss_coeff": (0.02,)}
+        moe = MoEConfig(**(defaults | {"z_loss_coeff": 1e-3} | case.moe))
+    parallel = ParallelConfig(**case.parallel)
+    # Adam divides by the root of the squared gradient: with a tiny epsilon it would turn rounding noise on elements
+    # without a gradient into whole steps.
+    options: dict[str, Any] = {"lr": 1e-3, "adam_eps": 1e-4, "clip_grad": 0.5, "weight_decay": 0.1}
+    mesh = ParallelMesh(parallel)
+    engine = Engine(
+        config,
+        parallel,
+        moe,
+        OptimConfig(**(options | optim)),
+        RecomputeConfig(**case.recompute),
+        mesh,
+        torch.device("cpu"),
+    )
+    engine.load_state(initial_reader(config), with_optimizer=False)
+    return engine, mesh
+
+
+def initial_reader(config: ModelConfig) -> Callable[[str, Rect], Array]:
+    """Read rectangles of the initial weights."""
+    sizes = {
+        "embed_tokens": (config.vocab_size, config.hidden_size),
+        "lm_head": (config.vocab_size, config.hidden_size),
+        "q_proj": (config.num_heads * config.head_dim, config.hidden_size),
+        "k_proj": (config.num_kv_heads * config.head_dim, config.hidden_size),
+        "v_proj": (config.num_kv_heads * config.head_dim, config.hidden_size),
+        "o_proj": (config.hidden_size, config.num_heads * config.head_dim),
+        "gate": (config.num_experts, config.hidden_size),
+        "w1": (config.ffn_hidden_size, config.hidden_size),
+        "w2": (config.hidden_size, config.ffn_hidden_size),
+        "w3": (config.ffn_hidden_size, config.hidden_size),
+        "gate_proj": (config.ffn_hidden_size, config.hidden_size),
+        "up_proj": (config.ffn_hidden_size, config.hidden_size),
+        "down_proj": (config.hidden_size, config.ffn_hidden_size),
+    }
+
+    def read(name: str, rect: Rect) -> Array:
+        kind = name.split(".")[-2]
+        shape: tuple[int, ...] = sizes.get(kind, (config.hidden_size,))
+        if name.endswith("bias"):
+            shape = shape[:1]
+        return initial_weight(name, shape)[rect.slices()].contiguous().numpy()
+
+    return read
+
+
+def global_batch(case: Case, step: int) -> list[Batch]:
+    """All micro-batches of a step; some labels don't count, unevenly over the micro-batches."""
+    vocab = model_config(case.model).vocab_size
+    generator = torch.Generator().manual_seed(100 + step)
+    out = []
+    for number in range(case.num_microbatches):
+        tokens = torch.randint(vocab, (2, case.positions + 1), generator=generator)
+        labels = tokens[:, 1:].clone()
+        labels[0, : 2 * number] = IGNORED_LABEL
+        out.append(Batch(tokens=tokens[:, :-1], labels=labels))
+    return out
+
+
+def own_share(batches: list[Batch], mesh: ParallelMesh) -> list[Batch]:
+    """The micro-batches of this data-parallel rank."""
+    share = len(batches) // mesh.size("dp")
+    return batches[mesh.rank("dp") * share :][:share]
+
+
+def copies(items: Iterable[StateTensor]) -> list[tuple[str, tuple[int, ...], Rect, Array]]:
+    """Rectangles as arrays that outlive the engine."""
+    return [(i.name, i.global_shape, i.rect, i.tensor.detach().float().numpy().copy()) for i in items]
+
+
+def _mlp(case: Case, context: ModelContext, config: MoEConfig, layer: int) -> nn.Module:
+    return DenseMLP(context, layer) if layer in case.dense_layers else SparseMLP(context, config, layer)
+
+
+def run_rank(case: Case) -> dict[str, Any]:
+    """Two steps and an evaluation on this rank."""
+    with mock.patch.object(decoder, "SparseMLP", partial(_mlp, case)):
+        engine, mesh = make_engine(case)
+    numbers: dict[str, list[float]] = {"lm_loss": [], "aux_loss": [], "z_loss": [], "grad_norm": []}
+    load, gradients = [], []
+    for step in range(2):
+        result = engine.train_step(own_share(global_batch(case, step), mesh))
+        for name, values in numbers.items():
+            values.append(getattr(result, name))
+        if result.expert_load is not None:
+            load.append(result.expert_load.numpy())
+        if step == 0:
+            gradients = copies(engine.gradients())
+    weights = copies(engine.state(with_optimizer=False))
+    numbers["evaluation"] = [engine.evaluate(own_share(global_batch(case, 7), mesh))]
+    return {"numbers": numbers, "load": load, "gradients": gradients, "weights": weights}
+
+
+def assemble(parts: Iterable[tuple[str, tuple[int, ...], Rect, Array]]) -> dict[str, Array]:
+    """Put all ranks' rectangles together; each element must come from exactly one rank."""
+    tensors: dict[str, Array] = {}
+    rects: dict[str, list[tuple[Rect, str]]] = {}
+    for name, shape, rect, array in parts:
+        tensors.setdefault(name, np.full(shape, np.nan, np.float32))[rect.slices()] = array
+        rects.setdefault(name, []).append((rect, "a rank"))
+    for name, covered in rects.items():
+        check_cover(name, tensors[name].shape, covered)
+    return tensors
+
+
+def outcome(results: list[dict[str, Any]]) -> Outcome:
+    """Combine the ranks' results; numbers must be the same on all of them."""
+    first = results[0]
+    for rank, result in enumerate(results):
+        assert result["numbers"] == first["numbers"], f"rank {rank} reports other numbers than rank 0"
+        assert all((a == b).all() for a, b in zip(result["load"], first["load"], strict=True))
+    return Outcome(
+        first["numbers"],
+        first["load"],
+        assemble(part for result in results for part in result["gradients"]),
+        assemble(part for result in results for part in result["weights"]),
+    )
+
+
+def relative(got: Array, want: Array) -> float:
+    """Largest difference over largest value."""
+    scale = np.abs(want).max()
+    return float(np.abs(got - want).max() / scale) if scale else float(np.abs(got).max())
+
+
+def errors(got: Outcome, want: Outcome) -> dict[str, float]:
+    """The largest relative error of each kind of result.
+
+    Args:
+        got: of a layout.
+        want: of one rank.
+
+    Returns:
+        Kind -> error; tensors are compared one by one, each against its own largest value.
+    """
+    assert got.gradients.keys() == want.gradients.keys()
+    assert got.weights.keys() == want.weights.keys()
+    out = {
+        name: max(abs(a - b) / max(abs(b), 1e-30) for a, b in zip(got.numbers[name], values, strict=True))
+        for name, values in want.numbers.items()
+    }
+    out["gradients"] = max(relative(got.gradients[name], want.gradients[name]) for name in want.gradients)
+    out["weights"] = max(relative(got.weights[name], want.weights[name]) for name in want.weights)
+    out["load"] = float(sum(np.abs(a - b).sum() for a, b in zip(got.load, want.load, strict=True)))
+    return out

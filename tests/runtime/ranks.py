@@ -1,0 +1,115 @@
+"""A pool of processes that stay alive over many multi-rank cases: imports and start-up are paid once."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class RankError(Exception):
+    """A rank of a case failed; the message holds its traceback."""
+
+
+class RankPool:
+    """Runs functions on 1 to `size` gloo ranks, each case in a process group of its own."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._count = 0
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        """Call a function on each of some ranks, within an initialised process group.
+
+        Args:
+            num_ranks: world size of the case.
+            function: a top-level function.
+            *args: its arguments, the same on each rank.
+            timeout: seconds after which the case counts as hung.
+
+        Returns:
+            What each rank returned.
+
+        Raises:
+            RankError: a rank raised, died or hung; the pool's processes are replaced before the next case.
+        """
+        if not self._processes:
+            self._start()
+        self._count += 1
+        pipes = self._pipes[:num_ranks]
+        for pipe in pipes:
+            pipe.send((self._count, num_ranks, function, args, timeout))
+        results: dict[int, Any] = {}
+        while len(results) < num_ranks:
+            pending = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+            ready = wait(pending, timeout)
+            if not ready:
+                self._fail(f"ranks {[r for r in range(num_ranks) if r not in results]} hung for {timeout} s")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    self._fail(f"rank {rank} died")
+                if not ok:
+                    self._fail(f"rank {rank}: {value}")
+                results[rank] = value
+        return [results[rank] for rank in range(num_ranks)]
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _fail(self, message: str) -> None:
+        self.close()
+        raise RankError(message)
+
+    def _start(self) -> None:
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._server = server  # keeps the store alive
+        context = mp.get_context("spawn")
+        for rank in range(self.size):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, server.port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(mine)
+
+
+def _serve(rank: int, port: int, pipe: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    while True:
+        try:
+            number, num_ranks, function, args, timeout = pipe.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore(f"case{number}", store),
+                rank=rank,
+                world_size=num_ranks,
+                timeout=timedelta(seconds=timeout),
+            )
+            result = function(*args)
+            dist.barrier()
+            dist.destroy_process_group()
+            pipe.send((True, result))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+            return

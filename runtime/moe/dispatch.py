@@ -29,7 +29,7 @@ from runtime.parallel.collectives import (
 
 def run_local(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """All experts whole on this rank: no communication, and the host never waits for the device."""
-    plan = plan_rows(routing.experts_TK, experts.num_local_experts, routing.max_rows, fused=experts.fused)
+    plan = experts.plan(routing.experts_TK, routing.max_rows)
     return experts(x_TD, routing.weights_TK, plan)
 
 
@@ -75,7 +75,7 @@ def run_all_to_all(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoE
     blocks = torch.tensor([row for over_ep in arriving for row in over_ep], device=x_TD.device).reshape(-1)
     ids = torch.arange(num_local, device=x_TD.device).repeat(blocks.shape[0] // num_local)
     local_R1 = ids.repeat_interleave(blocks, output_size=sum(etp_sizes)).unsqueeze(1)
-    local_plan = plan_rows(local_R1, num_local, sum(etp_sizes), fused=experts.fused)
+    local_plan = experts.plan(local_R1, sum(etp_sizes))
     out = experts(rows, weights.unsqueeze(1), local_plan)
 
     out = reduce_scatter(out, 0, groups.etp, etp_sizes)
@@ -104,6 +104,6 @@ def run_all_gather(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoE
     with torch.no_grad():
         ids = gather(routing.experts_TK) - ep_rank * num_local
         ids = ids.masked_fill((ids < 0) | (ids >= num_local), num_local)
-    plan = plan_rows(ids, num_local, num_rows, fused=experts.fused)
+    plan = experts.plan(ids, num_rows)
     out = experts(gather(x_TD), gather(routing.weights_TK), plan)
     return reduce_scatter(reduce_scatter(out, 0, groups.etp, etp_sizes), 0, groups.ep, ep_sizes)

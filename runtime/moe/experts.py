@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from moeconv.errors import MoeconvError
 from runtime.moe import passes
 from runtime.moe.config import MoEConfig
-from runtime.moe.grouped_gemm import GroupedGemm, make_gemm, resolve_backend
-from runtime.moe.permutation import RowPlan
+from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend
+from runtime.moe.permutation import RowPlan, plan_rows
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -37,34 +37,36 @@ class _GroupedMLP(torch.autograd.Function):
         fused: bool,
     ) -> Tensor:
         rows = passes.gather_rows(x_TD, plan, fused=fused)
-        hidden = gemm.rows_times_transposed(rows, w13_EGD, plan.offsets_E)
+        if isinstance(gemm, GatedGemm) and fused:
+            hidden, act = gemm.hidden_and_swiglu(rows, w13_EGD, weights_TK, plan)
+        else:
+            hidden = gemm.rows_times_transposed(rows, w13_EGD, plan)
+            act = passes.swiglu(hidden, weights_TK, plan, fused=fused)
         del rows
-        weights_R = passes.slots_to_rows(weights_TK, plan)
-        act = passes.swiglu(hidden, weights_R, plan, fused=fused)
-        out = gemm.rows_times_transposed(act, w2_EDF, plan.offsets_E)
-        ctx.save_for_backward(x_TD, hidden, weights_R, w13_EGD, w2_EDF)
+        out = gemm.rows_times_transposed(act, w2_EDF, plan)
+        ctx.save_for_backward(x_TD, hidden, weights_TK, w13_EGD, w2_EDF)
         ctx.plan, ctx.gemm, ctx.fused = plan, gemm, fused
         return passes.sum_rows(out, plan, fused=fused)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, hidden, weights_R, w13_EGD, w2_EDF = ctx.saved_tensors
+        x_TD, hidden, weights_TK, w13_EGD, w2_EDF = ctx.saved_tensors
         plan, gemm, fused = ctx.plan, ctx.gemm, ctx.fused
         grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
-        grad_act = gemm.rows_times(grad_rows, w2_EDF, plan.offsets_E)
-        grad_hidden, grad_weights_R, act = passes.swiglu_backward(hidden, weights_R, grad_act, plan, fused=fused)
+        grad_act = gemm.rows_times(grad_rows, w2_EDF, plan)
+        grad_hidden, grad_weights, act = passes.swiglu_backward(hidden, weights_TK, grad_act, plan, fused=fused)
         del hidden, grad_act
-        grad_w2 = gemm.transposed_times_rows(grad_rows, act, plan.offsets_E) if ctx.needs_input_grad[3] else None
+        grad_w2 = gemm.transposed_times_rows(grad_rows, act, plan) if ctx.needs_input_grad[3] else None
         del grad_rows, act
         grad_w13 = None
         if ctx.needs_input_grad[2]:
             rows = passes.gather_rows(x_TD, plan, fused=fused)
-            grad_w13 = gemm.transposed_times_rows(grad_hidden, rows, plan.offsets_E)
+            grad_w13 = gemm.transposed_times_rows(grad_hidden, rows, plan)
             del rows
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = passes.sum_rows(gemm.rows_times(grad_hidden, w13_EGD, plan.offsets_E), plan, fused=fused)
-        return grad_x, passes.rows_to_slots(grad_weights_R, plan), grad_w13, grad_w2, None, None, None
+            grad_x = passes.sum_rows(gemm.rows_times(grad_hidden, w13_EGD, plan), plan, fused=fused)
+        return grad_x, grad_weights, grad_w13, grad_w2, None, None, None
 
 
 def grouped_mlp(
@@ -135,6 +137,11 @@ class Experts(nn.Module):
         if self._gemm is None or self._gemm[:2] != key:
             self._gemm = (*key, make_gemm(resolve_backend(self._config, *key)))
         return self._gemm[2]
+
+    def plan(self, experts_TK: Tensor, max_rows: int) -> RowPlan:
+        """Order choices of this rank's experts as the backend needs them; arguments as of `plan_rows`."""
+        alignment = self.gemm().row_alignment
+        return plan_rows(experts_TK, self.num_local_experts, max_rows, alignment=alignment, fused=self.fused)
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan) -> Tensor:
         """Weighted sum of each token's experts; see `grouped_mlp`.

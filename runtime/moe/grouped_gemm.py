@@ -2,36 +2,50 @@
 
 Legend: R rows in expert order, E experts, N and K the sizes of an expert's matrix.
 
-Rows from offsets_E[-1] on belong to no expert: their results may be uninitialised memory.
+Rows from plan.offsets_E[-1] on belong to no expert: their results may be uninitialised memory.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.moe.config import MoEConfig, MoEConfigError
+from runtime.moe.permutation import RowPlan
 
 
 class GroupedGemm(Protocol):
-    """Three products that a layer and its gradients need; offsets_E [E] int32 says where each expert's rows end."""
+    """Three products that a layer and its gradients need, over the rows of a plan."""
 
     name: str
+    row_alignment: int
+    """Rows of an expert are padded to a multiple of it."""
 
-    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """[R, N]: each expert's rows times the transpose of its matrix."""
         ...
 
-    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """[R, K]: each expert's rows times its matrix."""
         ...
 
-    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, offsets_E: Tensor) -> Tensor:
+    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:
         """[E, N, K]: the transpose of each expert's rows times its rows; zero for an expert without rows."""
+        ...
+
+
+@runtime_checkable
+class GatedGemm(GroupedGemm, Protocol):
+    """Grouped products that also know the first half of an expert in one step."""
+
+    def hidden_and_swiglu(
+        self, rows_RD: Tensor, w13_EGD: Tensor, weights_TK: Tensor, plan: RowPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Pre-activations [R, 2F], gate then up, and silu(gate) * up * weight [R, F]."""
         ...
 
 
@@ -39,26 +53,27 @@ class LoopGemm:
     """One product per expert, in any dtype: the reference that the others are held against."""
 
     name = "loop"
+    row_alignment = 1
 
     @staticmethod
-    def _ranges(offsets_E: Tensor) -> list[tuple[int, int]]:
-        ends = offsets_E.tolist()
+    def _ranges(plan: RowPlan) -> list[tuple[int, int]]:
+        ends = plan.offsets_E.tolist()
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
-    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """See `GroupedGemm`; unused rows are zero."""
         out = rows_RK.new_zeros(rows_RK.shape[0], weight_ENK.shape[1])
-        for expert, (start, end) in enumerate(self._ranges(offsets_E)):
+        for expert, (start, end) in enumerate(self._ranges(plan)):
             out[start:end] = rows_RK[start:end] @ weight_ENK[expert].t()
         return out
 
-    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """See `GroupedGemm`; unused rows are zero."""
-        return self.rows_times_transposed(rows_RN, weight_ENK.transpose(1, 2), offsets_E)
+        return self.rows_times_transposed(rows_RN, weight_ENK.transpose(1, 2), plan)
 
-    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, offsets_E: Tensor) -> Tensor:
+    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:
         """See `GroupedGemm`."""
-        parts = [left_RN[start:end].t() @ right_RK[start:end] for start, end in self._ranges(offsets_E)]
+        parts = [left_RN[start:end].t() @ right_RK[start:end] for start, end in self._ranges(plan)]
         return torch.stack(parts)
 
 
@@ -66,46 +81,49 @@ class TorchGemm:
     """`torch.nn.functional.grouped_mm`: no look at the device by the host, fp32, bf16 and fp16."""
 
     name = "torch"
+    row_alignment = 1
 
-    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """See `GroupedGemm`."""
-        return F.grouped_mm(rows_RK, weight_ENK.transpose(1, 2), offs=offsets_E)
+        return F.grouped_mm(rows_RK, weight_ENK.transpose(1, 2), offs=plan.offsets_E)
 
-    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """See `GroupedGemm`."""
-        return F.grouped_mm(rows_RN, weight_ENK, offs=offsets_E)
+        return F.grouped_mm(rows_RN, weight_ENK, offs=plan.offsets_E)
 
-    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, offsets_E: Tensor) -> Tensor:
+    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:
         """See `GroupedGemm`."""
-        return F.grouped_mm(left_RN.t(), right_RK, offs=offsets_E)
+        return F.grouped_mm(left_RN.t(), right_RK, offs=plan.offsets_E)
 
 
 class CutlassGemm:
     """The grouped_gemm package: bf16 on a GPU; the host waits for the sizes of the groups."""
 
     name = "grouped_gemm"
+    row_alignment = 1
 
     @staticmethod
-    def _sizes(offsets_E: Tensor) -> Tensor:
-        return torch.diff(offsets_E.long(), prepend=offsets_E.new_zeros(1, dtype=torch.long)).cpu()
+    def _sizes(plan: RowPlan) -> Tensor:
+        ends = plan.offsets_E.long()
+        return torch.diff(ends, prepend=ends.new_zeros(1)).cpu()
 
-    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """See `GroupedGemm`."""
         from grouped_gemm import backend
 
-        return backend.gmm(rows_RK, weight_ENK, self._sizes(offsets_E), trans_a=False, trans_b=True)
+        return backend.gmm(rows_RK, weight_ENK, self._sizes(plan), trans_a=False, trans_b=True)
 
-    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """See `GroupedGemm`."""
         from grouped_gemm import backend
 
-        return backend.gmm(rows_RN, weight_ENK, self._sizes(offsets_E), trans_a=False, trans_b=False)
+        return backend.gmm(rows_RN, weight_ENK, self._sizes(plan), trans_a=False, trans_b=False)
 
-    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, offsets_E: Tensor) -> Tensor:
+    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:
         """See `GroupedGemm`."""
         from grouped_gemm import backend
 
-        return backend.gmm(left_RN, right_RK, self._sizes(offsets_E), trans_a=True, trans_b=False)
+        return backend.gmm(left_RN, right_RK, self._sizes(plan), trans_a=True, trans_b=False)
 
 
 def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype) -> str:

@@ -33,7 +33,10 @@ def gather_rows(x_TD: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
         from runtime.kernels.permute import gather_rows as kernel
 
         return kernel(x_TD, plan.slot_of_row_R, plan.offsets_E, plan.topk)
-    return x_TD.index_select(0, plan.slot_of_row_R // plan.topk)
+    if x_TD.shape[0] == 0:
+        return x_TD.new_zeros(plan.num_rows, x_TD.shape[1])
+    rows = x_TD.index_select(0, plan.slot_of_row_R.clamp(min=0) // plan.topk)
+    return rows.masked_fill_((plan.slot_of_row_R < 0).unsqueeze(1), 0)
 
 
 def sum_rows(rows_RD: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
@@ -64,8 +67,11 @@ def sum_rows(rows_RD: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
 
 
 def slots_to_rows(values_TK: Tensor, plan: RowPlan) -> Tensor:
-    """[R] the value of each row's slot."""
-    return values_TK.reshape(-1).index_select(0, plan.slot_of_row_R)
+    """[R] the value of each row's slot, 0 for padding."""
+    if values_TK.numel() == 0:
+        return values_TK.new_zeros(plan.num_rows)
+    values = values_TK.reshape(-1).index_select(0, plan.slot_of_row_R.clamp(min=0))
+    return torch.where(plan.slot_of_row_R >= 0, values, 0)
 
 
 def rows_to_slots(values_R: Tensor, plan: RowPlan) -> Tensor:
@@ -77,13 +83,13 @@ def rows_to_slots(values_R: Tensor, plan: RowPlan) -> Tensor:
     return torch.where(index >= 0, values, 0)
 
 
-def swiglu(hidden_R2F: Tensor, weights_R: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
+def swiglu(hidden_R2F: Tensor, weights_TK: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
     """silu(gate) * up * weight.
 
     Args:
         hidden_R2F: [R, 2F], gate in the first half, up in the second.
-        weights_R: [R] routing weight of each row.
-        plan: tells which rows are in use.
+        weights_TK: [T, K] routing weights.
+        plan: which row takes which weight.
         fused: use the kernel on a GPU.
 
     Returns:
@@ -92,13 +98,14 @@ def swiglu(hidden_R2F: Tensor, weights_R: Tensor, plan: RowPlan, *, fused: bool)
     if fused and hidden_R2F.is_cuda:
         from runtime.kernels.swiglu import swiglu_forward as kernel
 
-        return kernel(hidden_R2F, weights_R, plan.offsets_E)
+        return kernel(hidden_R2F, weights_TK, plan.slot_of_row_R, plan.offsets_E)
     gate, up = hidden_R2F.to(_accumulator(hidden_R2F.dtype)).chunk(2, dim=1)
-    return (F.silu(gate) * up * weights_R.to(gate.dtype).unsqueeze(1)).to(hidden_R2F.dtype)
+    weights = slots_to_rows(weights_TK, plan).to(gate.dtype).unsqueeze(1)
+    return (F.silu(gate) * up * weights).to(hidden_R2F.dtype)
 
 
 def swiglu_backward(
-    hidden_R2F: Tensor, weights_R: Tensor, grad_RF: Tensor, plan: RowPlan, *, fused: bool
+    hidden_R2F: Tensor, weights_TK: Tensor, grad_RF: Tensor, plan: RowPlan, *, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `swiglu`, with its output computed again.
 
@@ -107,20 +114,20 @@ def swiglu_backward(
 
     Args:
         hidden_R2F: [R, 2F] input of swiglu.
-        weights_R: [R] routing weights.
+        weights_TK: [T, K] routing weights.
         grad_RF: [R, F] gradient of the output.
-        plan: tells which rows are in use.
+        plan: which row takes which weight.
         fused: use the kernel on a GPU.
 
     Returns:
-        Gradient of hidden [R, 2F], of weights [R] (in their dtype), and the output [R, F].
+        Gradient of hidden [R, 2F], of the weights [T, K] (in their dtype), and the output [R, F].
     """
     if fused and hidden_R2F.is_cuda:
         from runtime.kernels.swiglu import swiglu_backward as kernel
 
-        return kernel(hidden_R2F, weights_R, grad_RF, plan.offsets_E)
+        return kernel(hidden_R2F, weights_TK, grad_RF, plan.slot_of_row_R, plan.offsets_E)
     gate, up = hidden_R2F.to(_accumulator(hidden_R2F.dtype)).chunk(2, dim=1)
-    weights = weights_R.to(gate.dtype).unsqueeze(1)
+    weights = slots_to_rows(weights_TK, plan).to(gate.dtype).unsqueeze(1)
     grad = grad_RF.to(gate.dtype)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
@@ -128,7 +135,8 @@ def swiglu_backward(
     grad_gate = grad * weights * up * sigmoid * (1 + gate * (1 - sigmoid))
     grad_up = grad * weights * silu
     grad_hidden = torch.cat([grad_gate, grad_up], dim=1).to(hidden_R2F.dtype)
-    return grad_hidden, (grad * plain).sum(1).to(weights_R.dtype), (plain * weights).to(hidden_R2F.dtype)
+    grad_weights = rows_to_slots((grad * plain).sum(1).to(weights_TK.dtype), plan)
+    return grad_hidden, grad_weights, (plain * weights).to(hidden_R2F.dtype)
 
 
 class _Permute(torch.autograd.Function):

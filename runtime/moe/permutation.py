@@ -17,16 +17,20 @@ from runtime.moe.losses import count_choices
 class RowPlan:
     """Where each choice finds its row among the experts' rows.
 
-    Rows are ordered by expert, and within an expert by slot. Rows from offsets_E[-1] on belong to no expert: their
-    slots are valid indices, and nothing may use their values.
+    Rows are ordered by expert, and within an expert by slot; after an expert's rows come its padding rows, whose slot
+    is -1 and whose values are 0. Rows from offsets_E[-1] on belong to no expert: nothing may use their values.
     """
 
     slot_of_row_R: Tensor
-    """[R] int32, the slot that fills each row."""
+    """[R] int32, the slot that fills each row, -1 for padding."""
     row_of_slot_TK: Tensor
     """[T, K] int32, the row of each slot, -1 where dropped."""
     offsets_E: Tensor
-    """[E] int32, where each expert's rows end."""
+    """[E] int32, where each expert's rows end, padding included."""
+    alignment: int = 1
+    """Each expert's rows start at a multiple of it."""
+    expert_of_tile: Tensor | None = None
+    """[R / alignment] int32, the expert of each aligned block of rows; only on a GPU with alignment above 1."""
 
     @property
     def num_rows(self) -> int:
@@ -39,30 +43,47 @@ class RowPlan:
         return self.row_of_slot_TK.shape[1]
 
 
-def plan_rows(experts_TK: Tensor, num_experts: int, max_rows: int, *, fused: bool = True) -> RowPlan:
+def plan_rows(
+    experts_TK: Tensor, num_experts: int, max_rows: int, *, alignment: int = 1, fused: bool = True
+) -> RowPlan:
     """Sort choices by expert, stably.
 
     Args:
         experts_TK: [T, K] int64; num_experts where dropped.
         num_experts: E.
-        max_rows: rows to allocate, at least the kept choices.
-        fused: use the counting-sort kernel on a GPU.
+        max_rows: upper bound of the kept choices.
+        alignment: pad each expert's rows to a multiple of it.
+        fused: use the counting-sort kernels on a GPU.
 
     Returns:
-        The plan.
+        The plan, with rows enough for max_rows choices and all padding.
     """
+    num_rows = -(-(max_rows + num_experts * (alignment - 1)) // alignment) * alignment
     if fused and experts_TK.is_cuda:
-        from runtime.kernels.counting_sort import counting_sort
+        from runtime.kernels.counting_sort import counting_sort, expert_of_tiles
 
-        slots, rows, offsets = counting_sort(experts_TK, num_experts, max_rows)
-        return RowPlan(slot_of_row_R=slots, row_of_slot_TK=rows, offsets_E=offsets)
+        order = counting_sort(experts_TK, num_experts, num_rows, alignment)
+        return RowPlan(
+            slot_of_row_R=order.slot_of_row_R,
+            row_of_slot_TK=order.row_of_slot_TK,
+            offsets_E=order.offsets_E,
+            alignment=alignment,
+            expert_of_tile=expert_of_tiles(order.offsets_E, num_rows, alignment) if alignment > 1 else None,
+        )
     flat = experts_TK.reshape(-1)
+    counts = count_choices(experts_TK, num_experts)
+    padded = (counts + alignment - 1) // alignment * alignment
+    # The place among all sorted choices, moved on by the padding of the experts before.
+    shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
     order = flat.argsort(stable=True)
-    places = torch.arange(flat.shape[0], dtype=torch.int32, device=flat.device)
-    rows = torch.empty_like(places).scatter_(0, order, places)
-    rows = rows.masked_fill(flat >= num_experts, -1)
+    places = torch.empty_like(flat).scatter_(0, order, torch.arange(flat.shape[0], device=flat.device))
+    kept = flat < num_experts
+    rows = torch.where(kept, places + shift[flat.clamp(max=num_experts - 1)], -1).int()
+    slots = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=flat.device)
+    slots.scatter_(0, torch.where(kept, rows.long(), num_rows), torch.arange(flat.shape[0], device=flat.device).int())
     return RowPlan(
-        slot_of_row_R=order[:max_rows].int(),
+        slot_of_row_R=slots[:num_rows],
         row_of_slot_TK=rows.view(experts_TK.shape),
-        offsets_E=count_choices(experts_TK, num_experts).cumsum(0, dtype=torch.int32),
+        offsets_E=padded.cumsum(0, dtype=torch.int32),
+        alignment=alignment,
     )

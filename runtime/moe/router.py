@@ -5,6 +5,8 @@ Legend: T tokens of this rank, E experts, K choices per token, B sequences, D hi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,7 +15,8 @@ from runtime.moe import losses
 from runtime.moe.config import MoEConfig
 from runtime.moe.groups import MoEGroups
 from runtime.moe.router_linear import router_linear
-from runtime.moe.routing import Routing, choose, route
+from runtime.moe.routing import Routing, choose
+from runtime.moe.scoring import Scored, score, score_fused
 from runtime.moe.statistics import RouterStats
 from runtime.moe.tape import active_tape
 from runtime.parallel.collectives import group_size
@@ -26,6 +29,13 @@ def _sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         values = values.clone()
         dist.all_reduce(values, group=group)
     return values
+
+
+def _fusable(config: MoEConfig, logits_TE: Tensor) -> bool:
+    """Whether one kernel can choose, weigh and sum up: softmax over at most 512 experts, chosen by score alone."""
+    plain = config.topk_router and config.score_function == "softmax" and config.num_groups is None
+    small = config.num_experts <= 512 and config.topk <= 32
+    return plain and small and config.permute_fusion and logits_TE.is_cuda and logits_TE.dtype == torch.float32
 
 
 class Router(nn.Module):
@@ -54,7 +64,6 @@ class Router(nn.Module):
         self.logits: Tensor | None = None
         self.stats = RouterStats.zeros(config.num_experts, self.weight.device)
         self._window_counts_E: Tensor | None = None
-        self._window_steps = 0
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -67,7 +76,7 @@ class Router(nn.Module):
     def reset_stats(self) -> None:
         """Begin a new global batch: statistics and the counts of global_aux_loss start at 0."""
         self.stats = RouterStats.zeros(self.config.num_experts, self.weight.device)
-        self._window_counts_E, self._window_steps = None, 0
+        self._window_counts_E = None
 
     def finish_step(self) -> None:
         """Move the expert bias by the load of the global batch, summed over tp x dp x cp."""
@@ -91,25 +100,21 @@ class Router(nn.Module):
         config = self.config
         logits = router_linear(self._jitter(x_TD), self.weight, ROUTER_DTYPES[config.router_dtype])
         tape = active_tape()
-        if tape is not None and tape.replaying:
-            chosen = tape.replay()
-        else:
-            chosen = choose(logits, config, training=self.training, bias_E=self.expert_bias)
-            if tape is not None:
-                tape.record(chosen)
         counting = tape is None or not tape.replaying
-        with_losses = self.training and torch.is_grad_enabled()
-        if with_losses and config.z_loss_coeff > 0:
-            logits = self._attach_z_loss(logits, counting)
-        routing = route(logits, config, chosen)
-        counts = losses.count_choices(chosen, config.num_experts)
-        scores = losses.aux_scores(logits, config.score_function)
-        if with_losses and config.aux_losses:
-            routing = self._attach_aux_losses(routing, logits, scores, counts, sequence_T, num_sequences, counting)
+        if _fusable(config, logits) and counting:
+            scored = score_fused(logits, config)
+        else:
+            chosen = choose(logits, config, training=self.training, bias_E=self.expert_bias) if counting else None
+            assert tape is not None or chosen is not None
+            scored = score(logits, config, tape.replay() if chosen is None and tape is not None else chosen)
+        if tape is not None and counting:
+            tape.record(scored.routing.chosen_TK)
+        routing = scored.routing
+        if self.training and torch.is_grad_enabled():
+            routing = self._attach_losses(scored, logits, sequence_T, num_sequences, counting)
         if counting:
             with torch.no_grad():
-                drops = config.capacity_factor is not None or config.load_balancing[0] == "expert_choice"
-                self.stats.add(routing, counts, losses.router_entropy(scores), logits, drops=drops)
+                self.stats.add(scored, drops=config.capacity_factor is not None or not config.topk_router)
         return routing
 
     def _jitter(self, x_TD: Tensor) -> Tensor:
@@ -119,58 +124,51 @@ class Router(nn.Module):
             return x_TD
         return x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps)
 
-    def _attach_z_loss(self, logits_TE: Tensor, counting: bool) -> Tensor:
-        value = losses.z_loss(logits_TE) / group_size(self.groups.tp_cp)
-        if counting:
-            self.stats.add_loss("z_loss", value)
-        return losses.attach_loss(logits_TE, value * self.config.z_loss_coeff, self.loss_scale)
-
-    def _attach_aux_losses(
-        self,
-        routing: Routing,
-        logits_TE: Tensor,
-        scores_TE: Tensor,
-        counts_E: Tensor,
-        sequence_T: Tensor | None,
-        num_sequences: int,
-        counting: bool,
+    def _attach_losses(
+        self, scored: Scored, logits_TE: Tensor, sequence_T: Tensor | None, num_sequences: int, counting: bool
     ) -> Routing:
-        config = self.config
+        config, weights = self.config, scored.routing.weights_TK
+        values: list[tuple[str, Tensor, float]] = []
+        if config.z_loss_coeff > 0:
+            mean = scored.square_sum / max(logits_TE.shape[0], 1)
+            values.append(("z_loss", mean / group_size(self.groups.tp_cp), config.z_loss_coeff))
         if config.aux_loss_mode == "hf":
             self.logits = logits_TE  # layers are pooled first: the loss is the model's, see hf_load_balancing_loss
-            return routing
-        if config.aux_loss_mode == "switch":
-            chosen = scores_TE.detach().argmax(-1, keepdim=True)
-            counts_E = losses.count_choices(chosen, config.num_experts)
         else:
-            chosen = routing.chosen_TK
-            if not config.topk_router or config.enable_expert_bias or config.num_groups is not None:
-                chosen = scores_TE.detach().topk(config.topk, dim=-1).indices
-                counts_E = losses.count_choices(chosen, config.num_experts)
-        weights = routing.weights_TK
-        for kind, coeff in config.aux_losses:
-            if kind == "seq_aux_loss":
-                value = self._seq_aux_loss(scores_TE, chosen, sequence_T, num_sequences)
-            else:
-                value = self._aux_loss(scores_TE, counts_E, chosen.shape[1], over_window=kind == "global_aux_loss")
+            for kind, coeff in config.aux_losses:
+                values.append((kind, self._balance(kind, scored, logits_TE, sequence_T, num_sequences), coeff))
+        for name, value, coeff in values:
             if counting:
-                self.stats.add_loss(kind, value)
+                self.stats.add_loss(name, value)
             weights = losses.attach_loss(weights, value * coeff, self.loss_scale)
-        return Routing(
-            experts_TK=routing.experts_TK, weights_TK=weights, chosen_TK=routing.chosen_TK, max_rows=routing.max_rows
-        )
+        return replace(scored.routing, weights_TK=weights)
 
-    def _aux_loss(self, scores_TE: Tensor, counts_E: Tensor, topk: int, *, over_window: bool) -> Tensor:
+    def _balance(
+        self, kind: str, scored: Scored, logits_TE: Tensor, sequence_T: Tensor | None, num_sequences: int
+    ) -> Tensor:
+        config = self.config
+        chosen, counts = scored.routing.chosen_TK, scored.counts_E
+        first_only = config.aux_loss_mode == "switch"
+        if first_only or not config.topk_router or config.enable_expert_bias or config.num_groups is not None:
+            # The loss sees what the scores alone would choose.
+            chosen = logits_TE.detach().topk(1 if first_only else config.topk, dim=-1).indices
+            counts = losses.count_choices(chosen, config.num_experts)
+        if kind == "seq_aux_loss":
+            scores = losses.aux_scores(logits_TE, config.score_function)
+            return self._seq_aux_loss(scores, chosen, sequence_T, num_sequences)
+        return self._aux_loss(scored.prob_sums_E, counts, chosen, over_window=kind == "global_aux_loss")
+
+    def _aux_loss(self, prob_sums_E: Tensor, counts_E: Tensor, chosen_TK: Tensor, *, over_window: bool) -> Tensor:
         """This rank's summand over tp x cp; with over_window, counts of all ranks and of the window so far."""
-        tokens = counts_E.new_full((1,), scores_TE.shape[0])
-        local = torch.cat([counts_E, tokens])
+        num_tokens, topk = chosen_TK.shape
+        local = torch.cat([counts_E, counts_E.new_full((1,), num_tokens)])
         totals = _sum_over(local, self.groups.tp_cp)
         prob_tokens = totals[-1].clamp(min=1)
         if over_window:
             totals = _sum_over(local, self.groups.tp_dp_cp).double()
             self._window_counts_E = totals if self._window_counts_E is None else self._window_counts_E + totals
             totals = self._window_counts_E
-        return losses.load_balancing_loss(scores_TE.sum(0), totals[:-1], prob_tokens, totals[-1].clamp(min=1), topk)
+        return losses.load_balancing_loss(prob_sums_E, totals[:-1], prob_tokens, totals[-1].clamp(min=1), topk)
 
     def _seq_aux_loss(
         self, scores_TE: Tensor, chosen_TK: Tensor, sequence_T: Tensor | None, num_sequences: int

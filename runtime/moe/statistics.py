@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from runtime.moe.routing import Routing
+from runtime.moe.scoring import Scored
 
 
 @dataclass(slots=True)
@@ -43,22 +43,19 @@ class RouterStats:
         load = torch.zeros(num_experts, dtype=torch.int64, device=device)
         return cls(load_E=load, dropped=zero(), entropy=zero().float(), nonfinite=zero())
 
-    def add(self, routing: Routing, counts_E: Tensor, entropy: Tensor, logits_TE: Tensor, *, drops: bool) -> None:
+    def add(self, scored: Scored, *, drops: bool) -> None:
         """Count a micro-batch.
 
         Args:
-            routing: what was chosen and kept.
-            counts_E: [E] choices of each expert.
-            entropy: 0-dim sum of the tokens' entropies.
-            logits_TE: [T, E] router logits.
-            drops: whether a capacity can drop choices.
+            scored: the routing and its sums.
+            drops: whether choices can be without a row.
         """
-        self.load_E += counts_E
-        self.entropy += entropy.float()
-        # A sum of squares is finite only if every logit is: one pass, no mask of the whole.
-        self.nonfinite += (~torch.isfinite(logits_TE.detach().sum(1))).sum()
+        routing = scored.routing
+        self.load_E += scored.counts_E
+        self.entropy += scored.entropy
+        self.nonfinite += scored.nonfinite
         if drops:
-            num_experts = logits_TE.shape[1]
+            num_experts = self.load_E.shape[0]
             kept = (routing.experts_TK < num_experts) & (routing.weights_TK.detach() > 0)
             self.dropped += routing.chosen_TK.numel() - kept.sum()
         self.num_tokens += routing.chosen_TK.shape[0]

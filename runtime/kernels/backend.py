@@ -1,0 +1,67 @@
+"""The grouped products of the triton backend: our kernels where a shape fits them, `grouped_mm` elsewhere."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from runtime.kernels.grouped_matmul import ROW_ALIGNMENT, launch
+from runtime.moe.permutation import RowPlan
+
+
+def _fits(*sizes: int) -> bool:
+    return all(size % 128 == 0 for size in sizes)
+
+
+class TritonGemm:
+    """Bf16 on Hopper. Rows are padded to tiles of 128; widths that are no multiple of 128 go to `grouped_mm`."""
+
+    name = "triton"
+    row_alignment = ROW_ALIGNMENT
+
+    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
+        """[R, N]: each expert's rows times the transpose of its matrix."""
+        num_experts, num_n, depth = weight_ENK.shape
+        if not _fits(num_n, depth) or plan.expert_of_tile is None:
+            return F.grouped_mm(rows_RK, weight_ENK.transpose(1, 2), offs=plan.offsets_E)
+        out = rows_RK.new_empty(plan.num_rows, num_n)
+        right = weight_ENK.reshape(num_experts * num_n, depth)
+        launch("nt", rows_RK, right, out, plan.offsets_E, plan.expert_of_tile, (num_n, depth, num_n))
+        return out
+
+    def hidden_and_swiglu(
+        self, rows_RD: Tensor, w13_EGD: Tensor, weights_TK: Tensor, plan: RowPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Pre-activations [R, 2F], gate then up, and silu(gate) * up * weight [R, F]."""
+        num_experts, num_n, depth = w13_EGD.shape
+        if not _fits(num_n // 2, depth) or plan.expert_of_tile is None:
+            from runtime.kernels.swiglu import swiglu_forward
+
+            hidden = self.rows_times_transposed(rows_RD, w13_EGD, plan)
+            return hidden, swiglu_forward(hidden, weights_TK, plan.slot_of_row_R, plan.offsets_E)
+        hidden = rows_RD.new_empty(plan.num_rows, num_n)
+        act = rows_RD.new_empty(plan.num_rows, num_n // 2)
+        right = w13_EGD.reshape(num_experts * num_n, depth)
+        gate = (act, weights_TK, plan.slot_of_row_R)
+        launch("nt", rows_RD, right, hidden, plan.offsets_E, plan.expert_of_tile, (num_n, depth, num_n), gate)
+        return hidden, act
+
+    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
+        """[R, K]: each expert's rows times its matrix."""
+        num_experts, depth, num_k = weight_ENK.shape
+        if not _fits(num_k, depth) or plan.expert_of_tile is None:
+            return F.grouped_mm(rows_RN, weight_ENK, offs=plan.offsets_E)
+        out = rows_RN.new_empty(plan.num_rows, num_k)
+        right = weight_ENK.reshape(num_experts * depth, num_k)
+        launch("nn", rows_RN, right, out, plan.offsets_E, plan.expert_of_tile, (num_k, depth, depth))
+        return out
+
+    def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:
+        """[E, N, K]: the transpose of each expert's rows times its rows; zero for an expert without rows."""
+        num_experts, num_n, num_k = plan.offsets_E.shape[0], left_RN.shape[1], right_RK.shape[1]
+        if not _fits(num_n, num_k) or plan.expert_of_tile is None:
+            return F.grouped_mm(left_RN.t(), right_RK, offs=plan.offsets_E)
+        out = left_RN.new_empty(num_experts, num_n, num_k)
+        flat = out.view(num_experts * num_n, num_k)
+        launch("tn", left_RN, right_RK, flat, plan.offsets_E, plan.expert_of_tile, (num_k, 0, num_n))
+        return out

@@ -1,0 +1,161 @@
+"""Choices of experts to rows in expert order: a stable counting sort, without a sort of the whole or a host wait.
+
+Legend: T tokens, K choices per token, S = T * K slots, E experts, B blocks of slots.
+
+Three launches: counts per block, sums over blocks and experts, places. Floor: slots read twice and written once; in
+practice the launches themselves (a few microseconds each).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 256
+EXPERT_CHUNK = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SortedSlots:
+    """What `counting_sort` returns."""
+
+    slot_of_row_R: Tensor
+    """[R] int32 slot of each row, -1 for padding."""
+    row_of_slot_TK: Tensor
+    """[T, K] int32 row of each slot, -1 where dropped."""
+    offsets_E: Tensor
+    """[E] int32 ends of the experts' rows, padding included."""
+
+
+@triton.jit
+def _count_kernel(experts, counts, num_slots, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    block = tl.program_id(0)
+    slots = block * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(experts + slots, mask=slots < num_slots, other=NUM_EXPERTS).to(tl.int32)
+    for start in range(0, NUM_EXPERTS, CHUNK):
+        ids = start + tl.arange(0, CHUNK)
+        hits = (chosen[:, None] == ids[None, :]) & (ids[None, :] < NUM_EXPERTS)
+        # [E, B]: a later program reads one expert's counts in a row
+        tl.store(counts + ids * tl.num_programs(0) + block, tl.sum(hits.to(tl.int32), 0), mask=ids < NUM_EXPERTS)
+
+
+@triton.jit
+def _scan_kernel(counts, totals, num_blocks, NUM_CHUNKS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Turn an expert's counts per block into exclusive sums, and keep the total."""
+    expert = tl.program_id(0)
+    carry = 0
+    for chunk in range(NUM_CHUNKS):
+        index = chunk * BLOCKS + tl.arange(0, BLOCKS)
+        values = tl.load(counts + expert * num_blocks + index, mask=index < num_blocks, other=0)
+        tl.store(counts + expert * num_blocks + index, tl.cumsum(values, 0) - values + carry, mask=index < num_blocks)
+        carry += tl.sum(values, 0)
+    tl.store(totals + expert, carry)
+
+
+@triton.jit
+def _place_kernel(
+    experts,
+    before,
+    totals,
+    slot_of_row,
+    row_of_slot,
+    ends,
+    num_slots,
+    NUM_EXPERTS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    all_ids = tl.arange(0, EXPERTS)
+    sizes = tl.load(totals + all_ids, mask=all_ids < NUM_EXPERTS, other=0)
+    padded = (sizes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    if block == 0:
+        tl.store(ends + all_ids, tl.cumsum(padded, 0), mask=all_ids < NUM_EXPERTS)
+    slots = block * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(experts + slots, mask=slots < num_slots, other=NUM_EXPERTS).to(tl.int32)
+    row = tl.full((BLOCK,), -1, tl.int32)
+    for start in range(0, NUM_EXPERTS, CHUNK):
+        ids = start + tl.arange(0, CHUNK)
+        known = ids < NUM_EXPERTS
+        hits = (chosen[:, None] == ids[None, :]) & known[None, :]
+        rank = tl.cumsum(hits.to(tl.int32), 0) - 1
+        earlier = tl.load(before + ids * tl.num_programs(0) + block, mask=known, other=0)
+        first = tl.sum(tl.where(all_ids[:, None] < ids[None, :], padded[:, None], 0), 0)
+        place = tl.sum(tl.where(hits, rank + (earlier + first)[None, :], 0), 1)
+        row = tl.where(tl.sum(hits.to(tl.int32), 1) > 0, place, row)
+    tl.store(row_of_slot + slots, row, mask=slots < num_slots)
+    tl.store(slot_of_row + row, slots, mask=(slots < num_slots) & (row >= 0))
+
+
+def counting_sort(experts_TK: Tensor, num_experts: int, max_rows: int, alignment: int = 1) -> SortedSlots:
+    """Sort slots by expert, stably; each expert's rows start at a multiple of `alignment`.
+
+    Args:
+        experts_TK: [T, K] integer; num_experts and above: dropped.
+        num_experts: E.
+        max_rows: R, enough for all kept slots and padding.
+        alignment: rows of an expert are padded to a multiple of it.
+
+    Returns:
+        The order.
+    """
+    device, num_slots = experts_TK.device, experts_TK.numel()
+    num_blocks = max(1, triton.cdiv(num_slots, BLOCK))
+    counts = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=device)
+    totals = torch.empty(num_experts, dtype=torch.int32, device=device)
+    slot_of_row = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
+    row_of_slot = torch.empty(experts_TK.shape, dtype=torch.int32, device=device)
+    ends = torch.empty_like(totals)
+    experts = experts_TK.contiguous()
+    _count_kernel[(num_blocks,)](experts, counts, num_slots, num_experts, BLOCK, EXPERT_CHUNK)
+    chunk = min(1024, triton.next_power_of_2(num_blocks))
+    _scan_kernel[(num_experts,)](counts, totals, num_blocks, triton.cdiv(num_blocks, chunk), chunk)
+    _place_kernel[(num_blocks,)](
+        experts,
+        counts,
+        totals,
+        slot_of_row,
+        row_of_slot,
+        ends,
+        num_slots,
+        num_experts,
+        alignment,
+        triton.next_power_of_2(num_experts),
+        BLOCK,
+        EXPERT_CHUNK,
+    )
+    return SortedSlots(slot_of_row_R=slot_of_row, row_of_slot_TK=row_of_slot, offsets_E=ends)
+
+
+@triton.jit
+def _tile_kernel(ends, expert_of_tile, num_tiles, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    tiles = tl.program_id(0) * 32 + tl.arange(0, 32)
+    ids = tl.arange(0, EXPERTS)
+    stops = tl.load(ends + ids, mask=ids < num_experts, other=0)
+    past = (stops[None, :] <= tiles[:, None] * ROWS) & (ids[None, :] < num_experts)
+    tl.store(expert_of_tile + tiles, tl.sum(past.to(tl.int32), 1), mask=tiles < num_tiles)
+
+
+def expert_of_tiles(offsets_E: Tensor, max_rows: int, tile_rows: int) -> Tensor:
+    """The expert of each tile of rows, where experts' rows start at multiples of the tile.
+
+    Args:
+        offsets_E: [E] int32 ends, multiples of tile_rows.
+        max_rows: R.
+        tile_rows: rows of a tile.
+
+    Returns:
+        [R / tile_rows] int32; E for tiles past the last expert.
+    """
+    num_experts, num_tiles = offsets_E.shape[0], max_rows // tile_rows
+    out = torch.empty(num_tiles, dtype=torch.int32, device=offsets_E.device)
+    if num_tiles:
+        grid = (triton.cdiv(num_tiles, 32),)
+        _tile_kernel[grid](offsets_E, out, num_tiles, num_experts, tile_rows, triton.next_power_of_2(num_experts))
+    return out

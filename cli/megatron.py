@@ -97,7 +97,7 @@ def export_megatron(src: Path, out: Path, **options: Any) -> None:
     def run() -> convert.Summary:
         names = ("tp", "pp", "vpp", "ep", "etp")
         degrees = Degrees(**{n: options[n] for n in names}, pp_layers=_numbers(options["pp_layers"]))
-        experts = options["experts"] or ("grouped" if options["spec"] == "te" else "sequential")
+        experts: Any = options["experts"] or ("grouped" if options["spec"] == "te" else "sequential")
         return convert.export_megatron(
             src,
             out,
@@ -140,6 +140,5 @@ def _report(run: Callable[[], Any], out: Path, options: dict[str, Any]) -> None:
     for what in summary.dropped:
         click.echo(f"not converted: {what}", err=True)
     done = "would write" if options["dry_run"] else "wrote"
-    click.echo(
-        f"{done} {out}: {summary.files} files, {summary.nbytes / 1e9:.2f} GB (Megatron layout {summary.degrees})"
-    )
+    size = f"{summary.files} files, {summary.nbytes / 1e9:.2f} GB"
+    click.echo(f"{done} {out}: {size} (Megatron layout {summary.degrees})")

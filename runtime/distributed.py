@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from moeconv.errors import MoeconvError
 
@@ -28,11 +30,42 @@ class Process:
         return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
 
 
-def start(process: Process, timeout: float) -> torch.device:
+def connect(process: Process, purpose: str, timeout: float = 300.0) -> Store:
+    """Connect to the job's store, with keys of this attempt of the job and this purpose only.
+
+    After a restart torchrun's agent keeps the store of the attempt before, with the addresses of dead processes in it.
+
+    Args:
+        process: this process's place.
+        purpose: sets keys apart.
+        timeout: seconds to wait for the store and for its keys.
+
+    Returns:
+        The store; one of this process alone where it wasn't started by a launcher.
+    """
+    # The stubs of torch leave these public names out.
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if host is None or port is None:
+        return cast(Store, dist.HashStore())  # type: ignore[attr-defined]
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host,
+        int(port),
+        process.world_size,
+        is_master=process.rank == 0 and not agent,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return PrefixStore(f"moeconv/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{purpose}", store)
+
+
+def start(process: Process, store: Store, timeout: float) -> torch.device:
     """Join the job: NCCL where there are GPUs, gloo otherwise.
 
     Args:
         process: this process's place.
+        store: where the processes meet.
         timeout: seconds that a collective may take.
 
     Returns:
@@ -50,9 +83,6 @@ def start(process: Process, timeout: float) -> torch.device:
             )
         torch.cuda.set_device(process.local_rank)
     device = torch.device("cuda", process.local_rank) if cuda else torch.device("cpu")
-    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
-        os.environ.setdefault(name, value)
-    store = None if "RANK" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         rank=process.rank,

@@ -1,0 +1,87 @@
+"""Which files a rank writes, and what makes them a checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from moeconv.checkpoint import Checkpoint, finish_checkpoint
+from moeconv.io.manifest import FileRecord
+from moeconv.io.shards import ShardEntry
+from moeconv.layout.degrees import Degrees
+from moeconv.placement import split_optimizer_name
+from runtime.checkpoint.state import TRAINER_FILE, TrainerState
+from runtime.checkpoint.writer import to_bytes
+from runtime.config import ParallelConfig
+from runtime.engine import Engine
+from runtime.parallel.mesh import ParallelMesh
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def collect_files(
+    engine: Engine, mesh: ParallelMesh, checkpoint: Checkpoint, *, with_optimizer: bool
+) -> dict[str, list[ShardEntry]]:
+    """Copy what this rank owns to the host, sorted into files.
+
+    Args:
+        engine: gives the tensors; of each global byte, one rank has it.
+        mesh: this rank's coordinates.
+        checkpoint: any checkpoint of the same model; says which tensors are experts'.
+        with_optimizer: master weights and moments, too.
+
+    Returns:
+        File name -> its tensors, copied, so that training can go on.
+    """
+    model = checkpoint.model
+    names = file_names(mesh)
+    files: dict[str, list[ShardEntry]] = {}
+    rectangles: Counter[str] = Counter()
+    for item in engine.state(with_optimizer):
+        state, base = split_optimizer_name(item.name)
+        name = ("optimizer-" if state else "") + names[model.tensors[base].expert is not None]
+        # A flat shard that ends within a row is up to three rectangles; a file names a tensor once.
+        part = rectangles[item.name]
+        rectangles[item.name] += 1
+        file = f"{name}-part{part}.safetensors" if part else f"{name}.safetensors"
+        entry = ShardEntry(item.name, DTYPES[item.tensor.dtype], item.global_shape, item.rect, to_bytes(item.tensor))
+        files.setdefault(file, []).append(entry)
+    return files
+
+
+def file_names(mesh: ParallelMesh) -> dict[bool, str]:
+    """Name the files of this rank; ranks that hold copies of the same weights get a number each.
+
+    Args:
+        mesh: this rank's coordinates.
+
+    Returns:
+        Whether it is the experts' file -> its name, without suffix.
+    """
+    pp = mesh.rank("pp")
+    replica = mesh.rank("dp_cp")
+    dense = f"dense-tp{mesh.rank('tp')}-pp{pp}" + (f"-dp{replica}" if replica else "")
+    edp = mesh.rank("edp")
+    experts = f"experts-ep{mesh.rank('ep')}-etp{mesh.rank('etp')}-pp{pp}" + (f"-dp{edp}" if edp else "")
+    return {False: dense, True: experts}
+
+
+def commit_checkpoint(
+    folder: Path, records: list[FileRecord], source: Checkpoint, parallel: ParallelConfig, state: TrainerState
+) -> None:
+    """Make a checkpoint of a folder that has all ranks' files in it.
+
+    Args:
+        folder: where they are.
+        records: what was written.
+        source: the checkpoint that the run started from; config, tokenizer and shard map come from it.
+        parallel: the layout of the run.
+        state: the run's position.
+    """
+    (folder / TRAINER_FILE).write_text(state.to_json())
+    degrees = Degrees(
+        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, etp=parallel.etp, pp_layers=parallel.pp_layers
+    )
+    finish_checkpoint(folder, source, degrees, records)

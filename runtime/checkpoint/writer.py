@@ -1,0 +1,179 @@
+"""Asynchronous saves: tensors are copied to the host, then written by a thread of each rank while training goes on.
+
+A checkpoint counts only when every rank has written its part: then the first rank writes the manifest, renames the
+folder and moves `latest`. Whatever goes wrong before that leaves the last good checkpoint as it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moeconv.errors import MoeconvError, WriteError
+from moeconv.io.manifest import FileRecord
+from moeconv.io.shards import ShardEntry, write_shard_file
+from runtime.checkpoint import folder as folders
+
+T = TypeVar("T")
+Commit = Callable[[Path, list[FileRecord]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a save ended."""
+
+    iteration: int
+    path: Path | None
+    """The checkpoint; None if it failed."""
+    seconds: float
+    error: str | None = None
+
+
+def to_bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Copy a tensor to the host, row-major.
+
+    Args:
+        tensor: any dtype, any device.
+
+    Returns:
+        [nbytes] uint8, a copy that training won't touch.
+    """
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    copy.copy_(tensor.detach())
+    return copy.view(-1).view(torch.uint8).numpy() if copy.numel() else np.empty(0, np.uint8)
+
+
+class Saver:
+    """Writes checkpoints of one run; every rank has one and calls it at the same iterations."""
+
+    def __init__(self, root: Path, group: dist.ProcessGroup | None, *, keep_last: int) -> None:
+        """Make a saver.
+
+        Args:
+            root: the save folder.
+            group: a gloo group of all ranks that nothing else uses, since the writing thread talks over it; None for
+                a single process.
+            keep_last: checkpoints that are kept; 0 keeps all.
+        """
+        self.root, self._group, self._keep_last = root, group, keep_last
+        self._rank = dist.get_rank(group) if group is not None else 0
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome | None = None
+
+    def save(self, iteration: int, files: Mapping[str, Iterable[ShardEntry]], commit: Commit) -> None:
+        """Start a save; an earlier one must have been waited for.
+
+        Args:
+            iteration: the checkpoint's iteration.
+            files: this rank's files with their tensors, on the host already.
+            commit: called on rank 0 with the folder and the records of all ranks' files; writes everything else, the
+                manifest last.
+        """
+        assert self._thread is None, "a save is under way: wait for it first"
+        arguments = (iteration, files, commit)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def finished(self) -> bool:
+        """Say whether a save was started and has come to its end on this rank."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def wait(self) -> Outcome | None:
+        """Wait for the save under way.
+
+        Returns:
+            How it ended, the same on every rank; None if there was none.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread, outcome, self._outcome = None, self._outcome, None
+        assert outcome is not None
+        return outcome
+
+    def _run(self, iteration: int, files: Mapping[str, Iterable[ShardEntry]], commit: Commit) -> None:
+        start = time.monotonic()
+        path, error = None, None
+        try:
+            path, error = self._write(iteration, files, commit)
+        except Exception as failure:  # whatever it is, it must reach the log and not die with the thread
+            error = _describe(failure)
+        self._outcome = Outcome(iteration, path, time.monotonic() - start, error)
+
+    def _write(
+        self, iteration: int, files: Mapping[str, Iterable[ShardEntry]], commit: Commit
+    ) -> tuple[Path | None, str | None]:
+        prepared, error = _attempt(lambda: folders.prepare(self.root, iteration) if self._rank == 0 else None)
+        if error := self._broadcast(error):
+            return None, error
+        partial = prepared or self.root / (folders.folder_name(iteration) + folders.PARTIAL)
+        records, error = _attempt(lambda: [write_shard_file(partial, name, list(e)) for name, e in files.items()])
+        everyone = self._gather((records or [], error))
+        final: Path | None = None
+        if self._rank == 0:
+            failures = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(everyone) if why]
+            if failures:
+                error = "; ".join(failures)
+            else:
+                all_records = [record for mine, _ in everyone for record in mine]
+                final, error = _attempt(lambda: self._commit(partial, all_records, commit))
+            if error:
+                shutil.rmtree(partial, ignore_errors=True)
+        error = self._broadcast(error)
+        return (None if error else final or self.root / folders.folder_name(iteration)), error
+
+    def _commit(self, partial: Path, records: list[FileRecord], commit: Commit) -> Path:
+        commit(partial, records)
+        final = folders.publish(partial)
+        folders.prune(self.root, self._keep_last)
+        return final
+
+    def _broadcast(self, error: str | None) -> str | None:
+        """Give rank 0's word to every rank."""
+        if self._group is None:
+            return error
+        box = [error]
+        dist.broadcast_object_list(box, group_src=0, group=self._group)
+        return box[0]
+
+    def _gather(self, mine: tuple[list[FileRecord], str | None]) -> list[tuple[list[FileRecord], str | None]]:
+        """Collect what the ranks wrote on rank 0; elsewhere the list stays empty."""
+        if self._group is None:
+            return [mine]
+        size = dist.get_world_size(self._group)
+        everyone: list[Any] | None = [None] * size if self._rank == 0 else None
+        dist.gather_object(mine, everyone, group_dst=0, group=self._group)
+        return everyone or []
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return action(), None
+    except Exception as failure:  # reported through the outcome on every rank
+        return None, _describe(failure)
+
+
+def _describe(failure: Exception) -> str:
+    return str(failure) if isinstance(failure, MoeconvError) else f"{type(failure).__name__}: {failure}"
+
+
+def check(outcome: Outcome) -> None:
+    """Refuse a save that failed, where nothing comes after it.
+
+    Args:
+        outcome: how it ended.
+
+    Raises:
+        WriteError: it failed.
+    """
+    if outcome.error is not None:
+        raise WriteError(f"the checkpoint of iteration {outcome.iteration} was not saved: {outcome.error}")

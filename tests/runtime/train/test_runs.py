@@ -1,0 +1,121 @@
+"""Whole runs through torchrun: trained, stopped, broken and started again."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.launch import run, start, steps
+from tests.runtime.tiny import make_checkpoint, make_text
+
+ITERATIONS = 12
+
+
+class Workplace:
+    """A checkpoint, text, and the uninterrupted run that everything is compared with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint = make_checkpoint(folder / "tiny")
+        self.text = make_text(folder / "text.txt")
+        self.status, self.output = run(2, self.arguments("plain"), fault="slow-save")
+        self.losses = {i: r["lm_loss"] for i, r in steps(folder / "plain.jsonl").items()}
+
+    def arguments(self, name: str, *extra: object) -> list[object]:
+        return [
+            "--load", self.checkpoint, "--data", self.text, "--save", self.folder / name,
+            "--log-file", self.folder / f"{name}.jsonl", "--data-cache-path", self.folder / "cache",
+            "--train-iters", ITERATIONS, "--save-interval", 4, "--seq-length", 64, "--micro-batch-size", 2,
+            "--global-batch-size", 8, "--lr", 3e-3, "--lr-decay-style", "cosine", "--lr-warmup-iters", 2,
+            "--moe-aux-loss-coeff", 1e-2, "--expert-model-parallel-size", 2, "--use-distributed-optimizer",
+            *extra,
+        ]  # fmt: skip
+
+    def saved(self, name: str) -> list[str]:
+        return sorted(path.name for path in (self.folder / name).iterdir())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("runs"))
+
+
+def check_equal_to_plain(place: Workplace, name: str) -> None:
+    losses = {i: r["lm_loss"] for i, r in steps(place.folder / f"{name}.jsonl").items()}
+    assert losses == pytest.approx(place.losses, rel=1e-6)
+
+
+def test_loss_falls_and_checkpoints_are_there(place: Workplace) -> None:
+    assert place.status == 0, place.output
+    assert place.losses[ITERATIONS] < place.losses[1] - 0.5
+    assert place.saved("plain") == ["iter_0000004", "iter_0000008", "iter_0000012", "latest"]
+    assert (place.folder / "plain" / "latest").resolve().name == "iter_0000012"
+
+
+def test_training_goes_on_during_a_save(place: Workplace) -> None:
+    lines = place.output.splitlines()
+    saved = next(i for i, line in enumerate(lines) if "saved iteration 4 " in line)
+    later = next(i for i, line in enumerate(lines) if line.startswith("iteration 6/"))
+    assert later < saved
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(place: Workplace) -> None:
+    process = start(2, place.arguments("term"), fault="slow-steps")
+    log = place.folder / "term.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and len(log.read_text().splitlines()) >= 5) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    last = max(steps(log))
+    assert 5 <= last < ITERATIONS, output
+    assert f"asked to stop: saving after iteration {last} and leaving" in output
+    assert (place.folder / "term" / "latest").resolve().name == f"iter_{last:07d}"
+    status, output = run(2, place.arguments("term"))
+    assert status == 0, output
+    assert f"going on after iteration {last}" in output
+    check_equal_to_plain(place, "term")
+
+
+def test_a_failing_rank_ends_the_attempt_and_torchrun_resumes_it(place: Workplace) -> None:
+    status, output = run(2, place.arguments("raise"), fault="raise", max_restarts=1)
+    assert status == 0, output
+    assert "RuntimeError: parity error in memory" in output
+    assert "going on after iteration 4" in output
+    check_equal_to_plain(place, "raise")
+
+
+def test_a_hanging_rank_is_named_with_its_stack(place: Workplace) -> None:
+    status, output = run(2, place.arguments("hang", "--distributed-timeout-minutes", 0.08), fault="hang")
+    assert status != 0
+    assert "stands still for" in output
+    assert "in iteration 3 (--distributed-timeout-minutes)" in output
+    assert "launch.py" in output  # where rank 1 sleeps
+
+
+def test_a_failed_write_is_reported_and_training_goes_on(place: Workplace) -> None:
+    status, output = run(2, place.arguments("full"), fault="full-disk")
+    assert status == 0, output
+    assert "SAVE FAILED at iteration 4: rank 1:" in output
+    assert "No space left on device" in output
+    assert "the last good checkpoint is None" in output
+    assert place.saved("full") == ["iter_0000008", "iter_0000012", "latest"]
+    check_equal_to_plain(place, "full")
+
+
+def test_a_rank_killed_during_a_save_leaves_the_last_good_checkpoint(place: Workplace) -> None:
+    begin = time.monotonic()
+    status, output = run(2, place.arguments("kill"), fault="kill-in-save")
+    assert status != 0
+    assert "Signal 9 (SIGKILL)" in output
+    assert time.monotonic() - begin < 60
+    assert "iter_0000008" not in place.saved("kill"), output
+    assert (place.folder / "kill" / "latest").resolve().name == "iter_0000004"
+    status, output = run(2, place.arguments("kill", "--keep-last", 1))
+    assert status == 0, output
+    assert "going on after iteration 4" in output
+    assert place.saved("kill") == ["iter_0000012", "latest"]
+    check_equal_to_plain(place, "kill")

@@ -29,6 +29,20 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _degree_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the degrees of the layout to be written."""
+    for option in (
+        click.option("--pp-layers", help="Layers of each stage, as 9,8,8,7, where they don't divide."),
+        click.option("--etp", type=int, help="Tensor parallel degree of experts; by default that of --tp."),
+        click.option("--ep", type=int, help="Expert parallel degree."),
+        click.option("--vpp", type=int, help="Virtual pipeline stages a rank."),
+        click.option("--pp", type=int, help="Pipeline parallel degree."),
+        click.option("--tp", type=int, help="Tensor parallel degree."),
+    ):
+        command = option(command)
+    return command
+
+
 @click.command("import-megatron")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
@@ -39,14 +53,17 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="The model's config.json or a folder with it; by default made from the checkpoint's args.",
 )
 @click.option("--ignore-args", is_flag=True, help="Trust --hf-config where the checkpoint's args say otherwise.")
+@click.option("--no-optimizer", is_flag=True, help="Import the weights alone.")
+@_degree_options
 @_run_options
 def import_megatron(src: Path, out: Path, **options: Any) -> None:
-    """Turn a Megatron-Core checkpoint SRC into the Hugging Face folder OUT.
+    """Turn a Megatron-Core checkpoint SRC into the sharded checkpoint OUT.
 
     SRC is the folder that Megatron's --save named, or one iteration in it; both formats (torch, torch_dist), any
-    layout, any spec. Neither Megatron, Transformer Engine nor a GPU is needed, and no pickle is ever executed.
+    layout, any spec. Neither Megatron, Transformer Engine nor a GPU is needed, and no pickle is ever executed. OUT has
+    SRC's degrees unless others are given; moeconv export-hf makes it a Hugging Face folder.
 
-    Example: moeconv import-megatron checkpoints/run7 mixtral-hf
+    Example: moeconv import-megatron checkpoints/run7 mixtral-shards
     """
     from moeconv.megatron import convert
 
@@ -56,8 +73,9 @@ def import_megatron(src: Path, out: Path, **options: Any) -> None:
             iteration=options["iteration"],
             hf_config=options["hf_config"],
             ignore_args=options["ignore_args"],
+            optimizer=not options["no_optimizer"],
         )
-        return convert.import_megatron(source, out, _options(options))
+        return convert.import_megatron(source, out, _degrees(options, source.degrees), _options(options))
 
     _report(run, out, options)
 
@@ -78,12 +96,7 @@ def import_megatron(src: Path, out: Path, **options: Any) -> None:
     type=click.Choice(["grouped", "sequential"]),
     help="grouped: with --moe-grouped-gemm (default of te); sequential: without (default of local).",
 )
-@click.option("--tp", type=int, default=1, help="Tensor parallel degree.")
-@click.option("--pp", type=int, default=1, help="Pipeline parallel degree.")
-@click.option("--vpp", type=int, default=1, help="Virtual pipeline stages a rank.")
-@click.option("--ep", type=int, default=1, help="Expert parallel degree.")
-@click.option("--etp", type=int, default=0, help="Tensor parallel degree of experts; by default that of --tp.")
-@click.option("--pp-layers", help="Layers of each stage, as 9,8,8,7, where they don't divide.")
+@_degree_options
 @_run_options
 def export_megatron(src: Path, out: Path, **options: Any) -> None:
     """Turn a model SRC into a Megatron-Core checkpoint OUT, ready for Megatron's --load.
@@ -95,14 +108,12 @@ def export_megatron(src: Path, out: Path, **options: Any) -> None:
     from moeconv.megatron import convert
 
     def run() -> convert.Summary:
-        names = ("tp", "pp", "vpp", "ep", "etp")
-        degrees = Degrees(**{n: options[n] for n in names}, pp_layers=_numbers(options["pp_layers"]))
         experts: Any = options["experts"] or ("grouped" if options["spec"] == "te" else "sequential")
         return convert.export_megatron(
             src,
             out,
             fmt=options["fmt"],
-            degrees=degrees,
+            degrees=_degrees(options, Degrees()),
             spec=options["spec"],
             experts=experts,
             options=_options(options),
@@ -112,6 +123,13 @@ def export_megatron(src: Path, out: Path, **options: Any) -> None:
 
 
 COMMANDS = (import_megatron, export_megatron)
+
+
+def _degrees(options: dict[str, Any], default: Degrees) -> Degrees:
+    """Give the degrees that were asked for, or the default where none was."""
+    given = {n: options[n] for n in ("tp", "pp", "vpp", "ep", "etp") if options[n] is not None}
+    layers = _numbers(options["pp_layers"])
+    return Degrees(**given, pp_layers=layers) if given or layers else default
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

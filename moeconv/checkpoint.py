@@ -271,10 +271,11 @@ def make_manifest(
     ]
     if source.manifest is not None:
         files, index = source.manifest.source, source.manifest.index
-    else:
-        assert source.folder is not None
+    elif source.folder is not None and all(h.raw for h in source.folder.headers.values()):
         files = {name: SourceFile(h.file_size, h.raw) for name, h in source.folder.headers.items()}
         index = source.folder.index
+    else:  # not from safetensors files: an export cuts files of its own
+        files, index = {}, None
     return Manifest(
         family=source.family.model_type,
         degrees=degrees.as_json(),

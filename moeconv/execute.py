@@ -6,6 +6,7 @@ and each target piece is touched front to back, and its checksum is computed on 
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -46,7 +47,6 @@ class _Strip:
 
     @classmethod
     def of(cls, piece: Piece, shape: tuple[int, ...], fd: int) -> _Strip:
-        assert piece.strides is None, "the sweep moves row-major pieces"
         itemsize = dtype(piece.dtype).itemsize
         if not shape:
             return cls(piece, fd, 0, 1, 0, itemsize)
@@ -111,7 +111,10 @@ class Sweep:
             data = (
                 rows if whole else self.buffer("strip")[: (end - begin) * strip.width].reshape(end - begin, strip.width)
             )
-            _pread(strip, data, strip.position(begin))
+            if piece_strides := strip.piece.strides:
+                np.copyto(data, _gather(strip, piece_strides, begin, end))
+            else:
+                _pread(strip, data, strip.position(begin))
             if strip.hasher is not None:
                 strip.hasher.update(data.data)
             if not whole:
@@ -146,6 +149,20 @@ def _pread(strip: _Strip, data: Bytes, position: int) -> None:
                 f"{strip.piece.file}: ends at byte {position} inside {strip.piece.tensor}; the file was truncated"
             )
         view, position = view[count:], position + count
+
+
+def _gather(strip: _Strip, strides: tuple[int, ...], begin: int, end: int) -> Bytes:
+    """Read rows of a piece that is not stored row by row (a transposed matrix), as bytes [rows, bytes a row]."""
+    piece, size = strip.piece, dtype(strip.piece.dtype).itemsize
+    last = piece.begin + size * (1 + sum((n - 1) * s for n, s in zip(piece.rect.shape, strides, strict=True)))
+    with mmap.mmap(strip.fd, 0, access=mmap.ACCESS_READ) as mapped:
+        if last > len(mapped):
+            raise SourceError(f"{piece.file}: ends inside {piece.tensor}; the file was truncated")
+        steps = [s * size for s in strides]
+        view = np.ndarray(piece.rect.shape, np.dtype(f"u{size}"), mapped, piece.begin, steps)
+        rows = view[begin - strip.first : end - strip.first].copy(order="C")
+        del view  # the mapping closes only once nothing looks into it
+    return rows.view(np.uint8).reshape(end - begin, strip.width)
 
 
 def _pwrite(strip: _Strip, data: Bytes, position: int) -> None:

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moeconv.checkpoint import TRAINER, open_checkpoint
+from moeconv.convert import Options, plan_sharded, write_sharded
 from moeconv.errors import MappingError, SourceError
 from moeconv.families import family_of
 from moeconv.families.base import Model
-from moeconv.io.hf_folder import CONFIG, INDEX, parse_json, read_hf_folder, read_inside
-from moeconv.io.safetensors import encode_header, read_header
+from moeconv.io.hf_folder import CONFIG, parse_json
 from moeconv.layout.degrees import Degrees
-from moeconv.layout.rect import Rect
 from moeconv.megatron import dist, legacy
 from moeconv.megatron.args import RunArgs, check_config, check_expressible, config_from_args
+from moeconv.megatron.checkpoint import as_checkpoint
 from moeconv.megatron.copying import FileWriter, Source, check_replicas
 from moeconv.megatron.export import ITERATION, Target, torch_files
 from moeconv.megatron.export_dist import torch_dist_files
 from moeconv.megatron.files import MegatronFile
 from moeconv.megatron.names import Experts, Spec
-from moeconv.megatron.source import TRACKER, Collector, MegatronSource, find_iteration
+from moeconv.megatron.source import TRACKER, MegatronSource, find_iteration
 from moeconv.megatron.staging import Staging, fingerprint
-from moeconv.pieces import NameMap, Piece, TensorInfo
-from moeconv.placement import check_degrees
+from moeconv.placement import check_degrees, split_optimizer_name
 
 Format = Literal["torch", "torch_dist"]
 Progress = Callable[[int], None]
-SHARD_BYTES = 5_000_000_000
-_SHARDING = "DCP_SHARDING_INFO"
-_MANIFEST = "moeconv.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,46 +104,6 @@ def _config(
     return parse_json(given.read_bytes(), str(given))
 
 
-@dataclass(frozen=True, slots=True)
-class OpenModel:
-    """A model to be exported: its folder, config, carried files, and where its tensors are."""
-
-    root: Path
-    config: dict[str, Any]
-    carried: tuple[str, ...]
-    model: Model
-    pieces: list[Piece]
-
-
-def open_model(root: Path) -> OpenModel:
-    """Open a Hugging Face folder, or a sharded one whose files say which rectangles they hold.
-
-    Raises:
-        SourceError: a file is missing, damaged or unsafe.
-        MappingError: tensors and config don't fit.
-        IntegrityError: a tensor is stored in part, or twice.
-    """
-    if (root / _MANIFEST).is_file():
-        config = parse_json(read_inside(root, CONFIG), str(root / CONFIG))
-        headers = {p.name: read_header(p) for p in sorted(root.glob("*.safetensors"))}
-        carried = tuple(name for name in _beside(root) if name != _MANIFEST)
-    else:
-        folder = read_hf_folder(root)
-        config, headers, carried = folder.config, folder.headers, folder.carried
-    model = Model.from_config(family_of(config), config)
-    names, collector = NameMap(model), Collector()
-    for file, header in headers.items():
-        sharding = parse_json(header.metadata[_SHARDING].encode(), file) if _SHARDING in header.metadata else {}
-        for entry in header.entries:
-            if entry.name in sharding:
-                rect = Rect(tuple(sharding[entry.name]["saved_offsets"]), entry.shape)
-                collector.add(Piece(entry.name, entry.dtype, rect, file, entry.begin))
-                continue
-            for piece in names.pieces(entry.name, entry.dtype, entry.shape, file, entry.begin):
-                collector.add(piece)
-    return OpenModel(root, config, carried, model, collector.finish(model, str(root)))
-
-
 def export_megatron(
     src: Path, out: Path, *, fmt: Format, degrees: Degrees, spec: Spec, experts: Experts, options: RunOptions
 ) -> Summary:
@@ -168,9 +124,10 @@ def export_megatron(
     Raises:
         MoeconvError: as the source, layout or output demands; nothing is left under `out`.
     """
-    found = open_model(src)
+    found = open_checkpoint(src)
     check_degrees(found.model, degrees)
-    source = Source(found.root, found.pieces)
+    tensors = {name: pieces for name, pieces in found.pieces.items() if split_optimizer_name(name)[0] is None}
+    source = Source(found.root, (p for pieces in tensors.values() for p in pieces), found.checksums)
     target = Target(
         model=found.model,
         config=found.config,
@@ -180,75 +137,35 @@ def export_megatron(
         experts=experts,
     )
     files = torch_files(target) if fmt == "torch" else torch_dist_files(target)
-    files += [_carry(found.root, name) for name in found.carried]
+    small = {name: raw for name, raw in found.carried_bytes.items() if name != TRAINER}
+    files += [MegatronFile(name, len(raw), [(0, raw)]) for name, raw in small.items()]
     files.append(MegatronFile(TRACKER, len(ITERATION), [(0, ITERATION.encode())]))
     return _write(source, files, out, options, (), str(degrees))
 
 
-def import_megatron(source: MegatronSource, out: Path, options: RunOptions) -> Summary:
-    """Write a Megatron checkpoint as a Hugging Face folder, after checking that replicated tensors agree.
+def import_megatron(source: MegatronSource, out: Path, degrees: Degrees, options: RunOptions) -> Summary:
+    """Write a Megatron checkpoint as a sharded one, after checking that replicated tensors agree.
 
     Args:
         source: the opened checkpoint.
         out: the folder to make.
+        degrees: the new layout's degrees.
         options: how to run.
 
     Returns:
         What was written.
 
     Raises:
-        MoeconvError: as the source or output demands; nothing is left under `out`.
+        MoeconvError: as the source, layout or output demands; `out` does not exist then.
     """
-    reader = Source(source.root, source.pieces)
-    if not options.dry_run:
-        check_replicas(reader, source.replicas)
-    files = _safetensors(source.model, reader.dtypes())
-    root_config = source.root / CONFIG
-    raw = root_config.read_bytes() if root_config.is_file() else b""
-    if not raw or json.loads(raw) != source.config:
-        raw = (json.dumps(source.config, indent=2) + "\n").encode()
-    files.append(MegatronFile(CONFIG, len(raw), [(0, raw)]))
-    files += [_carry(source.root, name) for name in _beside(source.root) if name != CONFIG]
-    return _write(reader, files, out, options, tuple(source.dropped), str(source.degrees))
-
-
-def _beside(root: Path) -> list[str]:
-    """List the small files that an export put beside the checkpoint: the tokenizer and configs."""
-    skip = (".pt", ".bin", ".safetensors", ".distcp", ".txt.part")
-    names = [p.name for p in sorted(root.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    return [n for n in names if n != TRACKER and not n.endswith(skip) and (root / n).stat().st_size < 1 << 28]
-
-
-def _carry(root: Path, name: str) -> MegatronFile:
-    raw = read_inside(root, name)
-    return MegatronFile(name, len(raw), [(0, raw)])
-
-
-def _safetensors(model: Model, dtypes: Mapping[str, str]) -> list[MegatronFile]:
-    """Lay out a Hugging Face folder's weights, in shards as the hub has them."""
-    infos = [TensorInfo(t.name, dtypes[t.name], t.shape) for t in model.tensors.values() if t.name in dtypes]
-    shards: list[list[TensorInfo]] = [[]]
-    for info in infos:
-        if shards[-1] and sum(i.nbytes for i in shards[-1]) + info.nbytes > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(info)
-    files: list[MegatronFile] = []
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header = encode_header([(i.name, i.dtype, i.shape) for i in shard], {"format": "pt"})
-        file = MegatronFile(name, header.file_size, [(0, header.raw)])
-        file.pieces = [Piece(e.name, e.dtype, Rect.whole(e.shape), name, e.begin) for e in header.entries]
-        files.append(file)
-        weight_map |= {i.name: name for i in shard}
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(i.nbytes for i in infos)},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        raw = (json.dumps(index, indent=2) + "\n").encode()
-        files.append(MegatronFile(INDEX, len(raw), [(0, raw)]))
-    return files
+    checkpoint = as_checkpoint(source)
+    if options.dry_run:
+        plan = plan_sharded(checkpoint, degrees)
+    else:
+        check_replicas(Source(source.root, source.pieces), source.replicas)
+        run = Options(workers=options.workers, resume=options.resume, progress=lambda _: options.progress)
+        plan = write_sharded(checkpoint, out, degrees, run)
+    return Summary(len(plan.files), plan.nbytes, tuple(source.dropped), str(source.degrees))
 
 
 def _write(

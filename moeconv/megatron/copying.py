@@ -11,7 +11,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,8 @@ import numpy as np
 
 from moeconv.dtypes import dtype
 from moeconv.errors import IntegrityError, SourceError, WriteError
+from moeconv.execute import check_sum
+from moeconv.io.checksum import new
 from moeconv.io.torch_archive import row_major
 from moeconv.layout.rect import Rect
 from moeconv.megatron.files import MegatronFile
@@ -34,13 +36,18 @@ _KEEP_BYTES = 64 << 20
 class Source:
     """Reads rectangles of a checkpoint's tensors from the files that hold them."""
 
-    def __init__(self, root: Path, pieces: Iterable[Piece]) -> None:
+    def __init__(
+        self, root: Path, pieces: Iterable[Piece], checksums: Mapping[tuple[str, str], str] | None = None
+    ) -> None:
         """Index the pieces; files are opened when they are first read.
 
         Args:
             root: the folder that the pieces' files are in.
             pieces: where each tensor is, each element once.
+            checksums: recorded checksums by file and tensor, compared before a tensor is first used.
         """
+        self._checksums = checksums or {}
+        self._checked: dict[str, threading.Lock | None] = {}
         self.root = root
         self.pieces: dict[str, list[Piece]] = {}
         for piece in pieces:
@@ -69,6 +76,7 @@ class Source:
             SourceError: a file can't be read, or is shorter than it was.
         """
         filled = 0
+        self._check(name)
         for piece in self.pieces[name]:
             part = piece.rect.intersect(rect)
             if part is not None:
@@ -76,6 +84,29 @@ class Source:
                 filled += part.size
         assert filled == rect.size, f"{name} {rect}: {filled} of {rect.size} elements have a source"
         self.release(out.nbytes)
+
+    def _check(self, name: str) -> None:
+        """Compare a tensor's pieces with their checksums, once; other threads that want it wait.
+
+        Raises:
+            IntegrityError: the bytes were changed.
+        """
+        with self._lock:
+            lock = self._checked.setdefault(name, threading.Lock())
+        if lock is None:
+            return
+        with lock:
+            if self._checked[name] is None:
+                return
+            for piece in self.pieces[name]:
+                if (piece.file, piece.tensor) not in self._checksums:
+                    continue
+                hasher, rows = new(), self.view(piece).reshape(-1).view(np.uint8)
+                for begin in range(0, rows.size, BAND_BYTES):
+                    hasher.update(rows[begin : begin + BAND_BYTES])
+                check_sum(self.root, piece, self._checksums, hasher)
+                self.release(piece.nbytes)
+            self._checked[name] = None
 
     def view(self, piece: Piece) -> Array:
         """Map a piece as an array of unsigned integers of its element size; nothing is read until it is used."""

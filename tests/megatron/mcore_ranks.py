@@ -270,10 +270,7 @@ def _forward(case: Case, models: list[Any], tokens: torch.Tensor, vocab: int) ->
             if stage == mine:
                 model.set_input_tensor(hidden)
                 out = model(tokens, positions, mask)
-            if last:
-                shape = (batch, length, _rows(case, vocab))
-            else:
-                shape = (length, batch, models[0].config.hidden_size)
+            shape = (batch, length, _rows(case, vocab)) if last else (length, batch, models[0].config.hidden_size)
             hidden = (out if stage == mine else torch.empty(shape)).contiguous()
             dist.broadcast(hidden, dist.get_global_rank(group, stage), group=group)
     tensor_group = parallel_state.get_tensor_model_parallel_group()

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from moeconv.checkpoint import open_checkpoint
+from moeconv.convert import Options, write_hf
 from moeconv.errors import LayoutError
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron.convert import RunOptions, export_megatron, import_megatron, open_megatron
@@ -35,7 +37,10 @@ def export(src: Path, out: Path, fmt: Any, layout: dict[str, Any], spec: Any = "
 
 
 def bring_back(src: Path, out: Path, **options: Any) -> Path:
-    import_megatron(open_megatron(src, **options), out, RunOptions())
+    """Import a Megatron checkpoint under another layout, and write it as a Hugging Face folder."""
+    shards = out.with_name(out.name + "-shards")
+    import_megatron(open_megatron(src, **options), shards, Degrees(tp=2, pp=2, ep=4), RunOptions())
+    write_hf(open_checkpoint(shards), out, None, Options())
     return out
 
 

@@ -1,0 +1,114 @@
+"""A Megatron checkpoint as a `Checkpoint` like any other: under hub names, to inspect, compare, shard and export."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeconv.checkpoint import Checkpoint, open_checkpoint
+from moeconv.dtypes import numpy_dtype
+from moeconv.errors import SourceError
+from moeconv.io.hf_folder import CONFIG, read_inside
+from moeconv.layout.degrees import Degrees
+from moeconv.layout.rect import Rect
+from moeconv.megatron.copying import Source
+from moeconv.megatron.source import TRACKER, MegatronSource, is_megatron
+from moeconv.pieces import Piece, TensorInfo
+
+_SKIP = (".pt", ".bin", ".safetensors", ".distcp")
+
+
+@dataclass(frozen=True)
+class MegatronCheckpoint(Checkpoint):
+    """An opened Megatron checkpoint; `megatron` has what only Megatron says: format, spec, args, replicas."""
+
+    megatron: MegatronSource | None = None
+
+    @property
+    def degrees(self) -> Degrees:
+        """The layout's degrees, as the rank files or the args say."""
+        assert self.megatron is not None
+        return self.megatron.degrees
+
+    @cached_property
+    def carried_bytes(self) -> dict[str, bytes]:
+        """The config, as it lies beside the checkpoint or made from its args, and the tokenizer's files."""
+        out = {name: read_inside(self.root, name) for name in self.carried}
+        if CONFIG not in out or json.loads(out[CONFIG]) != self.config:
+            out[CONFIG] = (json.dumps(self.config, indent=2) + "\n").encode()
+        return out
+
+    def read(self, name: str, rect: Rect | None = None) -> np.ndarray[Any, Any]:
+        """Read a part of a tensor; see `Checkpoint.read`.
+
+        Raises:
+            SourceError: there is no such tensor, or a file can't be read.
+        """
+        if name not in self.tensors:
+            raise SourceError(f"{self.root}: holds no tensor {name}")
+        info = self.tensors[name]
+        wanted = rect or Rect.whole(info.shape)
+        out = np.empty(wanted.shape, numpy_dtype(info.dtype))
+        Source(self.root, self.pieces[name]).read(name, wanted, out.view(f"u{out.itemsize}"))
+        return out
+
+
+def as_checkpoint(source: MegatronSource) -> MegatronCheckpoint:
+    """Make an opened Megatron checkpoint a `Checkpoint`.
+
+    Args:
+        source: the opened checkpoint.
+
+    Returns:
+        The checkpoint, with its tensors under their hub names.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    for piece in source.pieces:
+        pieces.setdefault(piece.tensor, []).append(piece)
+    shapes = {name: t.shape for name, t in source.model.tensors.items()}
+    tensors = {n: TensorInfo(n, p[0].dtype, shapes[n.removeprefix(_state(n))]) for n, p in pieces.items()}
+    return MegatronCheckpoint(
+        root=source.root,
+        kind="hf",
+        config=dict(source.config),
+        model=source.model,
+        tensors=tensors,
+        pieces=pieces,
+        checksums={},
+        carried=tuple(_beside(source.root)),
+        megatron=source,
+    )
+
+
+def open_any(path: Path, **options: Any) -> Checkpoint:
+    """Open a checkpoint of any kind: Megatron's, a sharded one, or a Hugging Face folder.
+
+    Args:
+        path: the folder.
+        options: what `open_megatron` takes, for a Megatron checkpoint.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        MoeconvError: as `open_megatron` and `open_checkpoint`.
+    """
+    from moeconv.megatron.convert import open_megatron
+
+    return as_checkpoint(open_megatron(path, **options)) if is_megatron(path) else open_checkpoint(path)
+
+
+def _state(name: str) -> str:
+    """Give the prefix of an optimizer's tensor, or nothing."""
+    return ".".join(name.split(".")[:2]) + "." if name.startswith("optimizer.") else ""
+
+
+def _beside(root: Path) -> list[str]:
+    """List the small files that an export put beside the checkpoint: config and tokenizer."""
+    names = [p.name for p in sorted(root.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    return [n for n in names if n != TRACKER and not n.endswith(_SKIP) and (root / n).stat().st_size < 1 << 28]

@@ -1,0 +1,5 @@
+"""`python -m cli` is `moeconv`."""
+
+from cli.main import run
+
+run()

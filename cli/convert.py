@@ -1,0 +1,123 @@
+"""The commands `import-hf`, `reshard` and `export-hf`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.options import ByteSize, amount, degree_options, degrees, progress_bar, run_options, show
+from moeconv.checkpoint import Checkpoint, open_checkpoint
+from moeconv.convert import Options, plan_hf, plan_sharded, write_hf, write_sharded
+from moeconv.errors import SourceError, WriteError
+from moeconv.hub import local_folder, push_folder
+from moeconv.io.staging import check_free
+from moeconv.layout.degrees import Degrees
+from moeconv.plan import Plan
+
+
+@click.command("import-hf")
+@click.argument("src")
+@click.argument("out", type=click.Path(path_type=Path))
+@degree_options
+@click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@run_options
+def import_hf(src: str, out: Path, **options: Any) -> None:
+    """Turn the Hugging Face checkpoint SRC (a folder, or a hub repository's id) into the sharded checkpoint OUT.
+
+    Example: moeconv import-hf mistralai/Mixtral-8x7B-v0.1 ckpt --tp 4 --ep 4
+    """
+    check_free(out.absolute())
+    source = open_checkpoint(local_folder(src, options["revision"]))
+    if source.kind == "sharded":
+        raise SourceError(f"{src}: is sharded already; change its layout with `moeconv reshard`")
+    _sharded(source, out, degrees(options), options, "import")
+
+
+@click.command()
+@click.argument("ckpt", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@degree_options
+@run_options
+def reshard(ckpt: Path, out: Path, **options: Any) -> None:
+    """Turn the sharded checkpoint CKPT into OUT, of another layout; optimizer state goes along.
+
+    Example: moeconv reshard ckpt ckpt-ep8 --ep 8 --etp 1
+    """
+    source = open_checkpoint(ckpt)
+    if source.kind != "sharded":
+        raise SourceError(f"{ckpt}: is a Hugging Face folder; shard it with `moeconv import-hf`")
+    _sharded(source, out, degrees(options), options, "reshard")
+
+
+@click.command("export-hf")
+@click.argument("ckpt", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--max-shard-size", type=ByteSize(), help="Cut files anew, such as 5GB; by default the source's own files."
+)
+@click.option("--push-to-hub", metavar="REPO", help="Upload the result to this hub repository.")
+@click.option("--private", is_flag=True, help="Create the hub repository as a private one.")
+@run_options
+def export_hf(ckpt: Path, out: Path, **options: Any) -> None:
+    """Turn the sharded checkpoint CKPT into the Hugging Face folder OUT: byte for byte what was imported, unless it was trained.
+
+    Example: moeconv export-hf ckpt mixtral-trained --max-shard-size 5GB
+    """
+    source = open_checkpoint(ckpt)
+    if source.kind != "sharded":
+        raise SourceError(f"{ckpt}: is a Hugging Face folder already")
+    limit = options["max_shard_size"]
+    if options["private"] and not options["push_to_hub"]:
+        raise WriteError("--private: says how --push-to-hub creates a repository; give --push-to-hub REPO too")
+    if options["dry_run"]:
+        check_free(out.absolute())
+        _report("export", plan_hf(source, limit)[0], out, 0.0, options)
+        return
+    begin = time.perf_counter()
+    with progress_bar("export") as progress:
+        plan = write_hf(source, out, limit, _options(options, progress))
+    seconds = time.perf_counter() - begin
+    pushed = push_folder(out, options["push_to_hub"], private=options["private"]) if options["push_to_hub"] else None
+    _report("export", plan, out, seconds, options, pushed)
+
+
+def _sharded(source: Checkpoint, out: Path, layout: Degrees, options: dict[str, Any], title: str) -> None:
+    if options["dry_run"]:
+        check_free(out.absolute())
+        _report(title, plan_sharded(source, layout), out, 0.0, options)
+        return
+    begin = time.perf_counter()
+    with progress_bar(title) as progress:
+        plan = write_sharded(source, out, layout, _options(options, progress))
+    _report(title, plan, out, time.perf_counter() - begin, options)
+
+
+def _options(options: dict[str, Any], progress: Any) -> Options:
+    return Options(workers=options["workers"], resume=options["resume"], progress=progress)
+
+
+def _report(
+    title: str, plan: Plan, out: Path, seconds: float, options: dict[str, Any], pushed: str | None = None
+) -> None:
+    dry = options["dry_run"]
+    value = {
+        "command": title,
+        "out": str(out),
+        "dry_run": dry,
+        "tensors": len(plan.jobs),
+        "files": {file.name: file.size for file in plan.files},
+        "bytes": plan.nbytes,
+        "seconds": round(seconds, 3),
+        "pushed": pushed,
+    }
+    lines = [f"{file.name:<40} {amount(file.size):>10}" for file in plan.files] if dry else []
+    what = f"{len(plan.jobs)} tensors in {len(plan.files)} files, {amount(plan.nbytes)}"
+    lines.append(
+        f"{out}: would hold {what}"
+        if dry
+        else f"{out}: {what} in {seconds:.1f} s ({amount(plan.nbytes / max(seconds, 1e-9))}/s)"
+    )
+    show(value, options["as_json"], lines + ([f"uploaded: {pushed}"] if pushed else []))

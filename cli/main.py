@@ -1,0 +1,90 @@
+"""The entry point: commands are loaded when they are called, so that help is instant."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import click
+
+from moeconv.errors import MoeconvError
+
+
+class ExitCode(IntEnum):
+    """What the program's exit code says."""
+
+    OK = 0
+    FAILED = 1  # an error; no output was finished
+    USAGE = 2  # click's own: the command line is wrong
+    DIFFERENT = 3  # verify or diff found a difference
+
+
+# section -> command -> (module, one line of help)
+_COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
+    "Convert": {
+        "import-hf": ("cli.convert:import_hf", "Turn a Hugging Face checkpoint into shards."),
+        "reshard": ("cli.convert:reshard", "Turn shards into shards of another layout."),
+        "export-hf": ("cli.convert:export_hf", "Turn shards back into a Hugging Face checkpoint."),
+        "import-megatron": ("cli.megatron:import_megatron", "Turn a Megatron-Core checkpoint into a Hugging Face one."),
+        "export-megatron": ("cli.megatron:export_megatron", "Turn a Hugging Face checkpoint into a Megatron-Core one."),
+    },
+    "Look and check": {
+        "inspect": ("cli.check:inspect", "Show a checkpoint's model, layout and ranks."),
+        "verify": ("cli.check:verify", "Check every checksum, or compare byte for byte."),
+        "diff": ("cli.check:diff", "Show what differs between two checkpoints."),
+    },
+}
+_TARGETS = {name: target for section in _COMMANDS.values() for name, (target, _) in section.items()}
+
+
+class Commands(click.Group):
+    """A group that imports a command's module when the command is called, and lists commands by section."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Give the commands' names in the order of the help."""
+        return list(_TARGETS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import a command, or give None where there is no such command."""
+        if name not in _TARGETS:
+            return None
+        module, attribute = _TARGETS[name].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands, section by section, without importing any."""
+        for section, commands in _COMMANDS.items():
+            with formatter.section(section):
+                formatter.write_dl([(name, text) for name, (_, text) in commands.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; an error of ours is one line on stderr and exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except MoeconvError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(ExitCode.FAILED)
+
+
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="moeconv")
+def main() -> None:
+    """Convert mixture-of-experts checkpoints bit for bit, in bounded memory, at the speed of a copy.
+
+    Example: moeconv import-hf mistralai/Mixtral-8x7B-v0.1 ckpt --ep 4 --tp 4
+
+    Tab completion: eval "$(_MOECONV_COMPLETE=bash_source moeconv)" (or zsh_source, fish_source).
+    """
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run the program with the given command line words, by default those of the process."""
+    main(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="moeconv")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,86 @@
+"""Checkpoints on the Hugging Face hub: a repository's safetensors files into the local cache, and folders back up."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from moeconv.errors import SourceError, WriteError
+
+# Everything that could be a second copy of the weights stays where it is.
+_IGNORED = (
+    "consolidated*",
+    "*/*",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx*",
+    "*.ot",
+    "*.tflite",
+    "*.npz",
+)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def local_folder(source: str, revision: str | None = None) -> Path:
+    """Find a checkpoint: a local folder as it is, or a hub repository downloaded into huggingface_hub's cache.
+
+    Args:
+        source: a folder, or a repository's id such as `mistralai/Mixtral-8x7B-v0.1`.
+        revision: a branch, tag or commit of the repository.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SourceError: there is neither such a folder nor such a repository, or the download failed.
+    """
+    path = Path(source)
+    if path.exists():
+        if revision is not None:
+            raise SourceError(f"{source}: is a local folder, which has no --revision {revision}")
+        return path
+    if not _REPOSITORY.fullmatch(source):
+        raise SourceError(f"{source}: no such folder, and no repository id (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, ignore_patterns=list(_IGNORED)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"{source}: no such folder, and the hub can't give it: {reason}. Gated repositories need `hf auth login`"
+        ) from None
+
+
+def push_folder(folder: Path, repository: str, *, private: bool) -> str:
+    """Upload a folder to the hub; the repository is created where it does not exist.
+
+    Args:
+        folder: a Hugging Face checkpoint.
+        repository: the repository's id.
+        private: whether a new repository is private.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        WriteError: the hub refused it; the local folder stays.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload the model"))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WriteError(
+            f"{repository}: the hub refused the upload: {reason}; {folder} is complete, upload it with `hf upload`"
+        ) from None

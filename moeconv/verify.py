@@ -1,0 +1,186 @@
+"""Checks of what is on disk: every checksum, exact coverage, and byte for byte against another checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeconv.checkpoint import Checkpoint
+from moeconv.dtypes import numpy_dtype
+from moeconv.errors import IntegrityError
+from moeconv.execute import Progress, Sweep, check_sum, open_strips
+from moeconv.io.checksum import checksum, new
+from moeconv.io.manifest import MANIFEST
+from moeconv.layout.rect import Rect
+from moeconv.pieces import Piece, TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where two checkpoints differ: a tensor or a config field, and what each side has."""
+
+    name: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDifference:
+    """How far the values of a tensor are apart: largest and mean absolute difference, and the number of elements that differ."""
+
+    name: str
+    max_abs: float
+    mean_abs: float
+    count: int
+
+
+def verify(checkpoint: Checkpoint, *, workers: int | None = None, progress: Progress | None = None) -> int:
+    """Check every checksum of a sharded checkpoint, or that a Hugging Face folder can be read to its last byte.
+
+    Opening the checkpoint has already checked headers, names, shapes and exact coverage.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        workers: threads; by default one a core, at most 8.
+        progress: called with the number of bytes checked, from any thread.
+
+    Returns:
+        The number of bytes of tensors checked.
+
+    Raises:
+        IntegrityError: bytes differ from their checksum, or the folder holds a weight file that the manifest doesn't know.
+        SourceError: a file can't be read.
+    """
+    told = progress or (lambda _: None)
+    if checkpoint.manifest is not None:
+        _check_folder(checkpoint)
+
+    def check(piece: Piece) -> int:
+        # A piece by itself is a tensor: its rows are read front to back.
+        alone = Piece(piece.tensor, piece.dtype, Rect.whole(piece.rect.shape), piece.file, piece.begin)
+        sweep = Sweep(TensorInfo(piece.tensor, piece.dtype, piece.rect.shape))
+        with open_strips(checkpoint.root, [alone], piece.rect.shape) as strips:
+            hasher = new()
+            for strip in strips:
+                strip.hasher = hasher
+            for first, last in sweep.bands() if piece.rect.size else ():
+                told(sweep.read(strips, first, last).nbytes)
+        check_sum(checkpoint.root, piece, checkpoint.checksums, hasher)
+        return piece.nbytes
+
+    with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
+        return sum(pool.map(check, [p for pieces in checkpoint.pieces.values() for p in pieces]))
+
+
+def _check_folder(checkpoint: Checkpoint) -> None:
+    assert checkpoint.manifest is not None
+    known = set(checkpoint.manifest.files)
+    for path in sorted(checkpoint.root.glob("*.safetensors")):
+        if path.name not in known:
+            raise IntegrityError(f"{path}: is not in {MANIFEST}, yet other readers would load it; move it away")
+    for name, (size, digest) in checkpoint.manifest.carried.items():
+        data = checkpoint.carried_bytes[name]
+        if len(data) != size or checksum(data) != digest:
+            raise IntegrityError(f"{checkpoint.root / name}: differs from its checksum in {MANIFEST}; restore the file")
+
+
+def compare(a: Checkpoint, b: Checkpoint, progress: Progress | None = None) -> Iterator[Difference]:
+    """Compare two checkpoints byte for byte, whatever their layouts.
+
+    Args:
+        a: one checkpoint.
+        b: the other; its optimizer state and that of `a` are compared where both have it.
+        progress: called with the number of bytes compared.
+
+    Yields:
+        Each difference: a tensor that only one side has, another dtype or shape, or the first differing element with its index and files.
+    """
+    for name in {**a.tensors, **b.tensors}:
+        if name not in a.tensors or name not in b.tensors:
+            yield Difference(name, f"only in {(a if name in a.tensors else b).root}")
+        elif a.tensors[name] != b.tensors[name]:
+            x, y = a.tensors[name], b.tensors[name]
+            yield Difference(name, f"{x.dtype} {list(x.shape)} in {a.root}, {y.dtype} {list(y.shape)} in {b.root}")
+        else:
+            for first, rows_a, rows_b in _bands(a, b, name, progress):
+                if not np.array_equal(rows_a, rows_b):
+                    yield _first_difference(a, b, name, first, rows_a, rows_b)
+                    break
+
+
+def measure(a: Checkpoint, b: Checkpoint, name: str, progress: Progress | None = None) -> TensorDifference:
+    """Measure how far a tensor's values are apart in two checkpoints that hold it with the same dtype and shape.
+
+    Args:
+        a: one checkpoint.
+        b: the other.
+        name: the tensor's hub name.
+        progress: called with the number of bytes compared.
+
+    Returns:
+        The differences, computed in fp64.
+    """
+    info, largest, total, count = a.tensors[name], 0.0, 0.0, 0
+    kind = numpy_dtype(info.dtype)
+    for _, rows_a, rows_b in _bands(a, b, name, progress):
+        if np.array_equal(rows_a, rows_b):
+            continue
+        gap = np.abs(rows_a.view(kind).astype(np.float64) - rows_b.view(kind).astype(np.float64))
+        largest, total = max(largest, float(gap.max())), total + float(gap.sum())
+        count += int(
+            np.count_nonzero(rows_a.view(kind).view(f"u{kind.itemsize}") != rows_b.view(kind).view(f"u{kind.itemsize}"))
+        )
+    return TensorDifference(name, largest, total / max(Rect.whole(info.shape).size, 1), count)
+
+
+def config_differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
+    """List the config fields that differ.
+
+    Args:
+        a: one config.json as parsed.
+        b: the other.
+
+    Returns:
+        A difference for each field that one side lacks or has with another value.
+    """
+    missing = object()
+    return [
+        Difference(key, f"{a.get(key, 'absent')!r} against {b.get(key, 'absent')!r}")
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key, missing) != b.get(key, missing)
+    ]
+
+
+def _bands(a: Checkpoint, b: Checkpoint, name: str, progress: Progress | None) -> Iterator[tuple[int, Any, Any]]:
+    sweep = Sweep(a.tensors[name])
+    shape = sweep.info.shape
+    with open_strips(a.root, a.pieces[name], shape) as left, open_strips(b.root, b.pieces[name], shape) as right:
+        for first, last in sweep.bands():
+            rows_a, rows_b = sweep.read(left, first, last, "band"), sweep.read(right, first, last, "other")
+            yield first, rows_a, rows_b
+            if progress is not None:
+                progress(rows_a.nbytes)
+
+
+def _first_difference(a: Checkpoint, b: Checkpoint, name: str, first: int, rows_a: Any, rows_b: Any) -> Difference:
+    info = a.tensors[name]
+    itemsize = numpy_dtype(info.dtype).itemsize
+    row, byte = (int(i) for i in np.argwhere(rows_a != rows_b)[0])
+    inner = np.unravel_index(byte // itemsize, info.shape[1:]) if len(info.shape) > 1 else ()
+    index = (first + row, *(int(i) for i in inner)) if info.shape else ()
+    at = slice(byte // itemsize * itemsize, (byte // itemsize + 1) * itemsize)
+    sides = [
+        f"{bytes(rows[row, at])[::-1].hex()} in {_holder(side, name, index)}"
+        for side, rows in ((a, rows_a), (b, rows_b))
+    ]
+    return Difference(name, f"first differs at index {list(index)}: {sides[0]}, {sides[1]}")
+
+
+def _holder(side: Checkpoint, name: str, index: tuple[int, ...]) -> Path:
+    point = Rect(index, (1,) * len(index))
+    return next(side.root / p.file for p in side.pieces[name] if p.rect.intersect(point) or not index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from moeconv.checkpoint import open_checkpoint
 from tests.runtime.jobs import Job, run_jobs
 from tests.runtime.launch import steps
+from tests.runtime.ranks import RankError, RankPool
 from tests.runtime.tiny import make_checkpoint, make_text
 
 BAD = "model.layers.2.block_sparse_moe.gate.weight"
@@ -24,8 +26,10 @@ def test_it_stops_with_a_report_or_leaves_the_step_out(tmp_path: Path) -> None:
     common = ["--load", checkpoint, "--data", make_text(tmp_path / "a.txt"), "--data-cache-path", tmp_path / "cache"]
     common += ["--save", tmp_path / "out", "--log-file", tmp_path / "log", "--seq-length", 32, "--train-iters", 2]
     arguments = tuple(map(str, common))
-    with pytest.raises(Exception, match=rf"NonFiniteError: .*first bad: weight {BAD}, on rank 0"):
-        run_jobs([Job(1, (*arguments, "--on-nonfinite", "skip")), Job(1, (*arguments, "--train-iters", "3"))])
+    with contextlib.closing(RankPool(1)) as pool:
+        run_jobs([Job(1, (*arguments, "--on-nonfinite", "skip"))], pool)
+        with pytest.raises(RankError, match=rf"NonFiniteError: .*first bad: weight {BAD}, on rank 0"):
+            run_jobs([Job(1, (*arguments, "--train-iters", "3"))], pool)
     records = steps(tmp_path / "log")
     assert [records[step]["skipped"] for step in (1, 2)] == [True, True]
     assert 3 not in records

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import MixtralForCausalLM
 
+from moeconv.checkpoint import open_checkpoint
+from moeconv.convert import Options, write_hf
+from runtime.data.loader import DataConfig, DataSource
 from tests.runtime.launch import run, start, steps
 from tests.runtime.tiny import make_checkpoint, make_text
+from tests.runtime.words import VOCAB_SIZE
 
 ITERATIONS = 12
 
@@ -21,7 +30,7 @@ class Workplace:
         self.folder = folder
         self.checkpoint = make_checkpoint(folder / "tiny")
         self.text = make_text(folder / "text.txt")
-        self.status, self.output = run(2, self.arguments("plain"), fault="slow-save")
+        self.status, self.output = run(2, self.arguments("plain", "--eval-iters", -1), fault="slow-save")
         self.losses = {i: r["lm_loss"] for i, r in steps(folder / "plain.jsonl").items()}
 
     def arguments(self, name: str, *extra: object) -> list[object]:
@@ -30,7 +39,7 @@ class Workplace:
             "--log-file", self.folder / f"{name}.jsonl", "--data-cache-path", self.folder / "cache",
             "--train-iters", ITERATIONS, "--save-interval", 4, "--seq-length", 64, "--micro-batch-size", 2,
             "--global-batch-size", 8, "--lr", 3e-3, "--lr-decay-style", "cosine", "--lr-warmup-iters", 2,
-            "--moe-aux-loss-coeff", 1e-2, "--expert-model-parallel-size", 2, "--use-distributed-optimizer",
+            "--split", "95,5,0", "--moe-aux-loss-coeff", 1e-2, "--expert-model-parallel-size", 2, "--use-distributed-optimizer",
             *extra,
         ]  # fmt: skip
 
@@ -53,6 +62,22 @@ def test_loss_falls_and_checkpoints_are_there(place: Workplace) -> None:
     assert place.losses[ITERATIONS] < place.losses[1] - 0.5
     assert place.saved("plain") == ["iter_0000004", "iter_0000008", "iter_0000012", "latest"]
     assert (place.folder / "plain" / "latest").resolve().name == "iter_0000012"
+
+
+def test_transformers_loads_the_export_with_the_runtimes_loss(place: Workplace) -> None:
+    exported = place.folder / "exported"
+    write_hf(open_checkpoint(place.folder / "plain" / "latest"), exported, None, Options())
+    records = [json.loads(line) for line in (place.folder / "plain.jsonl").read_text().splitlines()]
+    [evaluation] = [record for record in records if "eval_lm_loss" in record]
+    config = DataConfig(paths=(place.text,), split=(95, 5, 0), seq_length=64, vocab_size=VOCAB_SIZE)
+    samples = DataSource(replace(config, cache=place.folder / "cache"), exported).samples("valid")
+    rows = torch.from_numpy(np.stack([samples.sample(i) for i in range(samples.num_samples)]))
+    model = MixtralForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=rows[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), rows[:, 1:].flatten())
+    assert evaluation["eval_tokens"] == rows[:, 1:].numel()
+    assert evaluation["eval_lm_loss"] == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_training_goes_on_during_a_save(place: Workplace) -> None:

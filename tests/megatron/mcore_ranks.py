@@ -38,8 +38,7 @@ class Case:
     experts: str = "sequential"
     folder: str = "release"
     save: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-    save_fmt: str | None = None
+    save_metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def run_cases(cases: list[Case], config: dict[str, Any], tokens: torch.Tensor, work: Path) -> list[torch.Tensor]:
@@ -113,8 +112,7 @@ def _case(case: Case, config: dict[str, Any], tokens: torch.Tensor) -> torch.Ten
         (_load_torch if case.fmt == "torch" else _load_dist)(case, models)
         logits = _forward(case, models, tokens, config["vocab_size"])
     if case.save is not None:
-        fmt = case.save_fmt or case.fmt
-        (_save_torch if fmt == "torch" else _save_dist)(case, models, config)
+        (_save_torch if case.fmt == "torch" else _save_dist)(case, models, config)
     return logits
 
 
@@ -339,8 +337,13 @@ def _save_dist(case: Case, models: list[Any], config: dict[str, Any]) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
-    state = {"args": _args(case, config), "checkpoint_version": 3.0, "iteration": 7, **_sharded(models, case.metadata)}
-    metadata = {"singleton_local_shards": False, **case.metadata}
+    state = {
+        "args": _args(case, config),
+        "checkpoint_version": 3.0,
+        "iteration": 7,
+        **_sharded(models, case.save_metadata),
+    }
+    metadata = {"singleton_local_shards": False, **case.save_metadata}
     dist_checkpointing.save(state, str(folder), content_metadata=metadata)
     dist.barrier()
     (Path(str(case.save)) / "latest_checkpointed_iteration.txt").write_text("7")

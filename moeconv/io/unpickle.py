@@ -18,7 +18,7 @@ from moeconv.errors import SourceError
 
 # Names that checkpoints hold besides tensors: dtypes and enums of these projects, records of the standard library.
 _INERT_ROOTS = {"torch", "megatron", "megatron_fsdp", "transformer_engine", "transformer_engine_torch", "apex", "numpy"}
-_INERT_ROOTS |= {"transformers", "argparse", "collections", "copyreg", "copy_reg", "datetime", "enum", "io", "_io"}
+_INERT_ROOTS |= {"transformers", "argparse", "collections", "copyreg", "copy_reg", "datetime", "enum"}
 _INERT_ROOTS |= {"pathlib", "signal", "types"}
 _INERT_BUILTINS = {"set", "frozenset", "slice", "complex", "bytearray", "object", "getattr", "int", "float", "bool"}
 _INERT_BUILTINS |= {"str", "bytes", "list", "dict", "tuple"}
@@ -197,7 +197,11 @@ class DataUnpickler(pickle.Unpickler):
         if module == "torch.storage" and name in STORAGE_TYPES:
             return Symbol("torch", name)
         root = module.partition(".")[0]
-        if root in _INERT_ROOTS or (module in ("builtins", "__builtin__") and name in _INERT_BUILTINS):
+        if (
+            (module in ("io", "_io") and name == "BytesIO")
+            or root in _INERT_ROOTS
+            or (module in ("builtins", "__builtin__") and name in _INERT_BUILTINS)
+        ):
             return type(name.rpartition(".")[2], (Opaque,), {"__slots__": (), "module": module, "name": name})
         raise pickle.UnpicklingError(f"it calls for {module}.{name}, which no checkpoint needs")
 

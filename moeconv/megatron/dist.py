@@ -26,7 +26,7 @@ METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
 COMMON_STATE = "common_state/shard_0_1"
 # How Megatron names the optimizer's tensors, and how they are named here.
 OPTIMIZER_STATES = {"fp32_param": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-_OPTIMIZER = "optimizer.state."
+_OPTIMIZER, _OPTIMIZERS = "optimizer.state.", ("optimizer.", "chained_")
 _DROPPED = {
     "rng_state": "random states of one run's ranks",
     "rerun_state_machine": "state of one run",
@@ -181,9 +181,9 @@ def locate(
     places = _Places(model, reader)
     collectors = {"": Collector()}
     for key, tensor in reader.tensors.items():
-        state, name = _split_optimizer(key)
-        if state is not None and not optimizer:
+        if not optimizer and key.startswith(_OPTIMIZERS):
             continue
+        state, name = _split_optimizer(key)
         collector = collectors.setdefault(state or "", Collector())
         for piece in places.pieces(tensor, name, iteration):
             collector.add(piece)
@@ -205,7 +205,7 @@ def _split_optimizer(key: str) -> tuple[str | None, str]:
     Raises:
         MappingError: the state is of a kind or a form that has no counterpart.
     """
-    if not key.startswith(("optimizer.", "chained_")):
+    if not key.startswith(_OPTIMIZERS):
         return None, key
     state, _, name = key.removeprefix(_OPTIMIZER).partition(".")
     if not key.startswith(_OPTIMIZER) or state not in OPTIMIZER_STATES or parse(name) is None:
@@ -229,7 +229,7 @@ def _dropped(reader: DistReader, optimizer: bool) -> list[str]:
             raise MappingError(f"{reader.folder}: holds the object {key}, which is none of Megatron's GPT model")
     if states:
         out.append(f"{states} {EXTRA_STATE} objects (state of the modules' kernels, not of the model)")
-    if not optimizer and any(key.startswith("optimizer") for key in reader.tensors):
+    if not optimizer and any(key.startswith(_OPTIMIZERS) for key in reader.tensors):
         out.append("optimizer state (--no-optimizer)")
     return out
 

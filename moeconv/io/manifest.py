@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.errors import IntegrityError, SourceError
-from moeconv.io.checksum import combined
+from moeconv.io.checksum import checksum, combined
 from moeconv.io.hf_folder import parse_json
 
 MANIFEST = "moeconv.json"
@@ -99,7 +99,7 @@ class Manifest:
             "source": {name: {"size": s.size, "header": _pack(s.header)} for name, s in self.source.items()},
             "source_index": _pack(self.index) if self.index is not None else None,
         }
-        return (json.dumps(value, indent=1) + "\n").encode()
+        return (json.dumps(value | {"manifest_checksum": _digest(value)}, indent=1) + "\n").encode()
 
     @classmethod
     def decode(cls, raw: bytes, where: str) -> Manifest:
@@ -114,7 +114,7 @@ class Manifest:
 
         Raises:
             SourceError: it is no manifest, or of a later version.
-            IntegrityError: a file's recorded checksum doesn't follow from its parts.
+            IntegrityError: the manifest was changed since it was written.
         """
         value = parse_json(raw, where)
         if value.get("format") != "moeconv":
@@ -122,6 +122,11 @@ class Manifest:
         if value.get("format_version") != FORMAT_VERSION:
             raise SourceError(
                 f"{where}: format version {value.get('format_version')!r}; this program reads {FORMAT_VERSION}. Use the version that wrote it"
+            )
+        recorded = value.pop("manifest_checksum", None)
+        if recorded != _digest(value):
+            raise IntegrityError(
+                f"{where}: differs from the checksum that it ends with; the manifest was changed, restore it"
             )
         try:
             files = {name: _file(name, entry) for name, entry in value["files"].items()}
@@ -134,14 +139,8 @@ class Manifest:
                 source={name: SourceFile(int(s["size"]), _unpack(s["header"])) for name, s in value["source"].items()},
                 index=_unpack(value["source_index"]) if value["source_index"] is not None else None,
             )
-            recorded = {name: entry["checksum"] for name, entry in value["files"].items()}
         except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
             raise SourceError(f"{where}: is damaged: {error!r}") from None
-        for name, record in files.items():
-            if record.checksum != recorded[name]:
-                raise IntegrityError(
-                    f"{where}: the checksum of {name} does not follow from those of its tensors; the manifest was changed"
-                )
         return manifest
 
 
@@ -161,6 +160,10 @@ def _file(name: str, value: Mapping[str, Any]) -> FileRecord:
         for t in value["tensors"]
     )
     return FileRecord(name, int(value["size"]), value["header"], tensors)
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return checksum(json.dumps(value, separators=(",", ":")).encode())
 
 
 def _pack(raw: bytes) -> str:

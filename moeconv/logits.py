@@ -35,7 +35,7 @@ def _logits(checkpoint: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     with tempfile.TemporaryDirectory(prefix="moeconv-") as folder:
         path = checkpoint.root

@@ -9,10 +9,10 @@ import click
 
 from cli.main import ExitCode
 from cli.options import amount, progress_bar, show
-from moeconv.checkpoint import open_checkpoint
 from moeconv.describe import describe, rank_tensors
 from moeconv.errors import LayoutError
 from moeconv.hub import local_folder
+from moeconv.megatron.checkpoint import MegatronCheckpoint, open_any
 
 _LOGITS_TOLERANCE = 1e-5
 
@@ -27,7 +27,7 @@ def inspect(path: str, rank: str | None, pattern: str | None, as_json: bool) -> 
 
     Example: moeconv inspect ckpt --rank tp=0,ep=1 --tensor '*experts*'
     """
-    checkpoint = open_checkpoint(local_folder(path))
+    checkpoint = open_any(local_folder(path))
     value = describe(checkpoint)
     lines = _screen(value)
     if rank is not None or pattern is not None:
@@ -59,14 +59,19 @@ def verify(path: str, against: str | None, logits: bool, workers: int | None, as
 
     if logits and against is None:
         raise click.UsageError("--logits compares two checkpoints; give --against OTHER")
-    checkpoint = open_checkpoint(local_folder(path))
+    checkpoint = open_any(local_folder(path))
     with progress_bar("verify") as progress:
         nbytes = check(
             checkpoint, workers=workers, progress=progress(sum(i.nbytes for i in checkpoint.tensors.values()))
         )
+    megatron = isinstance(checkpoint, MegatronCheckpoint)
+    if isinstance(checkpoint, MegatronCheckpoint):
+        checkpoint.check()
     checked = (
         "checksums and coverage"
         if checkpoint.kind == "sharded"
+        else "archives' checksums, replicas and coverage"
+        if megatron
         else "headers and coverage (a Hugging Face folder has no checksums)"
     )
     value: dict[str, Any] = {
@@ -80,7 +85,7 @@ def verify(path: str, against: str | None, logits: bool, workers: int | None, as
     lines = [f"{path}: {len(checkpoint.tensors)} tensors, {amount(nbytes)}: {checked} are right"]
     different = False
     if against is not None:
-        other = open_checkpoint(local_folder(against))
+        other = open_any(local_folder(against))
         with progress_bar("compare") as progress:
             found = next(compare(checkpoint, other, progress(nbytes)), None)
         value["same"], value["difference"] = found is None, found and asdict(found)
@@ -110,7 +115,7 @@ def diff(a: str, b: str, as_json: bool) -> None:
     """
     from moeconv.verify import compare, config_differences, measure
 
-    left, right = open_checkpoint(local_folder(a)), open_checkpoint(local_folder(b))
+    left, right = open_any(local_folder(a)), open_any(local_folder(b))
     config = config_differences(left.config, right.config)
     with progress_bar("compare") as progress:
         found = list(compare(left, right, progress(sum(i.nbytes for i in left.tensors.values()))))

@@ -47,6 +47,11 @@ class Checkpoint:
         return self.model.family
 
     @property
+    def title(self) -> str:
+        """What kind of checkpoint it is, in words."""
+        return "sharded" if self.kind == "sharded" else "Hugging Face"
+
+    @property
     def degrees(self) -> Degrees:
         """The layout's degrees; all 1 for a Hugging Face folder."""
         return Degrees.from_json(self.manifest.degrees) if self.manifest else Degrees()

@@ -38,7 +38,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     in_experts = sum(t.size for t in stored if t.expert is not None)
     out: dict[str, Any] = {
         "path": str(checkpoint.root),
-        "kind": "sharded" if checkpoint.kind == "sharded" else "Hugging Face",
+        "kind": checkpoint.title,
         "family": model.family.name,
         "sizes": dict(model.sizes),
         "tied_embeddings": model.flags.get("tied", False),

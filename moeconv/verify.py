@@ -62,7 +62,7 @@ def verify(checkpoint: Checkpoint, *, workers: int | None = None, progress: Prog
 
     def check(piece: Piece) -> int:
         # A piece by itself is a tensor: its rows are read front to back.
-        alone = Piece(piece.tensor, piece.dtype, Rect.whole(piece.rect.shape), piece.file, piece.begin)
+        alone = Piece(piece.tensor, piece.dtype, Rect.whole(piece.rect.shape), piece.file, piece.begin, piece.strides)
         sweep = Sweep(TensorInfo(piece.tensor, piece.dtype, piece.rect.shape))
         with open_strips(checkpoint.root, [alone], piece.rect.shape) as strips:
             hasher = new()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from moeconv.dtypes import dtype
-from moeconv.errors import SourceError
+from moeconv.errors import IntegrityError, SourceError
 from moeconv.io.pickling import Call, Persistent, dump_pickle
 from moeconv.io.unpickle import STORAGE_TYPES, StorageRef, Symbol, TensorRef, load_pickle
 
@@ -112,6 +112,29 @@ def _read(path: Path, raw: BinaryIO, offset: int, length: int, archive: zipfile.
             storages[key] = (begin, begin + info.file_size)
     root = load_pickle(archive.read(pickles[0]), str(path))
     return TorchArchive(path, root, storages)
+
+
+def check_archive(path: Path, offset: int = 0, length: int | None = None) -> None:
+    """Check the CRC-32 of every record of an archive.
+
+    Args:
+        path: the file.
+        offset: where the archive begins in it, in bytes.
+        length: its length in bytes; by default to the end of the file.
+
+    Raises:
+        IntegrityError: a record was changed.
+        SourceError: the file can't be read.
+    """
+    try:
+        with open(path, "rb") as raw:
+            length = os.fstat(raw.fileno()).st_size - offset if length is None else length
+            with zipfile.ZipFile(cast(BinaryIO, _Window(raw, offset, length))) as archive:
+                damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise SourceError(f"{path}: can't be read: {error}") from None
+    if damaged is not None:
+        raise IntegrityError(f"{path}: {damaged} differs from its CRC-32: the file was changed or damaged; restore it")
 
 
 def _data_begin(path: Path, raw: BinaryIO, header: int) -> int:

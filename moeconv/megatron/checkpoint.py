@@ -14,9 +14,10 @@ from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import SourceError
 from moeconv.io.hf_folder import CONFIG, read_inside
+from moeconv.io.torch_archive import check_archive
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
-from moeconv.megatron.copying import Source
+from moeconv.megatron.copying import Source, check_replicas
 from moeconv.megatron.source import TRACKER, MegatronSource, is_megatron
 from moeconv.pieces import Piece, TensorInfo
 
@@ -28,6 +29,24 @@ class MegatronCheckpoint(Checkpoint):
     """An opened Megatron checkpoint; `megatron` has what only Megatron says: format, spec, args, replicas."""
 
     megatron: MegatronSource | None = None
+
+    @property
+    def title(self) -> str:
+        """What kind of checkpoint it is, in words."""
+        assert self.megatron is not None
+        source = self.megatron
+        return f"Megatron-Core {source.fmt} ({source.spec} layers, {source.experts} experts, {source.degrees})"
+
+    def check(self) -> None:
+        """Check what only a Megatron checkpoint has: the archives' CRC-32s, and that replicated tensors agree.
+
+        Raises:
+            IntegrityError: bytes were changed, or ranks that should be alike hold different values.
+        """
+        assert self.megatron is not None
+        for file, offset, length in self.megatron.archives:
+            check_archive(self.root / file, offset, length)
+        check_replicas(Source(self.root, self.megatron.pieces), self.megatron.replicas)
 
     @property
     def degrees(self) -> Degrees:

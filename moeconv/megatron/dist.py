@@ -194,8 +194,20 @@ def locate(
     spec = "te" if any(key.endswith("pre_mlp_layernorm.weight") for key in reader.tensors) else "local"
     experts = "grouped" if reader.args.get("moe_grouped_gemm") else "sequential"
     dropped = _dropped(reader, optimizer)
+    chunks = [chunk for tensor in reader.tensors.values() for chunk in tensor.chunks]
     return MegatronSource(
-        root, iteration, "torch_dist", spec, experts, reader.args, reader.degrees(), model, config, pieces, [], dropped
+        root=root,
+        iteration=iteration,
+        fmt="torch_dist",
+        spec=spec,
+        experts=experts,
+        args=reader.args,
+        degrees=reader.degrees(),
+        model=model,
+        config=config,
+        pieces=pieces,
+        dropped=dropped,
+        archives=[(f"{iteration}/{c.file}", c.offset, c.length) for c in chunks],
     )
 
 

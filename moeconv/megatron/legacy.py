@@ -195,6 +195,8 @@ def locate(reader: LegacyReader, root: Path, iteration: str, model: Model, confi
     for (rank, chunk), held in seen.items():
         places.check_held(held, rank, chunk, layers[chunk * degrees.pp + rank.pp], rank_folder(rank, degrees))
     pieces = collector.finish(model, str(root / iteration))
+    files = {archive.path.relative_to(root).as_posix() for *_, archive in reader.tensors()}
+    archives: list[tuple[str, int, int | None]] = [(file, 0, None) for file in sorted(files)]
     spec, kind = specs.pop() if len(specs) == 1 else "local", experts.pop() if len(experts) == 1 else "sequential"
     return MegatronSource(
         root,
@@ -209,6 +211,7 @@ def locate(reader: LegacyReader, root: Path, iteration: str, model: Model, confi
         pieces,
         collector.replicas,
         reader.dropped,
+        archives,
     )
 
 

@@ -37,6 +37,8 @@ class MegatronSource:
     pieces: list[Piece] = field(default_factory=list)
     replicas: list[tuple[Piece, Piece]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    archives: list[tuple[str, int, int | None]] = field(default_factory=list)
+    "File, offset and length of each archive that holds tensors; None: to the end of the file."
 
     @property
     def folder(self) -> Path:

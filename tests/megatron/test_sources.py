@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from cli.main import main
 from moeconv.errors import IntegrityError, MappingError, SourceError, WriteError
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron import copying
@@ -211,3 +213,30 @@ def test_torch_bin_folders(hf_bf16: Path, tmp_path: Path) -> None:
     for name, value in tensors.items():
         assert checkpoint.read(name).tobytes() == value.view(torch.uint8).numpy().tobytes(), name
     assert_same(bring_back(export(folder, tmp_path / "m", "torch_dist", {"tp": 2}), tmp_path / "hf"), hf_bf16)
+
+
+@pytest.mark.parametrize("fmt", ["torch", "torch_dist"])
+def test_the_commands_on_megatron_folders(hf_bf16: Path, tmp_path: Path, fmt: str) -> None:
+    run, folder = CliRunner(), str(tmp_path / "m")
+    made = run.invoke(main, ["export-megatron", str(hf_bf16), folder, "--format", fmt, "--tp", "2", "--ep", "2"])
+    assert (made.exit_code, "wrote" in made.output) == (0, True), made.output
+    shown = run.invoke(main, ["inspect", folder])
+    assert f"Megatron-Core {fmt} (te layers, grouped experts" in shown.output
+    assert "same bytes" in run.invoke(main, ["verify", folder, "--against", str(hf_bf16)]).output
+    assert run.invoke(main, ["diff", folder, str(hf_bf16)]).exit_code == 0
+    shards = str(tmp_path / "shards")
+    planned = run.invoke(main, ["import-megatron", folder, shards, "--dry-run", "--json"])
+    assert json.loads(planned.output.splitlines()[-1])["dry_run"] is True
+    assert not Path(shards).exists()
+    assert run.invoke(main, ["import-megatron", folder, shards, "--tp", "4", "--ep", "8"]).exit_code == 0
+    assert "same bytes" in run.invoke(main, ["verify", shards, "--against", folder]).output
+    path = next(iter([*Path(folder).rglob("model_optim_rng.pt"), *Path(folder).rglob("*.distcp")]))
+    piece = next(p for p in open_megatron(Path(folder)).pieces if (Path(folder) / p.file) == path)
+    with open(path, "r+b") as file:
+        file.seek(piece.begin + 1)
+        byte = file.read(1)[0]
+        file.seek(piece.begin + 1)
+        file.write(bytes([byte ^ 1]))
+    damaged = run.invoke(main, ["verify", folder])
+    assert damaged.exit_code == 1
+    assert run.invoke(main, ["diff", folder, str(hf_bf16)]).exit_code == 3

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from moeconv.errors import MoeconvError
 from runtime.model.decoder import DecoderLayer
-from runtime.parallel.buckets import BucketStore
 from runtime.parallel.mesh import ParallelMesh
+from runtime.parallel.shards import Store
 
 
 class NonFiniteError(MoeconvError):
@@ -20,13 +20,13 @@ class NonFiniteError(MoeconvError):
 
 
 def diagnose(
-    module: nn.Module, store: BucketStore, mesh: ParallelMesh, again: Callable[[], None], loss: float
+    module: nn.Module, store: Store, mesh: ParallelMesh, again: Callable[[], None], loss: float
 ) -> NonFiniteError:
     """Find the first bad module. Collective; costs a forward pass, so it runs only after the fact.
 
     Args:
         module: this rank's stages.
-        store: has the gradients.
+        store: has weights and gradients.
         mesh: the ranks.
         again: runs the forward pass of the step once more.
         loss: mean loss of the step.
@@ -37,10 +37,10 @@ def diagnose(
     # Candidates sort by what failed first: a weight, an output of the forward pass, a gradient.
     found: list[tuple[int, int, str]] = []
     names = {child: _public_name(module, name) for name, child in module.named_modules()}
-    for bucket in store.buckets:
-        for slot in bucket.slots:
-            if not bool(torch.isfinite(bucket.view(slot)).all()):
-                found.append((0, 0, f"weight {_weight_name(slot.topology.pieces, slot.name)}"))
+    parts = [(shard, part) for shard in store.shards for part in shard.parts()]
+    for shard, part in parts:
+        if not bool(torch.isfinite(shard.master[part.range]).all()):
+            found.append((0, 0, f"weight {_weight_name(part.slot.topology.pieces, part.slot.name)}"))
     handles = [
         child.register_forward_hook(_hook(found, index, names[child]))
         for index, child in enumerate(module.modules())
@@ -51,10 +51,10 @@ def diagnose(
     finally:
         for handle in handles:
             handle.remove()
-    for bucket in store.buckets:
-        for slot in reversed(bucket.slots):
-            if not bool(torch.isfinite(bucket.grad_view(slot)).all()):
-                found.append((2, 0, f"gradient of {_weight_name(slot.topology.pieces, slot.name)}"))
+    for place, (shard, part) in enumerate(parts):
+        if not bool(torch.isfinite(shard.grad_shard[part.range]).all()):
+            name = _weight_name(part.slot.topology.pieces, part.slot.name)
+            found.append((2, place, f"gradient of {name}"))
     first = min(((kind, mesh.rank("pp"), place, what) for kind, place, what in found), default=None)
     everyone: list[tuple[int, int, int, str] | None] = [first]
     if mesh.world_size > 1:

@@ -28,8 +28,10 @@ from runtime.optim.adamw import AdamW, clip_coefficient, squared_norm
 from runtime.optim.loss_scale import LossScale
 from runtime.parallel import state as states
 from runtime.parallel.buckets import BucketStore
+from runtime.parallel.full_sharding import FullyShardedStore
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.pipeline import Pipeline, WholeModel
+from runtime.parallel.shards import Store
 from runtime.router_metrics import RouterMetrics
 
 __all__ = ["Engine", "NonFiniteError", "StepResult"]
@@ -90,12 +92,12 @@ class Engine:
         chunks = chunk_layers(model.num_layers, degrees)[mesh.rank("pp") :: parallel.pp]
         stages = [DecoderStage(self._context, layers) for layers in chunks]
         self.module = nn.ModuleList(stages)
-        self.store = BucketStore(self.module, mesh, device, distributed=parallel.use_distributed_optimizer)
+        self.store = self._make_store(stages)
         for module in self.module.modules():
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.zeros_like(buffer, device=device)
-        self.optimizer = AdamW(optim, self.store.buckets)
+        self.optimizer = AdamW(optim, self.store.shards)
         self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
         self._metrics = RouterMetrics(self._context, self.module)
         self._runner = (
@@ -179,14 +181,14 @@ class Engine:
         Returns:
             Views of live memory.
         """
-        out = list(states.weights(self.store))
+        out = list(states.weights(self.store.shards))
         if with_optimizer:
-            out += states.optimizer_state(self.store, self.optimizer)
+            out += states.optimizer_state(self.store.shards, self.optimizer)
         return out
 
     def gradients(self) -> list[states.StateTensor]:
         """Give the clipped gradients of the last step, each global element on one rank, under the weights' names."""
-        return list(states.gradients(self.store))
+        return list(states.gradients(self.store.shards))
 
     def load_state(self, read: states.Read, with_optimizer: bool) -> None:
         """Fill the model, and the optimizer.
@@ -195,9 +197,10 @@ class Engine:
             read: gives a rectangle of a tensor by its name on disk; only what this rank holds is asked for.
             with_optimizer: master weights and moments, too; without, moments are left as they are.
         """
-        states.load_weights(self.store, read)
+        states.load_weights(self.store.shards, read)
         if with_optimizer:
-            states.load_optimizer(self.store, self.optimizer, read)
+            states.load_optimizer(self.store.shards, self.optimizer, read)
+            self.store.weights_from_masters()
 
     def scalars(self) -> dict[str, Any]:
         """Give what a checkpoint must keep besides tensors, as JSON; the same on every rank. Collective."""
@@ -219,6 +222,15 @@ class Engine:
     @property
     def _wide(self) -> torch.dtype:
         return torch.float64 if self._context.dtype == torch.float64 else torch.float32
+
+    def _make_store(self, stages: Sequence[DecoderStage]) -> Store:
+        """Give the parameters, so far on the meta device, their memory."""
+        parallel = self._context.parallel
+        if parallel.fully_shard:
+            return FullyShardedStore(stages, self.mesh, self.device)
+        named = self.module.named_parameters()
+        distributed = parallel.use_distributed_optimizer
+        return BucketStore(stages, named, self.mesh, self.device, distributed=distributed)
 
     def _to_device(self, batches: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [
@@ -246,7 +258,8 @@ class Engine:
         """The summand of the global mean that this rank's gradient is taken of."""
         group = self.mesh.group("tp")
         labels_SB = take_positions(labels_BS, self._context)
-        total = cross_entropy(logits_SBV, labels_SB, vocabulary_range(self._context)[0], group).sum()
+        begin, end = vocabulary_range(self._context)
+        total = cross_entropy(logits_SBV[..., : end - begin], labels_SB, begin, group).sum()
         if self.mesh.rank("tp") == 0:
             self._loss_sum += total.detach()
         loss = total * self._scale
@@ -267,7 +280,7 @@ class Engine:
 
     def _collect(self, num_tokens: Tensor, num_microbatches: int) -> StepResult:
         """Sum everything that is reported over all ranks, stages without MoE layers included, and read it."""
-        numbers = torch.stack([squared_norm(self.store.buckets, self.device), self._loss_sum])
+        numbers = torch.stack([squared_norm(self.store.shards, self.device), self._loss_sum])
         packed = torch.cat([numbers, self._metrics.pack()])
         if self.mesh.world_size > 1:
             dist.all_reduce(packed)
@@ -305,6 +318,11 @@ def check_combinations(parallel: ParallelConfig, moe: MoEConfig | None) -> None:
     require(
         parallel.tp == 1 or parallel.ep == 1 or parallel.sp,
         f"expert parallelism ({parallel.ep}) and tensor parallelism ({parallel.tp}) together need --sequence-parallel",
+    )
+    require(
+        not parallel.fully_shard or parallel.pp == 1 or parallel.pp_schedule != "zero-bubble",
+        "full sharding doesn't work with the zero-bubble schedule, whose weight gradients come outside of its hooks: "
+        "take 1f1b or interleaved",
     )
     require(parallel.pp > 1 or parallel.vpp == 1, f"{parallel.vpp} virtual stages need a pipeline of at least 2 ranks")
     if moe is not None and moe.aux_loss_mode == "hf" and moe.aux_losses:

@@ -85,7 +85,7 @@ class DecoderStage(nn.Module):
                 parallelism.
 
         Returns:
-            Logits [S / cp, B, V] on the last stage, else activations.
+            Logits [S / cp, B, V], V with the vocabulary's padding, on the last stage, else activations.
         """
         context = self._context
         if self.embedding is not None:

@@ -96,14 +96,12 @@ class Head(nn.Module):
     def __init__(self, context: ModelContext, tied: nn.Parameter | None) -> None:
         super().__init__()
         self._context = context
-        begin, end = vocabulary_range(context)
-        self._rows = end - begin
         name = EMBEDDING if context.model.tie_embeddings else HEAD
         self.weight = tied if tied is not None else vocabulary_weight(context, name)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
-        """[S, B, D], split over tp with sequence parallelism, to [S, B, V]."""
-        return F.linear(self._context.enter(x_SBD), self.weight)[..., : self._rows]
+        """[S, B, D], split over tp with sequence parallelism, to [S, B, V], V with the padding."""
+        return F.linear(self._context.enter(x_SBD), self.weight)
 
 
 class _CrossEntropy(torch.autograd.Function):

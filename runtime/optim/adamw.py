@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from runtime.config import OptimConfig
-from runtime.parallel.topology import Topology
+from runtime.parallel.shards import Shard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class Shard(Protocol):
-    """What the optimizer updates: a flat range of weights with their gradients."""
-
-    topology: Topology
-    master: Tensor
-    """[N] fp32 (fp64 for fp64)."""
-    grad_shard: Tensor
-    """[N] as master: the gradient of the global batch."""
-
-    @property
-    def counted(self) -> bool:
-        """Whether it takes part in the gradient norm; of equal copies on several ranks, one does."""
 
 
 class AdamW:

@@ -21,44 +21,12 @@ from torch import Tensor, nn
 
 from runtime.parallel.collectives import group_rank, group_size
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.topology import Topology, matrix_cols, tag, topology_of
+from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype
+from runtime.parallel.topology import matrix_cols, tag, topology_of
 
 BUCKET_SIZE = 40_000_000
 """Elements after which a new bucket begins: large enough for full bandwidth, small enough to overlap."""
 _ALIGNMENT = 64  # elements; keeps every parameter at an address that matrix products like
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where a parameter lies in its bucket."""
-
-    name: str
-    topology: Topology
-    shape: torch.Size
-    cols: int
-    start: int
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return self.shape.numel()
-
-
-@dataclass(frozen=True, slots=True)
-class ShardPart:
-    """The part of a parameter that this rank's optimizer owns, as ranges of flat tensors."""
-
-    slot: Slot
-    begin: int
-    """First element, in the flat parameter."""
-    end: int
-    offset: int
-    """Of the first element, in the shard."""
-
-    @property
-    def range(self) -> slice:
-        """The part in the shard."""
-        return slice(self.offset, self.offset + self.end - self.begin)
 
 
 @dataclass(slots=True)
@@ -97,7 +65,7 @@ class Bucket:
             end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
         unit = parts * _ALIGNMENT
         self.size = -(-end // unit) * unit
-        wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(first.dtype)
         self.weights = torch.zeros(self.size, dtype=first.dtype, device=device)
         self.grads = torch.zeros(self.size, dtype=wide, device=device)
         piece = self.size // parts
@@ -105,7 +73,8 @@ class Bucket:
         own = slice(self._begin, self._begin + piece)
         self.weight_shard, self.grad_shard = self.weights[own], self.grads[own]
         # In fp32 the weights are their own masters.
-        self.master = self.weight_shard if first.dtype == wide else self.weight_shard.to(wide)
+        self.separate_master = first.dtype != wide
+        self.master = self.weight_shard.to(wide) if self.separate_master else self.weight_shard
         self.primary = self.topology.is_primary(mesh)
         self.parameters: list[nn.Parameter] = []
         self.pending = _Pending()
@@ -131,6 +100,17 @@ class Bucket:
             if begin < end:
                 yield ShardPart(slot, begin - slot.start, end - slot.start, begin - self._begin)
 
+    def held(self) -> Iterator[StoredRange]:
+        """The weights that this rank must load: all."""
+        for slot in self.slots:
+            yield StoredRange(slot, 0, self.view(slot).view(-1))
+
+    def written(self) -> Iterator[StoredRange]:
+        """The weights that this rank saves: data-parallel copies take turns, parameter by parameter."""
+        for place, slot in enumerate(self.slots):
+            if place % group_size(self.group) == group_rank(self.group):
+                yield StoredRange(slot, 0, self.view(slot).view(-1))
+
     def reduce(self, *, wait: bool) -> None:
         """Start the sum over the data-parallel ranks, and with `wait` finish all sums."""
         if not self.pending.launched:
@@ -148,7 +128,7 @@ class Bucket:
 
     def publish(self) -> None:
         """Bring the updated masters into the weights of all data-parallel ranks."""
-        if self.master is not self.weight_shard:
+        if self.separate_master:
             self.weight_shard.copy_(self.master)
         if self.distributed:
             _all_gather(self.weights, self.weight_shard, self.group)
@@ -191,7 +171,8 @@ class BucketStore:
 
     def __init__(
         self,
-        module: nn.Module,
+        stages: Iterable[nn.Module],
+        parameters: Iterable[tuple[str, nn.Parameter]],
         mesh: ParallelMesh,
         device: torch.device,
         *,
@@ -201,25 +182,27 @@ class BucketStore:
         """Move a model's parameters into buckets, and collect gradients there from now on.
 
         Args:
-            module: the model, its parameters tagged; the meta device is fine.
+            stages: the modules that own the parameters.
+            parameters: names and tagged parameters in the order of the model; the meta device is fine.
             mesh: the ranks.
             device: where the weights go.
             distributed: whether gradients and optimizer state are sharded.
             bucket_size: elements after which a new bucket begins.
         """
-        groups = list(_groups(module.named_parameters(), bucket_size))
-        self.buckets = [Bucket(members, mesh, device, distributed=distributed) for members in groups]
+        groups = list(_groups(parameters, bucket_size))
+        self._buckets = [Bucket(members, mesh, device, distributed=distributed) for members in groups]
+        self.shards: list[Shard] = list(self._buckets)
         replaced: dict[int, nn.Parameter] = {}
-        for bucket, members in zip(self.buckets, groups, strict=True):
+        for bucket, members in zip(self._buckets, groups, strict=True):
             for slot, (_, old) in zip(bucket.slots, members, strict=True):
                 new = nn.Parameter(bucket.view(slot))
                 tag(new, slot.topology)
                 replaced[id(old)] = new
                 bucket.parameters.append(new)
                 new.register_post_accumulate_grad_hook(self._collector(bucket, slot))  # type: ignore[no-untyped-call]
-        for owner in module.modules():
+        for owner in (module for stage in stages for module in stage.modules()):
             for name, parameter in list(owner._parameters.items()):
-                if parameter is not None:
+                if id(parameter) in replaced:
                     owner._parameters[name] = replaced[id(parameter)]
 
     def _collector(self, bucket: Bucket, slot: Slot) -> Any:
@@ -242,23 +225,23 @@ class BucketStore:
             num_backwards: backward passes that each parameter will see, so that a bucket's reduction can start with
                 the last; None where that isn't known: reductions then start at the end.
         """
-        for bucket in self.buckets:
+        for bucket in self._buckets:
             bucket.grads.zero_()
             bucket.pending = _Pending(count=num_backwards * len(bucket.slots) if num_backwards else 0)
 
     def finish(self) -> None:
         """Finish all reductions: after this `grad_shard` holds the gradients of the global batch."""
-        for bucket in self.buckets:
+        for bucket in self._buckets:
             for slot, parameter in zip(bucket.slots, bucket.parameters, strict=True):
                 if parameter.grad is not None:  # from a schedule that doesn't run the hooks
                     bucket.grad_view(slot).add_(parameter.grad)
                     parameter.grad = None
-        for bucket in self.buckets:
+        for bucket in self._buckets:
             bucket.reduce(wait=False)
-        for bucket in self.buckets:
+        for bucket in self._buckets:
             bucket.reduce(wait=True)
 
     def weights_from_masters(self) -> None:
         """Bring the masters into the weights of all data-parallel ranks."""
-        for bucket in self.buckets:
+        for bucket in self._buckets:
             bucket.publish()

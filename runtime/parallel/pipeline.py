@@ -23,6 +23,18 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
 
+class _Opaque(nn.Module):
+    """Hides that a stage is sharded by FSDP: gradients are then reduced with each backward pass, as without stages."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.stage(x)
+        return out
+
+
 class Pipeline:
     """This rank's stages, and a schedule for each number and shape of micro-batches that has come so far."""
 
@@ -85,7 +97,7 @@ class Pipeline:
         stages: list[_PipelineStageBase] = [
             # Shapes are known: nothing has to be inferred by a trial run. The last stage sends nothing on.
             PipelineStage(
-                module,
+                _Opaque(module),
                 place * size + rank,
                 total,
                 self._device,

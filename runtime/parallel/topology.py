@@ -53,12 +53,17 @@ class Topology:
 
 
 def tag(parameter: nn.Parameter, topology: Topology) -> None:
-    """Attach a topology to a parameter."""
+    """Attach a topology to a parameter of the shape that it describes."""
     cols = parameter.shape[-1] if parameter.dim() > 1 else 1
     for piece in topology.pieces:
         width = piece.rect.shape[1] if len(piece.rect.shape) > 1 else 1
         assert width == cols, f"{piece.name}: {piece.rect} is {width} wide, the parameter {tuple(parameter.shape)}"
         assert (piece.row + piece.rect.shape[0]) * cols <= parameter.numel(), f"{piece.name}: {piece.rect} is too long"
+    attach(parameter, topology)
+
+
+def attach(parameter: Tensor, topology: Topology) -> None:
+    """Attach a topology without a look at the parameter, which may be sharded further."""
     parameter.topology = topology  # type: ignore[attr-defined]
 
 

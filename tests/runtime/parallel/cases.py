@@ -40,6 +40,12 @@ CASES = (
     case("cp2 tp2 sp ep2", 4, {"cp": 2, "tp": 2, "ep": 2} | SP),
     case("cp2 tp2 sp ep4 etp1 dp2", 8, {"cp": 2, "tp": 2, "ep": 4, "etp": 1} | SP | DIST),
     case("tp2 sp ep2 all-gather", 4, {"tp": 2, "ep": 2} | SP, moe={"dispatcher": "allgather"}),
+    # Full sharding.
+    case("dp2 fully sharded", 2, SHARD),
+    case("ep2 dp2 fully sharded", 4, {"ep": 2} | SHARD),
+    case("tp2 sp ep2 etp1 dp2 fully sharded", 4, {"tp": 2, "ep": 2, "etp": 1} | SP | SHARD, model={"vocab_size": 65}),
+    case("pp2 tp2 dp2 tied fully sharded", 8, {"pp": 2, "tp": 2} | SHARD, model=TIED),
+    case("pp2 dp2 fully sharded, recomputed", 4, {"pp": 2} | SHARD, recompute={"granularity": "full"}),
     # Pipelines.
     case("pp4 interleaved", 4, {"pp": 4, "vpp": 2, "pp_schedule": "interleaved"}, model={"num_layers": 8}),
     case("pp2 ep2", 4, {"pp": 2, "ep": 2}),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.runtime.parallel.cases import CASES
@@ -11,13 +9,6 @@ from tests.runtime.parallel.parity import EMPTY_EXPERT, Case, Outcome, errors, o
 from tests.runtime.ranks import RankPool
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    pool = RankPool(8)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

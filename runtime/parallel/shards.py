@@ -1,0 +1,111 @@
+"""What optimizer and checkpoints see of a rank's parameters: flat ranges of weights with gradients and masters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from runtime.parallel.collectives import Group
+from runtime.parallel.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a parameter lies in its bucket."""
+
+    name: str
+    topology: Topology
+    shape: torch.Size
+    cols: int
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.shape.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPart:
+    """The part of a parameter that this rank's optimizer owns, as ranges of flat tensors."""
+
+    slot: Slot
+    begin: int
+    """First element, in the flat parameter."""
+    end: int
+    offset: int
+    """Of the first element, in the shard."""
+
+    @property
+    def range(self) -> slice:
+        """The part in the shard."""
+        return slice(self.offset, self.offset + self.end - self.begin)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRange:
+    """A flat range of a parameter with its weights."""
+
+    slot: Slot
+    begin: int
+    """First element, in the flat parameter."""
+    flat: Tensor
+    """[N] the weights from `begin` on."""
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of master weights, moments and gradient sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Shard(Protocol):
+    """A flat range of one or several parameters that this rank's optimizer updates."""
+
+    topology: Topology
+    """What its parameters have in common besides their pieces."""
+    group: Group
+    """The data-parallel replicas."""
+    distributed: bool
+    """Whether the replicas hold different ranges."""
+    primary: bool
+    """Whether, among copies that don't come from data parallelism, this rank's is the first."""
+    master: Tensor
+    """[N] weights in fp32 (fp64 for fp64)."""
+    separate_master: bool
+    """Whether the masters are more precise than the weights."""
+
+    @property
+    def grad_shard(self) -> Tensor:
+        """[N] as master: the gradient of the global batch."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether it takes part in the gradient norm; of equal copies on several ranks, one does."""
+
+    def parts(self) -> Iterator[ShardPart]:
+        """The parts of parameters in the shard, in order."""
+
+    def held(self) -> Iterator[StoredRange]:
+        """The weights that this rank must load."""
+
+    def written(self) -> Iterator[StoredRange]:
+        """The weights that this rank saves; data-parallel replicas save different ones."""
+
+
+class Store(Protocol):
+    """All parameters of this rank."""
+
+    shards: list[Shard]
+
+    def begin(self, num_backwards: int | None) -> None:
+        """Set gradients to zero before a step of so many backward passes; None where that isn't known."""
+
+    def finish(self) -> None:
+        """Finish all gradient reductions."""
+
+    def weights_from_masters(self) -> None:
+        """Bring the masters into the weights of all data-parallel ranks."""

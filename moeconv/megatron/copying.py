@@ -29,7 +29,7 @@ from moeconv.megatron.files import MegatronFile
 from moeconv.pieces import Piece
 
 Array = np.ndarray[Any, Any]
-BAND_BYTES = 4 << 20
+BAND_BYTES = 1 << 20  # a band stays in a core's cache while it is read, summed and written
 _KEEP_BYTES = 64 << 20
 
 
@@ -53,6 +53,7 @@ class Source:
         for piece in pieces:
             self.pieces.setdefault(piece.tensor, []).append(piece)
         self._maps: dict[str, mmap.mmap] = {}
+        self._fds: dict[str, int] = {}
         self._lock = threading.Lock()
         self._touched = 0
 
@@ -80,10 +81,37 @@ class Source:
         for piece in self.pieces[name]:
             part = piece.rect.intersect(rect)
             if part is not None:
-                np.copyto(out[part.within(rect).slices()], self.view(piece)[part.within(piece.rect).slices()])
+                self._copy(piece, part.within(piece.rect), out[part.within(rect).slices()])
                 filled += part.size
         assert filled == rect.size, f"{name} {rect}: {filled} of {rect.size} elements have a source"
-        self.release(out.nbytes)
+
+    def _copy(self, piece: Piece, part: Rect, out: Array) -> None:
+        """Copy a part of a piece: by a plain read where both sides are one run of bytes, else through the mapping."""
+        if piece.strides is not None or part.shape[1:] != piece.rect.shape[1:] or not out.flags.c_contiguous:
+            np.copyto(out, self.view(piece)[part.slices()])
+            self.release(out.nbytes)
+            return
+        row = piece.nbytes // piece.rect.shape[0] if piece.rect.shape else 0
+        position = piece.begin + (part.offsets[0] * row if part.offsets else 0)
+        data = memoryview(out.reshape(-1).view(np.uint8).data)
+        while data:
+            got = os.preadv(self._open(piece.file), [data], position)
+            if got == 0:
+                raise SourceError(f"{self.root / piece.file}: ends inside {piece.tensor}; the file was truncated")
+            data, position = data[got:], position + got
+
+    def _open(self, file: str) -> int:
+        with self._lock:
+            if file not in self._fds:
+                try:
+                    self._fds[file] = os.open(self.root / file, os.O_RDONLY)
+                except OSError as error:
+                    raise SourceError(f"{self.root / file}: can't be read: {error.strerror}") from None
+            return self._fds[file]
+
+    def __del__(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
 
     def _check(self, name: str) -> None:
         """Compare a tensor's pieces with their checksums, once; other threads that want it wait.

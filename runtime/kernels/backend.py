@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.kernels.grouped_matmul import ROW_ALIGNMENT, launch
+from runtime.kernels.swiglu import swiglu_forward
 from runtime.moe.permutation import RowPlan
 
 
@@ -35,14 +36,12 @@ class TritonGemm:
         """Pre-activations [R, 2F], gate then up, and silu(gate) * up * weight [R, F]."""
         num_experts, num_n, depth = w13_EGD.shape
         if not _fits(num_n // 2, depth) or plan.expert_of_tile is None:
-            from runtime.kernels.swiglu import swiglu_forward
-
             hidden = self.rows_times_transposed(rows_RD, w13_EGD, plan)
             return hidden, swiglu_forward(hidden, weights_TK, plan.slot_of_row_R, plan.offsets_E)
         hidden = rows_RD.new_empty(plan.num_rows, num_n)
         act = rows_RD.new_empty(plan.num_rows, num_n // 2)
         right = w13_EGD.reshape(num_experts * num_n, depth)
-        gate = (act, weights_TK, plan.slot_of_row_R)
+        gate = (act, weights_TK.float().contiguous(), plan.slot_of_row_R)
         launch("nt", rows_RD, right, hidden, plan.offsets_E, plan.expert_of_tile, (num_n, depth, num_n), gate)
         return hidden, act
 

@@ -12,6 +12,7 @@ expert's rows may run over its padding.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +29,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROW_ALIGNMENT = 128
-GROUP_TILES = 8
+# Tiles that run at one time should be about as high as wide, so that they share what they read.
+GROUP_TILES = {"nt": 8, "nn": 16, "tn": 16}
 MAX_REGISTERS = 168  # of 384 threads: two warpgroups of 240 and one of 24
+
+
+# One compiled kernel serves all sizes and addresses.
+_NUMBERS = ("num_n", "depth", "rows_per_expert", "num_experts")
+_POINTERS = ("weights_ptr", "slots_ptr", "expert_of_tile", "ends")
 
 
 @gluon.jit
@@ -53,8 +60,7 @@ def _tile_rows(tile, expert_of_tile, ends, shape, num_m, GROUP: gl.constexpr, BN
         inner = tile - expert * per_expert
         end = gl.load(ends + expert)
         start = gl.load(ends + expert - 1, mask=expert > 0, other=0)
-        num_m_tiles = rows_per_expert // 128
-        m, n = inner % num_m_tiles, inner // num_m_tiles
+        m, n = _row_tile(inner, rows_per_expert // 128, num_n, GROUP)
         return expert, m * 128, n, start, (end - start) // 64
     m, n = _row_tile(tile, num_m, num_n, GROUP)
     expert = gl.load(expert_of_tile + m)
@@ -62,8 +68,9 @@ def _tile_rows(tile, expert_of_tile, ends, shape, num_m, GROUP: gl.constexpr, BN
 
 
 @gluon.jit
-def _load_tiles(descs, bufs, bars, plan, shape, num_tiles, num_m, config):
+def _load_tiles(descs, bufs, bars, common, config):
     a_desc, b_desc = descs
+    _, plan, shape, num_tiles, num_m = common
     a_lo, a_hi, b_bufs = bufs
     ready, empty = bars
     expert_of_tile, ends = plan
@@ -71,7 +78,7 @@ def _load_tiles(descs, bufs, bars, plan, shape, num_tiles, num_m, config):
     STAGES: gl.constexpr = config[1]
     GROUP: gl.constexpr = config[2]
     KIND: gl.constexpr = config[3]
-    GATED: gl.constexpr = config[4]
+    EPILOGUE: gl.constexpr = config[4]
     rows_per_expert = shape[2]
     bytes_per_stage: gl.constexpr = (128 + BN) * 64 * 2
     step = 0
@@ -91,7 +98,7 @@ def _load_tiles(descs, bufs, bars, plan, shape, num_tiles, num_m, config):
                 tma.async_copy_global_to_shared(a_desc, [m, k], bar, a_lo.index(stage))
                 tma.async_copy_global_to_shared(a_desc, [m + 64, k], bar, a_hi.index(stage))
                 if KIND == "nt":
-                    if GATED:
+                    if EPILOGUE == "swiglu":
                         half: gl.constexpr = BN // 2
                         row = expert * rows_per_expert + n * half
                         b = b_bufs.index(stage)
@@ -109,23 +116,33 @@ def _load_tiles(descs, bufs, bars, plan, shape, num_tiles, num_m, config):
 
 @gluon.jit
 def _halves(acc):
-    """[64, BN] as its left and right half, without moving a register between threads."""
+    """[64, N] as its left and right half, without moving a register between threads."""
     return acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute(0, 2, 1).split()
 
 
 @gluon.jit
-def _store(value, desc, row, column, buffer):
-    """Round to bf16 and write [64, BN / 2] out; the write before it must have left the buffer."""
-    tma.store_wait(0)
+def _store(value, desc, row, column, buffers, INDEX: gl.constexpr):
+    """Round to bf16 and write [64, BN / 4] out through one of two buffers, taken in turn."""
+    tma.store_wait(1)
+    buffer = buffers.index(INDEX)
     buffer.store(value.to(gl.bfloat16))
     fence_async_shared()
     tma.async_copy_shared_to_global(desc, [row, column], buffer)
 
 
 @gluon.jit
-def _multiply(c_descs, bufs, bars, c_buf, row_weights, plan, shape, num_tiles, num_m, half, config):
+def _row_weights(row_data, row, layout: gl.constexpr):
+    """[64, 1] routing weights of the rows from `row` on, 0 for padding."""
+    weights_ptr, slots_ptr = row_data
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    slot = gl.load(slots_ptr + row + gl.arange(0, 64, layout=row_layout))
+    return gl.expand_dims(gl.load(weights_ptr + slot, mask=slot >= 0, other=0.0), 1)
+
+
+@gluon.jit
+def _multiply(c_descs, bufs, bars, buffers, common, half, config):
     c_desc, act_desc = c_descs
-    weights_ptr, slots_ptr = row_weights
+    row_data, plan, shape, num_tiles, num_m = common
     a_bufs, b_bufs = bufs
     ready, empty = bars
     expert_of_tile, ends = plan
@@ -133,8 +150,8 @@ def _multiply(c_descs, bufs, bars, c_buf, row_weights, plan, shape, num_tiles, n
     STAGES: gl.constexpr = config[1]
     GROUP: gl.constexpr = config[2]
     KIND: gl.constexpr = config[3]
-    GATED: gl.constexpr = config[4]
-    rows_per_expert = shape[2]
+    EPILOGUE: gl.constexpr = config[4]
+    num_n, _, rows_per_expert = shape
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
@@ -157,25 +174,33 @@ def _multiply(c_descs, bufs, bars, c_buf, row_weights, plan, shape, num_tiles, n
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=steps > 0)
         row = m + half * 64
+        Q: gl.constexpr = BN // 4
         left, right = _halves(acc)
-        H: gl.constexpr = BN // 2
-        if GATED:
-            _store(left, c_desc, row, n * H, c_buf)
-            _store(right, c_desc, row, n * H + rows_per_expert // 2, c_buf)
-            offsets = row + gl.arange(0, 64, layout=gl.SliceLayout(1, left.type.layout))
-            slot = gl.load(slots_ptr + offsets)
-            weight = gl.load(weights_ptr + slot, mask=slot >= 0, other=0.0)
-            act = left * right / (1.0 + gl.exp(-left)) * gl.expand_dims(weight, 1)
-            _store(act, act_desc, row, n * H, c_buf)
+        q0, q1 = _halves(left)
+        q2, q3 = _halves(right)
+        column = n * BN
+        if EPILOGUE == "swiglu":
+            layout_q: gl.constexpr = q0.type.layout
+            weight = _row_weights(row_data, row, layout_q)
+            column = n * (2 * Q)
+            up_column = column + rows_per_expert // 2
+            _store(q0, c_desc, row, column, buffers, 0)
+            _store(q2, c_desc, row, up_column, buffers, 1)
+            _store(q0 * q2 / (1.0 + gl.exp(-q0)) * weight, act_desc, row, column, buffers, 0)
+            _store(q1, c_desc, row, column + Q, buffers, 1)
+            _store(q3, c_desc, row, up_column + Q, buffers, 0)
+            _store(q1 * q3 / (1.0 + gl.exp(-q1)) * weight, act_desc, row, column + Q, buffers, 1)
         else:
             if KIND == "tn":
                 row += expert * rows_per_expert
-            _store(left, c_desc, row, n * BN, c_buf)
-            _store(right, c_desc, row, n * BN + H, c_buf)
+            _store(q0, c_desc, row, column, buffers, 0)
+            _store(q1, c_desc, row, column + Q, buffers, 1)
+            _store(q2, c_desc, row, column + 2 * Q, buffers, 0)
+            _store(q3, c_desc, row, column + 3 * Q, buffers, 1)
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def grouped_matmul_kernel(
     a_desc,
     b_desc,
@@ -193,19 +218,19 @@ def grouped_matmul_kernel(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     KIND: gl.constexpr,
-    GATED: gl.constexpr,
+    EPILOGUE: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """See `launch`. KIND nt: rows times transposed matrices, nn: rows times matrices, tn: rows transposed times rows."""
-    H: gl.constexpr = BN // 2
+    Q: gl.constexpr = BN // 4
     a_lo = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 64], a_desc.layout)
     a_hi = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 64], a_desc.layout)
     if KIND == "nt":
         b_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BN, 64], b_desc.layout)
     else:
         b_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, BN], b_desc.layout)
-    c_lo = gl.allocate_shared_memory(gl.bfloat16, [64, H], c_desc.layout)
-    c_hi = gl.allocate_shared_memory(gl.bfloat16, [64, H], c_desc.layout)
+    c_lo = gl.allocate_shared_memory(gl.bfloat16, [2, 64, Q], c_desc.layout)
+    c_hi = gl.allocate_shared_memory(gl.bfloat16, [2, 64, Q], c_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -216,46 +241,18 @@ def grouped_matmul_kernel(
     num_tiles = num_m * num_n
     if KIND == "tn":
         num_tiles = num_experts * (rows_per_expert // 128) * num_n
-    config: gl.constexpr = (BN, STAGES, GROUP, KIND, GATED)
+    config: gl.constexpr = (BN, STAGES, GROUP, KIND, EPILOGUE)
     shape = (num_n, depth, rows_per_expert)
     plan = (expert_of_tile, ends)
     bars = (ready, empty)
     c_descs = (c_desc, act_desc)
+    row_data = (weights_ptr, slots_ptr)
+    common = (row_data, plan, shape, num_tiles, num_m)
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (
-                    c_descs,
-                    (a_lo, b_bufs),
-                    bars,
-                    c_lo,
-                    (weights_ptr, slots_ptr),
-                    plan,
-                    shape,
-                    num_tiles,
-                    num_m,
-                    0,
-                    config,
-                ),
-            ),
-            (
-                _multiply,
-                (
-                    c_descs,
-                    (a_hi, b_bufs),
-                    bars,
-                    c_hi,
-                    (weights_ptr, slots_ptr),
-                    plan,
-                    shape,
-                    num_tiles,
-                    num_m,
-                    1,
-                    config,
-                ),
-            ),
-            (_load_tiles, ((a_desc, b_desc), (a_lo, a_hi, b_bufs), bars, plan, shape, num_tiles, num_m, config)),
+            (_multiply, (c_descs, (a_lo, b_bufs), bars, c_lo, common, 0, config)),
+            (_multiply, (c_descs, (a_hi, b_bufs), bars, c_hi, common, 1, config)),
+            (_load_tiles, ((a_desc, b_desc), (a_lo, a_hi, b_bufs), bars, common, config)),
         ],
         [4, 1],
         [240, 24],
@@ -269,6 +266,23 @@ def _descriptor(tensor: Tensor, block: list[int]) -> Any:
 @functools.cache
 def _num_processors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+@dataclass(slots=True)
+class _Matrix:
+    """What the launcher reads of a tensor descriptor, without the checks of building one."""
+
+    base: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str = "zero"
+
+
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+def _block_n(columns: int) -> int:
+    return 256 if columns % 256 == 0 else 128
 
 
 def launch(
@@ -290,37 +304,32 @@ def launch(
         out: [R, columns] (tn: [E * rows, columns]).
         offsets_E: [E] int32 ends of the experts' rows.
         expert_of_tile: [R / 128] int32.
-        sizes: columns of the result, depth of the product, rows of an expert's matrix.
-        gate: with nt, (act [R, columns / 2], weights, slots): also store silu(gate) * up * weight.
+        sizes: columns of the product, its depth, rows of an expert's matrix.
+        gate: with nt, (act [R, columns / 2], fp32 weights [T, K], slots [R]): also store silu(gate) * up * weight.
     """
     columns, depth, rows_per_expert = sizes
-    block_n = 256 if columns % 256 == 0 else 128
-    half = block_n // 2
-    a_desc = _descriptor(left, [64, 64])
-    b_rows = half if gate is not None else block_n
-    b_desc = _descriptor(right, [b_rows, 64] if kind == "nt" else [64, block_n])
-    c_desc = _descriptor(out, [64, half])
-    act, weights, slots = gate if gate is not None else (out, offsets_E, offsets_E)
-    act_desc = _descriptor(act, [64, half]) if gate is not None else c_desc
-    grid = (_num_processors(left.device.index),)
-    grouped_matmul_kernel[grid](
-        a_desc,
-        b_desc,
-        c_desc,
-        act_desc,
-        weights,
-        slots,
-        expert_of_tile,
-        offsets_E,
-        columns // block_n,
-        depth,
-        rows_per_expert,
-        offsets_E.shape[0],
-        block_n,
-        4 if block_n == 256 else 6,
-        GROUP_TILES,
-        kind,
-        gate is not None,
-        num_warps=4,
-        maxnreg=MAX_REGISTERS,
+    name = "plain" if gate is None else "swiglu"
+    block_n = _block_n(columns)
+    b_rows = block_n // 2 if name == "swiglu" else block_n
+    act, weights, slots = (out, out, offsets_E) if gate is None else gate
+    matrices = (
+        (left, [64, 64]),
+        (right, [b_rows, 64] if kind == "nt" else [64, block_n]),
+        (out, [64, block_n // 4]),
+        (act, [64, block_n // 4]),
+    )
+    numbers = (columns // block_n, depth, rows_per_expert, offsets_E.shape[0])
+    stages = 4 if block_n == 256 else 6
+    constants = (block_n, stages, GROUP_TILES[kind], kind, name, 4)
+    grid = (_num_processors(left.device.index), 1, 1)
+    key = (left.device.index, constants)
+    kernel = _compiled.get(key)
+    if kernel is not None:
+        # Binding arguments costs more than a small product: what is compiled is launched directly.
+        descriptors = [_Matrix(tensor, tensor.shape, tensor.stride()) for tensor, _ in matrices]
+        kernel[grid](*descriptors, weights, slots, expert_of_tile, offsets_E, *numbers, *constants)
+        return
+    full = [_descriptor(tensor, block) for tensor, block in matrices]
+    _compiled[key] = grouped_matmul_kernel[grid](
+        *full, weights, slots, expert_of_tile, offsets_E, *numbers, *constants[:-1], num_warps=4, maxnreg=MAX_REGISTERS
     )

@@ -18,17 +18,37 @@ def _block(num_columns: int) -> int:
 
 
 @triton.jit
-def _gather_kernel(x, out, slots, ends, num_columns, topk, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    if row >= tl.load(ends + NUM_EXPERTS - 1):
-        return
-    slot = tl.load(slots + row)
-    token = tl.maximum(slot, 0) // topk
+def _gather_kernel(
+    x,
+    out,
+    row_of_slot,
+    slots,
+    ends,
+    num_columns,
+    NUM_PADDED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    TOPK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first NUM_PADDED programs zero the padding of one expert each, the others copy a token to its rows."""
+    program = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_columns
-    # A padding row has no slot: nothing is read and zeros are written.
-    values = tl.load(x + token.to(tl.int64) * num_columns + columns, mask=inside & (slot >= 0), other=0.0)
-    tl.store(out + row.to(tl.int64) * num_columns + columns, values, mask=inside)
+    if program < NUM_PADDED:
+        end = tl.load(ends + program)
+        start = tl.load(ends + program - 1, mask=program > 0, other=0)
+        zeros = tl.zeros((BLOCK,), dtype=out.dtype.element_ty)
+        for i in range(1, ALIGNMENT):
+            row = end - i
+            padding = row >= start
+            padding = padding & (tl.load(slots + row, mask=padding, other=0) < 0)
+            tl.store(out + row.to(tl.int64) * num_columns + columns, zeros, mask=inside & padding)
+    else:
+        token = (program - NUM_PADDED).to(tl.int64)
+        values = tl.load(x + token * num_columns + columns, mask=inside)
+        for k in tl.static_range(TOPK):
+            row = tl.load(row_of_slot + token * TOPK + k).to(tl.int64)
+            tl.store(out + row * num_columns + columns, values, mask=inside & (row >= 0))
 
 
 @triton.jit
@@ -43,27 +63,30 @@ def _sum_kernel(rows, out, row_of_slot, num_columns, TOPK: tl.constexpr, BLOCK: 
     tl.store(out + token * num_columns + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
-def gather_rows(x_TD: Tensor, slot_of_row_R: Tensor, offsets_E: Tensor, topk: int) -> Tensor:
-    """Copy each row's token; zeros where a row has none.
+def gather_rows(
+    x_TD: Tensor, row_of_slot_TK: Tensor, slot_of_row_R: Tensor, offsets_E: Tensor, alignment: int
+) -> Tensor:
+    """Copy each token to its rows: read once, written K times.
 
     Args:
         x_TD: [T, D] contiguous.
+        row_of_slot_TK: [T, K] int32 row of each choice, -1 where dropped.
         slot_of_row_R: [R] int32 slot of each row, -1 for padding.
-        offsets_E: [E] int32 ends of the experts' rows; rows past the last stay unwritten.
-        topk: K.
+        offsets_E: [E] int32 ends of the experts' rows, multiples of `alignment`.
+        alignment: 1 for no padding.
 
     Returns:
-        [R, D].
+        [R, D]; padding rows are zero, rows past the last expert unwritten.
     """
-    num_rows, num_columns = slot_of_row_R.shape[0], x_TD.shape[1]
-    out = x_TD.new_empty(num_rows, num_columns)
-    if num_rows:
+    num_tokens, topk = row_of_slot_TK.shape
+    num_columns = x_TD.shape[1]
+    out = x_TD.new_empty(slot_of_row_R.shape[0], num_columns)
+    num_padded = offsets_E.shape[0] if alignment > 1 else 0
+    if num_tokens + num_padded and out.numel():
         block = _block(num_columns)
-        grid = (num_rows, triton.cdiv(num_columns, block))
-        num_experts = offsets_E.shape[0]
-        _gather_kernel[grid](
-            x_TD.contiguous(), out, slot_of_row_R, offsets_E, num_columns, topk, num_experts, block, num_warps=4
-        )
+        grid = (num_padded + num_tokens, triton.cdiv(num_columns, block))
+        args = (x_TD.contiguous(), out, row_of_slot_TK, slot_of_row_R, offsets_E, num_columns)
+        _gather_kernel[grid](*args, num_padded, alignment, topk, block, num_warps=4)
     return out
 
 

@@ -32,7 +32,7 @@ def gather_rows(x_TD: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
     if fused and x_TD.is_cuda:
         from runtime.kernels.permute import gather_rows as kernel
 
-        return kernel(x_TD, plan.slot_of_row_R, plan.offsets_E, plan.topk)
+        return kernel(x_TD, plan.row_of_slot_TK, plan.slot_of_row_R, plan.offsets_E, plan.alignment)
     if x_TD.shape[0] == 0:
         return x_TD.new_zeros(plan.num_rows, x_TD.shape[1])
     rows = x_TD.index_select(0, plan.slot_of_row_R.clamp(min=0) // plan.topk)

@@ -20,16 +20,24 @@ class Scored:
     """The routing and sums over this rank's tokens."""
 
     routing: Routing
-    counts_E: Tensor
-    """[E] int64 choices of each expert before any drop."""
-    prob_sums_E: Tensor
-    """[E] sums of the router's probabilities, with gradient."""
-    square_sum: Tensor
-    """0-dim sum of the squared log-sum-exp of the logits, with gradient."""
-    entropy: Tensor
-    """0-dim fp32 sum of the entropies, in nats."""
-    nonfinite: Tensor
-    """0-dim int64 tokens with a NaN or infinite logit."""
+    sums: Tensor
+    """[2E + 3] sums of probabilities per expert, of choices per expert before any drop, of the squared log-sum-exp, of
+    the entropy in nats, of tokens with a NaN or infinite logit; the first and the third carry gradients."""
+
+    @property
+    def prob_sums_E(self) -> Tensor:
+        """[E] sums of the router's probabilities, with gradient."""
+        return self.sums[: (self.sums.shape[0] - 3) // 2]
+
+    @property
+    def counts_E(self) -> Tensor:
+        """[E] int64 choices of each expert before any drop."""
+        return self.sums.detach()[(self.sums.shape[0] - 3) // 2 : -3].long()
+
+    @property
+    def square_sum(self) -> Tensor:
+        """0-dim sum of the squared log-sum-exp of the logits, with gradient."""
+        return self.sums[-3]
 
 
 def score(logits_TE: Tensor, config: MoEConfig, chosen_TK: Tensor) -> Scored:
@@ -44,14 +52,15 @@ def score(logits_TE: Tensor, config: MoEConfig, chosen_TK: Tensor) -> Scored:
         The routing and its sums.
     """
     scores = losses.aux_scores(logits_TE, config.score_function)
-    return Scored(
-        routing=route(logits_TE, config, chosen_TK),
-        counts_E=losses.count_choices(chosen_TK, config.num_experts),
-        prob_sums_E=scores.sum(0),
-        square_sum=torch.logsumexp(logits_TE, dim=-1).square().sum(),
-        entropy=losses.router_entropy(scores.detach()).float(),
-        nonfinite=(~torch.isfinite(logits_TE.detach().sum(1))).sum(),
-    )
+    exact = logits_TE.to(scores.dtype)
+    parts = [
+        scores.sum(0),
+        losses.count_choices(chosen_TK, config.num_experts).to(scores.dtype),
+        torch.logsumexp(exact, dim=-1).square().sum().view(1),
+        losses.router_entropy(scores.detach()).view(1),
+        (~torch.isfinite(exact.detach().sum(1))).sum().to(scores.dtype).view(1),
+    ]
+    return Scored(routing=route(logits_TE, config, chosen_TK), sums=torch.cat(parts))
 
 
 def score_fused(logits_TE: Tensor, config: MoEConfig) -> Scored:
@@ -66,21 +75,12 @@ def score_fused(logits_TE: Tensor, config: MoEConfig) -> Scored:
     """
     from runtime.kernels.routing import topk_softmax
 
-    num_experts = config.num_experts
     scale = 1.0 if config.topk_scaling_factor is None else config.topk_scaling_factor
     # Softmax over all, renormalised over the chosen, is softmax over the chosen.
     pre_softmax = config.pre_softmax and not config.renormalize
     experts, weights, sums = topk_softmax(logits_TE, config.topk, pre_softmax=pre_softmax, scale=scale)
     if config.capacity_factor is not None:
-        routing = drop_tokens(weights, experts, num_experts, config)
+        routing = drop_tokens(weights, experts, config.num_experts, config)
     else:
         routing = Routing(experts_TK=experts, weights_TK=weights, chosen_TK=experts, max_rows=experts.numel())
-    extra = sums[2 * num_experts :]
-    return Scored(
-        routing=routing,
-        counts_E=sums[num_experts : 2 * num_experts].detach().long(),
-        prob_sums_E=sums[:num_experts],
-        square_sum=extra[0],
-        entropy=extra[1].detach(),
-        nonfinite=extra[2].detach().long(),
-    )
+    return Scored(routing=routing, sums=sums)

@@ -19,14 +19,10 @@ class RouterStats:
     (their values are summands over a tp x cp group, so divide their sum over all ranks by dp).
     """
 
-    load_E: Tensor
-    """[E] int64 choices of each expert before any drop."""
+    sums: Tensor
+    """[2E + 3] fp64, as in `Scored`: one addition a micro-batch keeps all of them."""
     dropped: Tensor
-    """int64 choices without a row."""
-    entropy: Tensor
-    """fp32 sum over tokens of the entropy of the router's distribution, in nats."""
-    nonfinite: Tensor
-    """int64 tokens with a NaN or infinite logit."""
+    """0-dim int64 choices without a row."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Each loss without its coefficient: 1 is balanced for the auxiliary losses."""
     num_tokens: int = 0
@@ -36,12 +32,23 @@ class RouterStats:
     @classmethod
     def zeros(cls, num_experts: int, device: torch.device) -> RouterStats:
         """No micro-batch yet."""
+        sums = torch.zeros(2 * num_experts + 3, dtype=torch.float64, device=device)
+        return cls(sums=sums, dropped=torch.zeros((), dtype=torch.int64, device=device))
 
-        def zero() -> Tensor:
-            return torch.zeros((), dtype=torch.int64, device=device)
+    @property
+    def load_E(self) -> Tensor:
+        """[E] int64 choices of each expert before any drop."""
+        return self.sums[(self.sums.shape[0] - 3) // 2 : -3].long()
 
-        load = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        return cls(load_E=load, dropped=zero(), entropy=zero().float(), nonfinite=zero())
+    @property
+    def entropy(self) -> Tensor:
+        """0-dim sum over tokens of the entropy of the router's distribution, in nats."""
+        return self.sums[-2]
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """0-dim int64 tokens with a NaN or infinite logit."""
+        return self.sums[-1].long()
 
     def add(self, scored: Scored, *, drops: bool) -> None:
         """Count a micro-batch.
@@ -51,11 +58,9 @@ class RouterStats:
             drops: whether choices can be without a row.
         """
         routing = scored.routing
-        self.load_E += scored.counts_E
-        self.entropy += scored.entropy
-        self.nonfinite += scored.nonfinite
+        self.sums += scored.sums.detach()
         if drops:
-            num_experts = self.load_E.shape[0]
+            num_experts = (self.sums.shape[0] - 3) // 2
             kept = (routing.experts_TK < num_experts) & (routing.weights_TK.detach() > 0)
             self.dropped += routing.chosen_TK.numel() - kept.sum()
         self.num_tokens += routing.chosen_TK.shape[0]

@@ -152,7 +152,8 @@ def _entry(name: str, value: Any, data_begin: int, where: str) -> Entry:
     try:
         kind, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = [*shape, begin, end]
-        valid = set(value) == {"dtype", "shape", "data_offsets"} and all(type(n) is int and n >= 0 for n in numbers)
+        valid = set(value) == {"dtype", "shape", "data_offsets"} and isinstance(kind, str)
+        valid = valid and all(type(n) is int and n >= 0 for n in numbers)
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:

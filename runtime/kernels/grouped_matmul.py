@@ -151,7 +151,7 @@ def _multiply(c_descs, bufs, bars, buffers, common, half, config):
     GROUP: gl.constexpr = config[2]
     KIND: gl.constexpr = config[3]
     EPILOGUE: gl.constexpr = config[4]
-    num_n, _, rows_per_expert = shape
+    rows_per_expert = shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):

@@ -14,7 +14,7 @@ MAX_BLOCK = 4096
 
 
 def _block(num_columns: int) -> int:
-    return min(MAX_BLOCK, triton.next_power_of_2(num_columns))
+    return min(MAX_BLOCK, int(triton.next_power_of_2(num_columns)))
 
 
 @triton.jit

@@ -30,7 +30,8 @@ from runtime.parallel.collectives import (
 def run_local(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """All experts whole on this rank: no communication, and the host never waits for the device."""
     plan = experts.plan(routing.experts_TK, routing.max_rows)
-    return experts(x_TD, routing.weights_TK, plan)
+    out: Tensor = experts(x_TD, routing.weights_TK, plan)
+    return out
 
 
 def _gather_counts(values: Tensor, groups: MoEGroups) -> list[list[list[int]]]:

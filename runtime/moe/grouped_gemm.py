@@ -111,19 +111,22 @@ class CutlassGemm:
         """See `GroupedGemm`."""
         from grouped_gemm import backend
 
-        return backend.gmm(rows_RK, weight_ENK, self._sizes(plan), trans_a=False, trans_b=True)
+        out: Tensor = backend.gmm(rows_RK, weight_ENK, self._sizes(plan), trans_a=False, trans_b=True)
+        return out
 
     def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """See `GroupedGemm`."""
         from grouped_gemm import backend
 
-        return backend.gmm(rows_RN, weight_ENK, self._sizes(plan), trans_a=False, trans_b=False)
+        out: Tensor = backend.gmm(rows_RN, weight_ENK, self._sizes(plan), trans_a=False, trans_b=False)
+        return out
 
     def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:
         """See `GroupedGemm`."""
         from grouped_gemm import backend
 
-        return backend.gmm(left_RN, right_RK, self._sizes(plan), trans_a=True, trans_b=False)
+        out: Tensor = backend.gmm(left_RN, right_RK, self._sizes(plan), trans_a=True, trans_b=False)
+        return out
 
 
 def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype) -> str:

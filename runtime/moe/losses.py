@@ -114,7 +114,8 @@ def router_entropy(scores_TE: Tensor) -> Tensor:
     Returns:
         0-dim sum.
     """
-    return torch.special.entr(scores_TE).sum()
+    total: Tensor = torch.special.entr(scores_TE).sum()
+    return total
 
 
 def expert_bias_step(counts_E: Tensor, rate: float, *, centered: bool) -> Tensor:

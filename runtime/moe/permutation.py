@@ -75,8 +75,8 @@ def plan_rows(
     padded = (counts + alignment - 1) // alignment * alignment
     # The place among all sorted choices, moved on by the padding of the experts before.
     shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
-    order = flat.argsort(stable=True)
-    places = torch.empty_like(flat).scatter_(0, order, torch.arange(flat.shape[0], device=flat.device))
+    sorted_slots = flat.argsort(stable=True)
+    places = torch.empty_like(flat).scatter_(0, sorted_slots, torch.arange(flat.shape[0], device=flat.device))
     kept = flat < num_experts
     rows = torch.where(kept, places + shift[flat.clamp(max=num_experts - 1)], -1).int()
     slots = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=flat.device)

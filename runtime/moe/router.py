@@ -104,9 +104,10 @@ class Router(nn.Module):
         if _fusable(config, logits) and counting:
             scored = score_fused(logits, config)
         else:
-            chosen = choose(logits, config, training=self.training, bias_E=self.expert_bias) if counting else None
-            assert tape is not None or chosen is not None
-            scored = score(logits, config, tape.replay() if chosen is None and tape is not None else chosen)
+            chosen = tape.replay() if tape is not None and tape.replaying else None
+            if chosen is None:
+                chosen = choose(logits, config, training=self.training, bias_E=self.expert_bias)
+            scored = score(logits, config, chosen)
         if tape is not None and counting:
             tape.record(scored.routing.chosen_TK)
         routing = scored.routing

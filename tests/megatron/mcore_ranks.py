@@ -332,6 +332,7 @@ def _save_torch(case: Case, models: list[Any], config: dict[str, Any]) -> None:
 
 def _save_dist(case: Case, models: list[Any], config: dict[str, Any]) -> None:
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     folder = Path(str(case.save)) / "iter_0000007"
     if dist.get_rank() == 0:
@@ -344,6 +345,8 @@ def _save_dist(case: Case, models: list[Any], config: dict[str, Any]) -> None:
         **_sharded(models, case.save_metadata),
     }
     metadata = {"singleton_local_shards": False, **case.save_metadata}
-    dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+    # A writer is a process: one a rank is quicker, two are Megatron's default.
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=2 if case.save_metadata else 1)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=metadata)
     dist.barrier()
     (Path(str(case.save)) / "latest_checkpointed_iteration.txt").write_text("7")

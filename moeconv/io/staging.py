@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,7 +41,11 @@ class Staging:
         try:
             self.folder.mkdir(exist_ok=True)
             self._open(json.loads(json.dumps(identity)))
+        except WriteError:
+            self.close()
+            raise
         except OSError as error:
+            self.close()
             raise WriteError(f"{self.folder}: can't be written: {error.strerror or error}") from None
 
     def _open(self, identity: dict[str, Any]) -> None:
@@ -112,7 +117,8 @@ class Staging:
     def close(self) -> None:
         """Let go of the folder; it can be resumed."""
         if self._journal is not None:
-            self._journal.close()
+            with suppress(OSError):  # on a full disk, closing tries once more to write what is buffered
+                self._journal.close()
             self._journal = None
 
 

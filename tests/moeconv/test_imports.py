@@ -1,0 +1,95 @@
+"""Imports go one way, and a conversion needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# What each package may import of the project besides itself; the first that fits a module's name counts.
+ALLOWED = {
+    "moeconv.errors": set[str](),
+    "moeconv.dtypes": {"moeconv.errors"},
+    "moeconv.layout": {"moeconv.errors"},
+    "moeconv.families": {"moeconv.errors"},
+    "moeconv.io": {"moeconv.errors", "moeconv.dtypes", "moeconv.layout"},
+    "moeconv": {"moeconv"},
+    "runtime": {"moeconv", "runtime"},
+    "cli": {"moeconv", "runtime", "cli"},
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Parse every module of the project."""
+    files = [p for top in ("moeconv", "runtime", "cli") for p in sorted((ROOT / top).rglob("*.py"))]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): _parse(p) for p in files}
+
+
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf8"), str(path))
+
+
+def imported(nodes: list[ast.stmt] | ast.Module) -> set[str]:
+    """Give the modules that statements import, however deep."""
+    found: set[str] = set()
+    for root in nodes if isinstance(nodes, list) else [nodes]:
+        for node in ast.walk(root):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, "imports are absolute"
+                assert node.module
+                found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def test_imports_go_from_cli_to_runtime_to_moeconv() -> None:
+    parsed = modules()
+    assert {"cli.main", "runtime.engine", "moeconv.convert", "moeconv.io.manifest"} <= parsed.keys()
+    wrong = []
+    for module, tree in parsed.items():
+        own = next(package for package in ALLOWED if inside(module, package))
+        for target in imported(tree) & parsed.keys():
+            bare = target in ("moeconv", "moeconv.io")  # the package of `from moeconv import x`: empty itself
+            if not bare and not any(inside(target, allowed) for allowed in ALLOWED[own] | {own}):
+                wrong.append(f"{module} imports {target}")
+    assert wrong == []
+
+
+def test_no_cycles() -> None:
+    """No module reaches itself by what it imports on its first run."""
+    parsed = modules()
+    edges = {}
+    for module, tree in parsed.items():
+        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        edges[module] = {target for target in imported(list(top)) & parsed.keys() if target != module}
+    left = dict(edges)
+    while left:
+        leaves = [module for module, targets in left.items() if not targets & left.keys()]
+        assert leaves, f"these modules import each other in a circle: {sorted(left)}"
+        for module in leaves:
+            del left[module]
+
+
+@pytest.mark.parametrize(
+    "module", ["moeconv.convert", "moeconv.checkpoint", "moeconv.execute", "moeconv.verify", "moeconv.describe"]
+)
+def test_conversion_needs_no_torch(module: str) -> None:
+    program = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'click') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_moeconv_never_imports_torch_outside_logits() -> None:
+    users = {
+        m for m, tree in modules().items() if inside(m, "moeconv") and any(inside(i, "torch") for i in imported(tree))
+    }
+    assert users <= {"moeconv.logits"}

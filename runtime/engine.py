@@ -28,9 +28,8 @@ from runtime.optim.adamw import AdamW, clip_coefficient, squared_norm
 from runtime.optim.loss_scale import LossScale
 from runtime.parallel import state as states
 from runtime.parallel.buckets import BucketStore
-from runtime.parallel.full_sharding import FullyShardedStore
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.pipeline import Pipeline, WholeModel
+from runtime.parallel.runner import Runner, WholeModel
 from runtime.parallel.shards import Store
 from runtime.router_metrics import RouterMetrics
 
@@ -100,13 +99,7 @@ class Engine:
         self.optimizer = AdamW(optim, self.store.shards)
         self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
         self._metrics = RouterMetrics(self._context, self.module)
-        self._runner = (
-            WholeModel(stages[0], self._loss)
-            if parallel.pp == 1
-            else Pipeline(
-                stages, mesh, device, parallel.pp_schedule, self._activation_shape, self._context.dtype, self._loss
-            )
-        )
+        self._runner = self._make_runner(stages)
         self._scale = torch.ones((), device=device)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -227,10 +220,22 @@ class Engine:
         """Give the parameters, so far on the meta device, their memory."""
         parallel = self._context.parallel
         if parallel.fully_shard:
+            # Imported where it is used, as the pipelines below: each takes seconds that other runs need not spend.
+            from runtime.parallel.full_sharding import FullyShardedStore
+
             return FullyShardedStore(stages, self.mesh, self.device)
         named = self.module.named_parameters()
         distributed = parallel.use_distributed_optimizer
         return BucketStore(stages, named, self.mesh, self.device, distributed=distributed)
+
+    def _make_runner(self, stages: Sequence[DecoderStage]) -> Runner:
+        parallel = self._context.parallel
+        if parallel.pp == 1:
+            return WholeModel(stages[0], self._loss)
+        from runtime.parallel.pipeline import Pipeline
+
+        shape, dtype = self._activation_shape, self._context.dtype
+        return Pipeline(stages, self.mesh, self.device, parallel.pp_schedule, shape, dtype, self._loss)
 
     def _to_device(self, batches: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [

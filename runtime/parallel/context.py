@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from runtime.parallel.collectives import Group, all_gather, group_rank, group_size
 
@@ -66,6 +65,9 @@ def _attend(q_SBHK: Tensor, kv_SBGK: Tensor, window: int | None) -> Tensor:
     elif num_q == num_k:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     else:
+        # Imported late: it brings the compiler along, seconds that runs without context parallelism need not spend.
+        from torch.nn.attention.bias import causal_lower_right
+
         bias = causal_lower_right(num_q, num_k)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=gqa)
     return out.permute(2, 0, 1, 3)

@@ -18,8 +18,8 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from runtime.config import PipelineSchedule
 from runtime.parallel.mesh import ParallelMesh
+from runtime.parallel.runner import LossFunction
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
 
@@ -114,19 +114,3 @@ class Pipeline:
         # With fewer micro-batches than stages there is no steady state for 1F1B: both orders are the same work.
         kind = ScheduleGPipe if self._kind == "gpipe" or num < size else Schedule1F1B
         return kind(stages[0], num, loss_fn=self._loss, scale_grads=False)
-
-
-class WholeModel:
-    """Micro-batches one after another through a whole model."""
-
-    counts_backwards = True
-
-    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
-        self._model, self._loss = model, loss
-
-    def run(self, tokens: Sequence[Tensor], labels: Sequence[Tensor], *, backward: bool) -> None:
-        """Run the micro-batches of a step; arguments as of `Pipeline.run`."""
-        for inputs, target in zip(tokens, labels, strict=True):
-            loss = self._loss(self._model(inputs), target)
-            if backward:
-                loss.backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,176 @@
+"""Train a small Mixtral on one device and say where time and memory go: `python -m benchmarks.train_step [options]`.
+
+Prints tokens a second, model FLOPs utilisation, memory by kind, and the top of a profile; and, with --compare, the loss
+curve in bf16 on the device beside fp32 on the CPU, of a smaller model on the same data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from moeconv.layout.rect import Rect
+from runtime.config import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
+from runtime.data.batch import Batch
+from runtime.engine import Engine
+from runtime.moe.config import MoEConfig
+from runtime.parallel.mesh import ParallelMesh
+
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+
+
+def make_engine(config: ModelConfig, device: torch.device, lr: float, granularity: Any = "none") -> Engine:
+    """Build an engine of one rank with random weights that depend on names alone."""
+    parallel = ParallelConfig()
+    moe = MoEConfig(num_experts=config.num_experts, topk=config.topk, aux_loss_coeff=(0.01,))
+    optim, recompute = OptimConfig(lr=lr), RecomputeConfig(granularity=granularity)
+    engine = Engine(config, parallel, moe, optim, recompute, ParallelMesh(parallel), device)
+    engine.load_state(random_weights(config), with_optimizer=False)
+    return engine
+
+
+def random_weights(config: ModelConfig) -> Callable[[str, Rect], np.ndarray[Any, Any]]:
+    """Read rectangles of weights that are made when asked for; norms are 1."""
+    pool = np.random.default_rng(0).standard_normal(1_000_003, np.float32) * np.float32(0.02)
+
+    def read(name: str, rect: Rect) -> np.ndarray[Any, Any]:
+        if "norm" in name:
+            return np.ones(rect.shape, np.float32)
+        shift = int.from_bytes(name.encode(), "little") % len(pool)
+        return np.resize(np.roll(pool, shift), rect.shape)
+
+    return read
+
+
+def flops_per_token(config: ModelConfig, positions: int) -> float:
+    """Forward and backward, without recomputation: 6 for each active weight, and causal attention."""
+    hidden, attention = config.hidden_size, config.num_heads * config.head_dim
+    kv = config.num_kv_heads * config.head_dim
+    layer = hidden * (2 * attention + 2 * kv) + 3 * config.topk * hidden * config.ffn_hidden_size
+    layer += hidden * config.num_experts
+    weights = config.num_layers * layer + hidden * config.vocab_size
+    return 6.0 * weights + 6.0 * config.num_layers * positions * attention
+
+
+def text_batch(config: ModelConfig, batch: int, positions: int, step: int) -> Batch:
+    """Sequences with structure to learn: each token follows from the two before it, with some noise."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(config.vocab_size, size=(batch, positions + 1))
+    for place in range(2, positions + 1):
+        rule = (tokens[:, place - 1] * 3 + tokens[:, place - 2]) % min(config.vocab_size, 97)
+        tokens[:, place] = np.where(rng.random(batch) < 0.9, rule, tokens[:, place])
+    data = torch.from_numpy(tokens)
+    return Batch(tokens=data[:, :-1].contiguous(), labels=data[:, 1:].contiguous())
+
+
+def compare(device: torch.device, num_steps: int) -> None:
+    """Print loss curves of bf16 on the device and fp32 on the CPU."""
+    curves = []
+    for dtype, where in (("float32", torch.device("cpu")), ("bfloat16", device)):
+        config = ModelConfig(
+            model_type="mixtral", hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64,
+            ffn_hidden_size=512, vocab_size=512, num_experts=8, topk=2, dtype=dtype,
+        )  # fmt: skip
+        engine = make_engine(config, where, lr=1e-3)
+        curves.append([engine.train_step([text_batch(config, 8, 128, s)]).lm_loss for s in range(num_steps)])
+    print("step   fp32 cpu   bf16 device   relative")
+    for step in range(0, num_steps, max(1, num_steps // 10)):
+        a, b = curves[0][step], curves[1][step]
+        print(f"{step:4} {a:10.4f} {b:13.4f} {abs(a - b) / a:10.4f}")
+    worst = max(abs(a - b) / a for a, b in zip(*curves, strict=True))
+    print(f"largest relative difference over {num_steps} steps: {worst:.4f}\n")
+
+
+def measure(config: ModelConfig, args: argparse.Namespace, device: torch.device) -> None:
+    """Print speed, memory and profile of one model."""
+    cuda = device.type == "cuda"
+    engine = make_engine(config, device, lr=1e-4, granularity=args.recompute)
+    batches = [text_batch(config, args.batch, args.positions, s) for s in range(args.microbatches)]
+    times = []
+    for step in range(args.steps + 2):
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        result = engine.train_step(batches)  # ends with a read of the device
+        if cuda:
+            torch.cuda.synchronize()
+        if step >= 2:
+            times.append(time.perf_counter() - start)
+    seconds = statistics.median(times)
+    tokens = args.batch * args.positions * args.microbatches
+    tflops = flops_per_token(config, args.positions) * tokens / seconds / 1e12
+    name = torch.cuda.get_device_name() if cuda else "CPU"
+    peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+    share = f" ({tflops / peak:.1%} of {peak:.0f} dense bf16)" if peak else ""
+    print(f"{name}: {config.num_layers} layers, {config.dtype}, {tokens} tokens a step, loss {result.lm_loss:.3f}")
+    print(f"{seconds * 1e3:.1f} ms a step (spread {min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}), "
+          f"{tokens / seconds:,.0f} tokens/s, {tflops:.0f} model TFLOP/s{share}")  # fmt: skip
+    memory(engine)
+    if args.profile:
+        profile(engine, batches, cuda)
+
+
+def memory(engine: Engine) -> None:
+    """Print memory by kind."""
+    shards = engine.store.shards
+    weights = sum(p.numel() * p.element_size() for p in engine.module.parameters())
+    masters = sum(s.master.numel() * s.master.element_size() for s in shards if s.separate_master)
+    grads = sum(s.grad_shard.numel() * s.grad_shard.element_size() for s in shards)
+    moments = 2 * sum(s.master.numel() * s.master.element_size() for s in shards)
+    kinds = {"weights": weights, "gradients": grads, "masters": masters, "moments": moments}
+    if engine.device.type == "cuda":
+        kinds["activations and buffers at the peak"] = torch.cuda.max_memory_allocated() - sum(kinds.values())
+    print("memory, GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in kinds.items()))
+
+
+def profile(engine: Engine, batches: list[Batch], cuda: bool) -> None:
+    """Print the operators and kernels that take the most time."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
+    with torch.profiler.profile(activities=activities) as prof:
+        engine.train_step(batches)
+        if cuda:
+            torch.cuda.synchronize()
+    events = prof.key_averages()
+    if not cuda:
+        print(events.table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))
+        return
+    kernels = sorted((e for e in events if e.device_type.name == "CUDA"), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in kernels)
+    print(f"kernels: {total / 1e3:.1f} ms of device time in a step")
+    for event in kernels[:30]:
+        time_us = event.self_device_time_total
+        print(f"{time_us / 1e3:8.2f} ms {time_us / total:6.1%} {event.count:5} x  {event.key[:100]}")
+
+
+def main() -> None:
+    """Parse the options and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sizes = {"layers": 6, "hidden": 2048, "ffn": 7168, "batch": 2, "positions": 4096, "microbatches": 1, "steps": 8}
+    for option, default in sizes.items():
+        parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--compare", type=int, default=0, metavar="STEPS")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.compare:
+        compare(device, args.compare)
+    config = ModelConfig(
+        model_type="mixtral", hidden_size=args.hidden, num_layers=args.layers, num_heads=args.hidden // 128 or 1,
+        num_kv_heads=max(1, args.hidden // 512), head_dim=128, ffn_hidden_size=args.ffn, vocab_size=32000,
+        num_experts=8, topk=2, dtype=args.dtype,
+    )  # fmt: skip
+    if args.steps:
+        measure(config, args, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -63,8 +63,12 @@ class Checkpoint:
 
     @cached_property
     def carried_bytes(self) -> dict[str, bytes]:
-        """The carried files' contents; once read, they stay when the folder goes."""
-        return {name: read_inside(self.root, name) for name in self.carried}
+        """The carried files' contents, those of a sharded checkpoint as the manifest records them; once read, they stay when the folder goes."""
+        found = {name: read_inside(self.root, name) for name in self.carried}
+        for name, (size, digest) in self.manifest.carried.items() if self.manifest else ():
+            if len(found[name]) != size or checksum(found[name]) != digest:
+                raise IntegrityError(f"{self.root / name}: differs from its checksum in {MANIFEST}; restore the file")
+        return found
 
     def read(self, name: str, rect: Rect | None = None) -> np.ndarray[Any, Any]:
         """Read a part of a tensor from whatever files hold it, and only that.

@@ -287,10 +287,13 @@ def test_changed_config_or_carried_file_of_shards(tmp_path: Path, shards: Path) 
     with pytest.raises(MoeconvError, match=r"experts|config\.json"):
         open_checkpoint(shards)
     path.write_text(whole)
+    (shards / "tokenizer.json").write_text('{"any": "x"}')
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json"):
+        write_hf(open_checkpoint(shards), tmp_path / "export", None, Options())
     (shards / "tokenizer.json").unlink()
     with pytest.raises(SourceError, match=r"tokenizer\.json"):
-        write_hf(open_checkpoint(shards), tmp_path / "export", None, Options())
-    assert not (tmp_path / "export").exists()
+        write_sharded(open_checkpoint(shards), tmp_path / "export", Degrees(), Options())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["shards", "source"]
 
 
 def test_nan_bytes_pass_unchanged(tmp_path: Path) -> None:

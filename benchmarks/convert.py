@@ -70,6 +70,7 @@ class Row:
             raise RuntimeError(f"{' '.join(command)} failed with exit code {code}")
         self.seconds.append(float(seconds))
         self.memory = max(self.memory, int(kib) * 1024)
+        print(f"{self.name}: {float(seconds):.2f} s", file=sys.stderr, flush=True)
 
 
 def mixtral_config(scale: int) -> dict[str, Any]:

@@ -29,7 +29,10 @@ _COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "reshard": ("cli.convert:reshard", "Turn shards into shards of another layout."),
         "export-hf": ("cli.convert:export_hf", "Turn shards back into a Hugging Face checkpoint."),
         "import-megatron": ("cli.megatron:import_megatron", "Turn a Megatron-Core checkpoint into shards."),
-        "export-megatron": ("cli.megatron:export_megatron", "Turn shards or a Hugging Face checkpoint into a Megatron-Core one."),
+        "export-megatron": (
+            "cli.megatron:export_megatron",
+            "Turn shards or a Hugging Face checkpoint into a Megatron-Core one.",
+        ),
     },
     "Look and check": {
         "inspect": ("cli.check:inspect", "Show a checkpoint's model, layout and ranks."),

@@ -131,8 +131,8 @@ class Router(nn.Module):
         config, weights = self.config, scored.routing.weights_TK
         values: list[tuple[str, Tensor, float]] = []
         if config.z_loss_coeff > 0:
-            mean = scored.square_sum / max(logits_TE.shape[0], 1)
-            values.append(("z_loss", mean / group_size(self.groups.tp_cp), config.z_loss_coeff))
+            tokens = _sum_over(scored.counts_E.new_full((), logits_TE.shape[0]), self.groups.tp_cp)
+            values.append(("z_loss", scored.square_sum / tokens.clamp(min=1), config.z_loss_coeff))
         if config.aux_loss_mode == "hf":
             self.logits = logits_TE  # layers are pooled first: the loss is the model's, see hf_load_balancing_loss
         else:

@@ -53,7 +53,7 @@ def group_limited_topk(scores_TE: Tensor, topk: int, num_groups: int, group_topk
     Source: https://arxiv.org/abs/2412.19437, node-limited routing, as generalised by
         https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/transformer/moe/moe_utils.py
     """
-    grouped = scores_TE.view(scores_TE.shape[0], num_groups, -1)
+    grouped = scores_TE.view(-1, num_groups, scores_TE.shape[1] // num_groups)
     group_scores = grouped.topk(topk // group_topk, dim=-1).values.sum(-1)
     best = group_scores.topk(group_topk, dim=-1).indices
     allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)

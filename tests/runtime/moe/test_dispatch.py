@@ -1,0 +1,163 @@
+"""Dispatchers on several gloo ranks give the one-rank result: outputs, losses, every gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from runtime.moe.config import MoEConfig
+from runtime.moe.groups import MoEGroups
+from runtime.moe.layer import MoELayer
+from tests.runtime.moe.oracle import relative
+from tests.runtime.ranks import RankPool
+
+HIDDEN, WIDTH = 12, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Ranks are ep x etp, etp innermost; all of them share one sequence group for the losses."""
+
+    ep: int = 1
+    etp: int = 1
+    tokens: tuple[int, ...] = ()
+    sequence_parallel: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "ep2": Case(ep=2, tokens=(9, 9)),
+    "ep4 uneven tokens, one rank without": Case(ep=4, tokens=(5, 0, 11, 1)),
+    "etp2": Case(etp=2, tokens=(7, 7)),
+    "ep2 etp2": Case(ep=2, etp=2, tokens=(6, 6, 6, 6)),
+    "ep2 etp2 uneven": Case(ep=2, etp=2, tokens=(3, 8, 0, 5)),
+    "tokens not sequence-parallel": Case(ep=2, etp=2, tokens=(10,), sequence_parallel=False),
+    "every token to two experts of one rank": Case(
+        ep=4, tokens=(4, 4, 4, 4), options={"num_groups": 4, "group_topk": 1}
+    ),
+    "sequence loss": Case(ep=2, tokens=(8, 8), options={"load_balancing": ("seq_aux_loss",)}),
+    "recompute": Case(ep=2, etp=2, tokens=(6, 6, 6, 6), options={"recompute_layer": True}),
+    "shared expert": Case(ep=2, tokens=(5, 6), options={"shared_expert_intermediate_size": 6}),
+}
+
+
+def build(options: dict[str, Any], groups: MoEGroups | None) -> MoELayer:
+    config = MoEConfig(
+        num_experts=8,
+        topk=2,
+        gemm_backend="loop",
+        router_dtype="fp64",
+        aux_loss_coeff=(0.3,),
+        z_loss_coeff=0.1,
+        **options,
+    )
+    return MoELayer(config, groups, hidden_size=HIDDEN, ffn_hidden_size=WIDTH, dtype=torch.float64)
+
+
+def fill(layer: MoELayer, ep_rank: int = 0, etp_rank: int = 0) -> None:
+    """Each rank takes its part of the same global weights."""
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.5
+
+    num_local, width = layer.experts.num_local_experts, layer.experts.w2.shape[2]
+    router, w13, w2 = draw(8, HIDDEN), draw(8, 2, WIDTH, HIDDEN), draw(8, HIDDEN, WIDTH)
+    own = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
+    columns = slice(etp_rank * width, (etp_rank + 1) * width)
+    layer.router.weight.data.copy_(router)
+    layer.experts.w13.data.copy_(w13[own, :, columns].flatten(1, 2))
+    layer.experts.w2.data.copy_(w2[own, :, columns])
+    if layer.shared is not None:
+        for parameter in layer.shared.parameters():
+            parameter.data.copy_(draw(*parameter.shape))
+
+
+def tokens_of(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    total = sum(case.tokens)
+    x = torch.randn(total, HIDDEN, generator=generator, dtype=torch.float64)
+    grad = torch.randn(total, HIDDEN, generator=generator, dtype=torch.float64)
+    return x, grad, torch.arange(total) % 2
+
+
+def collect(layer: MoELayer, out: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    result = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    result |= {f"loss {name}": value for name, value in layer.stats.losses.items()}
+    return {
+        key: value.detach() for key, value in (result | {"out": out, "x": x.grad, "load": layer.stats.load_E}).items()
+    }
+
+
+def run_rank(case: Case, dispatcher: str) -> dict[str, torch.Tensor]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ep_rank, etp_rank = divmod(rank, case.etp)
+
+    def group(members: list[list[int]]) -> dist.ProcessGroup | None:
+        made = [dist.new_group(ranks) for ranks in members]
+        return next(g for g, ranks in zip(made, members, strict=True) if rank in ranks)
+
+    everyone = list(range(size))
+    groups = MoEGroups(
+        ep=group([[e * case.etp + t for e in range(case.ep)] for t in range(case.etp)]),
+        etp=group([[e * case.etp + t for t in range(case.etp)] for e in range(case.ep)]),
+        tp=group([everyone]),
+        tp_cp=group([everyone]),
+        tp_dp_cp=group([everyone]),
+        sequence_parallel=case.sequence_parallel,
+    )
+    layer = build(case.options | {"dispatcher": dispatcher}, groups)
+    fill(layer, ep_rank, etp_rank)
+    x, grad, sequence = tokens_of(case)
+    if case.sequence_parallel:
+        start = sum(case.tokens[:rank])
+        own = slice(start, start + case.tokens[rank])
+        x, grad, sequence = x[own].clone(), grad[own], sequence[own]
+    x.requires_grad_()
+    out = layer(x, sequence, 2)
+    out.backward(grad)
+    return collect(layer, out, x)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with contextlib.closing(RankPool(4)) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_equal_one_rank(pool: RankPool, name: str, dispatcher: str) -> None:
+    case = CASES[name]
+    results = pool.run(case.ep * case.etp, run_rank, case, dispatcher)
+    layer = build(case.options, None)
+    fill(layer)
+    x, grad, sequence = tokens_of(case)
+    x.requires_grad_()
+    out = layer(x, sequence, 2)
+    out.backward(grad)
+    expected = collect(layer, out, x)
+
+    def joined(key: str) -> torch.Tensor:
+        return torch.cat([result[key] for result in results]) if case.sequence_parallel else results[0][key]
+
+    def expert_weight(key: str) -> torch.Tensor:
+        rows = [results[e * case.etp : (e + 1) * case.etp] for e in range(case.ep)]
+        if key == "experts.w2":
+            return torch.cat([torch.cat([r[key] for r in row], dim=2) for row in rows])
+        return torch.cat([torch.cat([r[key].unflatten(1, (2, -1)) for r in row], dim=2) for row in rows]).flatten(1, 2)
+
+    for key, value in expected.items():
+        if key in ("out", "x"):
+            actual = joined(key)
+        elif key.startswith("experts."):
+            actual = expert_weight(key)
+        else:  # summands: losses, load, and gradients of what sees other tokens on each rank
+            actual = torch.stack([result[key] for result in results]).sum(0)
+        assert relative(actual, value) < 1e-6 if key.startswith("loss") else relative(actual, value) < 1e-12, key

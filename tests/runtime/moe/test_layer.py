@@ -1,0 +1,249 @@
+"""The whole layer against transformers' Mixtral block and fp64 oracles."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from moeconv.errors import MoeconvError
+from runtime.moe.config import MoEConfig, MoEConfigError
+from runtime.moe.experts import grouped_mlp
+from runtime.moe.grouped_gemm import LoopGemm, resolve_backend
+from runtime.moe.layer import MoELayer
+from runtime.moe.permutation import plan_rows
+from runtime.moe.routing import choose, route
+from runtime.moe.tape import RoutingTape
+from tests.runtime.moe.oracle import dense, moe_output, relative
+
+
+def make(dtype: torch.dtype = torch.float64, **options) -> MoELayer:
+    torch.manual_seed(1)
+    options = {"num_experts": 4, "gemm_backend": "loop", "router_dtype": "fp64", "load_balancing": ("none",), **options}
+    module = MoELayer(MoEConfig(**options), hidden_size=16, ffn_hidden_size=24, dtype=dtype)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+@pytest.mark.parametrize("backend", ["torch", "loop"])
+def test_equals_transformers_mixtral_block(backend: str) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        experts_implementation="eager",
+    )
+    reference = MixtralSparseMoeBlock(config)
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    options = MoEConfig(num_experts=4, gemm_backend=backend)
+    module = MoELayer(options, hidden_size=32, ffn_hidden_size=48)
+    pairs = [
+        (module.router.weight, reference.gate.weight),
+        (module.experts.w13, reference.experts.gate_up_proj),
+        (module.experts.w2, reference.experts.down_proj),
+    ]
+    for ours, theirs in pairs:
+        ours.data.copy_(theirs.data)
+    x = torch.randn(2, 37, 32, requires_grad=True)
+    flat = x.detach().reshape(-1, 32).requires_grad_()
+    out = reference(x)
+    expected = out[0] if isinstance(out, tuple) else out
+    actual = module(flat)
+    assert relative(actual.view_as(expected), expected) < 1e-6
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    actual.backward(grad.view_as(actual))
+    assert relative(flat.grad.view_as(x), x.grad) < 1e-6
+    for ours, theirs in pairs:
+        assert relative(ours.grad, theirs.grad) < 1e-6
+
+
+@pytest.mark.parametrize("alignment", [1, 4])
+def test_gradcheck_with_empty_expert_and_dropped_choices(alignment: int) -> None:
+    torch.manual_seed(2)
+    num_tokens, topk, num_experts = 11, 2, 5
+    experts = torch.stack([torch.randperm(num_experts - 1)[:topk] for _ in range(num_tokens)])
+    experts[3, 1] = experts[4, 0] = experts[4, 1] = num_experts
+    plan = plan_rows(experts, num_experts, num_tokens * topk, alignment=alignment)
+    inputs = (
+        torch.randn(num_tokens, 6, dtype=torch.float64, requires_grad=True),
+        torch.rand(num_tokens, topk, dtype=torch.float64, requires_grad=True),
+        torch.randn(num_experts, 8, 6, dtype=torch.float64, requires_grad=True),
+        torch.randn(num_experts, 6, 4, dtype=torch.float64, requires_grad=True),
+    )
+
+    def run(x, weights, w13, w2):
+        return grouped_mlp(x, weights, w13, w2, plan, LoopGemm())
+
+    assert torch.autograd.gradcheck(run, inputs)
+    kept = torch.where(experts < num_experts, inputs[1], 0)
+    expected = moe_output(inputs[0], dense(experts, kept, num_experts)[0], inputs[2], inputs[3])
+    assert relative(run(*inputs), expected) < 1e-14
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"topk": 1},
+        {"topk": 4},
+        {"score_function": "sigmoid"},
+        {"load_balancing": ("sinkhorn",)},
+        {"load_balancing": ("expert_choice",)},
+        {"capacity_factor": 0.7},
+        {"capacity_factor": 0.7, "drop_policy": "position", "pad_to_capacity": True},
+        {"num_groups": 2, "group_topk": 1},
+    ],
+)
+@pytest.mark.parametrize("num_tokens", [33, 1, 0])
+def test_equals_every_expert_on_every_token(options: dict, num_tokens: int) -> None:
+    """Outputs and all gradients against autograd through the dense computation in fp64."""
+    module = make(**options)
+    x = torch.randn(num_tokens, 16, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(num_tokens, 16, dtype=torch.float64)
+    out = module(x)
+    out.backward(grad)
+    actual = [out, x.grad, *(p.grad for p in module.parameters())]
+    copies = [t.detach().clone().requires_grad_() for t in (x, *module.parameters())]
+    logits = copies[0] @ copies[1].t()
+    routing = route(logits, module.config, choose(logits, module.config, training=True))
+    weights, _ = dense(routing.experts_TK, routing.weights_TK, 4)
+    expected = moe_output(copies[0], weights, copies[2], copies[3])
+    expected.backward(grad)
+    for mine, other in zip(actual, [expected, *(c.grad for c in copies)], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_shared_expert(gated: bool) -> None:
+    module = make(shared_expert_intermediate_size=8, shared_expert_gate=gated)
+    x = torch.randn(9, 16, dtype=torch.float64)
+    shared = module.shared
+    routed = module(x) - shared(x)
+    expected = moe_output(x, torch.ones(9, 1, dtype=torch.float64), shared.w13[None], shared.w2[None])
+    if gated:
+        expected = torch.sigmoid(x @ shared.gate.t()) * expected
+    torch.testing.assert_close(shared(x), expected)
+    module.shared = None
+    torch.testing.assert_close(module(x), routed)
+
+
+def test_jitter_reaches_only_the_router_and_only_in_training() -> None:
+    module = make(input_jitter_eps=0.4)
+    x = torch.randn(64, 16, dtype=torch.float64)
+    module.eval()
+    assert torch.equal(module(x), module(x))
+    module.train()
+    torch.manual_seed(5)
+    routing = module.router(x)
+    torch.manual_seed(5)
+    noise = torch.empty_like(x).uniform_(0.6, 1.4)
+    chosen = choose((x * noise) @ module.router.weight.t(), module.config, training=True)
+    assert torch.equal(routing.chosen_TK, chosen)
+    torch.manual_seed(5)
+    weights, _ = dense(routing.experts_TK, routing.weights_TK, 4)
+    torch.testing.assert_close(module(x), moe_output(x, weights, module.experts.w13, module.experts.w2))
+
+
+def test_recompute_keeps_gradients_and_counts_once() -> None:
+    module, again = make(aux_loss_coeff=(0.1,), load_balancing=("aux_loss",)), make(recompute_layer=True)
+    again.load_state_dict(module.state_dict())
+    again.router.config = module.config
+    x = torch.randn(20, 16, dtype=torch.float64, requires_grad=True)
+    results = []
+    for run in (module, again, lambda t: checkpoint(module, t, use_reentrant=False, context_fn=RoutingTape().contexts)):
+        target = again if run is again else module
+        target.zero_grad()
+        target.reset_stats()
+        x.grad = None
+        run(x).square().sum().backward()
+        assert target.stats.num_tokens == 20
+        results.append([x.grad.clone(), *(p.grad.clone() for p in target.parameters())])
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_tape_keeps_choices_when_the_second_run_would_choose_otherwise() -> None:
+    module = make()
+    x = torch.randn(30, 16, dtype=torch.float64)
+    tape = RoutingTape()
+    first, second = tape.contexts()
+    with first:
+        chosen = module.router(x).chosen_TK
+    with torch.no_grad():
+        module.router.weight.neg_()
+    with second:
+        replayed = module.router(x)
+    assert torch.equal(replayed.chosen_TK, chosen)
+    assert not torch.equal(module.router(x).chosen_TK, chosen)
+    assert module.stats.num_microbatches == 2
+
+
+def test_statistics_and_non_finite_tokens() -> None:
+    module = make(capacity_factor=0.5)
+    x = torch.randn(40, 16, dtype=torch.float64)
+    x[7, 3] = float("nan")
+    x[9, 0] = float("inf")
+    module(x)
+    stats = module.stats
+    assert int(stats.nonfinite) == 2
+    assert int(stats.load_E.sum()) == stats.num_choices == 80
+    module.reset_stats()
+    module(torch.nan_to_num(x, posinf=1.0))
+    logits = torch.nan_to_num(x, posinf=1.0) @ module.router.weight.t()
+    capacity = 10
+    counts = torch.bincount(logits.topk(2).indices.flatten(), minlength=4)
+    assert int(module.stats.dropped) == int((counts - capacity).clamp(min=0).sum())
+    probabilities = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(module.stats.entropy, probabilities.entropy().sum().detach())
+
+
+def test_one_expert_takes_every_token() -> None:
+    module = make(topk=1)
+    x = torch.rand(50, 16, dtype=torch.float64) + 0.1
+    with torch.no_grad():
+        module.router.weight.fill_(-1.0)
+        module.router.weight[2] = 1.0
+    out = module(x)
+    out.sum().backward()
+    weights = torch.zeros(50, 4, dtype=torch.float64)
+    weights[:, 2] = 1
+    torch.testing.assert_close(out, moe_output(x, weights, module.experts.w13, module.experts.w2))
+    assert module.stats.load_E.tolist() == [0, 0, 50, 0]
+    for expert in (0, 1, 3):
+        assert float(module.experts.w13.grad[expert].abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_against_fp64(dtype: torch.dtype) -> None:
+    module = make(dtype, gemm_backend="torch", router_dtype="fp32")
+    x = torch.randn(64, 16).to(dtype)
+    out = module(x)
+    exact = make()
+    for mine, other in zip(exact.parameters(), module.parameters(), strict=True):
+        mine.data.copy_(other.data)
+    routing = module.router(x)
+    weights, _ = dense(routing.experts_TK, routing.weights_TK.double(), 4)
+    expected = moe_output(x.double(), weights, exact.experts.w13, exact.experts.w2)
+    assert relative(out, expected) < {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+
+
+def test_bad_input_and_backends_are_refused() -> None:
+    module = make()
+    with pytest.raises(MoeconvError, match="takes tokens"):
+        module(torch.randn(2, 3, 16, dtype=torch.float64))
+    with pytest.raises(MoeconvError, match="float32"):
+        module(torch.randn(3, 16))
+    cpu = torch.device("cpu")
+    with pytest.raises(MoEConfigError, match="float64"):
+        resolve_backend(MoEConfig(num_experts=2, gemm_backend="torch"), cpu, torch.float64)
+    for backend in ("grouped_gemm", "te", "triton"):
+        with pytest.raises(MoEConfigError, match=backend):
+            resolve_backend(MoEConfig(num_experts=2, gemm_backend=backend), cpu, torch.bfloat16)
+    assert resolve_backend(MoEConfig(num_experts=2), cpu, torch.float64) == "loop"
+    assert resolve_backend(MoEConfig(num_experts=2), cpu, torch.bfloat16) == "torch"

@@ -1,0 +1,149 @@
+"""The layer's GPU path against fp64 and against itself; needs a GPU, the grouped products a Hopper one."""
+
+import pytest
+import torch
+
+from runtime.moe.config import MoEConfig
+from runtime.moe.experts import grouped_mlp
+from runtime.moe.grouped_gemm import LoopGemm, make_gemm
+from runtime.moe.layer import MoELayer
+from runtime.moe.permutation import plan_rows
+from runtime.moe.router_linear import router_linear
+from tests.runtime.moe.oracle import relative
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+BF16 = torch.bfloat16
+BACKENDS = ["torch"]
+if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+    BACKENDS.append("triton")
+
+# tokens, hidden, width, experts, topk: multiples of the tile and not, one token, all tokens dropped, skew
+SHAPES = [
+    (500, 256, 256, 4, 2),
+    (3000, 512, 384, 8, 2),
+    (1000, 1536, 512, 64, 4),
+    (777, 2048, 768, 16, 8),
+    (1, 256, 128, 8, 2),
+    (300, 200, 96, 4, 2),
+    (130, 128, 128, 4, 4),
+]
+
+
+def random_case(shape: tuple[int, ...], *, dropped: float = 0.0, skew: float = 0.0) -> list[torch.Tensor]:
+    num_tokens, hidden, width, num_experts, topk = shape
+    scores = torch.randn(num_tokens, num_experts, device="cuda") - skew * torch.arange(num_experts, device="cuda")
+    experts = scores.topk(topk, -1).indices
+    experts = experts.masked_fill(torch.rand(num_tokens, topk, device="cuda") < dropped, num_experts)
+    return [
+        experts,
+        torch.randn(num_tokens, hidden, device="cuda").to(BF16),
+        torch.rand(num_tokens, topk, device="cuda") * (experts < num_experts),
+        (torch.randn(num_experts, 2 * width, hidden, device="cuda") / hidden**0.5).to(BF16),
+        (torch.randn(num_experts, hidden, width, device="cuda") / width**0.5).to(BF16),
+        torch.randn(num_tokens, hidden, device="cuda").to(BF16),
+    ]
+
+
+def poison() -> None:
+    """Leave NaN in the memory that the allocator hands out next."""
+    blocks = [
+        torch.full((size,), float("nan"), device="cuda") for size in (2**26, 2**24, 2**22, 2**20) for _ in range(3)
+    ]
+    del blocks
+
+
+def run(case: list[torch.Tensor], backend: str, dtype: torch.dtype, fused: bool = True) -> list[torch.Tensor]:
+    experts, x, weights, w13, w2, grad = case
+    num_experts = w13.shape[0]
+    gemm = LoopGemm() if backend == "loop" else make_gemm(backend)
+    leaves = [t.to(dtype).clone().requires_grad_() for t in (x, w13, w2)]
+    scale = (weights.double() if dtype == torch.float64 else weights).clone().requires_grad_()
+    plan = plan_rows(experts, num_experts, experts.numel(), alignment=gemm.row_alignment, fused=fused)
+    out = grouped_mlp(leaves[0], scale, leaves[1], leaves[2], plan, gemm, fused=fused)
+    out.backward(grad.to(dtype))
+    return [out.detach(), leaves[0].grad, scale.grad, leaves[1].grad, leaves[2].grad]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dropped", "skew"), [(0.0, 0.0), (0.2, 0.7), (1.0, 0.0)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_experts_against_fp64(backend: str, shape: tuple[int, ...], dropped: float, skew: float) -> None:
+    case = random_case(shape, dropped=dropped, skew=skew)
+    expected = run(case, "loop", torch.float64, fused=False)
+    poison()
+    for mine, other in zip(run(case, backend, BF16), expected, strict=True):
+        assert relative(mine, other) < 6e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_run_gives_the_same_bits(backend: str) -> None:
+    case = random_case((2000, 512, 256, 16, 4), skew=0.2)
+    first = run(case, backend, BF16)
+    for _ in range(5):
+        poison()
+        for mine, other in zip(run(case, backend, BF16), first, strict=True):
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_than_two_to_the_31_elements(backend: str) -> None:
+    """Row offsets past the range of int32: the last rows are right, not only the first."""
+    num_tokens, hidden, width, num_experts = 600_000, 4096, 128, 4
+    x = torch.randn(num_tokens, hidden, device="cuda", dtype=BF16)
+    experts = torch.randint(num_experts, (num_tokens, 1), device="cuda")
+    w13 = (torch.randn(num_experts, 2 * width, hidden, device="cuda") / hidden**0.5).to(BF16)
+    w2 = (torch.randn(num_experts, hidden, width, device="cuda") / width**0.5).to(BF16)
+    weights = torch.rand(num_tokens, 1, device="cuda")
+    gemm = make_gemm(backend)
+    plan = plan_rows(experts, num_experts, num_tokens, alignment=gemm.row_alignment)
+    with torch.no_grad():
+        out = grouped_mlp(x, weights, w13, w2, plan, gemm)
+    for rows in (slice(0, 64), slice(num_tokens - 64, num_tokens)):
+        for token in range(rows.start, rows.stop, 7):
+            expert = int(experts[token, 0])
+            gate, up = (w13[expert].double() @ x[token].double()).chunk(2)
+            expected = w2[expert].double() @ (torch.nn.functional.silu(gate) * up) * weights[token, 0].double()
+            assert relative(out[token], expected) < 1e-2
+
+
+def test_router_projection_is_exact_to_fp32() -> None:
+    x = torch.randn(1000, 512, device="cuda").to(BF16)
+    for dtype in (BF16, torch.float32):
+        weight = torch.randn(64, 512, device="cuda").to(dtype).requires_grad_()
+        leaf = x.clone().requires_grad_()
+        logits = router_linear(leaf, weight, torch.float32)
+        exact = x.double() @ weight.double().t()
+        assert relative(logits, exact) < 1e-6
+        grad = torch.randn_like(logits)
+        logits.backward(grad)
+        assert relative(weight.grad, grad.double().t() @ x.double()) < (1e-6 if dtype == torch.float32 else 4e-3)
+        assert relative(leaf.grad, grad.double() @ weight.double()) < 4e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.8}, {"load_balancing": ("expert_choice",)}])
+def test_layer_on_gpu_equals_layer_on_cpu(backend: str, options: dict) -> None:
+    torch.manual_seed(0)
+    options = {"num_experts": 8, "z_loss_coeff": 0.01, **options}
+    if "load_balancing" not in options:
+        options["aux_loss_coeff"] = (0.1,)
+    gpu = MoELayer(
+        MoEConfig(gemm_backend=backend, **options), hidden_size=256, ffn_hidden_size=128, dtype=BF16, device="cuda"
+    )
+    cpu = MoELayer(MoEConfig(gemm_backend="loop", **options), hidden_size=256, ffn_hidden_size=128, dtype=torch.float64)
+    for mine, other in zip(cpu.parameters(), gpu.parameters(), strict=True):
+        torch.nn.init.normal_(other, std=0.1)
+        mine.data.copy_(other.data.cpu())
+    x = torch.randn(300, 256).to(BF16)
+    inputs = [x.cuda().requires_grad_(), x.double().requires_grad_()]
+    for module, leaf in zip((gpu, cpu), inputs, strict=True):
+        module(leaf).square().mean().backward()
+    assert torch.equal(gpu.stats.load_E.cpu(), cpu.stats.load_E)
+    assert relative(inputs[0].grad.cpu(), inputs[1].grad) < 2e-2
+    for mine, other in zip(gpu.parameters(), cpu.parameters(), strict=True):
+        assert relative(mine.grad.cpu(), other.grad) < 2e-2
+    for name, value in cpu.stats.losses.items():
+        assert float(gpu.stats.losses[name]) == pytest.approx(float(value), rel=1e-4)

@@ -1,0 +1,153 @@
+"""Each kernel against plain torch in fp64: fresh inputs, poisoned outputs, odd sizes, empty experts.
+
+On a GPU the kernels run compiled, without one in Triton's interpreter.
+"""
+
+import pytest
+import torch
+
+from runtime.moe import passes
+from runtime.moe.permutation import RowPlan, plan_rows
+from tests.runtime.moe.oracle import relative
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZES = [(37, 2, 4, 1, 48, 33), (60, 3, 7, 16, 130, 64), (1, 1, 1, 1, 8, 8), (5, 4, 4, 8, 32, 16), (0, 2, 3, 4, 16, 8)]
+
+
+def plans(num_tokens: int, topk: int, num_experts: int, alignment: int) -> tuple[torch.Tensor, RowPlan]:
+    """Random choices, a fifth of them dropped, the last expert empty where there are others."""
+    usable = max(topk, num_experts - 1)
+    experts = torch.stack([torch.randperm(usable)[:topk] for _ in range(num_tokens)] or [torch.zeros(topk)]).long()
+    experts = experts[:num_tokens].to(DEVICE)
+    experts[torch.rand(experts.shape, device=DEVICE) < 0.2] = num_experts
+    plan = plan_rows(experts, num_experts, num_tokens * topk, alignment=alignment, fused=False)
+    return experts, plan
+
+
+@pytest.fixture
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory of the kernels' outputs holds NaN, so that an element that nobody writes is seen."""
+    new_empty, empty_like, empty = torch.Tensor.new_empty, torch.empty_like, torch.empty
+
+    def filled(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -(10**6))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: filled(new_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: filled(empty_like(*a, **k)))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: filled(empty(*a, **k)))
+
+
+pytestmark = pytest.mark.usefixtures("_poison")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "topk", "num_experts", "alignment", "_d", "_f"), [*SIZES, (300, 3, 37, 128, 0, 0)]
+)
+def test_counting_sort(num_tokens: int, topk: int, num_experts: int, alignment: int, _d: int, _f: int) -> None:
+    from runtime.kernels.counting_sort import counting_sort, expert_of_tiles
+
+    experts, plan = plans(num_tokens, topk, num_experts, alignment)
+    order = counting_sort(experts, num_experts, plan.num_rows, alignment)
+    assert torch.equal(order.offsets_E, plan.offsets_E)
+    assert torch.equal(order.slot_of_row_R, plan.slot_of_row_R)
+    assert torch.equal(order.row_of_slot_TK, plan.row_of_slot_TK)
+    if alignment > 1:
+        tiles = expert_of_tiles(order.offsets_E, plan.num_rows, alignment)
+        starts = torch.arange(plan.num_rows // alignment, device=DEVICE) * alignment
+        assert torch.equal(tiles, torch.searchsorted(order.offsets_E.long(), starts, right=True).int())
+
+
+@pytest.mark.parametrize(("num_tokens", "topk", "num_experts", "alignment", "hidden", "width"), SIZES)
+def test_gather_and_sum(num_tokens: int, topk: int, num_experts: int, alignment: int, hidden: int, width: int) -> None:
+    from runtime.kernels.permute import gather_rows, sum_rows
+
+    _, plan = plans(num_tokens, topk, num_experts, alignment)
+    end = int(plan.offsets_E[-1])
+    x = torch.randn(num_tokens, hidden, device=DEVICE)
+    rows = gather_rows(x, plan.row_of_slot_TK, plan.slot_of_row_R, plan.offsets_E, alignment)
+    assert torch.equal(rows[:end], passes.gather_rows(x, plan, fused=False)[:end])
+    values = torch.randn(plan.num_rows, hidden, device=DEVICE)
+    values[end:] = float("nan")  # rows of no expert: nothing may read them
+    total = sum_rows(values, plan.row_of_slot_TK)
+    expected = passes.sum_rows(values.double(), plan, fused=False)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_tokens", "topk", "num_experts", "alignment", "hidden", "width"), SIZES)
+def test_swiglu(num_tokens: int, topk: int, num_experts: int, alignment: int, hidden: int, width: int) -> None:
+    from runtime.kernels.swiglu import swiglu_backward, swiglu_forward
+
+    _, plan = plans(num_tokens, topk, num_experts, alignment)
+    end, slots = int(plan.offsets_E[-1]), plan.slot_of_row_R
+    hidden_pre = torch.randn(plan.num_rows, 2 * width, device=DEVICE)
+    weights = torch.rand(num_tokens, topk, device=DEVICE)
+    grad = torch.randn(plan.num_rows, width, device=DEVICE)
+    out = swiglu_forward(hidden_pre, weights, slots, plan.offsets_E)
+    expected = passes.swiglu(hidden_pre.double(), weights.double(), plan, fused=False)
+    torch.testing.assert_close(out[:end].double(), expected[:end], rtol=1e-5, atol=1e-6)
+    expected = passes.swiglu_backward(hidden_pre.double(), weights.double(), grad.double(), plan, fused=False)
+    version = hidden_pre._version
+    actual = swiglu_backward(hidden_pre, weights, grad, slots, plan.offsets_E)
+    for mine, other, rows in zip(actual, expected, (end, None, end), strict=True):
+        torch.testing.assert_close(mine[:rows].double(), other[:rows], rtol=1e-5, atol=1e-5)
+    if plan.num_rows:
+        assert hidden_pre._version > version  # a second backward pass through it is an error
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "topk", "pre_softmax", "scale"),
+    [
+        (37, 4, 2, False, 1.0),
+        (130, 60, 8, False, 2.5),
+        (100, 64, 4, True, 1.0),
+        (5, 1, 1, False, 1.0),
+        (0, 8, 2, True, 1.0),
+    ],
+)
+def test_topk_softmax(num_tokens: int, num_experts: int, topk: int, pre_softmax: bool, scale: float) -> None:
+    from runtime.kernels.routing import topk_softmax
+
+    logits = torch.randn(num_tokens, num_experts, device=DEVICE, requires_grad=True)
+    exact = logits.detach().double().requires_grad_()
+    experts, weights, sums = topk_softmax(logits, topk, pre_softmax=pre_softmax, scale=scale)
+    probs = exact.softmax(-1)
+    values, chosen = exact.topk(topk, -1)
+    expected = (probs.gather(1, chosen) if pre_softmax else values.softmax(-1)) * scale
+    squares = exact.logsumexp(-1).square().sum()
+    assert torch.equal(experts, chosen)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-6)
+    counts = torch.bincount(chosen.flatten(), minlength=num_experts).double()
+    rest = [squares.view(1), torch.special.entr(probs).sum().view(1), squares.new_zeros(1)]
+    torch.testing.assert_close(sums.double(), torch.cat([probs.sum(0), counts, *rest]), rtol=1e-4, atol=1e-4)
+    for_weights = torch.randn(num_tokens, topk, device=DEVICE)
+    for_probs = torch.randn(num_experts, device=DEVICE)
+    ((weights * for_weights).sum() + (sums[:num_experts] * for_probs).sum() + 0.3 * sums[-3]).backward()
+    ((expected * for_weights).sum() + (probs.sum(0) * for_probs).sum() + 0.3 * squares).backward()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about the NaN that it is given
+def test_topk_softmax_ties_and_non_finite_tokens() -> None:
+    from runtime.kernels.routing import topk_softmax
+
+    logits = torch.zeros(4, 8, device=DEVICE)
+    logits[1, 3] = float("nan")
+    logits[2, 5] = float("inf")
+    experts, _, sums = topk_softmax(logits, 3, pre_softmax=False, scale=1.0)
+    assert experts[0].tolist() == [0, 1, 2]
+    assert int(sums[-1]) == 2
+    assert int(experts.min()) >= 0
+    assert int(experts.max()) < 8
+
+
+def test_bf16_and_fp16_are_rounded_once() -> None:
+    from runtime.kernels.swiglu import swiglu_forward
+
+    _, plan = plans(64, 2, 4, 1)
+    end = int(plan.offsets_E[-1])
+    weights = torch.rand(64, 2, device=DEVICE)
+    for dtype, bound in ((torch.bfloat16, 5e-3), (torch.float16, 6e-4)):
+        hidden = torch.randn(plan.num_rows, 64, device=DEVICE).to(dtype)
+        out = swiglu_forward(hidden, weights, plan.slot_of_row_R, plan.offsets_E)
+        expected = passes.swiglu(hidden.double(), weights.double(), plan, fused=False)
+        assert relative(out[:end], expected[:end]) < bound

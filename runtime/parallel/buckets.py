@@ -12,7 +12,7 @@ checkpoint it is a few rectangles (`topology.blocks`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class _Pending:
     """Gradients that a bucket still waits for, and the reduction under way."""
 
     count: int = 0
+    untouched: set[int] = field(default_factory=set)
+    """Starts of the slots whose gradients are still those of the step before."""
     work: Any = None
     launched: bool = False
 
@@ -99,6 +101,18 @@ class Bucket:
             begin, end = max(slot.start, self._begin), min(slot.start + slot.size, last)
             if begin < end:
                 yield ShardPart(slot, begin - slot.start, end - slot.start, begin - self._begin)
+
+    def accumulate(self, slot: Slot, parameter: Tensor) -> None:
+        """Add the gradient that autograd has left at a parameter; the first of a step replaces what was there."""
+        if parameter.grad is None:
+            return
+        total = self.grad_view(slot)
+        if slot.start in self.pending.untouched:
+            self.pending.untouched.discard(slot.start)
+            total.copy_(parameter.grad)
+        else:
+            total.add_(parameter.grad)
+        parameter.grad = None
 
     def held(self) -> Iterator[StoredRange]:
         """The weights that this rank must load: all."""
@@ -206,12 +220,8 @@ class BucketStore:
                     owner._parameters[name] = replaced[id(parameter)]
 
     def _collector(self, bucket: Bucket, slot: Slot) -> Any:
-        total = bucket.grad_view(slot)
-
         def collect(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                total.add_(parameter.grad)
-                parameter.grad = None
+            bucket.accumulate(slot, parameter)
             bucket.pending.count -= 1
             if bucket.pending.count == 0:
                 bucket.reduce(wait=False)
@@ -219,23 +229,23 @@ class BucketStore:
         return collect
 
     def begin(self, num_backwards: int | None) -> None:
-        """Set gradients to zero before a step.
+        """Start the gradients of a step.
 
         Args:
             num_backwards: backward passes that each parameter will see, so that a bucket's reduction can start with
                 the last; None where that isn't known: reductions then start at the end.
         """
         for bucket in self._buckets:
-            bucket.grads.zero_()
-            bucket.pending = _Pending(count=num_backwards * len(bucket.slots) if num_backwards else 0)
+            count = num_backwards * len(bucket.slots) if num_backwards else 0
+            bucket.pending = _Pending(count=count, untouched={slot.start for slot in bucket.slots})
 
     def finish(self) -> None:
         """Finish all reductions: after this `grad_shard` holds the gradients of the global batch."""
         for bucket in self._buckets:
             for slot, parameter in zip(bucket.slots, bucket.parameters, strict=True):
-                if parameter.grad is not None:  # from a schedule that doesn't run the hooks
-                    bucket.grad_view(slot).add_(parameter.grad)
-                    parameter.grad = None
+                bucket.accumulate(slot, parameter)  # what comes from a schedule that doesn't run the hooks
+                if slot.start in bucket.pending.untouched:
+                    bucket.grad_view(slot).zero_()
         for bucket in self._buckets:
             bucket.reduce(wait=False)
         for bucket in self._buckets:

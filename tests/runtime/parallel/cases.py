@@ -31,6 +31,7 @@ CASES = (
     # Experts and attention on different grids.
     case("tp2 sp ep2", 4, {"tp": 2, "ep": 2} | SP),
     case("tp2 sp ep2 etp1", 2, {"tp": 2, "ep": 2, "etp": 1} | SP),
+    case("tp2 sp ep2 etp1 dp2", 4, {"tp": 2, "ep": 2, "etp": 1} | SP),
     case("tp2 sp ep4 etp1", 4, {"tp": 2, "ep": 4, "etp": 1} | SP),
     case("tp4 sp ep2", 8, {"tp": 4, "ep": 2} | SP),
     case("ep4", 4, {"ep": 4}),
@@ -51,6 +52,7 @@ CASES = (
     case("pp2 ep2", 4, {"pp": 2, "ep": 2}),
     case("pp2 tp2 sp ep2", 8, {"pp": 2, "tp": 2, "ep": 2} | SP),
     case("pp2 cp2 dp2", 8, {"pp": 2, "cp": 2} | DIST),
+    case("pp4", 4, {"pp": 4}),
     case("pp2 uneven", 2, {"pp": 2, "pp_layers": (3, 1)}),
     case("pp2 a stage without MoE", 4, {"pp": 2, "ep": 2}, dense_layers=(0, 1)),
     case("pp4 fewer micro-batches than stages", 4, {"pp": 4}, num_microbatches=2),

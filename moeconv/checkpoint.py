@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -244,6 +245,7 @@ def finish_checkpoint(folder: Path, source: Checkpoint, degrees: Degrees, record
     check_complete(source.model, parts, str(folder))
     trainer = folder / TRAINER
     carried = {name: data for name, data in source.carried_bytes.items() if name != TRAINER}
+    carried[CONFIG] = _with_dtype(carried[CONFIG], source, records)
     try:
         for name, data in carried.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -256,6 +258,23 @@ def finish_checkpoint(folder: Path, source: Checkpoint, degrees: Degrees, record
         write_bytes(folder / MANIFEST, manifest.encode())
     except OSError as error:
         raise WriteError(f"{folder}: can't be written: {error.strerror or error}") from None
+
+
+def _with_dtype(config: bytes, source: Checkpoint, records: list[FileRecord]) -> bytes:
+    """Give config.json's bytes; where training changed the weights' dtype, it says the new one, else a reader would cast them back."""
+    before = {name: info.dtype for name, info in source.tensors.items()}
+    changed = {
+        t.dtype
+        for r in records
+        for t in r.tensors
+        if split_optimizer_name(t.name)[0] is None and t.dtype != before[t.name]
+    }
+    table = json.loads(config)
+    keys = [key for key in ("dtype", "torch_dtype") if key in table]
+    if len(changed) != 1 or not keys:
+        return config
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+    return (json.dumps(table | dict.fromkeys(keys, names[changed.pop()]), indent=2) + "\n").encode()
 
 
 def make_manifest(

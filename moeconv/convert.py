@@ -67,6 +67,8 @@ def write_sharded(source: Checkpoint, out: Path, degrees: Degrees, options: Opti
     Raises:
         MoeconvError: anything is wrong; then `out` does not exist.
     """
+    if source.kind == "hf" and TRAINER in source.carried:
+        raise SourceError(f"{source.root / TRAINER}: training checkpoints keep their own file of this name; rename it")
     plan = plan_sharded(source, degrees)
 
     def close(folder: Path, records: dict[str, FileRecord]) -> None:

@@ -93,6 +93,17 @@ def test_refusals(call: Call, mixtral: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 
 
+def test_a_source_with_a_training_checkpoints_own_file_is_refused(call: Call, mixtral: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in mixtral.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    (source / "trainer.json").write_text("{}")
+    result = call("import-hf", source, tmp_path / "a")
+    assert (result.exit_code, "trainer.json" in result.stderr) == (1, True)
+    assert not (tmp_path / "a").exists()
+
+
 def test_usage_errors_exit_2(call: Call, mixtral: Path, tmp_path: Path) -> None:
     assert call("import-hf", mixtral, tmp_path / "a", "--tp", 0).exit_code == 2
     assert call("export-hf", mixtral, tmp_path / "a", "--max-shard-size", "many").exit_code == 2

@@ -24,7 +24,7 @@ from runtime.model.embedding import cross_entropy, take_positions, vocabulary_ra
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import moe_layers, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
-from runtime.optim.adamw import AdamW, clip_coefficient, squared_norm
+from runtime.optim.adamw import AdamW, squared_norm
 from runtime.optim.loss_scale import LossScale
 from runtime.parallel import state as states
 from runtime.parallel.buckets import BucketStore
@@ -130,15 +130,10 @@ class Engine:
         self.store.begin(len(tokens) if self._runner.counts_backwards else None)
         self._runner.run(tokens, labels, backward=True)
         self.store.finish()
-        result = self._collect(num_tokens, len(tokens))
-        if self._accept(result, tokens, labels):
-            coefficient = clip_coefficient(result.grad_norm, self._optim.clip_grad)
-            divisor = torch.full((), self.loss_scale.scale / coefficient, dtype=torch.float32, device=self.device)
-            self.optimizer.step(divisor)
-            self.store.weights_from_masters()
-            for layer in moe_layers(self.module):
-                layer.finish_step()
-            self.loss_scale.success(self._optim)
+        sums = self._sum_over_ranks(num_tokens)
+        self._update(sums)
+        result = self._report(sums.cpu(), len(tokens) * self.mesh.size("dp"))
+        self._conclude(result, tokens, labels)
         return result
 
     @torch.no_grad()
@@ -283,31 +278,50 @@ class Engine:
             loss = attach_loss(loss, pooled * self._moe.aux_losses[0][1], layers[0].loss_scale)
         return loss
 
-    def _collect(self, num_tokens: Tensor, num_microbatches: int) -> StepResult:
-        """Sum everything that is reported over all ranks, stages without MoE layers included, and read it."""
+    def _sum_over_ranks(self, num_tokens: Tensor) -> Tensor:
+        """Sum everything that is reported over all ranks, stages without MoE layers included.
+
+        Returns:
+            fp64 on the device: squared gradient norm, loss, routing statistics, tokens of the global batch.
+        """
         numbers = torch.stack([squared_norm(self.store.shards, self.device), self._loss_sum])
         packed = torch.cat([numbers, self._metrics.pack()])
         if self.mesh.world_size > 1:
             dist.all_reduce(packed)
-        packed = torch.cat([packed, num_tokens.view(1)]).cpu()
-        routing = self._metrics.unpack(packed[2:-1], num_microbatches * self.mesh.size("dp"))
+        return torch.cat([packed, num_tokens.view(1)])
+
+    def _update(self, sums: Tensor) -> None:
+        """Update the weights unless a number is not finite; decided on the device, so that the host needn't wait."""
+        scale, limit = self.loss_scale.scale, self._optim.clip_grad
+        norm = sums[0].sqrt() / scale
+        # As torch.nn.utils.clip_grad_norm_ has it, 1e-6 keeps the division safe.
+        coefficient = (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
+        bad = ~torch.isfinite(sums[:2]).all()
+        self.optimizer.step(scale / coefficient, bad)
+        self.store.weights_from_masters()
+
+    def _report(self, sums: Tensor, num_microbatches: int) -> StepResult:
+        routing = self._metrics.unpack(sums[2:-1], num_microbatches)
         return StepResult(
-            lm_loss=float(packed[1] / packed[-1]),
+            lm_loss=float(sums[1] / sums[-1]),
             aux_loss=routing.aux_loss,
             z_loss=routing.z_loss,
-            grad_norm=float(packed[0].sqrt()) / self.loss_scale.scale,
+            grad_norm=float(sums[0].sqrt()) / self.loss_scale.scale,
             expert_load=routing.load,
-            skipped=not bool(torch.isfinite(packed[:2]).all()),
+            skipped=not bool(torch.isfinite(sums[:2]).all()),
         )
 
-    def _accept(self, result: StepResult, tokens: Sequence[Tensor], labels: Sequence[Tensor]) -> bool:
-        """Decide whether to update; every rank sees the same numbers and decides alike."""
+    def _conclude(self, result: StepResult, tokens: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
+        """Account for the step; every rank sees the same numbers and decides alike."""
         if not result.skipped:
-            return True
+            self.optimizer.num_steps += 1
+            self.loss_scale.success(self._optim)
+            for layer in moe_layers(self.module):
+                layer.finish_step()
+            return
         overflow = self._context.dtype == torch.float16 and self.loss_scale.overflow(self._optim)
-        if overflow or self._optim.skip_nonfinite:
-            return False
-        raise diagnose(self.module, self.store, self.mesh, lambda: self._again(tokens, labels), result.lm_loss)
+        if not (overflow or self._optim.skip_nonfinite):
+            raise diagnose(self.module, self.store, self.mesh, lambda: self._again(tokens, labels), result.lm_loss)
 
     @torch.no_grad()
     def _again(self, tokens: Sequence[Tensor], labels: Sequence[Tensor]) -> None:

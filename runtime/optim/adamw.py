@@ -25,6 +25,7 @@ class AdamW:
         """
         self.shards = shards
         self.num_steps = 0
+        """Updates so far, those that were skipped not counted."""
         groups = [
             {
                 "params": [shard.master for shard in shards if shard.topology.decay is decay],
@@ -61,21 +62,21 @@ class AdamW:
         for shard in self.shards:
             self._torch.state[shard.master]["step"].fill_(num_steps)
 
-    def step(self, grad_divisor: Tensor) -> None:
+    def step(self, grad_divisor: Tensor, skip: Tensor) -> None:
         """Update the masters.
 
         Args:
-            grad_divisor: 0-dim fp32; gradients are divided by it first (loss scale over clip coefficient).
+            grad_divisor: 0-dim; gradients are divided by it first (loss scale over clip coefficient).
+            skip: 0-dim bool; true leaves weights, moments and step counts as they are.
         """
         for shard in self.shards:
             shard.master.grad = shard.grad_shard
-        # The fused kernel divides by this attribute, which torch.amp.GradScaler sets in the same way.
-        self._torch.grad_scale = grad_divisor  # type: ignore[attr-defined]
-        self._torch.found_inf = None  # type: ignore[attr-defined]
+        # The attributes through which torch.amp.GradScaler talks to the fused kernel: nothing is read back by the host.
+        self._torch.grad_scale = grad_divisor.float()  # type: ignore[attr-defined]
+        self._torch.found_inf = skip.float()  # type: ignore[attr-defined]
         self._torch.step()
         for shard in self.shards:
             shard.master.grad = None
-        self.num_steps += 1
 
 
 def squared_norm(shards: Iterable[Shard], device: torch.device) -> Tensor:
@@ -95,18 +96,3 @@ def squared_norm(shards: Iterable[Shard], device: torch.device) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=device)
     norms: list[Tensor] = torch._foreach_norm(grads)  # type: ignore[assignment]
     return torch.stack(list(norms)).double().square().sum()
-
-
-def clip_coefficient(norm: float, limit: float) -> float:
-    """The factor that brings a gradient of this norm to the limit, at most 1.
-
-    Args:
-        norm: global gradient norm.
-        limit: largest norm; 0 doesn't clip.
-
-    Returns:
-        The factor.
-
-    Source: torch.nn.utils.clip_grad_norm_, which adds 1e-6 to the norm.
-    """
-    return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0

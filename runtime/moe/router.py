@@ -101,7 +101,8 @@ class Router(nn.Module):
         logits = router_linear(self._jitter(x_TD), self.weight, ROUTER_DTYPES[config.router_dtype])
         tape = active_tape()
         counting = tape is None or not tape.replaying
-        if _fusable(config, logits) and counting:
+        # With a tape both runs take the same path: checkpointing compares what they save for the backward pass.
+        if _fusable(config, logits) and tape is None:
             scored = score_fused(logits, config)
         else:
             chosen = tape.replay() if tape is not None and tape.replaying else None

@@ -1,0 +1,64 @@
+"""The engine on a GPU: bf16 beside fp32 on the CPU, and recomputation on the kernels that a GPU gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.config import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
+from runtime.data.batch import Batch
+from runtime.engine import Engine
+from runtime.moe.config import MoEConfig
+from runtime.parallel.mesh import ParallelMesh
+from tests.runtime.parallel.parity import initial_reader
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+def make_engine(dtype: Any, device: str, granularity: Any = "none", **moe: Any) -> Engine:
+    config = ModelConfig(
+        model_type="mixtral", hidden_size=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64,
+        ffn_hidden_size=128, vocab_size=256, num_experts=8, topk=2, dtype=dtype,
+    )  # fmt: skip
+    parallel = ParallelConfig()
+    options = MoEConfig(num_experts=8, topk=2, aux_loss_coeff=(0.02,), z_loss_coeff=1e-3, **moe)
+    recompute = RecomputeConfig(granularity=granularity)
+    engine = Engine(
+        config, parallel, options, OptimConfig(lr=1e-3), recompute, ParallelMesh(parallel), torch.device(device)
+    )
+    engine.load_state(initial_reader(config), with_optimizer=False)
+    return engine
+
+
+def batch(step: int) -> Batch:
+    tokens = torch.randint(32, (4, 129), generator=torch.Generator().manual_seed(step))
+    return Batch(tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous())
+
+
+def test_bf16_follows_fp32_on_the_cpu() -> None:
+    gpu, cpu = make_engine("bfloat16", "cuda"), make_engine("float32", "cpu")
+    for step in range(10):
+        got, want = gpu.train_step([batch(step)]), cpu.train_step([batch(step)])
+        assert got.lm_loss == pytest.approx(want.lm_loss, rel=0.02)
+        assert got.aux_loss == pytest.approx(want.aux_loss, rel=0.02)
+        assert got.grad_norm == pytest.approx(want.grad_norm, rel=0.1)
+
+
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+def test_recompute_gives_the_same_step(granularity: str) -> None:
+    plain, again = make_engine("bfloat16", "cuda"), make_engine("bfloat16", "cuda", granularity)
+    want, got = plain.train_step([batch(0)]), again.train_step([batch(0)])
+    assert got.lm_loss == pytest.approx(want.lm_loss, rel=1e-3)
+    assert got.grad_norm == pytest.approx(want.grad_norm, rel=1e-2)
+
+
+def test_recomputed_moe_layers_give_the_same_step() -> None:
+    plain, again = make_engine("bfloat16", "cuda"), make_engine("bfloat16", "cuda", recompute_layer=True)
+    want, got = plain.train_step([batch(0)]), again.train_step([batch(0)])
+    assert got.lm_loss == want.lm_loss
+    assert got.grad_norm == pytest.approx(want.grad_norm, rel=1e-3)

@@ -16,6 +16,7 @@ from runtime.moe import passes
 from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend
 from runtime.moe.permutation import RowPlan, plan_rows
+from runtime.moe.te_experts import TransformerEngineExperts
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -117,7 +118,7 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn_local_size, dtype=dtype, device=device))
         self.fused = config.permute_fusion
         self._config = config
-        self._gemm: tuple[torch.device, torch.dtype, GroupedGemm] | None = None
+        self._gemm: tuple[torch.device, torch.dtype, GroupedGemm | TransformerEngineExperts] | None = None
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -131,12 +132,19 @@ class Experts(nn.Module):
         """Experts of this rank."""
         return self.w13.shape[0]
 
-    def gemm(self) -> GroupedGemm:
+    def gemm(self) -> GroupedGemm | TransformerEngineExperts:
         """The backend for the device and dtype that the weights are in now."""
         key = (self.w13.device, self.w13.dtype)
         if self._gemm is None or self._gemm[:2] != key:
-            self._gemm = (*key, make_gemm(resolve_backend(self._config, *key)))
+            name = resolve_backend(self._config, *key)
+            made = TransformerEngineExperts(self._config, self.w13, self.w2) if name == "te" else make_gemm(name)
+            self._gemm = (*key, made)
         return self._gemm[2]
+
+    @property
+    def backend(self) -> str:
+        """Name of the grouped GEMM in use: what auto resolved to."""
+        return resolve_backend(self._config, self.w13.device, self.w13.dtype)
 
     def plan(self, experts_TK: Tensor, max_rows: int) -> RowPlan:
         """Order choices of this rank's experts as the backend needs them; arguments as of `plan_rows`."""
@@ -151,7 +159,10 @@ class Experts(nn.Module):
         """
         if x_TD.dtype != self.w13.dtype:
             raise MoeconvError(f"experts hold {self.w13.dtype} weights but got {x_TD.dtype} tokens; cast one of them")
-        return grouped_mlp(x_TD, weights_TK, self.w13, self.w2, plan, self.gemm(), fused=self.fused)
+        gemm = self.gemm()
+        if isinstance(gemm, TransformerEngineExperts):
+            return gemm(x_TD, weights_TK, self.w13, self.w2, plan, fused=self.fused)
+        return grouped_mlp(x_TD, weights_TK, self.w13, self.w2, plan, gemm, fused=self.fused)
 
 
 class SharedExpert(nn.Module):

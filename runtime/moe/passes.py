@@ -151,6 +151,33 @@ class _Permute(torch.autograd.Function):
         return grad, rows_to_slots(grad_weights_R, ctx.plan), None, None
 
 
+class _PermuteTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, plan: RowPlan, fused: bool) -> Tensor:
+        ctx.plan, ctx.fused = plan, fused
+        return gather_rows(x_TD, plan, fused=fused)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        return sum_rows(grad_RD.contiguous(), ctx.plan, fused=ctx.fused), None, None
+
+
+class _SwiGLURows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_R2F: Tensor, weights_TK: Tensor, plan: RowPlan, fused: bool) -> Tensor:
+        ctx.save_for_backward(hidden_R2F, weights_TK)
+        ctx.plan, ctx.fused = plan, fused
+        return swiglu(hidden_R2F, weights_TK, plan, fused=fused)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weights = ctx.saved_tensors
+        # Copies: autograd may still want both tensors, and the kernel writes over what it is given.
+        args = (hidden.clone(), weights, grad_RF.clone(), ctx.plan)
+        grad_hidden, grad_weights, _ = swiglu_backward(*args, fused=ctx.fused)
+        return grad_hidden, grad_weights, None, None
+
+
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, plan: RowPlan, fused: bool) -> Tensor:
@@ -180,3 +207,13 @@ def permute(x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, *, fused: bool) -> 
 def unpermute(rows_RD: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
     """Sum of each token's rows, differentiable; see `sum_rows`."""
     return cast(Tensor, _Unpermute.apply(rows_RD, plan, fused))  # type: ignore[no-untyped-call]
+
+
+def permute_tokens(x_TD: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
+    """Rows in expert order, differentiable; see `gather_rows`."""
+    return cast(Tensor, _PermuteTokens.apply(x_TD, plan, fused))  # type: ignore[no-untyped-call]
+
+
+def swiglu_rows(hidden_R2F: Tensor, weights_TK: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
+    """Weighted SwiGLU of the rows, differentiable; see `swiglu`."""
+    return cast(Tensor, _SwiGLURows.apply(hidden_R2F, weights_TK, plan, fused))  # type: ignore[no-untyped-call]

@@ -147,3 +147,39 @@ def test_layer_on_gpu_equals_layer_on_cpu(backend: str, options: dict) -> None:
         assert relative(mine.grad.cpu(), other.grad) < 2e-2
     for name, value in cpu.stats.losses.items():
         assert float(gpu.stats.losses[name]) == pytest.approx(float(value), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "bound"),
+    [
+        ("grouped_gemm", {}, 6e-3),
+        ("te", {}, 8e-3),
+        ("te", {"fp8_format": "hybrid", "fp8_recipe": "delayed"}, 0.15),
+        ("te", {"fp8_format": "hybrid", "fp8_recipe": "tensorwise"}, 0.15),
+        ("te", {"fp8_format": "e4m3", "fp8_recipe": "blockwise"}, 0.15),
+    ],
+)
+def test_other_backends_against_fp64(backend: str, options: dict, bound: float) -> None:
+    pytest.importorskip("transformer_engine" if backend == "te" else backend)
+    torch.manual_seed(0)
+    config = MoEConfig(num_experts=4, topk=2, load_balancing=("none",), gemm_backend=backend, **options)
+    layer = MoELayer(config, hidden_size=512, ffn_hidden_size=256, dtype=BF16, device="cuda")
+    exact = MoELayer(
+        MoEConfig(num_experts=4, topk=2, load_balancing=("none",), gemm_backend="loop"),
+        hidden_size=512,
+        ffn_hidden_size=256,
+        dtype=torch.float64,
+    )
+    for mine, other in zip(exact.parameters(), layer.parameters(), strict=True):
+        torch.nn.init.normal_(other, std=0.1)
+        mine.data.copy_(other.data.cpu())
+    x = torch.randn(600, 512).to(BF16)
+    inputs = [x.cuda().requires_grad_(), x.double().requires_grad_()]
+    grad = torch.randn(600, 512).to(BF16)
+    outs = [layer(inputs[0]), exact(inputs[1])]
+    outs[0].backward(grad.cuda())
+    outs[1].backward(grad.double())
+    assert relative(outs[0].cpu(), outs[1]) < bound
+    assert relative(inputs[0].grad.cpu(), inputs[1].grad) < bound
+    for mine, other in zip(layer.experts.parameters(), exact.experts.parameters(), strict=True):
+        assert relative(mine.grad.cpu(), other.grad) < bound

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import megatron.core.transformer.moe.moe_utils as megatron_moe
-
-MEGATRON: ModuleType = megatron_moe
 
 
 def dense(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from runtime.moe import losses
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import MoELayer
-from tests.runtime.moe.oracle import MEGATRON
+from tests.runtime.moe.megatron_reference import MEGATRON
 
 
 def layer(**options) -> MoELayer:

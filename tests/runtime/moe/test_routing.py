@@ -5,7 +5,8 @@ import torch
 
 from runtime.moe.config import MoEConfig, MoEConfigError
 from runtime.moe.routing import Routing, best_tokens, choose, expert_capacity, route, sinkhorn
-from tests.runtime.moe.oracle import MEGATRON, dense
+from tests.runtime.moe.megatron_reference import MEGATRON
+from tests.runtime.moe.oracle import dense
 
 
 def route_dense(logits: torch.Tensor, config: MoEConfig, training: bool = True, bias: torch.Tensor | None = None):

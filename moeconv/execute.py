@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -207,7 +207,10 @@ def open_strips(
 
 @dataclass
 class _Run:
-    """A plan under way: what is left of each file, and the checksums so far."""
+    """A plan under way: what is left of each file, and the checksums so far.
+
+    Files go to the disk on a thread of their own, so that copying never waits for it.
+    """
 
     plan: Plan
     root: Path
@@ -216,6 +219,8 @@ class _Run:
     progress: Progress
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    finisher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    finishing: list[Future[None]] = field(default_factory=list)
     left: dict[str, int] = field(default_factory=dict)
     digests: dict[tuple[str, str, Rect], str] = field(default_factory=dict)
 
@@ -256,10 +261,10 @@ class _Run:
             self.finish(next(f for f in self.plan.files if f.name == file))
 
     def finish(self, file: TargetFile) -> None:
-        """Complete a file whose pieces are all written."""
+        """Have a file completed whose pieces are all written."""
         digests = [self.digests[file.name, piece.tensor, piece.rect] for piece in file.pieces]
-        with self.lock:
-            self.staging.finish(file.name, {"header": checksum(file.header.raw), "digests": digests})
+        record = {"header": checksum(file.header.raw), "digests": digests}
+        self.finishing.append(self.finisher.submit(self.staging.finish, file.name, record))
 
 
 def check_sum(root: Path, piece: Piece, checksums: Mapping[tuple[str, str], str], hasher: Any) -> None:
@@ -312,7 +317,10 @@ def execute(
             _create(staging.temporary(file.name), file)
             if not file.pieces:
                 run.finish(file)
-        _run_all(run, [job for job in plan.jobs if any(p.file in run.left for p in job.targets)], workers)
+        with run.finisher:
+            _run_all(run, [job for job in plan.jobs if any(p.file in run.left for p in job.targets)], workers)
+        for future in run.finishing:
+            future.result()
     except MoeconvError:
         raise
     except OSError as error:

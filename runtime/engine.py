@@ -230,7 +230,8 @@ class Engine:
         from runtime.parallel.pipeline import Pipeline
 
         shape, dtype = self._activation_shape, self._context.dtype
-        return Pipeline(stages, self.mesh, self.device, parallel.pp_schedule, shape, dtype, self._loss)
+        loss, collect = self._loss, self.store.collect
+        return Pipeline(stages, self.mesh, self.device, parallel.pp_schedule, shape, dtype, loss, collect)
 
     def _to_device(self, batches: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [

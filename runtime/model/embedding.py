@@ -1,6 +1,6 @@
 """The two ends of the model, split over tp along the vocabulary: token embedding, output head, cross entropy.
 
-Legend: S positions, B sequences, D hidden size, V rows of the vocabulary on this rank.
+Legend: S positions, B sequences, T tokens (S * B), D hidden size, V rows of the vocabulary on this rank.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from runtime.data.batch import IGNORED_LABEL
 from runtime.model.context import ModelContext, rows
 from runtime.parallel.collectives import Group, group_size
 from runtime.parallel.context import local_positions
+from runtime.parallel.shards import wide_dtype
 from runtime.parallel.topology import Topology, tag
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 # Rows are padded to this multiple in memory: matrix products with odd widths are slow on GPUs.
 _ROW_MULTIPLE = 8
+_CHUNK_ELEMENTS = 2**26
 
 
 def vocabulary_range(context: ModelContext) -> tuple[int, int]:
@@ -104,39 +106,52 @@ class Head(nn.Module):
         return F.linear(self._context.enter(x_SBD), self.weight)
 
 
+def _chunks(logits_TV: Tensor) -> list[slice]:
+    """Ranges of tokens whose logits are widened at a time, so that fp32 copies of all logits never exist."""
+    step = max(1, _CHUNK_ELEMENTS // max(1, logits_TV.shape[1]))
+    return [slice(begin, begin + step) for begin in range(0, logits_TV.shape[0], step)]
+
+
+def _widen(logits_TV: Tensor) -> Tensor:
+    return logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Keeps the logits as they came and one number a token; the probabilities are computed again for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, group: Group) -> Tensor:
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        rows = logits.shape[-1]
-        top = wide.amax(-1) if rows else wide.new_full(labels.shape, float("-inf"))
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, first: int, group: Group) -> Tensor:
+        num_rows = logits_TV.shape[1]
+        local_T = labels_T - first
+        mine_T = (local_T >= 0) & (local_T < num_rows)
+        index_T = torch.where(mine_T, local_T, 0)
+        top_T = logits_TV.new_full(labels_T.shape, float("-inf"), dtype=wide_dtype(logits_TV.dtype))
+        if num_rows:
+            top_T = logits_TV.amax(-1).to(top_T.dtype)
         if group_size(group) > 1:
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-        total = torch.exp(wide - top.unsqueeze(-1)).sum(-1)
-        local = labels - first
-        mine = (local >= 0) & (local < rows)
-        index = torch.where(mine, local, 0)
-        picked = wide.gather(-1, index.unsqueeze(-1)).squeeze(-1) if rows else torch.zeros_like(total)
-        picked = torch.where(mine, picked, 0)
+            dist.all_reduce(top_T, op=dist.ReduceOp.MAX, group=group)
+        sums_2T = torch.zeros(2, *labels_T.shape, dtype=top_T.dtype, device=top_T.device)
+        for chunk in _chunks(logits_TV) if num_rows else ():
+            wide = _widen(logits_TV[chunk])
+            sums_2T[1, chunk] = wide.gather(1, index_T[chunk].unsqueeze(1)).squeeze(1).masked_fill(~mine_T[chunk], 0)
+            sums_2T[0, chunk] = (wide - top_T[chunk].unsqueeze(1)).exp_().sum(1)
         if group_size(group) > 1:
-            both = torch.stack([total, picked])
-            dist.all_reduce(both, group=group)
-            total, picked = both.unbind()
-        lse = total.log() + top
-        valid = labels != IGNORED_LABEL
-        ctx.save_for_backward(logits, lse, index, mine, valid)
-        return torch.where(valid, lse - picked, 0)
+            dist.all_reduce(sums_2T, group=group)
+        lse_T = sums_2T[0].log() + top_T
+        valid_T = labels_T != IGNORED_LABEL
+        ctx.save_for_backward(logits_TV, lse_T, index_T, mine_T, valid_T)
+        return torch.where(valid_T, lse_T - sums_2T[1], 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, lse, index, mine, valid = ctx.saved_tensors
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        probs = torch.exp(wide - lse.unsqueeze(-1))
-        if logits.shape[-1]:
-            probs.scatter_add_(-1, index.unsqueeze(-1), -mine.to(probs.dtype).unsqueeze(-1))
-        return probs.mul_(torch.where(valid, grad, 0).unsqueeze(-1)).to(logits.dtype), None, None, None
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None]:
+        logits_TV, lse_T, index_T, mine_T, valid_T = ctx.saved_tensors
+        grad_T = torch.where(valid_T, grad_T, 0)
+        out_TV = torch.empty_like(logits_TV, memory_format=torch.contiguous_format)
+        for chunk in _chunks(logits_TV) if logits_TV.shape[1] else ():
+            probs = (_widen(logits_TV[chunk]) - lse_T[chunk].unsqueeze(1)).exp_()
+            probs.scatter_add_(1, index_T[chunk].unsqueeze(1), -mine_T[chunk].to(probs.dtype).unsqueeze(1))
+            out_TV[chunk] = probs.mul_(grad_T[chunk].unsqueeze(1))
+        return out_TV, None, None, None
 
 
 def cross_entropy(logits_SBV: Tensor, labels_SB: Tensor, first: int, group: Group) -> Tensor:
@@ -151,5 +166,5 @@ def cross_entropy(logits_SBV: Tensor, labels_SB: Tensor, first: int, group: Grou
     Returns:
         [S, B] nats in fp32 (fp64 for fp64), equal on every rank of the group.
     """
-    args = (logits_SBV, labels_SB, first, group)
-    return cast(Tensor, _CrossEntropy.apply(*args))  # type: ignore[no-untyped-call]
+    args = (logits_SBV.flatten(0, 1), labels_SB.flatten(), first, group)
+    return cast(Tensor, _CrossEntropy.apply(*args)).view_as(labels_SB)  # type: ignore[no-untyped-call]

@@ -119,6 +119,11 @@ class Bucket:
         for slot in self.slots:
             yield StoredRange(slot, 0, self.view(slot).view(-1))
 
+    def masters_from_weights(self) -> None:
+        """Take the weights as the masters: they were loaded from a checkpoint that is no more precise."""
+        if self.separate_master:
+            self.master.copy_(self.weight_shard)
+
     def written(self) -> Iterator[StoredRange]:
         """The weights that this rank saves: data-parallel copies take turns, parameter by parameter."""
         for place, slot in enumerate(self.slots):
@@ -239,11 +244,16 @@ class BucketStore:
             count = num_backwards * len(bucket.slots) if num_backwards else 0
             bucket.pending = _Pending(count=count, untouched={slot.start for slot in bucket.slots})
 
+    def collect(self) -> None:
+        """Take gradients that autograd has left at the parameters without running their hooks."""
+        for bucket in self._buckets:
+            for slot, parameter in zip(bucket.slots, bucket.parameters, strict=True):
+                bucket.accumulate(slot, parameter)
+
     def finish(self) -> None:
         """Finish all reductions: after this `grad_shard` holds the gradients of the global batch."""
         for bucket in self._buckets:
-            for slot, parameter in zip(bucket.slots, bucket.parameters, strict=True):
-                bucket.accumulate(slot, parameter)  # what comes from a schedule that doesn't run the hooks
+            for slot in bucket.slots:
                 if slot.start in bucket.pending.untouched:
                     bucket.grad_view(slot).zero_()
         for bucket in self._buckets:

@@ -82,6 +82,9 @@ class ShardedParameter:
         """The weights that this rank must load."""
         yield StoredRange(self.slot, self._begin, self.master)
 
+    def masters_from_weights(self) -> None:
+        """Nothing to do: the shard is both."""
+
     def written(self) -> Iterator[StoredRange]:
         """The weights that this rank saves, in the compute dtype."""
         yield StoredRange(self.slot, self._begin, self.master.to(self._dtype))
@@ -123,6 +126,10 @@ class FullyShardedStore:
         self._plain.begin(num_backwards)
         for shard in self._sharded:
             shard._parameter.grad = None
+
+    def collect(self) -> None:
+        """Take gradients of what is not sharded; the rest stays with FSDP."""
+        self._plain.collect()
 
     def finish(self) -> None:
         """Finish all reductions."""

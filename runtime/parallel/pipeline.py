@@ -35,6 +35,17 @@ class _Opaque(nn.Module):
         return out
 
 
+class _Stage(PipelineStage):
+    """A stage that says when a pass for weight gradients alone is over: no hooks of parameters run in it."""
+
+    collect: Callable[[], None]
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Compute weight gradients of a micro-batch, and have them collected."""
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        self.collect()
+
+
 class Pipeline:
     """This rank's stages, and a schedule for each number and shape of micro-batches that has come so far."""
 
@@ -47,6 +58,7 @@ class Pipeline:
         activation: Callable[[int, int], tuple[int, ...]],
         dtype: torch.dtype,
         loss: LossFunction,
+        collect: Callable[[], None],
     ) -> None:
         """Connect the stages.
 
@@ -57,10 +69,12 @@ class Pipeline:
             schedule: the order of forward and backward passes.
             activation: from sequences B and positions S of a micro-batch to the shape of what stages pass on.
             dtype: of the activations.
+            collect: called after each pass for weight gradients alone.
             loss: from output and labels of the last stage to the scalar whose gradient is taken.
         """
         self._stages, self._mesh, self._device = stages, mesh, device
         self._kind, self._activation, self._dtype, self._loss = schedule, activation, dtype, loss
+        self._collect = collect
         self._schedules: dict[tuple[int, int, int, bool], Schedule] = {}
 
     @property
@@ -94,9 +108,9 @@ class Pipeline:
         total = size * len(self._stages)
         between = torch.empty(self._activation(batch, positions), dtype=self._dtype, device="meta", requires_grad=True)
         tokens = torch.empty(batch, positions, dtype=torch.int64, device="meta")
-        stages: list[_PipelineStageBase] = [
+        mine = [
             # Shapes are known: nothing has to be inferred by a trial run. The last stage sends nothing on.
-            PipelineStage(
+            _Stage(
                 _Opaque(module),
                 place * size + rank,
                 total,
@@ -107,6 +121,9 @@ class Pipeline:
             )
             for place, module in enumerate(self._stages)
         ]
+        for stage in mine:
+            stage.collect = self._collect
+        stages: list[_PipelineStageBase] = list(mine)
         if self._kind == "zero-bubble":
             return ScheduleInterleavedZeroBubble(stages, num, loss_fn=self._loss, scale_grads=False)
         if len(stages) > 1:

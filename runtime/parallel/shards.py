@@ -92,6 +92,9 @@ class Shard(Protocol):
     def held(self) -> Iterator[StoredRange]:
         """The weights that this rank must load."""
 
+    def masters_from_weights(self) -> None:
+        """Take the weights as the masters."""
+
     def written(self) -> Iterator[StoredRange]:
         """The weights that this rank saves; data-parallel replicas save different ones."""
 
@@ -103,6 +106,9 @@ class Store(Protocol):
 
     def begin(self, num_backwards: int | None) -> None:
         """Set gradients to zero before a step of so many backward passes; None where that isn't known."""
+
+    def collect(self) -> None:
+        """Take gradients that autograd has left at the parameters without running their hooks."""
 
     def finish(self) -> None:
         """Finish all gradient reductions."""

@@ -93,11 +93,16 @@ def load_weights(shards: Sequence[Shard], read: Read) -> None:
         read: gives a rectangle of a tensor by its hub name.
     """
     for shard in shards:
+        exact = True
         for item in shard.held():
             slot, end = item.slot, item.begin + item.flat.numel()
             for block in blocks(slot.topology, slot.cols, item.begin, end):
-                block.of(item.flat, item.begin).copy_(to_tensor(read(block.name, block.rect)))
-        if shard.separate_master:
+                stored = to_tensor(read(block.name, block.rect))
+                exact = exact and item.flat.dtype in (stored.dtype, shard.master.dtype)
+                block.of(item.flat, item.begin).copy_(stored)
+        if exact:
+            shard.masters_from_weights()
+        else:
             _fill(shard, shard.master, read, "")
 
 

@@ -34,6 +34,8 @@ CASES = (
     case("tp2 sp ep2 etp1 dp2", 4, {"tp": 2, "ep": 2, "etp": 1} | SP),
     case("tp2 sp ep4 etp1", 4, {"tp": 2, "ep": 4, "etp": 1} | SP),
     case("tp4 sp ep2", 8, {"tp": 4, "ep": 2} | SP),
+    case("tp2 etp1", 2, {"tp": 2, "etp": 1}),
+    case("ep2 etp2 dp4 without tp", 4, {"ep": 2, "etp": 2}),
     case("ep4", 4, {"ep": 4}),
     case("ep8", 8, {"ep": 8}, num_microbatches=8),
     case("ep2 dp2", 4, {"ep": 2}),

@@ -11,6 +11,7 @@ from runtime.engine import NonFiniteError
 from tests.runtime.parallel.parity import Case, assemble, copies, global_batch, make_engine, own_share, run_rank
 from tests.runtime.ranks import RankPool
 
+ZERO_BUBBLE: dict[str, Any] = {"pp": 2, "ep": 2, "pp_schedule": "zero-bubble"}
 LAYOUT: dict[str, Any] = {"tp": 2, "ep": 2, "sp": True, "use_distributed_optimizer": True}
 SHARDED: dict[str, Any] = {"ep": 2, "fully_shard": True}
 
@@ -22,7 +23,10 @@ def steps(case: Case, num: int, optim: dict[str, Any]) -> list[Any]:
     return [results, copies(engine.state(with_optimizer=True)), engine.scalars()]
 
 
-@pytest.mark.parametrize("parallel", [LAYOUT, SHARDED], ids=["distributed-optimizer", "fully-sharded"])
+LAYOUTS = {"distributed-optimizer": LAYOUT, "fully-sharded": SHARDED, "zero-bubble": ZERO_BUBBLE}
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
 def test_bf16_follows_fp32_and_keeps_fp32_masters(parallel: dict[str, Any], pool: RankPool) -> None:
     case = Case(name="bf16", num_ranks=4, parallel=parallel, model={"dtype": "bfloat16"})
     ranks = pool.run(4, steps, case, 5, {"lr": 1e-2})

@@ -124,7 +124,8 @@ def plain(problem: Problem) -> Tensor:
 
 
 def compiled() -> Callable[[Problem], Tensor]:
-    function = torch.compile(experts_plain)
+    torch._dynamo.reset()  # else a second shape is compiled for any size, which is slower
+    function = torch.compile(experts_plain, dynamic=False)
 
     def run(problem: Problem) -> Tensor:
         experts, weights = route(problem)
@@ -192,7 +193,7 @@ def transformer_engine(problem: Problem) -> Callable[[Problem], Tensor]:
             for expert, view in enumerate(stack.unbind(0)):
                 setattr(module, f"weight{expert}", view)
         sizes = experts.flatten().bincount(minlength=num_experts).tolist()
-        rows, row_map = te.moe_permute(problem.x, experts.int(), num_out_tokens=-1, map_type="index")
+        rows, row_map = te.moe_permute(problem.x, experts.int(), num_out_tokens=experts.numel(), map_type="index")
         gate, up = first(rows, sizes).chunk(2, dim=-1)
         out = second(F.silu(gate) * up, sizes)
         return te.moe_unpermute(out, row_map, weights, map_type="index")

@@ -24,6 +24,7 @@ from moeconv.errors import IntegrityError, MoeconvError, SourceError, WriteError
 from moeconv.io.checksum import checksum, new
 from moeconv.io.manifest import FileRecord, TensorRecord
 from moeconv.io.staging import Staging, check_space
+from moeconv.io.writeback import start_writeback
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece, TensorInfo
 from moeconv.plan import Job, Plan, TargetFile
@@ -245,6 +246,8 @@ class _Run:
                 rows = sweep.read(sources, first, last)
                 sweep.write(outs, first, rows)
                 self.progress(rows.nbytes)
+            for out in outs:
+                start_writeback(out.fd, out.piece.begin, out.piece.nbytes)
             for source in sources:
                 hasher = source.hasher or hashers.get(source.piece.rect)
                 check_sum(self.root, source.piece, self.checksums, hasher)

@@ -82,7 +82,8 @@ class NameMap:
             return [Piece(name, kind, Rect.whole(tensor.shape), file, begin)]
         for alias, prefix in self._aliases:
             found = match(alias.name, name) if name.startswith(prefix) else None
-            if found is not None and found[0] is not None and found[0] < self.model.sizes["layers"]:
+            if found is not None and found[0] in self.model.moe_layers:
+                assert found[0] is not None
                 return self._alias_pieces(alias, found[0], name, kind, tuple(shape), file, begin)
         raise self._unknown(name, file)
 

@@ -62,7 +62,7 @@ def check_degrees(model: Model, degrees: Degrees) -> None:
             f"--etp {degrees.etp}: an expert's width of {sizes['ffn']} can't be shared evenly; {_fits(divisors(sizes['ffn'])[:12])} (--etp defaults to --tp)"
         )
     chunk_layers(sizes["layers"], degrees)
-    for rule in model.family.rules:
+    for rule in model.rules:
         if rule.split is not None and rule.split.axis == "tp" and rule.split.units is None and not rule.split.rounded:
             size = model.shape(rule)[rule.split.dim]
             if size % degrees.tp:
@@ -128,6 +128,8 @@ class Placement:
         """
         state, base = split_optimizer_name(name)
         tensor = self.model.tensors[base]
+        if not tensor.size:  # a shared expert of width 0
+            return [Stored(self.file(tensor, 0), Rect.whole(tensor.shape))]
         out: dict[Rect, str] = {}
         for rank, rect in enumerate(rank_rects(tensor, self.degrees)):
             if rect.size and rect not in out:

@@ -7,9 +7,18 @@ from typing import Any
 
 from moeconv.errors import MappingError
 from moeconv.families.base import Family
+from moeconv.families.dots1 import DOTS1
+from moeconv.families.glm4_moe import GLM4_MOE
+from moeconv.families.llama import LLAMA
+from moeconv.families.mistral import MISTRAL
 from moeconv.families.mixtral import MIXTRAL
+from moeconv.families.qwen2 import QWEN2
+from moeconv.families.qwen2_moe import QWEN2_MOE
+from moeconv.families.qwen3 import QWEN3
+from moeconv.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (MIXTRAL,)}
+_ALL = (MIXTRAL, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, DOTS1)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

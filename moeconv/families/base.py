@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from types import MappingProxyType
 from typing import Any, Literal
 
 from moeconv.errors import MappingError
 
 Axis = Literal["tp", "etp"]
 Where = Literal["first", "layers", "last"]
+Layers = Literal["all", "moe", "dense"]
 LAYER, EXPERT = "{layer}", "{expert}"
 
 
@@ -31,6 +33,7 @@ class TensorRule:
     """The tensors of one kind: a name with `{layer}` and `{expert}`, the sizes of its dimensions (`heads*head_dim`), its split.
 
     `absent_if` names a flag of the config (`tied`) under which the tensor need not be stored; `only_if` one without which it does not exist.
+    `layers` says whether every layer has it, or only those whose feed-forward part is a mixture of experts, or dense. A `buffer` is no parameter.
     """
 
     name: str
@@ -39,6 +42,8 @@ class TensorRule:
     where: Where = "layers"
     absent_if: str | None = None
     only_if: str | None = None
+    layers: Layers = "all"
+    buffer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,9 @@ class Family:
     """A model family as data.
 
     `sizes` says which config key gives each size; a tuple gives alternatives, and a size that no key gives is a default product of others.
-    `flags` says which config key gives each flag. `unsupported` maps a config key to the values that a family's tensors can't express.
+    `flags` says which config key gives each flag, with the value where the config is silent. `may_be_zero` names the sizes that need not be
+    at least 1. `dense_layers` says how a config names layers without experts. `roles` names the tensors of a feed-forward part by what they do:
+    `gate`, `up` and `down` of the dense one (`mlp.`), of an expert (`expert.`), of what every token passes (`shared.`), and the `router`.
     """
 
     name: str
@@ -82,7 +89,10 @@ class Family:
     sizes: Mapping[str, str | tuple[str, ...]]
     rules: tuple[TensorRule, ...]
     defaults: Mapping[str, str] = field(default_factory=dict)
-    flags: Mapping[str, str] = field(default_factory=dict)
+    flags: Mapping[str, str | tuple[str, bool]] = field(default_factory=dict)
+    may_be_zero: tuple[str, ...] = ()
+    dense_layers: Literal["none", "listed", "first"] = "none"
+    roles: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     aliases: tuple[Alias, ...] = ()
     source: str = ""
 
@@ -94,6 +104,7 @@ class Model:
     family: Family
     sizes: dict[str, int]
     flags: dict[str, bool]
+    moe_layers: frozenset[int]
 
     @classmethod
     def from_config(cls, family: Family, config: Mapping[str, Any]) -> Model:
@@ -118,19 +129,31 @@ class Model:
             if found is None:
                 raise MappingError(f"config.json has no {' or '.join(keys)}, which {family.name} needs")
             key, value = found
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise MappingError(f"config.json: {key} is {value!r}; expected a whole number of at least 1")
+            least = 0 if name in family.may_be_zero else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise MappingError(f"config.json: {key} is {value!r}; expected a whole number of at least {least}")
             sizes[name] = value
         for name, formula in family.defaults.items():
             if name not in sizes:
                 sizes[name] = _default(name, formula, sizes)
-        flags = {flag: bool(config.get(key, False)) for flag, key in family.flags.items()}
-        return cls(family, sizes, flags)
+        named = {flag: (key, False) if isinstance(key, str) else key for flag, key in family.flags.items()}
+        flags = {flag: bool(config.get(key, silent)) for flag, (key, silent) in named.items()}
+        return cls(family, sizes, flags, _moe_layers(family, config, sizes))
 
     @cached_property
     def tensors(self) -> dict[str, GlobalTensor]:
         """Every tensor by its hub name, in the order of the model; tensors that a flag makes optional included."""
         return {t.name: t for t in self._expand()}
+
+    @cached_property
+    def rules(self) -> tuple[TensorRule, ...]:
+        """The rules of the tensors that the model has."""
+        absent = {"moe": not self.moe_layers, "dense": len(self.moe_layers) == self.sizes["layers"]}
+        return tuple(
+            r
+            for r in self.family.rules
+            if (r.only_if is None or self.flags.get(r.only_if)) and not absent.get(r.layers, False)
+        )
 
     def optional(self, tensor: GlobalTensor) -> bool:
         """Say whether a checkpoint may lack the tensor (an output head tied to the embedding)."""
@@ -138,10 +161,9 @@ class Model:
 
     def _expand(self) -> Iterator[GlobalTensor]:
         for where in ("first", "layers", "last"):
-            rules = [
-                r for r in self.family.rules if r.where == where and (r.only_if is None or self.flags.get(r.only_if))
-            ]
             for layer in range(self.sizes["layers"]) if where == "layers" else (None,):
+                kind = "moe" if layer in self.moe_layers else "dense"
+                rules = [r for r in self.rules if r.where == where and (layer is None or r.layers in ("all", kind))]
                 for rule in rules:
                     if EXPERT not in rule.name:
                         yield self._tensor(rule, layer, None)
@@ -189,6 +211,19 @@ def match(template: str, name: str) -> tuple[int | None, int | None] | None:
         return None
     numbers = found.groupdict()
     return tuple(int(numbers[key]) if key in numbers else None for key in ("layer", "expert"))  # type: ignore[return-value]
+
+
+def _moe_layers(family: Family, config: Mapping[str, Any], sizes: Mapping[str, int]) -> frozenset[int]:
+    """Find the layers with experts, as transformers does: `mlp_only_layers` and `decoder_sparse_step`, or `first_k_dense_replace`."""
+    layers = range(sizes["layers"] if "experts" in sizes else 0)
+    if family.dense_layers == "listed":
+        listed, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+        return frozenset(layer for layer in layers if layer not in listed and (layer + 1) % step == 0)
+    if family.dense_layers == "first":
+        if "first_k_dense_replace" not in config:
+            raise MappingError(f"config.json has no first_k_dense_replace, which {family.name} needs")
+        return frozenset(layers[config["first_k_dense_replace"] :])
+    return frozenset(layers)
 
 
 def _default(name: str, formula: str, sizes: Mapping[str, int]) -> int:

@@ -39,6 +39,12 @@ MIXTRAL = Family(
         TensorRule("model.norm.weight", ("hidden",), where="last"),
         TensorRule("lm_head.weight", ("vocab", "hidden"), Split("tp", 0, rounded=True), "last", absent_if="tied"),
     ),
+    roles={
+        "router": _MOE + "gate.weight",
+        "expert.gate": _MOE + "experts.{expert}.w1.weight",
+        "expert.up": _MOE + "experts.{expert}.w3.weight",
+        "expert.down": _MOE + "experts.{expert}.w2.weight",
+    },
     # transformers 5 keeps experts fused in memory and writes these names with save_original_format=False.
     aliases=(
         Alias("model.layers.{layer}.mlp.gate.weight", (_MOE + "gate.weight",)),

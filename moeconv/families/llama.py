@@ -1,0 +1,18 @@
+"""Llama: a decoder with rotary positions and a gated feed-forward part; biases are options that the published models don't use."""
+
+from __future__ import annotations
+
+from moeconv.families.base import Family
+from moeconv.families.decoder import ENDS, MLP, MLP_BIASES, NORMS, PROJECTIONS, SIZES, biases, feed_forward, roles
+
+LLAMA = Family(
+    name="Llama",
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    sizes={**SIZES, "ffn": "intermediate_size"},
+    defaults={"head_dim": "hidden//heads"},
+    flags={"tied": "tie_word_embeddings", "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+    rules=(*ENDS, *NORMS, *PROJECTIONS, *biases("attention_bias", output=True), *MLP_BIASES, *feed_forward(MLP, "ffn")),
+    roles=roles(mlp=MLP),
+    source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/llama/modeling_llama.py",
+)

@@ -21,7 +21,7 @@ from moeconv.io.staging import Staging, check_free
 from moeconv.layout.degrees import Degrees
 from moeconv.pieces import NameMap
 from moeconv.placement import Placement, split_optimizer_name
-from moeconv.plan import Plan, TargetFile, make_plan, sharded_files
+from moeconv.plan import Plan, TargetFile, make_plan, safetensors_target, sharded_files
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -49,7 +49,8 @@ def plan_sharded(source: Checkpoint, degrees: Degrees) -> Plan:
         LayoutError: the model can't be split so.
     """
     placement = Placement(source.model, degrees)
-    return make_plan(source.tensors, source.pieces, sharded_files(source.tensors.values(), placement))
+    files = sharded_files(source.tensors.values(), placement)
+    return make_plan(source.tensors, source.pieces, files, ops=source.ops)
 
 
 def write_sharded(source: Checkpoint, out: Path, degrees: Degrees, options: Options) -> Plan:
@@ -75,7 +76,7 @@ def write_sharded(source: Checkpoint, out: Path, degrees: Degrees, options: Opti
         carried = {name: (len(data), checksum(data)) for name, data in source.carried_bytes.items()}
         write_bytes(folder / MANIFEST, make_manifest(source, degrees, list(records.values()), carried).encode())
 
-    _write(source, out, plan, source.carried_bytes, options, close)
+    write_plan(source, out, plan, source.carried_bytes, options, close)
     return plan
 
 
@@ -94,12 +95,11 @@ def plan_hf(source: Checkpoint, max_shard_size: int | None) -> tuple[Plan, bytes
     """
     tensors = {name: info for name, info in source.tensors.items() if split_optimizer_name(name)[0] is None}
     pieces = {name: source.pieces[name] for name in tensors}
-    assert source.manifest is not None
-    if max_shard_size is None and source.manifest.source:
+    if max_shard_size is None and source.manifest is not None and source.manifest.source:
         files, index = _own_files(source)
     else:
         files, index = _cut_files(source, list(tensors), max_shard_size or DEFAULT_SHARD_BYTES)
-    return make_plan(tensors, pieces, files), index
+    return make_plan(tensors, pieces, files, ops=source.ops), index
 
 
 def write_hf(source: Checkpoint, out: Path, max_shard_size: int | None, options: Options) -> Plan:
@@ -117,13 +117,13 @@ def write_hf(source: Checkpoint, out: Path, max_shard_size: int | None, options:
     Raises:
         MoeconvError: anything is wrong; then `out` does not exist.
     """
-    if source.kind != "sharded":
+    if source.folder is not None:
         raise SourceError(f"{source.root}: is a Hugging Face folder already")
     plan, index = plan_hf(source, max_shard_size)
     small = {name: data for name, data in source.carried_bytes.items() if name != TRAINER}
     if index is not None:
         small[INDEX] = index
-    _write(source, out, plan, small, options, lambda folder, records: None)
+    write_plan(source, out, plan, small, options, lambda folder, records: None)
     return plan
 
 
@@ -143,7 +143,7 @@ def _own_files(source: Checkpoint) -> tuple[list[TargetFile], bytes | None]:
             changed = True
             header = encode_header([(e.name, kinds[e.name], e.shape) for e in header.entries], header.metadata)
         pieces = [p for e in header.entries for p in names.pieces(e.name, e.dtype, e.shape, name, e.begin)]
-        files.append(TargetFile(name, header, tuple(pieces)))
+        files.append(safetensors_target(name, header, pieces))
         total += header.file_size - len(header.raw)
     index = source.manifest.index
     if index is not None and changed:
@@ -172,13 +172,8 @@ def _cut_files(source: Checkpoint, order: list[str], max_bytes: int) -> tuple[li
         infos = [source.tensors[name] for name in ordered]
         header = encode_header([(i.name, i.dtype, i.shape) for i in infos], {"format": "pt"})
         names = NameMap(source.model)
-        files.append(
-            TargetFile(
-                file,
-                header,
-                tuple(p for e in header.entries for p in names.pieces(e.name, e.dtype, e.shape, file, e.begin)),
-            )
-        )
+        pieces = (p for e in header.entries for p in names.pieces(e.name, e.dtype, e.shape, file, e.begin))
+        files.append(safetensors_target(file, header, pieces))
         weight_map.update(dict.fromkeys(group, file))
     if len(groups) == 1:
         return files, None
@@ -187,7 +182,7 @@ def _cut_files(source: Checkpoint, order: list[str], max_bytes: int) -> tuple[li
     return files, (json.dumps(table, indent=2) + "\n").encode()
 
 
-def _write(
+def write_plan(
     source: Checkpoint,
     out: Path,
     plan: Plan,
@@ -195,6 +190,19 @@ def _write(
     options: Options,
     close: Callable[[Path, dict[str, FileRecord]], None],
 ) -> None:
+    """Carry out a plan, all or nothing.
+
+    Args:
+        source: where the bytes are.
+        out: the folder to make.
+        plan: its files.
+        small: further files by name, written after those, in this order.
+        options: how to run.
+        close: writes what comes last, into the folder that it is given, with the records of the plan's files.
+
+    Raises:
+        MoeconvError: anything is wrong; then `out` does not exist.
+    """
     out = Path(os.path.abspath(out))
     check_free(out)
     if out.is_relative_to(os.path.abspath(source.root)):
@@ -205,7 +213,9 @@ def _write(
     staging = Staging(out, _identity(source, before, plan, small), resume=options.resume)
     try:
         progress = (
-            options.progress(sum(f.size for f in plan.files if f.name not in staging.done))
+            options.progress(
+                sum(j.info.nbytes for j in plan.jobs if any(t.file not in staging.done for t in j.targets))
+            )
             if options.progress
             else None
         )
@@ -237,7 +247,11 @@ def _stats(source: Checkpoint) -> dict[str, list[int]]:
 
 
 def _identity(source: Checkpoint, stats: dict[str, list[int]], plan: Plan, small: dict[str, bytes]) -> dict[str, Any]:
-    targets = b"".join(f"{f.name}\0{f.size}\0".encode() + f.header.raw for f in plan.files)
+    targets = b"".join(
+        part
+        for f in plan.files
+        for part in (f"{f.name}\0{f.size}\0{len(f.literals)}\0".encode(), *(data for _, data in f.literals))
+    )
     carried = b"".join(f"{name}\0{len(data)}\0".encode() + data for name, data in sorted(small.items()))
     return {
         "source files": stats,

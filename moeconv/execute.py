@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -21,7 +22,7 @@ import numpy as np
 
 from moeconv.dtypes import dtype
 from moeconv.errors import IntegrityError, MoeconvError, SourceError, WriteError
-from moeconv.io.checksum import checksum, new
+from moeconv.io.checksum import Crc32, checksum, combined_crc32, new
 from moeconv.io.manifest import FileRecord, TensorRecord
 from moeconv.io.staging import Staging, check_space
 from moeconv.io.writeback import start_writeback
@@ -113,7 +114,7 @@ class Sweep:
                 rows if whole else self.buffer("strip")[: (end - begin) * strip.width].reshape(end - begin, strip.width)
             )
             if piece_strides := strip.piece.strides:
-                np.copyto(data, _gather(strip, piece_strides, begin, end))
+                _gather(strip, piece_strides, begin, end, data)
             else:
                 _pread(strip, data, strip.position(begin))
             if strip.hasher is not None:
@@ -134,7 +135,8 @@ class Sweep:
                 packed = self.buffer("strip")[: (end - begin) * strip.width].reshape(end - begin, strip.width)
                 np.copyto(packed, data[:, strip.left : strip.right])
                 data = packed
-            strip.hasher.update(data.data)
+            if strip.hasher is not None:
+                strip.hasher.update(data.data)
             _pwrite(strip, data, strip.position(begin))
 
 
@@ -152,18 +154,19 @@ def _pread(strip: _Strip, data: Bytes, position: int) -> None:
         view, position = view[count:], position + count
 
 
-def _gather(strip: _Strip, strides: tuple[int, ...], begin: int, end: int) -> Bytes:
-    """Read rows of a piece that is not stored row by row (a transposed matrix), as bytes [rows, bytes a row]."""
+def _gather(strip: _Strip, strides: tuple[int, ...], begin: int, end: int, out: Bytes) -> None:
+    """Read rows of a piece that is not stored row by row (columns of a matrix, a transposed one) into `out`, [rows, bytes a row]."""
     piece, size = strip.piece, dtype(strip.piece.dtype).itemsize
-    last = piece.begin + size * (1 + sum((n - 1) * s for n, s in zip(piece.rect.shape, strides, strict=True)))
-    with mmap.mmap(strip.fd, 0, access=mmap.ACCESS_READ) as mapped:
-        if last > len(mapped):
-            raise SourceError(f"{piece.file}: ends inside {piece.tensor}; the file was truncated")
-        steps = [s * size for s in strides]
-        view = np.ndarray(piece.rect.shape, np.dtype(f"u{size}"), mapped, piece.begin, steps)
-        rows = view[begin - strip.first : end - strip.first].copy(order="C")
+    shape = (end - begin, *piece.rect.shape[1:])
+    first = piece.begin + size * (begin - strip.first) * strides[0]
+    last = first + size * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
+    if last > os.fstat(strip.fd).st_size:
+        raise SourceError(f"{piece.file}: ends inside {piece.tensor}; the file was truncated")
+    skip = first % mmap.ALLOCATIONGRANULARITY  # only these rows are mapped, and only while they are copied
+    with mmap.mmap(strip.fd, last - first + skip, access=mmap.ACCESS_READ, offset=first - skip) as mapped:
+        view = np.ndarray(shape, np.dtype(f"u{size}"), mapped, skip, [s * size for s in strides])
+        np.copyto(out.view(view.dtype).reshape(shape), view)
         del view  # the mapping closes only once nothing looks into it
-    return rows.view(np.uint8).reshape(end - begin, strip.width)
 
 
 def _pwrite(strip: _Strip, data: Bytes, position: int) -> None:
@@ -225,6 +228,11 @@ class _Run:
     left: dict[str, int] = field(default_factory=dict)
     digests: dict[tuple[str, str, Rect], str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Files that store CRC-32s of their own are checked by those.
+        self.archives = any(file.records for file in self.plan.files)
+        self.empty = (Crc32() if self.archives else new()).hexdigest()
+
     def job(self, job: Job) -> None:
         """Move one tensor."""
         targets = [piece for piece in job.targets if piece.file in self.left]
@@ -233,17 +241,21 @@ class _Run:
             open_strips(self.root, job.sources, job.info.shape) as sources,
             open_strips(self.staging.folder, targets, job.info.shape, os.O_WRONLY, ".writing") as outs,
         ):
-            hashers = {}
-            for out in outs:
-                out.hasher = hashers[out.piece.rect] = new()
+            hashers: dict[Rect, Any] = {}
+            for out in outs:  # copies of a rectangle are hashed once
+                if out.piece.rect not in hashers:
+                    out.hasher = hashers[out.piece.rect] = Crc32() if self.archives else new()
             for source in sources:
                 # A rectangle that goes over unchanged is hashed once, on its way out.
-                if (source.piece.file, job.info.name) in self.checksums and source.piece.rect not in hashers:
+                known = source.piece.rect in hashers and not self.archives
+                if (source.piece.file, job.info.name) in self.checksums and not known:
                     source.hasher = new()
             for first, last in sweep.bands():
                 if self.stop.is_set():
                     return
                 rows = sweep.read(sources, first, last)
+                if job.op is not None:
+                    rows = job.op(rows, first)
                 sweep.write(outs, first, rows)
                 self.progress(rows.nbytes)
             for out in outs:
@@ -252,7 +264,7 @@ class _Run:
                 hasher = source.hasher or hashers.get(source.piece.rect)
                 check_sum(self.root, source.piece, self.checksums, hasher)
             for piece in targets:
-                digest = hashers[piece.rect].hexdigest() if piece.rect.size else checksum(b"")
+                digest = hashers[piece.rect].hexdigest() if piece.rect.size else self.empty
                 self.digests[piece.file, job.info.name, piece.rect] = digest
         with self.lock:
             done = []
@@ -266,8 +278,13 @@ class _Run:
     def finish(self, file: TargetFile) -> None:
         """Have a file completed whose pieces are all written."""
         digests = [self.digests[file.name, piece.tensor, piece.rect] for piece in file.pieces]
-        record = {"header": checksum(file.header.raw), "digests": digests}
-        self.finishing.append(self.finisher.submit(self.staging.finish, file.name, record))
+        record = {"header": checksum(b"".join(data for _, data in file.literals)), "digests": digests}
+        self.finishing.append(self.finisher.submit(self._complete, file, record))
+
+    def _complete(self, file: TargetFile, record: dict[str, Any]) -> None:
+        if file.records:
+            _write_crcs(self.staging.temporary(file.name), file, record["digests"])
+        self.staging.finish(file.name, record)
 
 
 def check_sum(root: Path, piece: Piece, checksums: Mapping[tuple[str, str], str], hasher: Any) -> None:
@@ -350,8 +367,29 @@ def _run_all(run: _Run, jobs: list[Job], workers: int | None) -> None:
 def _create(path: Path, file: TargetFile) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as out:
-        out.write(file.header.raw)
         out.truncate(file.size)
+        for position, data in file.literals:
+            out.seek(position)
+            out.write(data)
+
+
+def _write_crcs(path: Path, file: TargetFile, digests: list[str]) -> None:
+    """Store each record's CRC-32, made of those of its pieces."""
+    parts = sorted(
+        (piece.begin, piece.nbytes, int(digest, 16)) for piece, digest in zip(file.pieces, digests, strict=True)
+    )
+    index = 0
+    with open(path, "r+b") as out:
+        for record in sorted(file.records, key=lambda r: r.begin):
+            position, held = record.begin, []
+            while position < record.begin + record.size:
+                begin, nbytes, crc = parts[index]
+                assert begin == position, f"{file.name}: a gap before byte {begin}"
+                held.append((crc, nbytes))
+                position, index = position + nbytes, index + 1
+            for where in record.crc_at:
+                out.seek(where)
+                out.write(struct.pack("<I", combined_crc32(held)))
 
 
 def _record(file: TargetFile, done: Mapping[str, Any], plan: Plan) -> FileRecord:

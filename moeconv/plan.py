@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from moeconv.errors import MappingError
 from moeconv.io.safetensors import Header
 from moeconv.io.shards import shard_header
+from moeconv.io.torch_archive import DataRecord
 from moeconv.layout.rect import check_cover
 from moeconv.pieces import Piece, TensorInfo
 from moeconv.placement import Placement
 
+# Takes rows as bytes [rows, bytes a row], uint8, whole rows of the tensor, and the number of the first one; gives rows of the same size.
+# It may work in place. Where a tensor has no sources, the rows come with any content.
+RowOp = Callable[[np.ndarray[Any, np.dtype[np.uint8]], int], np.ndarray[Any, np.dtype[np.uint8]]]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class TargetFile:
-    """A safetensors file to write: its header, and a piece for each part of a tensor in it. `stored` gives the names in the header."""
+    """A file to write: `size` bytes, of which `literals` are known by position and `pieces` are copied from the source.
+
+    A CRC-32 is stored for each of `records`, which pieces fill without a gap; safetensors files have none.
+    """
 
     name: str
-    header: Header
-    pieces: tuple[Piece, ...]
+    size: int = 0
+    literals: list[tuple[int, bytes]] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    records: list[DataRecord] = field(default_factory=list)
 
-    @property
-    def size(self) -> int:
-        """The file's size in bytes."""
-        return self.header.file_size
+
+def safetensors_target(name: str, header: Header, pieces: Iterable[Piece]) -> TargetFile:
+    """Make a safetensors file a target.
+
+    Args:
+        name: the file's name.
+        header: its header.
+        pieces: what its tensors hold, in their order; together they are all of its data.
+
+    Returns:
+        The file to write.
+    """
+    return TargetFile(name, header.file_size, [(0, header.raw)], list(pieces))
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One tensor: where its bytes are, and where they go."""
+    """One tensor: where its bytes are, and where they go. `op`, where set, makes of each band of rows what is written."""
 
     info: TensorInfo
     sources: tuple[Piece, ...]
     targets: tuple[Piece, ...]
+    op: RowOp | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +73,12 @@ class Plan:
 
 
 def make_plan(
-    tensors: Mapping[str, TensorInfo], sources: Mapping[str, Sequence[Piece]], files: Sequence[TargetFile]
+    tensors: Mapping[str, TensorInfo],
+    sources: Mapping[str, Sequence[Piece]],
+    files: Sequence[TargetFile],
+    *,
+    copies: bool = False,
+    ops: Mapping[str, RowOp] | None = None,
 ) -> Plan:
     """Match targets with sources, and check that every byte of both is used exactly once.
 
@@ -58,6 +86,8 @@ def make_plan(
         tensors: every tensor to move.
         sources: for each its pieces in the source.
         files: the files to write.
+        copies: files may hold bytes several times, as ranks' own files do; each byte must be in one at least.
+        ops: what is done to a tensor's rows on the way; with an op a tensor need not have sources.
 
     Returns:
         The plan.
@@ -80,13 +110,25 @@ def make_plan(
             rank.setdefault(piece.tensor, index)
     jobs = []
     for name, info in tensors.items():
-        check_cover(name, info.shape, [(p.rect, p.file) for p in sources[name]])
+        op = (ops or {}).get(name)
+        if sources[name] or op is None:
+            check_cover(name, info.shape, [(p.rect, p.file) for p in sources[name]])
         if not targets[name]:
             raise MappingError(f"{name} would be lost: no file of the target holds it")
-        check_cover(name, info.shape, [(p.rect, p.file) for p in targets[name]])
-        jobs.append(Job(info, tuple(sources[name]), tuple(targets[name])))
+        distinct = _distinct(targets[name]) if copies else targets[name]
+        check_cover(name, info.shape, [(p.rect, p.file) for p in distinct])
+        jobs.append(Job(info, tuple(sources[name]), tuple(targets[name]), op))
     jobs.sort(key=lambda job: rank[job.info.name])
     return Plan(tuple(files), tuple(jobs))
+
+
+def _distinct(pieces: Iterable[Piece]) -> list[Piece]:
+    """Leave out pieces whose rectangle another one holds."""
+    kept: list[Piece] = []
+    for piece in sorted({piece.rect: piece for piece in pieces}.values(), key=lambda p: -p.rect.size):
+        if not any(piece.rect.intersect(other.rect) == piece.rect for other in kept):
+            kept.append(piece)
+    return kept
 
 
 def sharded_files(tensors: Iterable[TensorInfo], placement: Placement) -> list[TargetFile]:
@@ -111,4 +153,5 @@ def sharded_files(tensors: Iterable[TensorInfo], placement: Placement) -> list[T
 def _shard_file(name: str, contents: list[tuple[TensorInfo, Piece]]) -> TargetFile:
     header = shard_header([(info.name, info.dtype, piece.rect) for info, piece in contents])
     rects = {info.name: piece.rect for info, piece in contents}
-    return TargetFile(name, header, tuple(Piece(e.name, e.dtype, rects[e.name], name, e.begin) for e in header.entries))
+    pieces = (Piece(e.name, e.dtype, rects[e.name], name, e.begin) for e in header.entries)
+    return safetensors_target(name, header, pieces)

@@ -108,7 +108,8 @@ class Staging:
             WriteError: the name was taken meanwhile.
         """
         check_free(self.out)
-        _sync_folder(self.folder)
+        for folder, _, _ in os.walk(self.folder):
+            _sync_folder(Path(folder))
         os.rename(self.folder, self.out)
         (self.out / JOURNAL).unlink()
         _sync_folder(self.out.parent)

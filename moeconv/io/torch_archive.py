@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from moeconv.dtypes import dtype
+import numpy as np
+
+from moeconv.dtypes import dtype, numpy_dtype
 from moeconv.errors import IntegrityError, SourceError
 from moeconv.io.pickling import Call, Persistent, dump_pickle
 from moeconv.io.unpickle import STORAGE_TYPES, StorageRef, Symbol, TensorRef, load_pickle
@@ -112,6 +114,32 @@ def _read(path: Path, raw: BinaryIO, offset: int, length: int, archive: zipfile.
             storages[key] = (begin, begin + info.file_size)
     root = load_pickle(archive.read(pickles[0]), str(path))
     return TorchArchive(path, root, storages)
+
+
+def with_numbers(archive: TorchArchive) -> Any:
+    """Give an archive's root with the tensors of one element in it replaced by their values.
+
+    Args:
+        archive: a small archive, such as a run's state; lists, tuples and dicts in it are looked through.
+
+    Returns:
+        The root; larger tensors stay references.
+
+    Raises:
+        SourceError: a tensor reaches outside its storage.
+    """
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, TensorRef) and all(n == 1 for n in value.shape):
+            kind = numpy_dtype(value.dtype)
+            return np.fromfile(archive.path, kind, 1, offset=archive.begin(value))[0].item()
+        if type(value) is dict:
+            return {key: resolve(inner) for key, inner in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(resolve(inner) for inner in value)
+        return value
+
+    return resolve(archive.root)
 
 
 def check_archive(path: Path, offset: int = 0, length: int | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.checkpoint import Checkpoint, open_checkpoint
+from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import SourceError
 from moeconv.io.hf_folder import CONFIG, read_inside
@@ -60,6 +60,9 @@ class MegatronCheckpoint(Checkpoint):
         out = {name: read_inside(self.root, name) for name in self.carried}
         if CONFIG not in out or json.loads(out[CONFIG]) != self.config:
             out[CONFIG] = (json.dumps(self.config, indent=2) + "\n").encode()
+        assert self.megatron is not None
+        if self.megatron.trainer is not None:
+            out[TRAINER] = (json.dumps(self.megatron.trainer, indent=2) + "\n").encode()
         return out
 
     def read(self, name: str, rect: Rect | None = None) -> np.ndarray[Any, Any]:

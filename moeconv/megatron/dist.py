@@ -12,7 +12,7 @@ from moeconv.dtypes import dtype
 from moeconv.errors import MappingError, SourceError
 from moeconv.families.base import Model
 from moeconv.io.hf_folder import check_inside, parse_json
-from moeconv.io.torch_archive import read_archive
+from moeconv.io.torch_archive import read_archive, with_numbers
 from moeconv.io.unpickle import TORCH_DTYPES, Opaque, Symbol, TensorRef, load_pickle
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
@@ -20,12 +20,13 @@ from moeconv.megatron.args import RunArgs
 from moeconv.megatron.names import EXTRA_STATE, LAYERS, Found, parse
 from moeconv.megatron.source import Collector, MegatronSource
 from moeconv.megatron.tensors import MegatronTensor, Part, cut, megatron_tensors, place_parts
+from moeconv.megatron.training import read_trainer
 from moeconv.pieces import Piece
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
 COMMON_STATE = "common_state/shard_0_1"
-# How Megatron names the optimizer's tensors, and how they are named here.
-OPTIMIZER_STATES = {"fp32_param": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+# How Megatron names the optimizer's tensors (its distributed optimizer, then its others), and how they are named here.
+OPTIMIZER_STATES = {"param": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "fp32_param": "master"}
 _OPTIMIZER, _OPTIMIZERS = "optimizer.state.", ("optimizer.", "chained_")
 _DROPPED = {
     "rng_state": "random states of one run's ranks",
@@ -117,7 +118,7 @@ class DistReader:
 
     def _common(self) -> dict[str, Any]:
         if (self.folder / COMMON).is_file():
-            root = read_archive(self.folder / COMMON).root
+            root = with_numbers(read_archive(self.folder / COMMON))
         elif COMMON_STATE in self.objects:
             root = self.object(COMMON_STATE)
         else:
@@ -135,7 +136,7 @@ class DistReader:
             SourceError: it is damaged, or no data.
         """
         chunk = self._chunk(key, None)
-        return read_archive(self.folder / chunk.file, chunk.offset, chunk.length).root
+        return with_numbers(read_archive(self.folder / chunk.file, chunk.offset, chunk.length))
 
     def dtype(self) -> str:
         """Give the dtype of the weights: that of the embedding.
@@ -191,6 +192,7 @@ def locate(
     for state, collector in collectors.items():
         found = collector.finish(model, f"{root / iteration} (optimizer state {state})")
         pieces += [Piece(f"optimizer.{state}.{p.tensor}", p.dtype, p.rect, p.file, p.begin, p.strides) for p in found]
+    trainer = read_trainer(reader.common, reader.args, str(root / iteration)) if collectors else None
     spec = "te" if any(key.endswith("pre_mlp_layernorm.weight") for key in reader.tensors) else "local"
     experts = "grouped" if reader.args.get("moe_grouped_gemm") else "sequential"
     dropped = _dropped(reader, optimizer)
@@ -207,6 +209,7 @@ def locate(
         config=config,
         pieces=pieces,
         dropped=dropped,
+        trainer=trainer,
         archives=[(f"{iteration}/{c.file}", c.offset, c.length) for c in chunks],
     )
 
@@ -223,8 +226,7 @@ def _split_optimizer(key: str) -> tuple[str | None, str]:
     if not key.startswith(_OPTIMIZER) or state not in OPTIMIZER_STATES or parse(name) is None:
         raise MappingError(
             f"{key}: the optimizer state is stored by data-parallel rank or of an unknown kind, not by the model's "
-            "tensors. Save it with --ckpt-fully-parallel-save and --dist-ckpt-optim-fully-reshardable, or import the "
-            "weights alone with --no-optimizer"
+            "tensors. Save it with --dist-ckpt-optim-fully-reshardable, or import the weights alone with --no-optimizer"
         )
     return OPTIMIZER_STATES[state], name
 

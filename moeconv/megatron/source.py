@@ -39,6 +39,8 @@ class MegatronSource:
     dropped: list[str] = field(default_factory=list)
     archives: list[tuple[str, int, int | None]] = field(default_factory=list)
     "File, offset and length of each archive that holds tensors; None: to the end of the file."
+    trainer: dict[str, Any] | None = None
+    "The content of trainer.json, where the optimizer's state is among the pieces."
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,89 @@
+"""Checkpoints from and to a hub, over HTTP."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import digests
+from tests.cli.hub_server import COMMIT, Hub, running_hub
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def hub(mixtral: Path) -> Iterator[Hub]:
+    """A hub with the small Mixtral, and copies of its weights in other forms beside it."""
+    with running_hub() as server:
+        files = {p.name: p.read_bytes() for p in mixtral.iterdir()}
+        copies = {
+            "consolidated.00.pt": b"x",
+            "consolidated.safetensors": b"x",
+            "pytorch_model.bin": b"x",
+            "original/a.pth": b"x",
+            "model.gguf": b"x",
+        }
+        server.files["mistralai/Tiny"] = (
+            files | copies | {".gitattributes": b"*.safetensors filter=lfs\n", "README.md": b"# Tiny\n"}
+        )
+        yield server
+
+
+def call(hub: Hub, home: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """Call the program as a user would, with this hub and a cache of its own."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_test",
+    }
+    command = [sys.executable, "-m", "cli", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_import_downloads_only_what_it_needs_and_export_uploads(hub: Hub, mixtral: Path, tmp_path: Path) -> None:
+    result = call(hub, tmp_path / "home", "import-hf", "mistralai/Tiny", tmp_path / "ckpt", "--ep", 2)
+    assert result.returncode == 0, result.stderr
+    wanted = {p.name for p in mixtral.iterdir()} | {"README.md"}
+    assert set(hub.served) - {".gitattributes"} == wanted
+    result = call(
+        hub,
+        tmp_path / "home",
+        "export-hf",
+        tmp_path / "ckpt",
+        tmp_path / "hf",
+        "--push-to-hub",
+        "me/trained",
+        "--private",
+    )
+    assert result.returncode == 0, result.stderr
+    assert COMMIT in result.stdout
+    assert hub.private["me/trained"]
+    pushed = {name: data for name, data in hub.files["me/trained"].items() if name != ".gitattributes"}
+    assert pushed == {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
+    assert {n: d for n, d in digests(tmp_path / "hf").items() if n != "README.md"} == digests(mixtral)
+
+
+def test_a_cached_download_is_not_repeated(hub: Hub, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        result = call(hub, tmp_path / "home", "import-hf", "mistralai/Tiny", tmp_path / name, "--revision", "main")
+        assert result.returncode == 0, result.stderr
+    assert len(hub.served) == len(set(hub.served))
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+def test_what_the_hub_refuses_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    hub.files["big/secret"] = {}
+    hub.gated.add("big/secret")
+    for name in ("big/secret", "nobody/nothing"):
+        result = call(hub, tmp_path / "home", "import-hf", name, tmp_path / "ckpt")
+        assert result.returncode == 1
+        assert result.stderr.startswith(f"error: {name}: ")
+        assert "hf auth login" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "ckpt").exists()

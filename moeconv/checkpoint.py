@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +24,17 @@ from moeconv.layout.degrees import Degrees, chunk_layers
 from moeconv.layout.rect import Rect, check_cover
 from moeconv.pieces import NameMap, Piece, TensorInfo, check_complete
 from moeconv.placement import split_optimizer_name
+from moeconv.plan import RowOp
 
 TRAINER = "trainer.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. Opening reads headers only; `checksums` (by file and tensor) are there for sharded ones."""
+    """An opened checkpoint. Opening reads headers only; `checksums` (by file and tensor) are there for sharded ones.
+
+    `ops` is empty for what is on disk: a checkpoint that is only planned names there what makes its tensors of others' bytes.
+    """
 
     root: Path
     kind: Literal["hf", "sharded"]
@@ -41,6 +46,7 @@ class Checkpoint:
     carried: tuple[str, ...]
     manifest: Manifest | None = None
     folder: HFFolder | None = None
+    ops: Mapping[str, RowOp] = field(default_factory=dict)
 
     @property
     def family(self) -> Family:

@@ -19,6 +19,10 @@ class LayoutError(MoeconvError):
     """Degrees of parallelism that the model or each other don't allow."""
 
 
+class RecipeError(MoeconvError):
+    """An upcycling that can't be done as asked: a carrier that can't hold the source, or options that disagree."""
+
+
 class IntegrityError(MoeconvError):
     """Bytes differ from their checksum, or rectangles don't cover a tensor exactly once."""
 

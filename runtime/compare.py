@@ -1,0 +1,68 @@
+"""`python -m runtime.compare CKPT HF`: the trainer's logits beside those that transformers computes from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from moeconv.checkpoint import open_checkpoint
+from moeconv.errors import MoeconvError
+from moeconv.logits import fixed_tokens, relative_difference, transformers_logits
+from runtime.config import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
+from runtime.engine import Engine
+from runtime.moe.config import MoEConfig
+from runtime.parallel.mesh import ParallelMesh
+
+
+def runtime_logits(path: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Compute logits with the trainer's model, on one rank in fp32.
+
+    Args:
+        path: a checkpoint of any layout.
+        tokens_BS: token ids [B, S], int64.
+
+    Returns:
+        Logits [B, S, V], fp32.
+
+    Raises:
+        MoeconvError: the checkpoint can't be read, or the trainer can't hold its architecture.
+    """
+    checkpoint = open_checkpoint(path)
+    config = ModelConfig.from_hf(checkpoint.config, dtype="float32")
+    moe = MoEConfig(num_experts=config.num_experts, topk=config.topk) if config.num_experts else None
+    parallel = ParallelConfig()
+    mesh = ParallelMesh(parallel)
+    engine = Engine(config, parallel, moe, OptimConfig(), RecomputeConfig(), mesh, torch.device("cpu"))
+    engine.load_state(checkpoint.read, with_optimizer=False)
+    engine.module.eval()
+    with torch.no_grad():
+        logits_SBV: torch.Tensor = engine.module[0](tokens_BS)
+    return logits_SBV.transpose(0, 1)[..., : config.vocab_size].float()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, print the largest difference, and give the exit code: 0 within the tolerance, 3 beyond it, 1 for an error."""
+    parser = argparse.ArgumentParser(prog="python -m runtime.compare", description=__doc__)
+    parser.add_argument("ckpt", type=Path, help="a checkpoint of any layout")
+    parser.add_argument("hf", type=Path, help="a Hugging Face folder of the same model")
+    parser.add_argument("--num-tokens", type=int, default=256, help="tokens to compare on")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="relative to the largest logit")
+    options = parser.parse_args(arguments)
+    try:
+        vocab = open_checkpoint(options.ckpt).model.sizes["vocab"]
+        tokens_BS = fixed_tokens(vocab, options.num_tokens)
+        ours, theirs = runtime_logits(options.ckpt, tokens_BS), transformers_logits(options.hf, tokens_BS)
+    except MoeconvError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    gap = relative_difference(ours, theirs)
+    print(f"{options.ckpt}: the trainer's logits and transformers' of {options.hf} differ by {gap:.2e} of the largest")
+    return 0 if gap <= options.tolerance else 3
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,22 +9,9 @@ from typing import Any
 
 import click
 
-from moeconv.errors import MoeconvError
+from cli.options import amount, progress_bar, run_options, show
+from moeconv.convert import Options
 from moeconv.layout.degrees import Degrees
-
-_WORKERS = min(8, os.cpu_count() or 1)
-
-
-def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that both commands have."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
-        click.option("--dry-run", is_flag=True, help="Check and plan everything; write nothing."),
-        click.option("--resume", is_flag=True, help="Go on with a run that was killed."),
-        click.option("--workers", type=click.IntRange(1), default=_WORKERS, help="Threads that copy."),
-    ):
-        command = option(command)
-    return command
 
 
 def _degree_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +40,7 @@ def _degree_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--ignore-args", is_flag=True, help="Trust --hf-config where the checkpoint's args say otherwise.")
 @click.option("--no-optimizer", is_flag=True, help="Import the weights alone.")
 @_degree_options
-@_run_options
+@run_options
 def import_megatron(src: Path, out: Path, **options: Any) -> None:
     """Turn a Megatron-Core checkpoint SRC into the sharded checkpoint OUT.
 
@@ -67,17 +52,18 @@ def import_megatron(src: Path, out: Path, **options: Any) -> None:
     """
     from moeconv.megatron import convert
 
-    def run() -> convert.Summary:
-        source = convert.open_megatron(
-            src,
-            iteration=options["iteration"],
-            hf_config=options["hf_config"],
-            ignore_args=options["ignore_args"],
-            optimizer=not options["no_optimizer"],
-        )
-        return convert.import_megatron(source, out, _degrees(options, source.degrees), _options(options))
-
-    _report(run, out, options)
+    source = convert.open_megatron(
+        src,
+        iteration=options["iteration"],
+        hf_config=options["hf_config"],
+        ignore_args=options["ignore_args"],
+        optimizer=not options["no_optimizer"],
+    )
+    layout = _degrees(options, source.degrees)
+    with progress_bar("import") as progress:
+        run = Options(workers=options["workers"], resume=options["resume"], progress=progress)
+        summary = convert.import_megatron(source, out, layout, run, dry_run=options["dry_run"])
+    _report(summary, out, options)
 
 
 @click.command("export-megatron")
@@ -96,8 +82,9 @@ def import_megatron(src: Path, out: Path, **options: Any) -> None:
     type=click.Choice(["grouped", "sequential"]),
     help="grouped: with --moe-grouped-gemm (default of te); sequential: without (default of local).",
 )
+@click.option("--no-optimizer", is_flag=True, help="Export the weights alone.")
 @_degree_options
-@_run_options
+@run_options
 def export_megatron(src: Path, out: Path, **options: Any) -> None:
     """Turn a model SRC into a Megatron-Core checkpoint OUT, ready for Megatron's --load.
 
@@ -107,19 +94,19 @@ def export_megatron(src: Path, out: Path, **options: Any) -> None:
     """
     from moeconv.megatron import convert
 
-    def run() -> convert.Summary:
-        experts: Any = options["experts"] or ("grouped" if options["spec"] == "te" else "sequential")
-        return convert.export_megatron(
+    with progress_bar("export") as progress:
+        summary = convert.export_megatron(
             src,
             out,
             fmt=options["fmt"],
             degrees=_degrees(options, Degrees()),
             spec=options["spec"],
-            experts=experts,
-            options=_options(options),
+            experts=options["experts"] or ("grouped" if options["spec"] == "te" else "sequential"),
+            options=Options(workers=options["workers"], resume=options["resume"], progress=progress),
+            optimizer=not options["no_optimizer"],
+            dry_run=options["dry_run"],
         )
-
-    _report(run, out, options)
+    _report(summary, out, options)
 
 
 COMMANDS = (import_megatron, export_megatron)
@@ -141,22 +128,8 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
         raise click.BadParameter(f"{text!r}: expected numbers such as 9,8,8,7", param_hint="--pp-layers") from None
 
 
-def _options(options: dict[str, Any]) -> Any:
-    from moeconv.megatron.convert import RunOptions
-
-    return RunOptions(workers=options["workers"], resume=options["resume"], dry_run=options["dry_run"])
-
-
-def _report(run: Callable[[], Any], out: Path, options: dict[str, Any]) -> None:
-    try:
-        summary = run()
-    except MoeconvError as error:
-        raise click.ClickException(str(error)) from None
-    if options["as_json"]:
-        click.echo(json.dumps({"out": str(out), "dry_run": options["dry_run"], **asdict(summary)}))
-        return
-    for what in summary.dropped:
-        click.echo(f"not converted: {what}", err=True)
+def _report(summary: Any, out: Path, options: dict[str, Any]) -> None:
     done = "would write" if options["dry_run"] else "wrote"
-    size = f"{summary.files} files, {summary.nbytes / 1e9:.2f} GB"
-    click.echo(f"{done} {out}: {size} (Megatron layout {summary.degrees})")
+    lines = [f"not converted: {what}" for what in summary.dropped]
+    lines.append(f"{done} {out}: {summary.files} files, {amount(summary.nbytes)} (Megatron layout {summary.degrees})")
+    show({"out": str(out), "dry_run": options["dry_run"], **asdict(summary)}, options["as_json"], lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ import numpy as np
 
 from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
 from moeconv.dtypes import numpy_dtype
-from moeconv.errors import SourceError
+from moeconv.errors import IntegrityError, SourceError
+from moeconv.execute import Sweep, open_strips
 from moeconv.io.hf_folder import CONFIG, read_inside
 from moeconv.io.torch_archive import check_archive
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
-from moeconv.megatron.copying import Source, check_replicas
 from moeconv.megatron.source import TRACKER, MegatronSource, is_megatron
 from moeconv.pieces import Piece, TensorInfo
 
@@ -46,7 +46,26 @@ class MegatronCheckpoint(Checkpoint):
         assert self.megatron is not None
         for file, offset, length in self.megatron.archives:
             check_archive(self.root / file, offset, length)
-        check_replicas(Source(self.root, self.megatron.pieces), self.megatron.replicas)
+        self.check_replicas()
+
+    def check_replicas(self) -> None:
+        """Check that copies of a rectangle in several ranks' files hold the same bytes.
+
+        Raises:
+            IntegrityError: names the tensor and the two files that disagree.
+        """
+        assert self.megatron is not None
+        for first, other in self.megatron.replicas:
+            shape = first.rect.shape
+            sweep = Sweep(TensorInfo(first.tensor, first.dtype, shape))
+            alone = [replace(piece, rect=Rect.whole(shape)) for piece in (first, other)]
+            with open_strips(self.root, alone[:1], shape) as left, open_strips(self.root, alone[1:], shape) as right:
+                for begin, end in sweep.bands():
+                    if not np.array_equal(sweep.read(left, begin, end), sweep.read(right, begin, end, "other")):
+                        raise IntegrityError(
+                            f"{first.tensor} {first.rect}: {first.file} and {other.file} hold different values; ranks "
+                            "that should be alike have diverged, so neither can be taken for the model"
+                        )
 
     @property
     def degrees(self) -> Degrees:
@@ -76,7 +95,12 @@ class MegatronCheckpoint(Checkpoint):
         info = self.tensors[name]
         wanted = rect or Rect.whole(info.shape)
         out = np.empty(wanted.shape, numpy_dtype(info.dtype))
-        Source(self.root, self.pieces[name]).read(name, wanted, out.view(f"u{out.itemsize}"))
+        sweep = Sweep(info)
+        with open_strips(self.root, self.pieces[name], info.shape) as strips:
+            for begin in range(wanted.offsets[0], wanted.ends[0], sweep.band):
+                end = min(begin + sweep.band, wanted.ends[0])
+                rows = sweep.read(strips, begin, end).view(out.dtype).reshape(end - begin, *info.shape[1:])
+                out[begin - wanted.offsets[0] : end - wanted.offsets[0]] = rows[(slice(None), *wanted.slices()[1:])]
         return out
 
 

@@ -7,37 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moeconv.checkpoint import TRAINER, open_checkpoint
-from moeconv.convert import Options, plan_sharded, write_sharded
+from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
+from moeconv.convert import Options, plan_sharded, write_plan, write_sharded
 from moeconv.errors import MappingError, SourceError
 from moeconv.families import family_of
 from moeconv.families.base import Model
 from moeconv.io.hf_folder import CONFIG, parse_json
+from moeconv.io.manifest import write_bytes
+from moeconv.io.staging import check_free
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron import dist, legacy
 from moeconv.megatron.args import RunArgs, check_config, check_expressible, config_from_args
 from moeconv.megatron.checkpoint import as_checkpoint
-from moeconv.megatron.copying import FileWriter, Source, check_replicas
-from moeconv.megatron.export import ITERATION, Target, torch_files
+from moeconv.megatron.export import Target, torch_files
 from moeconv.megatron.export_dist import torch_dist_files
-from moeconv.megatron.files import MegatronFile
 from moeconv.megatron.names import Experts, Spec
 from moeconv.megatron.source import TRACKER, MegatronSource, find_iteration
-from moeconv.megatron.staging import Staging, fingerprint
+from moeconv.megatron.training import TRAINER_VERSION
 from moeconv.placement import check_degrees, split_optimizer_name
+from moeconv.plan import make_plan
 
 Format = Literal["torch", "torch_dist"]
-Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunOptions:
-    """How a conversion runs: threads, whether an unfinished run goes on, whether anything is written."""
-
-    workers: int = 2
-    resume: bool = False
-    dry_run: bool = False
-    progress: Progress = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +95,16 @@ def _config(
 
 
 def export_megatron(
-    src: Path, out: Path, *, fmt: Format, degrees: Degrees, spec: Spec, experts: Experts, options: RunOptions
+    src: Path,
+    out: Path,
+    *,
+    fmt: Format,
+    degrees: Degrees,
+    spec: Spec,
+    experts: Experts,
+    options: Options,
+    optimizer: bool = True,
+    dry_run: bool = False,
 ) -> Summary:
     """Write a model as a Megatron checkpoint, ready for `--load`, with the model's config and tokenizer beside it.
 
@@ -117,6 +116,8 @@ def export_megatron(
         spec: the layer spec of the model that will load it.
         experts: the expert implementation of that model.
         options: how to run.
+        optimizer: take the optimizer's state along where there is one.
+        dry_run: plan everything and write nothing.
 
     Returns:
         What was written.
@@ -126,24 +127,65 @@ def export_megatron(
     """
     found = open_checkpoint(src)
     check_degrees(found.model, degrees)
-    tensors = {name: pieces for name, pieces in found.pieces.items() if split_optimizer_name(name)[0] is None}
-    source = Source(found.root, (p for pieces in tensors.values() for p in pieces), found.checksums)
+    trainer = _trainer(found, fmt) if optimizer else None
+    names = [name for name in found.tensors if trainer is not None or split_optimizer_name(name)[0] is None]
     target = Target(
         model=found.model,
         config=found.config,
-        dtypes=source.dtypes(),
+        dtypes={name: found.tensors[name].dtype for name in names},
         degrees=degrees,
         spec=spec,
         experts=experts,
+        trainer=trainer,
     )
-    files = torch_files(target) if fmt == "torch" else torch_dist_files(target)
-    small = {name: raw for name, raw in found.carried_bytes.items() if name != TRAINER}
-    files += [MegatronFile(name, len(raw), [(0, raw)]) for name, raw in small.items()]
-    files.append(MegatronFile(TRACKER, len(ITERATION), [(0, ITERATION.encode())]))
-    return _write(source, files, out, options, (), str(degrees))
+    files, small = (torch_files(target), {}) if fmt == "torch" else torch_dist_files(target)
+    small |= {name: raw for name, raw in found.carried_bytes.items() if name != TRAINER}
+    tensors = {name: found.tensors[name] for name in names}
+    plan = make_plan(tensors, {name: found.pieces[name] for name in names}, files, copies=True)
+    if dry_run:
+        check_free(out.absolute())
+    else:
+        tracker = target.iteration.encode()
+        write_plan(found, out, plan, small, options, lambda folder, _: write_bytes(folder / TRACKER, tracker))
+    left = len(found.tensors) - len(names)
+    dropped = (f"{left} tensors of optimizer state (--no-optimizer)",) if left else ()
+    return Summary(len(files) + len(small) + 1, plan.nbytes + sum(map(len, small.values())), dropped, str(degrees))
 
 
-def import_megatron(source: MegatronSource, out: Path, degrees: Degrees, options: RunOptions) -> Summary:
+def _trainer(found: Checkpoint, fmt: Format) -> dict[str, Any] | None:
+    """Give the content of trainer.json, None where there is no optimizer state.
+
+    Raises:
+        MappingError: the state has no place in Megatron's checkpoint.
+    """
+    states = {split_optimizer_name(name)[0] for name in found.tensors} - {None}
+    if not states:
+        return None
+    remedy = "; export the weights alone with --no-optimizer"
+    if fmt == "torch":
+        raise MappingError(
+            f"{found.root}: the torch format keeps optimizer state by data-parallel rank; use --format torch_dist{remedy}"
+        )
+    if TRAINER not in found.carried:
+        raise MappingError(f"{found.root}: holds optimizer state but no {TRAINER} with its step count{remedy}")
+    kinds = {info.dtype for name, info in found.tensors.items() if split_optimizer_name(name)[0] is None}
+    if "master" not in states and kinds != {"F32"}:
+        raise MappingError(f"{found.root}: holds moments but no fp32 weights (optimizer.master.*){remedy}")
+    trainer = parse_json(found.carried_bytes[TRAINER], str(found.root / TRAINER))
+    if trainer.get("version") != TRAINER_VERSION or "num_steps" not in trainer.get("optimizer", {}):
+        raise MappingError(
+            f"{found.root / TRAINER}: lacks the optimizer's step count, or is of another version{remedy}"
+        )
+    if "expert_bias" in trainer["optimizer"]:
+        raise MappingError(
+            f"{found.root / TRAINER}: the router was trained with expert biases, which {found.family.name} has no tensor for{remedy}"
+        )
+    return trainer
+
+
+def import_megatron(
+    source: MegatronSource, out: Path, degrees: Degrees, options: Options, *, dry_run: bool = False
+) -> Summary:
     """Write a Megatron checkpoint as a sharded one, after checking that replicated tensors agree.
 
     Args:
@@ -151,6 +193,7 @@ def import_megatron(source: MegatronSource, out: Path, degrees: Degrees, options
         out: the folder to make.
         degrees: the new layout's degrees.
         options: how to run.
+        dry_run: plan everything and write nothing.
 
     Returns:
         What was written.
@@ -159,31 +202,10 @@ def import_megatron(source: MegatronSource, out: Path, degrees: Degrees, options
         MoeconvError: as the source, layout or output demands; `out` does not exist then.
     """
     checkpoint = as_checkpoint(source)
-    if options.dry_run:
+    check_free(out.absolute())
+    if dry_run:
         plan = plan_sharded(checkpoint, degrees)
     else:
-        check_replicas(Source(source.root, source.pieces), source.replicas)
-        run = Options(workers=options.workers, resume=options.resume, progress=lambda _: options.progress)
-        plan = write_sharded(checkpoint, out, degrees, run)
+        checkpoint.check_replicas()
+        plan = write_sharded(checkpoint, out, degrees, options)
     return Summary(len(plan.files), plan.nbytes, tuple(source.dropped), str(source.degrees))
-
-
-def _write(
-    source: Source, files: list[MegatronFile], out: Path, options: RunOptions, dropped: tuple[str, ...], degrees: str
-) -> Summary:
-    summary = Summary(len(files), sum(file.size for file in files), dropped, degrees)
-    if options.dry_run:
-        return summary
-    staging = Staging(out, fingerprint(source.root, source.files(), files), resume=options.resume)
-    try:
-        with FileWriter(staging.folder, source, options.workers, options.progress) as writer:
-            for file in files:
-                if file.name in staging.done:
-                    options.progress(sum(piece.nbytes for piece in file.pieces))
-                else:
-                    writer.write(file, staging.finished)
-    except BaseException:
-        staging.abandon()
-        raise
-    staging.commit()
-    return summary

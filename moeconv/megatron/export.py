@@ -13,18 +13,22 @@ from moeconv.io.torch_archive import lay_out_archive, small_archive, tensor_valu
 from moeconv.io.unpickle import Symbol, TensorRef
 from moeconv.layout.degrees import Degrees, chunk_layers
 from moeconv.megatron.args import make_args
-from moeconv.megatron.files import MegatronFile, last_row, padded_pieces, parts_dtype
+from moeconv.megatron.files import add_archive, last_row, padded_pieces, parts_dtype
 from moeconv.megatron.legacy import FILE
 from moeconv.megatron.names import EXTRA_STATE, Experts, Spec, rank_extra_states, rank_name
 from moeconv.megatron.ranks import Rank, legacy_ranks, rank_folder
 from moeconv.megatron.tensors import MegatronTensor, Part, megatron_tensors, padded_vocab
-
-ITERATION = "release"  # weights without a run: Megatron starts from them at iteration 0, without optimizer state
+from moeconv.megatron.training import SHARDING, optimizer_common, training_args
+from moeconv.plan import TargetFile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """What to export: the model with its config and dtypes, and how Megatron is to hold it."""
+    """What to export: the model with its config and dtypes, and how Megatron is to hold it.
+
+    `trainer` is the content of trainer.json where the optimizer's state goes along. Without, Megatron starts from the
+    weights at iteration 0.
+    """
 
     model: Model
     config: Mapping[str, Any]
@@ -33,11 +37,25 @@ class Target:
     degrees: Degrees
     spec: Spec = "te"
     experts: Experts = "grouped"
+    trainer: Mapping[str, Any] | None = None
+
+    @property
+    def iteration(self) -> str:
+        """What the tracker file names."""
+        return "release" if self.trainer is None else str(self.trainer["iteration"])
+
+    @property
+    def folder(self) -> str:
+        """The folder of the iteration."""
+        return "release" if self.trainer is None else f"iter_{self.trainer['iteration']:07d}"
 
     def args(self, fmt: str) -> Instance:
         """Make the checkpoint's `args`."""
         kind = next(iter(self.dtypes.values()))
-        return make_args(self.model, self.config, self.degrees, self.spec, self.experts, kind, fmt)
+        args = make_args(self.model, self.config, self.degrees, self.spec, self.experts, kind, fmt)
+        if self.trainer is not None:
+            args.state.update(training_args(self.trainer))
+        return args
 
     @property
     def vocab_rows(self) -> int:
@@ -56,7 +74,7 @@ class _Held:
     last: Part | None
 
 
-def torch_files(target: Target) -> list[MegatronFile]:
+def torch_files(target: Target) -> list[TargetFile]:
     """Lay out a checkpoint of the `torch` format, one file a rank.
 
     Args:
@@ -79,8 +97,8 @@ def torch_files(target: Target) -> list[MegatronFile]:
 
 def _rank_file(
     target: Target, by_layer: dict[int | None, list[MegatronTensor]], layers: list[range], rank: Rank, args: Instance
-) -> MegatronFile:
-    file = MegatronFile(f"{ITERATION}/{rank_folder(rank, target.degrees)}/{FILE}")
+) -> TargetFile:
+    file = TargetFile(f"{target.folder}/{rank_folder(rank, target.degrees)}/{FILE}")
     root: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
     storages: list[_Held] = []
     for chunk in range(target.degrees.vpp):
@@ -99,7 +117,7 @@ def _rank_file(
     root["num_floating_point_operations_so_far"] = 0
     refs = [whole_tensor(str(i), held.dtype, held.shape) for i, held in enumerate(storages)]
     layout = lay_out_archive("model_optim_rng", dump_pickle(root), ((r.storage.key, _nbytes(r)) for r in refs))
-    file.add(layout)
+    add_archive(file, layout)
     for held, record in zip(storages, layout.records, strict=True):
         file.pieces += padded_pieces(held.name, held.shape, held.parts, held.last, held.dtype, file.name, record.begin)
     return file
@@ -155,8 +173,12 @@ def _nbytes(ref: TensorRef) -> int:
 
 
 def common_state(target: Target) -> bytes:
-    """Make `common.pt`: the run's arguments, and the flags by which a loader rebuilds the keys of its tensors."""
-    content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    root = {"args": target.args("torch_dist"), "checkpoint_version": 3.0, "iteration": 0}
-    root |= {"num_floating_point_operations_so_far": 0, "content_metadata": content}
-    return small_archive("common", root)
+    """Make `common.pt`: the run's arguments and state, and the flags by which a loader rebuilds the keys of its tensors."""
+    content: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    trainer = target.trainer
+    root = {"args": target.args("torch_dist"), "checkpoint_version": 3.0, "num_floating_point_operations_so_far": 0}
+    root["iteration"] = 0 if trainer is None else trainer["iteration"]
+    if trainer is not None:
+        content |= {"distrib_optim_sharding_type": SHARDING, "distrib_optim_fully_reshardable_mem_efficient": False}
+        root |= optimizer_common(trainer, target.degrees.ep > 1)
+    return small_archive("common", root | {"content_metadata": content})

@@ -8,8 +8,8 @@ https://github.com/NVIDIA/Megatron-LM/blob/d98e8a64/megatron/core/dist_checkpoin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moeconv.dtypes import dtype
@@ -19,11 +19,12 @@ from moeconv.io.unpickle import TORCH_DTYPES, Symbol
 from moeconv.layout.degrees import stage_of_layers
 from moeconv.layout.rect import Rect
 from moeconv.megatron.dist import COMMON, CONFIG, METADATA
-from moeconv.megatron.export import ITERATION, Target, common_state
-from moeconv.megatron.files import MegatronFile, last_row, padded_pieces, parts_dtype
+from moeconv.megatron.export import Target, common_state
+from moeconv.megatron.files import add_archive, last_row, padded_pieces, parts_dtype
 from moeconv.megatron.names import dist_extra_states, dist_key
 from moeconv.megatron.ranks import ranks_of_stage
 from moeconv.megatron.tensors import MegatronTensor, Part, cut, megatron_tensors
+from moeconv.plan import TargetFile
 
 _DCP = "torch.distributed.checkpoint.metadata"
 _TORCH_NAMES = {kind: name for name, kind in TORCH_DTYPES.items()}
@@ -46,16 +47,17 @@ class _Item:
 class _Writer:
     """Collects items into files, one file a rank that would have written them."""
 
-    def __init__(self) -> None:
-        self.files: dict[int, MegatronFile] = {}
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.files: dict[int, TargetFile] = {}
         self.items: list[_Item] = []
         self.tensors: dict[str, tuple[str, tuple[int, ...], list[Rect]]] = {}
 
     def _add(self, rank: int, key: str, rect: Rect | None, name: str, pickle: bytes, sizes: list[int]) -> ArchiveLayout:
-        file = self.files.setdefault(rank, MegatronFile(f"{ITERATION}/__{rank}_0.distcp"))
+        file = self.files.setdefault(rank, TargetFile(f"{self.folder}/__{rank}_0.distcp"))
         layout = lay_out_archive(name, pickle, ((str(i), size) for i, size in enumerate(sizes)), file.size)
         self.items.append(_Item(key, rect, file.name.rpartition("/")[2], file.size, layout.size))
-        file.add(layout)
+        add_archive(file, layout)
         return layout
 
     def chunk(
@@ -76,7 +78,7 @@ class _Writer:
         self._add(rank, key, None, "archive", dump_pickle([value]), [0] if empty_tensor else [])
 
 
-def torch_dist_files(target: Target) -> list[MegatronFile]:
+def torch_dist_files(target: Target) -> tuple[list[TargetFile], dict[str, bytes]]:
     """Lay out a checkpoint of the `torch_dist` format.
 
     Its tensors don't depend on the degrees; the chunks do, so that ranks of the same degrees read whole chunks.
@@ -85,12 +87,12 @@ def torch_dist_files(target: Target) -> list[MegatronFile]:
         target: what to export.
 
     Returns:
-        The files, named relative to the checkpoint's root; `metadata.json` last.
+        The files with tensors, and small files with their contents, `metadata.json` last; names are relative to the root.
 
     Raises:
         LayoutError: the degrees don't divide the model.
     """
-    writer, degrees, sizes = _Writer(), target.degrees, target.model.sizes
+    writer, degrees, sizes = _Writer(target.folder), target.degrees, target.model.sizes
     stages, ranks = stage_of_layers(sizes["layers"], degrees), ranks_of_stage(degrees)
     local = sizes.get("experts", 0) // degrees.ep
     tensors = megatron_tensors(target.model)
@@ -108,13 +110,11 @@ def torch_dist_files(target: Target) -> list[MegatronFile]:
     for key, layer, number in dist_extra_states(kinds, target.spec, sizes["layers"], sizes.get("experts", 0)):
         owner = next(i for i, r in enumerate(ranks) if not local or ".experts." not in key or r.ep == number // local)
         writer.object(owner + stages[layer] * len(ranks), key, target.spec == "te")
-    files = [writer.files[rank] for rank in sorted(writer.files)]
-    files.append(_literal(METADATA, _metadata(writer)))
-    files.append(_literal(COMMON, common_state(target)))
     config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     config |= {"common_backend": "torch", "common_backend_version": 1}
-    files.append(_literal(CONFIG, json.dumps(config).encode()))
-    return files
+    small = {METADATA: _metadata(writer), COMMON: common_state(target), CONFIG: json.dumps(config).encode()}
+    files = [writer.files[rank] for rank in sorted(writer.files)]
+    return files, {f"{target.folder}/{name}": data for name, data in small.items()}
 
 
 def _chunks(target: Target, writer: _Writer, tensor: MegatronTensor, index: int, rank: int) -> None:
@@ -132,13 +132,24 @@ def _chunks(target: Target, writer: _Writer, tensor: MegatronTensor, index: int,
     half = shape[tensor.dim] // tensor.halves
     share = half // count
     key = dist_key(tensor, target.spec)
-    kind = parts_dtype(key, tensor.parts, target.dtypes)
-    for number in range(tensor.halves):
-        begin = number * half + index * share
-        window = Rect.slab(shape, tensor.dim, begin, begin + share) if tensor.axis else Rect.whole(shape)
-        parts = cut(tensor.parts, window)
-        last = last_row(tensor.parts, tensor.shape) if tensor.padded else None
-        writer.chunk(rank, key, kind, (*leading, *shape), numbers, window, (parts, last))
+    for prefix, sources in _states(target, tensor.parts):
+        kind = parts_dtype(prefix + key, sources, target.dtypes)
+        last = last_row(sources, tensor.shape) if tensor.padded else None
+        for number in range(tensor.halves):
+            begin = number * half + index * share
+            window = Rect.slab(shape, tensor.dim, begin, begin + share) if tensor.axis else Rect.whole(shape)
+            writer.chunk(rank, prefix + key, kind, (*leading, *shape), numbers, window, (cut(sources, window), last))
+
+
+def _states(target: Target, parts: Sequence[Part]) -> Iterator[tuple[str, Sequence[Part]]]:
+    """Give the prefix of a tensor's key and what it holds: for the weight itself, then for each state of the optimizer."""
+    yield "", parts
+    for theirs, ours in (("param", "master"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+        if target.trainer is not None:
+            # A run in fp32 has no masters besides its weights.
+            names = [(p, f"optimizer.{ours}.{p.tensor}") for p in parts]
+            held = [replace(p, tensor=name) if name in target.dtypes else p for p, name in names]
+            yield f"optimizer.state.{theirs}.", held
 
 
 def _metadata(writer: _Writer) -> bytes:
@@ -197,7 +208,3 @@ def _index(item: _Item) -> Instance:
 def _info(item: _Item) -> Instance:
     fields = {"relative_path": item.file, "offset": item.offset, "length": item.length}
     return Instance(Symbol("torch.distributed.checkpoint.filesystem", "_StorageInfo"), fields)
-
-
-def _literal(name: str, data: bytes) -> MegatronFile:
-    return MegatronFile(f"{ITERATION}/{name}", len(data), [(0, data)])

@@ -1,34 +1,24 @@
-"""Files of a Megatron checkpoint to be written: known bytes, pieces to copy, and records whose checksums follow."""
+"""Pieces of a Megatron checkpoint's files: archives, tensors fused of several, vocabulary padding."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from math import prod
 
 from moeconv.dtypes import dtype
 from moeconv.errors import LayoutError
-from moeconv.io.torch_archive import ArchiveLayout, DataRecord, row_major
+from moeconv.io.torch_archive import ArchiveLayout, row_major
 from moeconv.layout.rect import Rect
 from moeconv.megatron.tensors import Part, place_parts
 from moeconv.pieces import Piece
+from moeconv.plan import TargetFile
 
 
-@dataclass(slots=True)
-class MegatronFile:
-    """A file to be written: `size` bytes, of which `literals` are known and `pieces` are copied from the source."""
-
-    name: str
-    size: int = 0
-    literals: list[tuple[int, bytes]] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
-    records: list[DataRecord] = field(default_factory=list)
-
-    def add(self, layout: ArchiveLayout) -> None:
-        """Add an archive that was laid out to begin at the file's present end."""
-        self.literals += layout.literals
-        self.records += [record for record in layout.records if record.size]
-        self.size += layout.size
+def add_archive(file: TargetFile, layout: ArchiveLayout) -> None:
+    """Add an archive that was laid out to begin at the file's present end."""
+    file.literals += layout.literals
+    file.records += [record for record in layout.records if record.size]
+    file.size += layout.size
 
 
 def parts_dtype(name: str, parts: Sequence[Part], dtypes: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf
 from moeconv.errors import LayoutError
 from moeconv.layout.degrees import Degrees
-from moeconv.megatron.convert import RunOptions, export_megatron, import_megatron, open_megatron
+from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
 from tests.megatron.conftest import assert_same, make_model
 
 LAYOUTS: list[dict[str, Any]] = [
@@ -31,7 +31,7 @@ SPECS = [("te", "grouped"), ("te", "sequential"), ("local", "sequential")]
 
 
 def export(src: Path, out: Path, fmt: Any, layout: dict[str, Any], spec: Any = "te", experts: Any = "grouped") -> Path:
-    options = RunOptions()
+    options = Options()
     export_megatron(src, out, fmt=fmt, degrees=Degrees(**layout), spec=spec, experts=experts, options=options)
     return out
 
@@ -39,7 +39,7 @@ def export(src: Path, out: Path, fmt: Any, layout: dict[str, Any], spec: Any = "
 def bring_back(src: Path, out: Path, **options: Any) -> Path:
     """Import a Megatron checkpoint under another layout, and write it as a Hugging Face folder."""
     shards = out.with_name(out.name + "-shards")
-    import_megatron(open_megatron(src, **options), shards, Degrees(tp=2, pp=2, ep=4), RunOptions())
+    import_megatron(open_megatron(src, **options), shards, Degrees(tp=2, pp=2, ep=4), Options())
     write_hf(open_checkpoint(shards), out, None, Options())
     return out
 
@@ -124,7 +124,7 @@ def test_the_same_bytes_for_any_number_of_workers(hf_bf16: Path, tmp_path: Path)
                 degrees=Degrees(tp=2, ep=4),
                 spec="te",
                 experts="grouped",
-                options=RunOptions(workers=workers),
+                options=Options(workers=workers),
             )
         left, right = (sorted(p for p in (tmp_path / f"{fmt}{w}").rglob("*") if p.is_file()) for w in (1, 5))
         assert [p.name for p in left] == [p.name for p in right]

@@ -14,11 +14,12 @@ import torch
 from click.testing import CliRunner
 
 from cli.main import main
+from moeconv import execute
+from moeconv.convert import Options
 from moeconv.errors import IntegrityError, MappingError, SourceError, WriteError
 from moeconv.layout.degrees import Degrees
-from moeconv.megatron import copying
 from moeconv.megatron.checkpoint import open_any
-from moeconv.megatron.convert import RunOptions, export_megatron, import_megatron, open_megatron
+from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
 from tests.megatron.conftest import assert_same, tensors_of
 from tests.megatron.test_round_trips import bring_back, export
 
@@ -72,7 +73,7 @@ def test_replicas_that_differ_are_refused(hf_bf16: Path, tmp_path: Path) -> None
     name = "decoder.layers.2.mlp.router.weight"
     edit(out / "release/mp_rank_01_001/model_optim_rng.pt", lambda s: s["model"][name].view(-1)[3].add_(1))
     with pytest.raises(IntegrityError, match=r"layers\.2\.block_sparse_moe\.gate.*mp_rank_01_001"):
-        import_megatron(open_megatron(out), tmp_path / "out", Degrees(), RunOptions())
+        import_megatron(open_megatron(out), tmp_path / "out", Degrees(), Options())
     assert not (tmp_path / "out").exists()
 
 
@@ -160,7 +161,7 @@ def test_an_optimizer_by_data_parallel_rank_is_refused_by_name(hf_bf16: Path, tm
 
 def test_a_killed_export_goes_on(hf_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = export(hf_bf16, tmp_path / "whole", "torch", {"tp": 2, "ep": 4})
-    real, calls = copying.run_job, 0
+    real, calls = execute._pwrite, 0
 
     def fails_later(*args: Any) -> None:
         nonlocal calls
@@ -169,14 +170,14 @@ def test_a_killed_export_goes_on(hf_bf16: Path, tmp_path: Path, monkeypatch: pyt
             raise OSError(28, "No space left on device")
         real(*args)
 
-    monkeypatch.setattr(copying, "run_job", fails_later)
+    monkeypatch.setattr(execute, "_pwrite", fails_later)
     with pytest.raises(WriteError, match="No space left"):
         export(hf_bf16, tmp_path / "out", "torch", {"tp": 2, "ep": 4})
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(copying, "run_job", real)
+    monkeypatch.setattr(execute, "_pwrite", real)
     with pytest.raises(WriteError, match="--resume"):
         export(hf_bf16, tmp_path / "out", "torch", {"tp": 2, "ep": 4})
-    options = RunOptions(resume=True)
+    options = Options(resume=True)
     layout = Degrees(tp=2, ep=4)
     export_megatron(
         hf_bf16, tmp_path / "out", fmt="torch", degrees=layout, spec="te", experts="grouped", options=options
@@ -188,7 +189,7 @@ def test_a_killed_export_goes_on(hf_bf16: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_a_changed_byte_in_shards_is_caught_on_export(hf_bf16: Path, tmp_path: Path) -> None:
     out = export(hf_bf16, tmp_path / "m", "torch", {"tp": 2})
-    import_megatron(open_megatron(out), tmp_path / "shards", Degrees(tp=2), RunOptions())
+    import_megatron(open_megatron(out), tmp_path / "shards", Degrees(tp=2), Options())
     path = tmp_path / "shards/experts-ep0-etp1-pp0.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-5] ^= 1
@@ -226,7 +227,7 @@ def test_the_commands_on_megatron_folders(hf_bf16: Path, tmp_path: Path, fmt: st
     assert run.invoke(main, ["diff", folder, str(hf_bf16)]).exit_code == 0
     shards = str(tmp_path / "shards")
     planned = run.invoke(main, ["import-megatron", folder, shards, "--dry-run", "--json"])
-    assert json.loads(planned.output.splitlines()[-1])["dry_run"] is True
+    assert json.loads(planned.stdout)["dry_run"] is True
     assert not Path(shards).exists()
     assert run.invoke(main, ["import-megatron", folder, shards, "--tp", "4", "--ep", "8"]).exit_code == 0
     assert "same bytes" in run.invoke(main, ["verify", shards, "--against", folder]).output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from enum import IntEnum
@@ -11,6 +12,9 @@ from typing import Any
 import click
 
 from moeconv.errors import MoeconvError
+
+# Conversions use numpy to move bytes, never for linear algebra: its threads would only cost start-up time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 class ExitCode(IntEnum):

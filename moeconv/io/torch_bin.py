@@ -7,8 +7,6 @@ from pathlib import Path
 from moeconv.dtypes import dtype
 from moeconv.errors import SourceError
 from moeconv.io.safetensors import Entry, Header
-from moeconv.io.torch_archive import read_archive, row_major
-from moeconv.io.unpickle import TensorRef
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 
@@ -30,6 +28,9 @@ def read_bin(path: Path) -> Header:
     Raises:
         SourceError: the file is damaged, holds anything but contiguous tensors by name, or its pickle is no data.
     """
+    from moeconv.io.torch_archive import read_archive, row_major  # here: most checkpoints hold no pickle
+    from moeconv.io.unpickle import TensorRef
+
     archive = read_archive(path)
     if not isinstance(archive.root, dict):
         raise SourceError(f"{path}: holds no state dict")

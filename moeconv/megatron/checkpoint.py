@@ -13,13 +13,13 @@ import numpy as np
 from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import IntegrityError, SourceError
-from moeconv.execute import Sweep, open_strips
 from moeconv.io.hf_folder import CONFIG, read_inside
 from moeconv.io.torch_archive import check_archive
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
 from moeconv.megatron.source import TRACKER, MegatronSource, is_megatron
 from moeconv.pieces import Piece, TensorInfo
+from moeconv.sweep import Sweep, open_strips
 
 _SKIP = (".pt", ".bin", ".safetensors", ".distcp")
 

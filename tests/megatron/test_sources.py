@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from cli.main import main
-from moeconv import execute
+from moeconv import sweep
 from moeconv.convert import Options
 from moeconv.errors import IntegrityError, MappingError, SourceError, WriteError
 from moeconv.layout.degrees import Degrees
@@ -161,7 +161,7 @@ def test_an_optimizer_by_data_parallel_rank_is_refused_by_name(hf_bf16: Path, tm
 
 def test_a_killed_export_goes_on(hf_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = export(hf_bf16, tmp_path / "whole", "torch", {"tp": 2, "ep": 4})
-    real, calls = execute._pwrite, 0
+    real, calls = sweep._pwrite, 0
 
     def fails_later(*args: Any) -> None:
         nonlocal calls
@@ -170,11 +170,11 @@ def test_a_killed_export_goes_on(hf_bf16: Path, tmp_path: Path, monkeypatch: pyt
             raise OSError(28, "No space left on device")
         real(*args)
 
-    monkeypatch.setattr(execute, "_pwrite", fails_later)
+    monkeypatch.setattr(sweep, "_pwrite", fails_later)
     with pytest.raises(WriteError, match="No space left"):
         export(hf_bf16, tmp_path / "out", "torch", {"tp": 2, "ep": 4})
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(execute, "_pwrite", real)
+    monkeypatch.setattr(sweep, "_pwrite", real)
     with pytest.raises(WriteError, match="--resume"):
         export(hf_bf16, tmp_path / "out", "torch", {"tp": 2, "ep": 4})
     options = Options(resume=True)

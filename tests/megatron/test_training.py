@@ -1,0 +1,149 @@
+"""Optimizer state and the position of a run, between the real megatron-core and ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeconv.checkpoint import Checkpoint, open_checkpoint
+from moeconv.convert import Options
+from moeconv.errors import MappingError
+from moeconv.layout.degrees import Degrees
+from moeconv.megatron.checkpoint import as_checkpoint
+from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
+from moeconv.verify import compare
+from runtime.checkpoint.state import TrainerState
+from tests.megatron.conftest import tensors_of
+from tests.megatron.mcore_ranks import Case
+from tests.megatron.mcore_training import BATCH, DECAY, LR, SEED, STEPS, Run, run_all
+from tests.megatron.test_round_trips import export
+
+# name -> the layout that Megatron saves under, how its run differs, and the layout of our export, which loads under both
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "tp2-ep2": ({"tp": 2, "ep": 2}, {}, {"tp": 2, "pp": 2, "ep": 2, "etp": 1}),
+    "pp2-ep2-bf16": ({"pp": 2, "ep": 2}, {"bf16": True}, {"tp": 2, "ep": 2, "etp": 1}),
+    "dp4": ({}, {}, {"tp": 2}),
+    "plain-bf16": ({"tp": 2}, {"bf16": True, "distributed": False}, {}),
+    "plain-fp32": ({"tp": 2}, {"distributed": False}, {}),
+}
+RESUMED = [name for name, (_, changes, _) in RUNS.items() if changes.get("distributed", True)]
+
+
+def source_of(name: str, hf_fp32: Path, hf_bf16: Path) -> Path:
+    return hf_bf16 if name.endswith("bf16") else hf_fp32
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: Any, hf_fp32: Path, hf_bf16: Path, config: dict[str, Any]) -> Path:
+    """Where megatron-core saved each run (`NAME`), and what our import made of it (`NAME-shards`)."""
+    work: Path = tmp_path_factory.mktemp("training")
+    runs = []
+    for name, (layout, changes, _) in RUNS.items():
+        weights = export(source_of(name, hf_fp32, hf_bf16), work / f"{name}-weights", "torch_dist", layout, "local")
+        case = Case(load=str(weights), fmt="torch_dist", save=str(work / name), **layout)
+        runs.append(Run(case, **changes))
+    run_all(runs, {**config, "rope_theta": config["rope_parameters"]["rope_theta"]}, work / "saving")
+    for name in RUNS:
+        shards = work / f"{name}-shards"
+        import_megatron(open_megatron(work / name, optimizer=True), shards, Degrees(tp=2, ep=4), Options())
+    return work
+
+
+def reference(value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What torch's AdamW makes of a tensor in the steps of a run whose gradient is the tensor's first value."""
+    parameter = torch.nn.Parameter(value.float().clone())
+    decay = DECAY if value.dim() > 1 else 0.0
+    adam = torch.optim.AdamW([parameter], lr=LR, weight_decay=decay, eps=1e-7)
+    parameter.grad = value.float().clone()
+    for _ in range(STEPS):
+        adam.step()
+    state = adam.state[parameter]
+    return {"master": parameter.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+
+def read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    return torch.from_numpy(checkpoint.read(name).astype("float32"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_tensor_has_its_own_state(work: Path, hf_fp32: Path, hf_bf16: Path, name: str) -> None:
+    imported, original = open_checkpoint(work / f"{name}-shards"), tensors_of(source_of(name, hf_fp32, hf_bf16))
+    for tensor, value in original.items():
+        expected = reference(value)
+        weight = read(imported, tensor)
+        torch.testing.assert_close(weight, expected["master"].to(value.dtype).float(), rtol=1e-6, atol=1e-8)
+        for state, wanted in expected.items():
+            if name != "plain-fp32" or state != "master":  # its weights are the masters
+                got = read(imported, f"optimizer.{state}.{tensor}")
+                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-9)
+    states = 2 if name == "plain-fp32" else 3
+    assert len(imported.tensors) == len(original) * (1 + states)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_position_of_the_run(work: Path, name: str) -> None:
+    path = work / f"{name}-shards/trainer.json"
+    state = TrainerState.from_json(path.read_text(), path)
+    assert (state.iteration, state.consumed_train_samples, state.seed) == (STEPS, STEPS * BATCH, SEED)
+    assert state.schedule == {
+        "max_lr": LR,
+        "min_lr": LR / 10,
+        "style": "constant",
+        "warmup_iters": 0,
+        "decay_iters": 100,
+    }
+    assert state.optimizer == {"num_steps": STEPS, "betas": [0.9, 0.999], "eps": 1e-7, "weight_decay": DECAY}
+
+
+def test_megatron_core_goes_on_from_our_export(work: Path, config: dict[str, Any], tmp_path: Path) -> None:
+    """It loads its own save and ours, and does one more step: the same bits in every rank, under the run's own layout and another."""
+    runs, names = [], []
+    for name in RESUMED:
+        layout, changes, degrees = RUNS[name]
+        ours = tmp_path / name
+        made = Degrees(**degrees)
+        export_megatron(
+            work / f"{name}-shards",
+            ours,
+            fmt="torch_dist",
+            degrees=made,
+            spec="local",
+            experts="sequential",
+            options=Options(),
+        )
+        for under in (layout, degrees):
+            for load in (work / name, ours):
+                runs.append(Run(Case(load=str(load), fmt="torch_dist", **under), resume=True, **changes))
+                names.append(f"{name} under {under}")
+    held = run_all(runs, {**config, "rope_theta": config["rope_parameters"]["rope_theta"]}, tmp_path / "resuming")
+    for index in range(0, len(runs), 2):
+        for theirs, ours_held in zip(held[index], held[index + 1], strict=True):
+            assert theirs.keys() == ours_held.keys()
+            for key, value in theirs.items():
+                assert torch.equal(value, ours_held[key]), f"{names[index]}: {key}"
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_round_trip(work: Path, tmp_path: Path, name: str) -> None:
+    """Exported and imported again: every byte of weights, masters, moments and position."""
+    shards, out = work / f"{name}-shards", tmp_path / "megatron"
+    degrees = Degrees(tp=2, pp=2, ep=2)
+    export_megatron(shards, out, fmt="torch_dist", degrees=degrees, spec="te", experts="grouped", options=Options())
+    source = open_megatron(out, optimizer=True)
+    assert next(compare(as_checkpoint(source), open_checkpoint(shards)), None) is None
+    before = json.loads((shards / "trainer.json").read_text())
+    assert json.loads(json.dumps(source.trainer)) == before
+
+
+def test_what_has_no_place_is_refused_by_name(work: Path, tmp_path: Path) -> None:
+    shards = work / "tp2-ep2-shards"
+    options: dict[str, Any] = {"degrees": Degrees(), "spec": "te", "experts": "grouped", "options": Options()}
+    with pytest.raises(MappingError, match=r"torch format keeps optimizer state by data-parallel rank.*--no-optimizer"):
+        export_megatron(shards, tmp_path / "out", fmt="torch", **options)
+    summary = export_megatron(shards, tmp_path / "out", fmt="torch", optimizer=False, **options)
+    assert "optimizer state" in summary.dropped[0]
+    assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text() == "release"

@@ -1,212 +1,27 @@
-"""Running a plan: each tensor is swept once in bands of rows, so that memory stays bounded and every byte is read and written once.
-
-A band is small enough to stay in a core's cache while it is read, checked, hashed and written. Rows go up, so each source
-and each target piece is touched front to back, and its checksum is computed on the way.
-"""
+"""Running a plan: each tensor is swept once, so that every byte is read and written once, and files complete one after another."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from moeconv.dtypes import dtype
-from moeconv.errors import IntegrityError, MoeconvError, SourceError, WriteError
+from moeconv.errors import IntegrityError, MoeconvError, WriteError
 from moeconv.io.checksum import Crc32, checksum, combined_crc32, new
 from moeconv.io.manifest import FileRecord, TensorRecord
 from moeconv.io.staging import Staging, check_space
 from moeconv.io.writeback import start_writeback
 from moeconv.layout.rect import Rect
-from moeconv.pieces import Piece, TensorInfo
+from moeconv.pieces import Piece
 from moeconv.plan import Job, Plan, TargetFile
+from moeconv.sweep import Sweep, open_strips
 
-BAND_BYTES = 1 << 20
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Progress = Callable[[int], None]
-
-
-@dataclass(slots=True)
-class _Strip:
-    """A piece as rows of bytes: rows `first` to `last` of the tensor, bytes `left` to `right` of each row, at `begin` in the file."""
-
-    piece: Piece
-    fd: int
-    first: int
-    last: int
-    left: int
-    right: int
-    hasher: Any = None
-
-    @classmethod
-    def of(cls, piece: Piece, shape: tuple[int, ...], fd: int) -> _Strip:
-        itemsize = dtype(piece.dtype).itemsize
-        if not shape:
-            return cls(piece, fd, 0, 1, 0, itemsize)
-        assert piece.rect.shape[2:] == shape[2:], "pieces split dims 0 and 1 only"
-        if len(shape) == 1:
-            return cls(piece, fd, piece.rect.offsets[0], piece.rect.ends[0], 0, itemsize)
-        unit = itemsize * prod(shape[2:])
-        return cls(
-            piece,
-            fd,
-            piece.rect.offsets[0],
-            piece.rect.ends[0],
-            piece.rect.offsets[1] * unit,
-            piece.rect.ends[1] * unit,
-        )
-
-    @property
-    def width(self) -> int:
-        return self.right - self.left
-
-    def position(self, row: int) -> int:
-        return self.piece.begin + (row - self.first) * self.width
-
-
-class Sweep:
-    """Reads a tensor band by band from its pieces, whatever their layout."""
-
-    def __init__(self, info: TensorInfo) -> None:
-        itemsize = dtype(info.dtype).itemsize
-        self.info = info
-        self.rows = info.shape[0] if info.shape else 1
-        self.row_bytes = itemsize * prod(info.shape[1:])
-        self.band = max(1, BAND_BYTES // max(self.row_bytes, 1))
-
-    def bands(self) -> Iterator[tuple[int, int]]:
-        """Give the row ranges, ascending."""
-        for first in range(0, self.rows, self.band):
-            yield first, min(first + self.band, self.rows)
-
-    def buffer(self, slot: str) -> Bytes:
-        """Give this thread's reusable buffer of a band's size, in bytes."""
-        size = self.band * self.row_bytes
-        held: Bytes | None = getattr(_local, slot, None)
-        if held is None or held.size < size:
-            held = np.empty(size, np.uint8)
-            setattr(_local, slot, held)
-        return held[:size]
-
-    def read(self, strips: list[_Strip], first: int, last: int, slot: str = "band") -> Bytes:
-        """Read the rows `first` to `last`; hash what strips with a hasher hold.
-
-        Returns:
-            An array [rows, row bytes] that the next call with this slot overwrites.
-        """
-        out = self.buffer(slot)[: (last - first) * self.row_bytes].reshape(last - first, self.row_bytes)
-        for strip in strips:
-            begin, end = max(first, strip.first), min(last, strip.last)
-            if begin >= end:
-                continue
-            whole = strip.width == self.row_bytes
-            rows = out[begin - first : end - first]
-            data = (
-                rows if whole else self.buffer("strip")[: (end - begin) * strip.width].reshape(end - begin, strip.width)
-            )
-            if piece_strides := strip.piece.strides:
-                _gather(strip, piece_strides, begin, end, data)
-            else:
-                _pread(strip, data, strip.position(begin))
-            if strip.hasher is not None:
-                strip.hasher.update(data.data)
-            if not whole:
-                rows[:, strip.left : strip.right] = data
-        return out
-
-    def write(self, strips: list[_Strip], first: int, rows: Bytes) -> None:
-        """Write a band's rows, which begin at row `first`, to the strips that hold them, and hash them."""
-        last = first + len(rows)
-        for strip in strips:
-            begin, end = max(first, strip.first), min(last, strip.last)
-            if begin >= end:
-                continue
-            data = rows[begin - first : end - first]
-            if strip.width != self.row_bytes:
-                packed = self.buffer("strip")[: (end - begin) * strip.width].reshape(end - begin, strip.width)
-                np.copyto(packed, data[:, strip.left : strip.right])
-                data = packed
-            if strip.hasher is not None:
-                strip.hasher.update(data.data)
-            _pwrite(strip, data, strip.position(begin))
-
-
-_local = threading.local()
-
-
-def _pread(strip: _Strip, data: Bytes, position: int) -> None:
-    view = data.reshape(-1).data
-    while view:
-        count = os.preadv(strip.fd, [view], position)
-        if count == 0:
-            raise SourceError(
-                f"{strip.piece.file}: ends at byte {position} inside {strip.piece.tensor}; the file was truncated"
-            )
-        view, position = view[count:], position + count
-
-
-def _gather(strip: _Strip, strides: tuple[int, ...], begin: int, end: int, out: Bytes) -> None:
-    """Read rows of a piece that is not stored row by row (columns of a matrix, a transposed one) into `out`, [rows, bytes a row]."""
-    piece, size = strip.piece, dtype(strip.piece.dtype).itemsize
-    shape = (end - begin, *piece.rect.shape[1:])
-    first = piece.begin + size * (begin - strip.first) * strides[0]
-    last = first + size * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
-    if last > os.fstat(strip.fd).st_size:
-        raise SourceError(f"{piece.file}: ends inside {piece.tensor}; the file was truncated")
-    skip = first % mmap.ALLOCATIONGRANULARITY  # only these rows are mapped, and only while they are copied
-    with mmap.mmap(strip.fd, last - first + skip, access=mmap.ACCESS_READ, offset=first - skip) as mapped:
-        view = np.ndarray(shape, np.dtype(f"u{size}"), mapped, skip, [s * size for s in strides])
-        np.copyto(out.view(view.dtype).reshape(shape), view)
-        del view  # the mapping closes only once nothing looks into it
-
-
-def _pwrite(strip: _Strip, data: Bytes, position: int) -> None:
-    view = data.reshape(-1).data
-    while view:
-        count = os.pwrite(strip.fd, view, position)
-        view, position = view[count:], position + count
-
-
-@contextmanager
-def open_strips(
-    root: Path, pieces: Any, shape: tuple[int, ...], flags: int = os.O_RDONLY, suffix: str = ""
-) -> Iterator[list[_Strip]]:
-    """Open the files of pieces.
-
-    Args:
-        root: the folder that they are in.
-        pieces: the pieces of one tensor.
-        shape: the tensor's shape.
-        flags: how to open them, as os.open takes it.
-        suffix: what the names carry while files are being written.
-
-    Yields:
-        A strip for each piece that holds an element.
-
-    Raises:
-        SourceError: a file can't be opened.
-    """
-    with ExitStack() as stack:
-        strips, fds = [], {}
-        for piece in pieces:
-            if piece.file not in fds:
-                try:
-                    fds[piece.file] = os.open(root / (piece.file + suffix), flags)
-                except OSError as error:
-                    raise SourceError(f"{root / piece.file}: can't be opened: {error.strerror}") from None
-                stack.callback(os.close, fds[piece.file])
-            if piece.rect.size:
-                strips.append(_Strip.of(piece, shape, fds[piece.file]))
-        yield strips
 
 
 @dataclass

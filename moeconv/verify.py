@@ -14,11 +14,12 @@ import numpy as np
 from moeconv.checkpoint import Checkpoint
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import IntegrityError
-from moeconv.execute import Progress, Sweep, check_sum, open_strips
+from moeconv.execute import Progress, check_sum
 from moeconv.io.checksum import new
 from moeconv.io.manifest import MANIFEST
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece, TensorInfo
+from moeconv.sweep import Sweep, open_strips
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from cli.main import main
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.convert import Options
 from moeconv.errors import MappingError
@@ -21,6 +26,8 @@ from tests.megatron.conftest import tensors_of
 from tests.megatron.mcore_ranks import Case
 from tests.megatron.mcore_training import BATCH, DECAY, LR, SEED, STEPS, Run, run_all
 from tests.megatron.test_round_trips import export
+from tests.runtime.jobs import Job, run_jobs
+from tests.runtime.ranks import RankPool
 
 # name -> the layout that Megatron saves under, how its run differs, and the layout of our export, which loads under both
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -147,3 +154,46 @@ def test_what_has_no_place_is_refused_by_name(work: Path, tmp_path: Path) -> Non
     summary = export_megatron(shards, tmp_path / "out", fmt="torch", optimizer=False, **options)
     assert "optimizer state" in summary.dropped[0]
     assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text() == "release"
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of single characters to a folder."""
+    vocab = {chr(code): number for number, code in enumerate([*range(32, 127), 10])} | {"<unk>": 96}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<unk>").save_pretrained(folder)
+
+
+def test_the_runtime_goes_on_from_an_import(work: Path, tmp_path: Path) -> None:
+    """It takes every bit of the optimizer's state, counts on from Megatron's position, and what it saves exports again."""
+    make_tokenizer(work / "pp2-ep2-bf16")
+    shards = tmp_path / "shards"
+    import_megatron(open_megatron(work / "pp2-ep2-bf16", optimizer=True), shards, Degrees(ep=2), Options())
+    (tmp_path / "text.txt").write_text(Path(__file__).read_text())
+    flags = "--seq-length 32 --micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --lr-decay-style constant --bf16"
+    jobs = [
+        Job(
+            1,
+            (
+                *("--load", str(shards), "--data", str(tmp_path / "text.txt"), "--data-cache-path", str(tmp_path)),
+                *("--save", str(tmp_path / f"to-{steps}"), "--train-iters", str(steps), *flags.split()),
+            ),
+        )
+        for steps in (STEPS, STEPS + 1)
+    ]
+    with contextlib.closing(RankPool(1)) as pool:
+        run_jobs(jobs, pool)
+    same, trained = (open_checkpoint(tmp_path / f"to-{steps}" / "latest") for steps in (STEPS, STEPS + 1))
+    assert next(compare(same, open_checkpoint(shards)), None) is None
+    state = json.loads(trained.carried_bytes["trainer.json"])
+    assert (state["iteration"], state["consumed_train_samples"]) == (STEPS + 1, (STEPS + 1) * BATCH)
+    assert state["optimizer"]["num_steps"] == STEPS + 1
+    moved = [d.name for d in compare(trained, same)]
+    assert len(moved) > len(same.tensors) / 2
+    summary = CliRunner().invoke(
+        main, ["export-megatron", str(trained.root), str(tmp_path / "back"), "--format", "torch_dist", "--ep", "2"]
+    )
+    assert summary.exit_code == 0, summary.output
+    back = open_megatron(tmp_path / "back", optimizer=True)
+    assert (back.iteration, back.trainer and back.trainer["optimizer"]["num_steps"]) == ("iter_0000003", 3)
+    assert next(compare(as_checkpoint(back), trained), None) is None

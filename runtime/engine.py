@@ -192,7 +192,14 @@ class Engine:
 
     def scalars(self) -> dict[str, Any]:
         """Give what a checkpoint must keep besides tensors, as JSON; the same on every rank. Collective."""
+        optim = self._optim
         out: dict[str, Any] = {"num_steps": self.optimizer.num_steps}
+        # Here a run's flags decide; a program that the run is exported to needs them from the checkpoint.
+        out |= {
+            "betas": [optim.adam_beta1, optim.adam_beta2],
+            "eps": optim.adam_eps,
+            "weight_decay": optim.weight_decay,
+        }
         if self._context.dtype == torch.float16:
             out |= {"loss_scale": self.loss_scale.scale, "good_steps": self.loss_scale.good_steps}
         if self._moe is not None and self._moe.enable_expert_bias:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,12 @@ def export_hf(ckpt: Path, out: Path, **options: Any) -> None:
 def _sharded(source: Checkpoint, out: Path, layout: Degrees, options: dict[str, Any], title: str) -> None:
     if options["dry_run"]:
         check_free(out.absolute())
-        _report(title, plan_sharded(source, layout), out, 0.0, options)
+        _report(title, plan_sharded(source, layout), out, 0.0, options, dropped=source.dropped)
         return
     begin = time.perf_counter()
     with progress_bar(title) as progress:
         plan = write_sharded(source, out, layout, _options(options, progress))
-    _report(title, plan, out, time.perf_counter() - begin, options)
+    _report(title, plan, out, time.perf_counter() - begin, options, dropped=source.dropped)
 
 
 def _options(options: dict[str, Any], progress: Any) -> Options:
@@ -100,7 +101,13 @@ def _options(options: dict[str, Any], progress: Any) -> Options:
 
 
 def _report(
-    title: str, plan: Plan, out: Path, seconds: float, options: dict[str, Any], pushed: str | None = None
+    title: str,
+    plan: Plan,
+    out: Path,
+    seconds: float,
+    options: dict[str, Any],
+    pushed: str | None = None,
+    dropped: Sequence[str] = (),
 ) -> None:
     dry = options["dry_run"]
     value = {
@@ -111,9 +118,11 @@ def _report(
         "files": {file.name: file.size for file in plan.files},
         "bytes": plan.nbytes,
         "seconds": round(seconds, 3),
+        "dropped": list(dropped),
         "pushed": pushed,
     }
     lines = [f"{file.name:<40} {amount(file.size):>10}" for file in plan.files] if dry else []
+    lines += [f"not converted: {what}" for what in dropped]
     what = f"{len(plan.jobs)} tensors in {len(plan.files)} files, {amount(plan.nbytes)}"
     lines.append(
         f"{out}: would hold {what}"

@@ -64,6 +64,12 @@ class Checkpoint:
         return Degrees.from_json(self.manifest.degrees) if self.manifest else Degrees()
 
     @property
+    def dropped(self) -> list[str]:
+        """What the source's files hold that is not converted, with the reason."""
+        count = len(self.folder.computed) if self.folder else 0
+        return [f"{count} rotary_emb.inv_freq buffers (computed from config.json)"] if count else []
+
+    @property
     def files(self) -> list[str]:
         """The files that hold tensors, relative to the root."""
         return sorted({piece.file for pieces in self.pieces.values() for piece in pieces})

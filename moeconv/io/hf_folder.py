@@ -37,7 +37,10 @@ _CODE_OF_TRAINERS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 @dataclass(frozen=True, slots=True)
 class HFFolder:
-    """A Hugging Face checkpoint on disk: weight files with their headers, the index, config.json, and the files carried verbatim."""
+    """A Hugging Face checkpoint on disk: weight files with their headers, the index, config.json, and the files carried verbatim.
+
+    `computed` names tensors of old files that are left out, since readers compute them from the config.
+    """
 
     root: Path
     headers: dict[str, Header]
@@ -45,6 +48,7 @@ class HFFolder:
     config_bytes: bytes
     config: dict[str, Any]
     carried: tuple[str, ...]
+    computed: tuple[str, ...] = ()
 
 
 def read_hf_folder(root: Path) -> HFFolder:
@@ -78,9 +82,16 @@ def read_hf_folder(root: Path) -> HFFolder:
         raise SourceError(
             f"{root}: {', '.join(extra)} is not in {index_name}, so its tensors would be lost; move it away, or correct the index"
         )
-    headers = {name: read_bin(root / name) if old else read_header(root / name) for name in names}
-    _check_index(root, headers, weight_map)
-    return HFFolder(root, headers, index, config_bytes, config, tuple(_carried(root)))
+    headers, computed = {}, list[str]()
+    for name in names:
+        if old:
+            headers[name], left_out = read_bin(root / name)
+            computed += left_out
+        else:
+            headers[name] = read_header(root / name)
+    listed = {n: f for n, f in weight_map.items() if n not in computed} if weight_map is not None else None
+    _check_index(root, headers, listed)
+    return HFFolder(root, headers, index, config_bytes, config, tuple(_carried(root)), tuple(computed))
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:

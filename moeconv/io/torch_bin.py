@@ -9,6 +9,8 @@ from moeconv.errors import SourceError
 from moeconv.io.safetensors import Entry, Header
 
 BIN_INDEX = "pytorch_model.bin.index.json"
+# transformers before 4.32 saved these buffers; it and every reader since compute them from config.json.
+_COMPUTED = ".rotary_emb.inv_freq"
 
 
 def bin_names(root: Path) -> list[str]:
@@ -16,14 +18,15 @@ def bin_names(root: Path) -> list[str]:
     return sorted(p.name for p in root.glob("pytorch_model*.bin"))
 
 
-def read_bin(path: Path) -> Header:
+def read_bin(path: Path) -> tuple[Header, list[str]]:
     """Find the tensors of a `.bin` file.
 
     Args:
         path: the file, as `torch.save` of a state dict wrote it.
 
     Returns:
-        A header like that of a safetensors file, with no raw bytes; tensors that share a storage share their bytes.
+        A header like that of a safetensors file, with no raw bytes (tensors that share a storage share their bytes), and
+        the names of buffers that were left out, since they are computed from the config: rotary frequencies.
 
     Raises:
         SourceError: the file is damaged, holds anything but contiguous tensors by name, or its pickle is no data.
@@ -34,10 +37,13 @@ def read_bin(path: Path) -> Header:
     archive = read_archive(path)
     if not isinstance(archive.root, dict):
         raise SourceError(f"{path}: holds no state dict")
-    entries = []
+    entries, computed = [], []
     for name, value in archive.root.items():
         if not isinstance(name, str) or not isinstance(value, TensorRef):
             raise SourceError(f"{path}: {name!r} is no tensor; expected a model's state dict")
+        if name.endswith(_COMPUTED):
+            computed.append(name)
+            continue
         if value.strides != row_major(value.shape) and 0 not in value.shape:
             raise SourceError(
                 f"{path}: {name} is stored with strides {list(value.strides)}, not row by row; save it again with "
@@ -48,4 +54,4 @@ def read_bin(path: Path) -> Header:
             size *= n
         entries.append(Entry(name, value.dtype, value.shape, begin, begin + size))
     entries.sort(key=lambda e: (e.begin, e.end))
-    return Header(b"", tuple(entries), {}, path.stat().st_size)
+    return Header(b"", tuple(entries), {}, path.stat().st_size), computed

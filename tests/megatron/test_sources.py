@@ -199,21 +199,55 @@ def test_a_changed_byte_in_shards_is_caught_on_export(hf_bf16: Path, tmp_path: P
     assert not (tmp_path / "again").exists()
 
 
-def test_torch_bin_folders(hf_bf16: Path, tmp_path: Path) -> None:
-    tensors = tensors_of(hf_bf16)
-    names = sorted(tensors)
-    files = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
-    folder = tmp_path / "bin"
+def make_bin_folder(src: Path, folder: Path) -> Path:
+    """Write a model as transformers did before safetensors, rotary frequencies included."""
     folder.mkdir()
-    shutil.copy(hf_bf16 / "config.json", folder)
+    shutil.copy(src / "config.json", folder)
+    tensors = tensors_of(src)
+    names = sorted(tensors)
+    tensors |= {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": 1e6 ** -(torch.arange(2) / 2) for n in range(4)}
+    buffers = [n for n in tensors if n.endswith("inv_freq")]
+    files = {"pytorch_model-00001-of-00002.bin": names[::2] + buffers, "pytorch_model-00002-of-00002.bin": names[1::2]}
     for file, held in files.items():
         torch.save({n: tensors[n] for n in held}, folder / file)
     weight_map = {n: file for file, held in files.items() for n in held}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def test_torch_bin_folders(hf_bf16: Path, tmp_path: Path) -> None:
+    folder = make_bin_folder(hf_bf16, tmp_path / "bin")
     checkpoint = open_any(folder)
-    for name, value in tensors.items():
+    for name, value in tensors_of(hf_bf16).items():
         assert checkpoint.read(name).tobytes() == value.view(torch.uint8).numpy().tobytes(), name
     assert_same(bring_back(export(folder, tmp_path / "m", "torch_dist", {"tp": 2}), tmp_path / "hf"), hf_bf16)
+
+
+def test_import_hf_of_a_torch_bin_folder(hf_bf16: Path, tmp_path: Path) -> None:
+    folder, run = make_bin_folder(hf_bf16, tmp_path / "bin"), CliRunner()
+    shards, back = str(tmp_path / "shards"), tmp_path / "back"
+    made = run.invoke(main, ["import-hf", str(folder), shards, "--tp", "2", "--ep", "4", "--json"])
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["dropped"] == ["4 rotary_emb.inv_freq buffers (computed from config.json)"]
+    for other in (folder, hf_bf16):
+        assert "same bytes" in run.invoke(main, ["verify", shards, "--against", str(other)]).output
+    assert run.invoke(main, ["export-hf", shards, str(back)]).exit_code == 0
+    assert_same(back, hf_bf16)
+
+
+def test_a_torch_bin_folder_of_another_model_or_with_code_is_refused(hf_bf16: Path, tmp_path: Path) -> None:
+    folder = make_bin_folder(hf_bf16, tmp_path / "bin")
+    path = folder / "pytorch_model-00002-of-00002.bin"
+    edit(path, lambda state: state.update({"model.stray": torch.zeros(2)}))
+    index = json.loads((folder / "pytorch_model.bin.index.json").read_text())
+    index["weight_map"]["model.stray"] = path.name
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    stray = CliRunner().invoke(main, ["import-hf", str(folder), str(tmp_path / "out")])
+    assert (stray.exit_code, "model.stray" in stray.output) == (1, True)
+    torch.save({"model.norm.weight": Path}, path)
+    code = CliRunner().invoke(main, ["import-hf", str(folder), str(tmp_path / "out")])
+    assert (code.exit_code, "is no tensor" in code.output) == (1, True), code.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("fmt", ["torch", "torch_dist"])

@@ -38,6 +38,9 @@ _COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
             "Turn shards or a Hugging Face checkpoint into a Megatron-Core one.",
         ),
     },
+    "Upcycle": {
+        "upcycle": ("cli.upcycle:upcycle", "Turn a dense checkpoint into a mixture of experts."),
+    },
     "Look and check": {
         "inspect": ("cli.check:inspect", "Show a checkpoint's model, layout and ranks."),
         "verify": ("cli.check:verify", "Check every checksum, or compare byte for byte."),

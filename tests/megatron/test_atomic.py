@@ -1,0 +1,163 @@
+"""export-megatron and import-megatron are whole or not there: kills at any point, and resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeconv.convert import Options
+from moeconv.errors import MoeconvError, WriteError
+from moeconv.io.staging import JOURNAL
+from moeconv.layout.degrees import Degrees
+from moeconv.megatron.checkpoint import open_any
+from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
+
+ROOT = Path(__file__).parents[2]
+FORMS = ["torch", "torch_dist", "shards"]
+DEGREES = Degrees(tp=2, ep=4, pp=2)
+# argv: source, output, form, resume, the number of the file system call that kills (0: never)
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+from tests.megatron import test_atomic
+
+source, out, form, resume, fatal = *sys.argv[1:4], sys.argv[4] == "resume", int(sys.argv[5])
+calls = 0
+
+def watch(event, args):
+    global calls
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate") and str(args[0]).startswith(out):
+        calls += 1
+        if calls == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(watch)
+print("begun", flush=True)
+test_atomic.convert(Path(source), Path(out), form, resume, lambda _: time.sleep(0.002) if not fatal else None)
+print(calls, flush=True)
+"""
+
+
+def convert(source: Path, out: Path, form: str, resume: bool, progress: Any = lambda _: None) -> None:
+    options = Options(workers=2, resume=resume, progress=lambda _: progress)
+    if form == "shards":
+        import_megatron(open_megatron(source), out, DEGREES, options)
+    else:
+        fmt: Any = form
+        export_megatron(source, out, fmt=fmt, degrees=DEGREES, spec="te", experts="grouped", options=options)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != JOURNAL)
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def start(source: Path, out: Path, form: str, resume: str = "", fatal: int = 0) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", PROGRAM, str(source), str(out), form, resume, str(fatal)]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: Any, hf_bf16: Path) -> dict[str, tuple[Path, dict[str, str]]]:
+    """For each form of output the source, and the digests of a run that nothing interrupted."""
+    work: Path = tmp_path_factory.mktemp("atomic")
+    out = {}
+    for form in FORMS:
+        source = work / "torch" if form == "shards" else hf_bf16
+        convert(source, work / form, form, False)
+        out[form] = source, digests(work / form)
+    return out
+
+
+def check_killed(out: Path, whole: dict[str, str]) -> set[str]:
+    """Check that a kill left a complete result or nothing that a reader accepts; give the files that were finished."""
+    partial = out.with_name(out.name + ".partial")
+    if out.exists():
+        assert digests(out) == whole
+        assert not partial.exists()
+        return set()
+    if not partial.exists():
+        return set()
+    left = digests(partial)
+    finished = {name for name in left if not name.endswith(".writing")}
+    assert {name: left[name] for name in finished} == {name: whole[name] for name in finished}
+    try:
+        open_any(partial)
+    except MoeconvError:
+        return finished
+    assert finished == set(whole)  # the tracker file, or the manifest, is the last
+    return finished
+
+
+def finish(source: Path, out: Path, form: str, whole: dict[str, str], finished: set[str]) -> None:
+    """Resume, and check that it gives the whole result and writes finished files of tensors no second time."""
+    if out.exists():
+        return
+    tensors = (".pt", ".distcp", ".safetensors")
+    partial = out.with_name(out.name + ".partial")
+    before = {name: (partial / name).stat().st_ino for name in finished if name.endswith(tensors)}
+    convert(source, out, form, True)
+    assert digests(out) == whole
+    assert not partial.exists()
+    redone = [name for name, inode in before.items() if (out / name).stat().st_ino != inode and "common.pt" not in name]
+    assert len(redone) <= 2  # named just before the kill, but not yet in the journal
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kill_at_each_stage_of_the_files(references: Any, tmp_path: Path, form: str) -> None:
+    source, whole = references[form]
+    with start(source, tmp_path / "counted", form) as process:
+        assert process.stdout is not None
+        calls = int(process.stdout.read().split()[-1])
+    assert digests(tmp_path / "counted") == whole
+    points = {1, 3, *random.Random().sample(range(4, calls - 4), 2), *range(calls - 3, calls)}
+    for fatal in sorted(points):
+        out = tmp_path / f"out{fatal}"
+        with start(source, out, form, fatal=fatal) as process:
+            process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        finish(source, out, form, whole, check_killed(out, whole))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kill_at_random_times_and_again_while_resuming(references: Any, tmp_path: Path, form: str) -> None:
+    source, whole = references[form]
+    interrupted, draw = 0, random.Random()
+    for number in range(3):
+        out = tmp_path / f"out{number}"
+        for resume in ("", "resume"):
+            if resume and not out.with_name(out.name + ".partial").exists():
+                continue
+            with start(source, out, form, resume) as process:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "begun\n"
+                time.sleep(draw.uniform(0.05, 0.4))
+                process.send_signal(signal.SIGKILL)
+            finished = check_killed(out, whole)
+            interrupted += not out.exists()
+        finish(source, out, form, whole, finished)
+    assert interrupted
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_an_unfinished_run_was_begun_with(references: Any, tmp_path: Path, hf_bf16: Path, form: str) -> None:
+    source, _ = references[form]
+    out = tmp_path / "out"
+    with start(source, out, form, fatal=60) as process:
+        process.communicate()
+    left = digests(tmp_path / "out.partial")
+    with pytest.raises(WriteError, match="--resume, or remove it"):
+        convert(source, out, form, False)
+    other = "torch" if form == "torch_dist" else "torch_dist"
+    with pytest.raises(WriteError, match="begun with other"):
+        convert(hf_bf16, out, other, True)
+    assert not out.exists()
+    assert digests(tmp_path / "out.partial") == left

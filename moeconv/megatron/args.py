@@ -63,11 +63,20 @@ def make_args(
     Returns:
         An argparse.Namespace to be pickled.
     """
-    sizes = model.sizes
-    positions = int(config.get("max_position_embeddings") or 4096)
-    theta = rope_theta(config)
-    window = config.get("sliding_window")
-    args: dict[str, Any] = {
+    return Instance(
+        Symbol("argparse", "Namespace"),
+        {
+            **_size_args(model, config, degrees),
+            **_architecture_args(model, config, spec, dtype),
+            **_moe_args(model, config, experts),
+            **_run_args(model.sizes["layers"], degrees, fmt),
+        },
+    )
+
+
+def _size_args(model: Model, config: Mapping[str, Any], degrees: Degrees) -> dict[str, Any]:
+    sizes, positions = model.sizes, int(config.get("max_position_embeddings") or 4096)
+    return {
         "num_layers": sizes["layers"],
         "encoder_num_layers": sizes["layers"],
         "hidden_size": sizes["hidden"],
@@ -79,6 +88,15 @@ def make_args(
         "group_query_attention": sizes["kv_heads"] != sizes["heads"],
         "num_query_groups": sizes["kv_heads"],
         "kv_channels": sizes["head_dim"],
+        "vocab_size": sizes["vocab"],
+        "padded_vocab_size": padded_vocab(sizes["vocab"], degrees.tp),
+        "make_vocab_size_divisible_by": 128,
+    }
+
+
+def _architecture_args(model: Model, config: Mapping[str, Any], spec: Spec, dtype: str) -> dict[str, Any]:
+    theta, window = rope_theta(config), config.get("sliding_window")
+    return {
         "position_embedding_type": "rope",
         "use_rotary_position_embeddings": True,
         # Genuine rope checkpoints hold True, the argument's default, and the loader compares it.
@@ -103,16 +121,11 @@ def make_args(
         "init_method_std": float(config.get("initializer_range", 0.02)),
         "untie_embeddings_and_output_weights": not model.flags.get("tied", False),
         "window_size": (int(window) - 1, 0) if window else None,
-        "vocab_size": sizes["vocab"],
-        "padded_vocab_size": padded_vocab(sizes["vocab"], degrees.tp),
-        "make_vocab_size_divisible_by": 128,
         "transformer_impl": "transformer_engine" if spec == "te" else "local",
         "params_dtype": Symbol("torch", _TORCH_NAMES[dtype]),
         "bf16": dtype == "BF16",
         "fp16": dtype == "F16",
     }
-    args |= _moe_args(model, config, experts) | _run_args(sizes["layers"], degrees, fmt)
-    return Instance(Symbol("argparse", "Namespace"), args)
 
 
 def _moe_args(model: Model, config: Mapping[str, Any], experts: Experts) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Time the conversions beside `cp -r` of the same files: `python benchmarks/convert.py [--rounds 3] [--scale 10] [--json]`.
 
-Builds a Mixtral of 2.9 GB (random bytes) and runs import-hf, reshard, export-hf and verify as a user would, each as its own
-process, round after round in turn with `cp -r`, with the source in the page cache and nothing left to write back. `cp -r`
-returns before its bytes are on disk; moeconv only after, so `cp -r; sync` is shown as well. Prints the median seconds,
-and the highest resident memory of any process that ran. The exported files are compared with the source's.
+Builds a Mixtral of 2.9 GB (random bytes) and runs import-hf, reshard, export-hf and verify, and export-megatron and
+import-megatron of both formats, as a user would, each as its own process, round after round in turn with `cp -r`, with the
+source in the page cache and nothing left to write back. `cp -r` returns before its bytes are on disk; moeconv only after,
+so `cp -r; sync` is shown as well. Prints the median seconds, and the highest resident memory of any process that ran. The
+exported files are compared with the source's, and what came back from Megatron's formats tensor by tensor.
 """
 
 from __future__ import annotations
@@ -162,7 +163,8 @@ def measure(work: Path, rounds: int, *, transformers: bool) -> list[Row]:
     """
     source, copy, ckpt, other, back = (work / name for name in ("source", "copy", "ckpt", "resharded", "exported"))
     nbytes = build(source, mixtral_config(1), sparse=False)
-    names = ("cp -r", "cp -r; sync", "import-hf", "reshard", "export-hf", "verify")
+    names = ["cp -r", "cp -r; sync", "import-hf", "reshard", "export-hf", "verify"]
+    names += [f"{way}-megatron {fmt}" for fmt in ("torch", "torch_dist") for way in ("export", "import")]
     rows = {name: Row(name, nbytes) for name in names}
     for _ in range(rounds):
         rows["cp -r"].run(["cp", "-r", str(source), str(copy)])
@@ -179,10 +181,29 @@ def measure(work: Path, rounds: int, *, transformers: bool) -> list[Row]:
             raise RuntimeError(f"export-hf gave other files than the source: {', '.join(different)}")
         shutil.rmtree(other)
         shutil.rmtree(back)
+        for fmt in ("torch", "torch_dist"):
+            measure_megatron(source, work, fmt, rows)
     if transformers:
         row = rows["transformers"] = Row("transformers load, save", nbytes)
         row.run([sys.executable, "-c", TRANSFORMERS, str(source), str(copy)])
     return list(rows.values())
+
+
+def measure_megatron(source: Path, work: Path, fmt: str, rows: dict[str, Row]) -> None:
+    """Export a model to one of Megatron's formats and import it again.
+
+    Raises:
+        RuntimeError: a command failed, or a tensor came back with other bytes.
+    """
+    megatron, ckpt = work / "megatron", work / "ckpt"
+    layout = ("--tp", "2", "--ep", "4")
+    rows[f"export-megatron {fmt}"].run(
+        [*MOECONV, "export-megatron", str(source), str(megatron), "--format", fmt, *layout]
+    )
+    rows[f"import-megatron {fmt}"].run([*MOECONV, "import-megatron", str(megatron), str(ckpt)])
+    shutil.rmtree(megatron)
+    Row("compare", rows["cp -r"].nbytes).run([*MOECONV, "verify", str(ckpt), "--against", str(source)])
+    shutil.rmtree(ckpt)
 
 
 def measure_large(work: Path, scale: int) -> Row:

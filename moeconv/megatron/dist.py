@@ -308,7 +308,19 @@ class _Places:
         )
         if not fits:
             keys = ", ".join(f"{k}={v}" for k, v in self.model.sizes.items())
-            raise MappingError(f"{stored.key} has shape {list(got)}; the config ({keys}) implies {list(expected)}")
+            hint = (
+                "; Megatron-Core before v0.15 stored optimizer state in flat slices: load and save it with a later one, "
+                "or import the weights alone with --no-optimizer"
+            )
+            raise MappingError(
+                f"{stored.key} has shape {list(got)}; the config ({keys}) implies {list(expected)}"
+                + (hint if stored.key.startswith(_OPTIMIZER) else "")
+            )
+        if stored.key.startswith(_OPTIMIZER) and stored.dtype != "F32":
+            raise MappingError(
+                f"{stored.key} is {stored.dtype}: optimizer state of reduced precision is not converted; import the weights "
+                "alone with --no-optimizer"
+            )
 
     def _chunk(
         self, stored: DistTensor, chunk: Chunk, found: Found, kind: str, half: int | None, lead: int, folder: str

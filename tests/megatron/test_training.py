@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +157,28 @@ def test_what_has_no_place_is_refused_by_name(work: Path, tmp_path: Path) -> Non
     summary = export_megatron(shards, tmp_path / "out", fmt="torch", optimizer=False, **options)
     assert "optimizer state" in summary.dropped[0]
     assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text() == "release"
+
+
+@pytest.mark.filterwarnings("ignore")  # of megatron, which unpickling its args imports
+@pytest.mark.parametrize("change", ["flat", "step"])
+def test_state_in_another_form_is_refused_by_name(work: Path, tmp_path: Path, change: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(work / "tp2-ep2", copy)
+    folder = copy / f"iter_{STEPS:07d}"
+    if change == "flat":
+        metadata = pickle.loads((folder / ".metadata").read_bytes())
+        tensors, key = metadata.state_dict_metadata, "optimizer.state.exp_avg.decoder.layers.mlp.router.weight"
+        tensors[key] = dataclasses.replace(tensors[key], size=torch.Size([4, 1, 1, 128]))
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        message = r"exp_avg.*router\.weight has shape \[4, 1, 1, 128\].*flat slices.*--no-optimizer"
+    else:
+        common = torch.load(folder / "common.pt", weights_only=False)
+        common["optimizer"][1]["optimizer"]["param_groups"][0]["step"] = 1.0
+        torch.save(common, folder / "common.pt")
+        message = r"its optimizer says \[1, 2\] of how many steps"
+    with pytest.raises(MappingError, match=message):
+        open_megatron(copy, optimizer=True)
+    assert open_megatron(copy, optimizer=False).trainer is None
 
 
 def make_tokenizer(folder: Path) -> None:

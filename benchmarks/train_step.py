@@ -112,22 +112,25 @@ def measure(config: ModelConfig, args: argparse.Namespace, device: torch.device)
     print(f"{name}: {config.num_layers} layers, {config.dtype}, {tokens} tokens a step, loss {result.lm_loss:.3f}")
     print(f"{seconds * 1e3:.1f} ms a step (spread {min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}), "
           f"{tokens / seconds:,.0f} tokens/s, {tflops:.0f} model TFLOP/s{share}")  # fmt: skip
-    memory(engine)
+    sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory_by_kind(engine).items())
+    print(f"memory, GB: {sizes}")
     if args.profile:
         profile(engine, batches, cuda)
 
 
-def memory(engine: Engine) -> None:
-    """Print memory by kind."""
+def memory_by_kind(engine: Engine) -> dict[str, int]:
+    """Count this rank's bytes; what is at the peak beside the rest is known on a GPU only."""
     shards = engine.store.shards
     weights = sum(p.numel() * p.element_size() for p in engine.module.parameters())
     masters = sum(s.master.numel() * s.master.element_size() for s in shards if s.separate_master)
-    grads = sum(s.grad_shard.numel() * s.grad_shard.element_size() for s in shards)
+    # A bucket keeps its gradients whole, also where it updates a shard only.
+    held = [getattr(s, "grads", s.grad_shard) for s in shards]
+    grads = sum(grad.numel() * grad.element_size() for grad in held)
     moments = 2 * sum(s.master.numel() * s.master.element_size() for s in shards)
     kinds = {"weights": weights, "gradients": grads, "masters": masters, "moments": moments}
     if engine.device.type == "cuda":
         kinds["activations and buffers at the peak"] = torch.cuda.max_memory_allocated() - sum(kinds.values())
-    print("memory, GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in kinds.items()))
+    return kinds
 
 
 def profile(engine: Engine, batches: list[Batch], cuda: bool) -> None:

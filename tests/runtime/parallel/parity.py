@@ -43,6 +43,8 @@ class Case:
     num_microbatches: int = 4
     """Of the global batch, over all data-parallel ranks."""
     positions: int = 16
+    device: str = "cpu"
+    """Where to compute: cpu, or cuda, which is this process's GPU."""
 
     @property
     def reference(self) -> Case:
@@ -55,6 +57,7 @@ class Case:
             dense_layers=self.dense_layers,
             num_microbatches=self.num_microbatches,
             positions=self.positions,
+            device=self.device,
         )
 
     @property
@@ -108,7 +111,9 @@ def make_engine(case: Case, **optim: Any) -> tuple[Engine, ParallelMesh]:
     # Adam divides by the root of the squared gradient: with a tiny epsilon it would turn rounding noise on elements
     # without a gradient into whole steps.
     options: dict[str, Any] = {"lr": 1e-3, "adam_eps": 1e-4, "clip_grad": 0.5, "weight_decay": 0.1}
-    mesh = ParallelMesh(parallel)
+    # One rank of many can run a case of one rank by itself.
+    mesh = ParallelMesh(parallel, 1, 0) if case.num_ranks == 1 else ParallelMesh(parallel)
+    device = torch.device("cuda", torch.cuda.current_device()) if case.device == "cuda" else torch.device("cpu")
     engine = Engine(
         config,
         parallel,
@@ -116,7 +121,7 @@ def make_engine(case: Case, **optim: Any) -> tuple[Engine, ParallelMesh]:
         OptimConfig(**(options | optim)),
         RecomputeConfig(**case.recompute),
         mesh,
-        torch.device("cpu"),
+        device,
     )
     engine.load_state(initial_reader(config), with_optimizer=False)
     return engine, mesh
@@ -171,7 +176,7 @@ def own_share(batches: list[Batch], mesh: ParallelMesh) -> list[Batch]:
 
 def copies(items: Iterable[StateTensor]) -> list[tuple[str, tuple[int, ...], Rect, Array]]:
     """Rectangles as arrays that outlive the engine."""
-    return [(i.name, i.global_shape, i.rect, i.tensor.detach().float().numpy().copy()) for i in items]
+    return [(i.name, i.global_shape, i.rect, i.tensor.detach().float().cpu().numpy().copy()) for i in items]
 
 
 def _mlp(case: Case, context: ModelContext, config: MoEConfig, layer: int) -> nn.Module:

@@ -1,0 +1,103 @@
+"""What a task is, and what the ranks that run it share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.multi_gpu.sizes import Sizes
+from runtime.config import OptimConfig, ParallelConfig, RecomputeConfig
+from runtime.distributed import any_rank
+from runtime.engine import Engine
+from runtime.moe.config import MoEConfig
+from runtime.parallel.mesh import ParallelMesh
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One measurement; it goes to the ranks as JSON."""
+
+    number: int
+    kind: str
+    """parity, training, traffic, scaling, save or resume."""
+    world: int
+    """Ranks that take part: all of a launch, or its first alone."""
+    label: str
+    parallel: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """This rank's surroundings in a task."""
+
+    device: torch.device
+    sizes: Sizes
+    scratch: Path
+    """Where checkpoints go; the same folder for every rank and launch."""
+    fill: float
+    """Share of a GPU's memory that a model may be planned to take."""
+    control: dist.ProcessGroup | None
+    """A gloo group of the ranks that take part; None is one rank."""
+
+    @property
+    def memory(self) -> float:
+        """Bytes that a model may be planned to take; a CPU's sizes are fixed."""
+        if self.device.type != "cuda":
+            return 0.0
+        return self.fill * torch.cuda.get_device_properties(self.device).total_memory
+
+    def everyone(self, value: T) -> list[T]:
+        """Collect a value of every rank on every rank."""
+        if self.control is None:
+            return [value]
+        out: list[Any] = [None] * dist.get_world_size(self.control)
+        dist.all_gather_object(out, value, group=self.control)
+        return out
+
+    def any(self, mine: bool) -> bool:
+        """Find out whether any rank says yes."""
+        return mine if self.control is None else any_rank(mine, self.control)
+
+    def synchronize(self) -> None:
+        """Wait for the device, then for all ranks."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.control is not None:
+            dist.all_reduce(torch.zeros(1), group=self.control)
+
+    def engine(self, task: Task, num_layers: int) -> tuple[Engine, ParallelMesh]:
+        """Build the engine of a task's layout; its weights are zero."""
+        parallel = ParallelConfig(**task.parallel)
+        mesh = ParallelMesh(parallel) if self.control is not None else ParallelMesh(parallel, 1, 0)
+        config = self.sizes.model(num_layers)
+        moe = MoEConfig(num_experts=config.num_experts, topk=config.topk, aux_loss_coeff=(0.01,))
+        optim = OptimConfig(lr=1e-4)
+        return Engine(config, parallel, moe, optim, RecomputeConfig(), mesh, self.device), mesh
+
+
+@torch.no_grad()
+def draw_weights(engine: Engine) -> None:
+    """Fill a model with random weights on its device.
+
+    Ranks with the same part of the model draw the same numbers, and those with other parts of it the same numbers too:
+    enough to measure with, and as fast as memory.
+    """
+    generator = torch.Generator(engine.device).manual_seed(0)
+    for name, parameter in engine.module.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1)
+        else:
+            parameter.normal_(std=0.02, generator=generator)
+    for shard in engine.store.shards:
+        shard.masters_from_weights()

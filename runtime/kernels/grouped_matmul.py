@@ -31,6 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 ROW_ALIGNMENT = 128
 # Tiles that run at one time should be about as high as wide, so that they share what they read.
 GROUP_TILES = {"nt": 8, "nn": 16, "tn": 16}
+LARGE_MATRIX = 2**25  # elements of an expert's matrix from which nn, too, is faster in groups of 8
 MAX_REGISTERS = 168  # of 384 threads: two warpgroups of 240 and one of 24
 
 
@@ -285,6 +286,10 @@ def _block_n(columns: int) -> int:
     return 256 if columns % 256 == 0 else 128
 
 
+def _group_tiles(kind: str, columns: int, depth: int) -> int:
+    return 8 if kind == "nn" and columns * depth >= LARGE_MATRIX else GROUP_TILES[kind]
+
+
 def launch(
     kind: str,
     left: Tensor,
@@ -320,7 +325,7 @@ def launch(
     )
     numbers = (columns // block_n, depth, rows_per_expert, offsets_E.shape[0])
     stages = 4 if block_n == 256 else 6
-    constants = (block_n, stages, GROUP_TILES[kind], kind, name, 4)
+    constants = (block_n, stages, _group_tiles(kind, columns, depth), kind, name, 4)
     grid = (_num_processors(left.device.index), 1, 1)
     key = (left.device.index, constants)
     kernel = _compiled.get(key)

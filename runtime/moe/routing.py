@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from runtime.moe.config import MoEConfig
+from runtime.moe.sinkhorn import sinkhorn
 
-SINKHORN_TOLERANCE = 1e-4
-SINKHORN_ITERATIONS = 128
 _EPSILON = 1e-20
 
 
@@ -62,44 +61,6 @@ def group_limited_topk(scores_TE: Tensor, topk: int, num_groups: int, group_topk
     return indices
 
 
-def sinkhorn(logits_TE: Tensor, max_iterations: int = SINKHORN_ITERATIONS) -> Tensor:
-    """Scale exp(logits) so that tokens sum to 1/T and experts to 1/E.
-
-    The row maximum is taken off first: it cancels in the result, and keeps exp from overflowing. Iterations are
-    bounded, and counted on the device, so that nothing waits for it.
-
-    Args:
-        logits_TE: [T, E] float; computed in fp32 at least.
-        max_iterations: bound of the loop, which ends earlier at a mean change of 1e-4.
-
-    Returns:
-        [T, E] float, the transport plan.
-
-    Source: https://arxiv.org/abs/2103.16716 (BASE layers), stopping rule of
-        https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/transformer/moe/moe_utils.py
-    """
-    logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
-    num_tokens, num_experts = logits.shape
-    if num_tokens == 0:
-        return logits
-    cost = torch.exp(logits - logits.amax(1, keepdim=True))
-    scale_E = cost.new_ones(num_experts)
-    rows_T = cost.new_ones(num_tokens)
-    error = cost.new_full((), float("inf"))
-    check_every = (
-        8 if cost.is_cuda else 1
-    )  # reading the error back stalls a GPU; the state freezes on the device anyway
-    for iteration in range(max_iterations):
-        open_ = error > SINKHORN_TOLERANCE
-        new_rows = 1 / (num_tokens * (cost @ scale_E + 1e-8))
-        new_scale = 1 / (num_experts * (new_rows @ cost + 1e-8))
-        error = torch.where(open_, (scale_E - new_scale).abs().mean(), error)
-        rows_T, scale_E = torch.where(open_, new_rows, rows_T), torch.where(open_, new_scale, scale_E)
-        if (iteration + 1) % check_every == 0 and not bool(error > SINKHORN_TOLERANCE):
-            break
-    return scale_E * cost * rows_T.unsqueeze(1)
-
-
 def expert_capacity(num_tokens: int, num_choices: int, num_experts: int, factor: float) -> int:
     """Rows of an expert: ceil(T * K / E * factor), at most T.
 
@@ -144,7 +105,7 @@ def choose(logits_TE: Tensor, config: MoEConfig, *, training: bool, bias_E: Tens
     with torch.no_grad():
         scores = logits_TE
         if config.load_balancing[0] == "sinkhorn" and training:
-            scores = sinkhorn(logits_TE)
+            scores = sinkhorn(logits_TE, fused=config.permute_fusion)
         elif config.score_function == "sigmoid":
             scores = torch.sigmoid(logits_TE)
             if bias_E is not None:

@@ -9,6 +9,7 @@ from runtime.moe.grouped_gemm import LoopGemm, make_gemm
 from runtime.moe.layer import MoELayer
 from runtime.moe.permutation import plan_rows
 from runtime.moe.router_linear import router_linear
+from runtime.moe.sinkhorn import sinkhorn
 from tests.runtime.moe.oracle import relative
 
 pytestmark = [
@@ -78,6 +79,17 @@ def test_experts_against_fp64(backend: str, shape: tuple[int, ...], dropped: flo
         assert relative(mine, other) < 6e-3
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_experts_with_the_tile_order_of_large_matrices(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.kernels.grouped_matmul.LARGE_MATRIX", 0)
+    case = random_case(shape, dropped=0.2, skew=0.7)
+    expected = run(case, "loop", torch.float64, fused=False)
+    poison()
+    for mine, other in zip(run(case, "triton", BF16), expected, strict=True):
+        assert relative(mine, other) < 6e-3
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_run_gives_the_same_bits(backend: str) -> None:
     case = random_case((2000, 512, 256, 16, 4), skew=0.2)
@@ -123,8 +135,24 @@ def test_router_projection_is_exact_to_fp32() -> None:
         assert relative(leaf.grad, grad.double() @ weight.double()) < 4e-3
 
 
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(16384, 8), (4097, 60), (30000, 128), (10, 600), (0, 8)])
+def test_sinkhorn_without_a_wait(num_tokens: int, num_experts: int) -> None:
+    logits = torch.randn(num_tokens, num_experts, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plans = [sinkhorn(logits), sinkhorn(logits, fused=False), sinkhorn(logits)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(plans[0].cpu().double(), sinkhorn(logits.cpu().double()), rtol=2e-3, atol=1e-9)
+    torch.testing.assert_close(plans[0], plans[1], rtol=2e-3, atol=1e-9)
+    assert torch.equal(plans[0], plans[2])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.8}, {"load_balancing": ("expert_choice",)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"capacity_factor": 0.8}, {"load_balancing": ("expert_choice",)}, {"load_balancing": ("sinkhorn",)}]
+)
 def test_layer_on_gpu_equals_layer_on_cpu(backend: str, options: dict) -> None:
     torch.manual_seed(0)
     options = {"num_experts": 8, "z_loss_coeff": 0.01, **options}

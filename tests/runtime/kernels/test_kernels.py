@@ -8,6 +8,7 @@ import torch
 
 from runtime.moe import passes
 from runtime.moe.permutation import RowPlan, plan_rows
+from runtime.moe.sinkhorn import MAX_ITERATIONS, TOLERANCE, sinkhorn
 from tests.runtime.moe.oracle import relative
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,3 +152,39 @@ def test_bf16_and_fp16_are_rounded_once() -> None:
         out = swiglu_forward(hidden, weights, plan.slot_of_row_R, plan.offsets_E)
         expected = passes.swiglu(hidden.double(), weights.double(), plan, fused=False)
         assert relative(out[:end], expected[:end]) < bound
+
+
+# On a GPU many programs meet at the barrier; the interpreter runs one after the other, so there it gets one.
+SINKHORN_PROGRAMS = 128 if torch.cuda.is_available() else 1
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(700, 8), (33, 60), (1500, 4), (1, 3), (64, 128), (0, 8)])
+def test_sinkhorn(num_tokens: int, num_experts: int, scale: float) -> None:
+    from runtime.kernels.sinkhorn import sinkhorn_plan
+
+    logits = torch.randn(num_tokens, num_experts, device=DEVICE) * scale
+    exact = sinkhorn(logits.double(), fused=False)
+    plan = sinkhorn_plan(logits, MAX_ITERATIONS, TOLERANCE, SINKHORN_PROGRAMS)
+    torch.testing.assert_close(plan.double(), exact, rtol=2e-3, atol=1e-9)  # the tolerance of the iteration
+    assert torch.equal(plan, sinkhorn_plan(logits, MAX_ITERATIONS, TOLERANCE, SINKHORN_PROGRAMS))
+    # Without a tolerance: the same number of iterations exactly.
+    cost = torch.exp(logits.double() - logits.double().amax(1, keepdim=True)) if num_tokens else logits.double()
+    columns = cost.new_ones(num_experts)
+    for iterations in (1, 2, 3):
+        rows = 1 / (num_tokens * (cost @ columns + 1e-8))
+        columns = 1 / (num_experts * (rows @ cost + 1e-8))
+        plan = sinkhorn_plan(logits, iterations, 0.0, SINKHORN_PROGRAMS)
+        torch.testing.assert_close(plan.double(), columns * cost * rows.unsqueeze(1), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about the infinity that it is given
+def test_sinkhorn_bears_large_and_non_finite_logits() -> None:
+    from runtime.kernels.sinkhorn import sinkhorn_plan
+
+    for size in (90.0, 1e4, 1e30):
+        plan = sinkhorn_plan(torch.randn(200, 16, device=DEVICE) * size, 32, TOLERANCE, SINKHORN_PROGRAMS)
+        assert bool(torch.isfinite(plan).all())
+    logits = torch.randn(20, 4, device=DEVICE)
+    logits[3, 2] = float("nan")
+    assert bool(sinkhorn_plan(logits, MAX_ITERATIONS, TOLERANCE, SINKHORN_PROGRAMS).isnan().any())  # and it ends

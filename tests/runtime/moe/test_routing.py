@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from runtime.moe.config import MoEConfig, MoEConfigError
-from runtime.moe.routing import Routing, best_tokens, choose, expert_capacity, route, sinkhorn
+from runtime.moe.routing import Routing, best_tokens, choose, expert_capacity, route
+from runtime.moe.sinkhorn import sinkhorn
 from tests.runtime.moe.megatron_reference import MEGATRON
 from tests.runtime.moe.oracle import dense
 

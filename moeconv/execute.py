@@ -49,7 +49,7 @@ class _Run:
         self.empty = (Crc32() if self.archives else new()).hexdigest()
 
     def job(self, job: Job) -> None:
-        """Move one tensor."""
+        """Move one tensor, or several that are the same bytes."""
         targets = [piece for piece in job.targets if piece.file in self.left]
         sweep = Sweep(job.info)
         with (
@@ -80,10 +80,10 @@ class _Run:
                 check_sum(self.root, source.piece, self.checksums, hasher)
             for piece in targets:
                 digest = hashers[piece.rect].hexdigest() if piece.rect.size else self.empty
-                self.digests[piece.file, job.info.name, piece.rect] = digest
+                self.digests[piece.file, piece.tensor, piece.rect] = digest
         with self.lock:
             done = []
-            for file in {piece.file for piece in targets}:
+            for file, _ in {(piece.file, piece.tensor) for piece in targets}:
                 self.left[file] -= 1
                 if self.left[file] == 0:
                     done.append(file)
@@ -162,7 +162,8 @@ def execute(
         raise WriteError(
             f"{staging.folder}: can't be written: {error.strerror or error}; free the cause and go on with --resume"
         ) from None
-    return {file.name: _record(file, staging.done[file.name], plan) for file in plan.files}
+    shapes = {piece.tensor: job.info.shape for job in plan.jobs for piece in job.targets}
+    return {file.name: _record(file, staging.done[file.name], shapes) for file in plan.files}
 
 
 def _run_all(run: _Run, jobs: list[Job], workers: int | None) -> None:
@@ -207,10 +208,9 @@ def _write_crcs(path: Path, file: TargetFile, digests: list[str]) -> None:
                 out.write(struct.pack("<I", combined_crc32(held)))
 
 
-def _record(file: TargetFile, done: Mapping[str, Any], plan: Plan) -> FileRecord:
-    shapes = {job.info.name: job.info for job in plan.jobs}
+def _record(file: TargetFile, done: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> FileRecord:
     tensors = tuple(
-        TensorRecord(p.tensor, p.dtype, shapes[p.tensor].shape, p.rect.offsets, p.rect.shape, digest)
+        TensorRecord(p.tensor, p.dtype, shapes[p.tensor], p.rect.offsets, p.rect.shape, digest)
         for p, digest in zip(file.pieces, done["digests"], strict=True)
     )
     return FileRecord(file.name, file.size, done["header"], tensors)

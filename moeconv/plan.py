@@ -17,7 +17,7 @@ from moeconv.pieces import Piece, TensorInfo
 from moeconv.placement import Placement
 
 # Takes rows as bytes [rows, bytes a row], uint8, whole rows of the tensor, and the number of the first one; gives rows of the same size.
-# It may work in place. Where a tensor has no sources, the rows come with any content.
+# It may work in place. Where a tensor has no sources, the rows come with any content. Equal ops give equal rows.
 RowOp = Callable[[np.ndarray[Any, np.dtype[np.uint8]], int], np.ndarray[Any, np.dtype[np.uint8]]]
 
 
@@ -51,7 +51,10 @@ def safetensors_target(name: str, header: Header, pieces: Iterable[Piece]) -> Ta
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One tensor: where its bytes are, and where they go. `op`, where set, makes of each band of rows what is written."""
+    """One tensor: where its bytes are, and where they go. `op`, where set, makes of each band of rows what is written.
+
+    Tensors that are the same bytes of the source share a job: then the targets name several.
+    """
 
     info: TensorInfo
     sources: tuple[Piece, ...]
@@ -61,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The files to write, and one job a tensor in an order that completes files one after another."""
+    """The files to write, and the jobs in an order that completes files one after another."""
 
     files: tuple[TargetFile, ...]
     jobs: tuple[Job, ...]
@@ -108,7 +111,7 @@ def make_plan(
                 )
             targets[piece.tensor].append(piece)
             rank.setdefault(piece.tensor, index)
-    jobs = []
+    jobs: dict[Any, Job] = {}
     for name, info in tensors.items():
         op = (ops or {}).get(name)
         if sources[name] or op is None:
@@ -117,9 +120,12 @@ def make_plan(
             raise MappingError(f"{name} would be lost: no file of the target holds it")
         distinct = _distinct(targets[name]) if copies else targets[name]
         check_cover(name, info.shape, [(p.rect, p.file) for p in distinct])
-        jobs.append(Job(info, tuple(sources[name]), tuple(targets[name]), op))
-    jobs.sort(key=lambda job: rank[job.info.name])
-    return Plan(tuple(files), tuple(jobs))
+        same = (info.dtype, info.shape, *((p.file, p.begin, p.strides, p.rect) for p in sources[name]), op)
+        before = jobs.get(same)
+        found = (*before.targets, *targets[name]) if before else tuple(targets[name])
+        jobs[same] = Job(before.info if before else info, tuple(sources[name]), found, op)
+    ordered = sorted(jobs.values(), key=lambda job: min(rank[piece.tensor] for piece in job.targets))
+    return Plan(tuple(files), tuple(ordered))
 
 
 def _distinct(pieces: Iterable[Piece]) -> list[Piece]:

@@ -40,7 +40,7 @@ class Scale:
         return values * np.float32(self.factor)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AddNoise:
     """Add normal numbers of a standard deviation."""
 
@@ -53,7 +53,7 @@ class AddNoise:
         return values + np.float32(self.std) * normal(self.seed, self.name, first, *values.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Redraw:
     """Draw some neurons (rows, or columns with `dim` 1) anew, with the mean and standard deviation of what they replace."""
 
@@ -77,7 +77,7 @@ class Redraw:
         return values
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Gather:
     """Take chosen neurons (rows, or columns with `dim` 1) of a stored matrix instead of what was read."""
 
@@ -94,7 +94,7 @@ class Gather:
         return take(self.source, self.tensor, 1, self.index(), rows)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Average:
     """Take the mean with the same tensor of other checkpoints."""
 
@@ -112,7 +112,7 @@ class Average:
         return (total / (1 + len(self.others))).astype(values.dtype)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Given:
     """Take rows that are computed as a whole: a router, or zeros."""
 

@@ -59,26 +59,34 @@ def _count_gpus() -> int:
 class Launcher:
     """Starts ranks for tasks and collects what they note."""
 
-    def __init__(self, args: argparse.Namespace, out: Path, scratch: Path) -> None:
+    def __init__(self, args: argparse.Namespace, out: Path, scratch: Path, machine: dict[str, Any]) -> None:
         """Prepare the folders.
 
         Args:
             args: the command line.
             out: for results and the log.
             scratch: for plans, and for checkpoints.
+            machine: what the report must say of where it comes from.
         """
         out.mkdir(parents=True, exist_ok=True)
-        self._args, self._out, self._scratch = args, out, scratch
+        self._args, self._out, self._scratch, self._machine = args, out, scratch, machine
         self._results = out / "results.jsonl"
         self._results.unlink(missing_ok=True)
         (out / "ranks.log").unlink(missing_ok=True)
 
     def records(self) -> list[Record]:
         """What has been measured so far, failures included."""
-        lines = self._results.read_text().splitlines() if self._results.exists() else []
+        text = self._results.read_text() if self._results.exists() else ""
+        lines = text.rpartition("\n")[0].splitlines()  # the last one may be in the writing
         return [
             Record(task=Task(**x["task"]), result=x["result"], failed=x.get("failed")) for x in map(json.loads, lines)
         ]
+
+    def report(self) -> tuple[str, bool]:
+        """Write the tables of what has been measured so far; give them, and whether all is well."""
+        text, good = report(self.records(), self._machine)
+        (self._out / "report.md").write_text(text)
+        return text, good
 
     def run(self, num_ranks: int, tasks: list[Task]) -> None:
         """Run tasks in order; one that fails is noted, and new ranks are started for those behind it.
@@ -108,7 +116,16 @@ class Launcher:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER)}
         environment.setdefault("OMP_NUM_THREADS", "1" if self._args.quick else "8")
         with (self._out / "ranks.log").open("a") as log:
-            return subprocess.run(command, cwd=ROOT, env=environment, stderr=log).returncode
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
+            try:
+                while True:
+                    try:
+                        return process.wait(timeout=5)
+                    except subprocess.TimeoutExpired:
+                        self.report()  # what is there already, should this process be ended
+            finally:
+                process.terminate()
+                process.wait()
 
     def _note_failure(self, task: Task, status: int) -> None:
         notes = sorted(self._scratch.glob(f"error-{task.number}-*.txt"))
@@ -133,17 +150,16 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     with tempfile.TemporaryDirectory(prefix="multi-gpu-", dir=args.scratch) as scratch:
         out: Path = (args.out or Path(scratch) / "out").resolve()
-        launcher = Launcher(args, out, Path(scratch))
+        launcher = Launcher(args, out, Path(scratch), _machine(args))
         for num_ranks, tasks in make_plan(args.ranks, args.only, quick=args.quick):
             launcher.run(num_ranks, tasks)
-        text, good = report(launcher.records(), _machine(args))
-        (out / "report.md").write_text(text)
+        text, good = launcher.report()
         print(text)
     return 0 if good else 1
 
 
 def _machine(args: argparse.Namespace) -> dict[str, Any]:
-    """What a table must say of where it comes from."""
+    """What the report must say of where it comes from."""
     import torch
 
     found = None

@@ -9,11 +9,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from benchmarks.multi_gpu.job import Job, Task
 from benchmarks.multi_gpu.parity import parity
@@ -28,6 +30,8 @@ TASKS: dict[str, Callable[[Task, Job], Any]] = {
 }  # fmt: skip
 TIMEOUT = 300.0
 """Seconds after which a collective counts as hung."""
+PATIENCE = 15.0
+"""Seconds that a rank with an error gives the others to come to the same one."""
 
 
 def main() -> int:
@@ -40,35 +44,64 @@ def main() -> int:
     process = Process.from_environment()
     device = start(process, connect(process, "groups"), TIMEOUT)
     control = dist.new_group(backend="gloo")
-    sizes = QUICK if plan["quick"] else FULL
+    store = connect(process, "outcomes")
     for task in (Task(**fields) for fields in plan["tasks"]):
-        alone = task.world < process.world_size
+        members = range(task.world)
+        assert task.world in (1, process.world_size), "a launch has tasks of all its ranks, and of one"
         job = Job(
-            device=device, sizes=sizes, scratch=Path(plan["scratch"]), fill=plan["fill"],
+            device=device, sizes=QUICK if plan["quick"] else FULL, scratch=Path(plan["scratch"]), fill=plan["fill"],
             control=None if task.world == 1 else control,
         )  # fmt: skip
-        assert not alone or task.world == 1, "a launch has tasks of all its ranks, and of one"
         begin = time.perf_counter()
-        try:
-            result = TASKS[task.kind](task, job) if process.rank == 0 or not alone else None
-        except Exception as error:
-            note = path.with_name(f"error-{task.number}-{process.rank}.txt")
-            note.write_text(f"rank {process.rank}: {type(error).__name__}: {error}")
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)  # the others may wait for this rank in a collective: torchrun ends them
+        result, error = _run(task, job) if process.rank in members else (None, "")
+        if error:
+            path.with_name(f"error-{task.number}-{process.rank}.txt").write_text(f"rank {process.rank}: {error}")
+        failure = _agree(store, task, process.rank, error)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if process.rank == 0:
-            seconds = time.perf_counter() - begin
-            line = json.dumps({"task": task.to_json(), "result": result, "seconds": seconds})
-            with Path(plan["results"]).open("a") as file:
-                file.write(line + "\n")
-            print(f"  {task.kind} {task.label}, {task.world} ranks: {seconds:.1f} s", flush=True)
-        dist.all_reduce(torch.zeros(1), group=control)
+            _note(plan, task, result, failure, time.perf_counter() - begin)
     dist.destroy_process_group()
     return 0
+
+
+def _run(task: Task, job: Job) -> tuple[Any, str]:
+    """Run a task; give its result, or what went wrong."""
+    try:
+        return TASKS[task.kind](task, job), ""
+    except Exception as error:
+        traceback.print_exc()
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _agree(store: Store, task: Task, rank: int, error: str) -> str:
+    """Find out how a task went on its ranks, and end this process where they can't go on together.
+
+    Returns:
+        The error that every rank has met, or nothing.
+    """
+    keys = [f"{task.number}-{member}" for member in range(task.world)]
+    if rank < task.world:
+        store.set(keys[rank], error)
+    try:
+        store.wait(keys, timedelta(seconds=PATIENCE if error else 3600))
+    except dist.DistStoreError:
+        os._exit(1)  # the others wait for this rank in a collective: torchrun ends them
+    errors = {store.get(key).decode() for key in keys}
+    if len(errors) > 1:
+        os._exit(1)  # they may have left off at different places
+    return str(errors.pop())
+
+
+def _note(plan: dict[str, Any], task: Task, result: Any, failure: str, seconds: float) -> None:
+    line: dict[str, Any] = {"task": task.to_json(), "result": result, "seconds": seconds}
+    if failure:
+        line["failed"] = failure
+    with Path(plan["results"]).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    how = f"FAILED: {failure}" if failure else f"{seconds:.1f} s"
+    print(f"  {task.kind} {task.label}, {task.world} ranks: {how}", flush=True)
 
 
 if __name__ == "__main__":

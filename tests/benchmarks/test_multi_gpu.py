@@ -59,20 +59,27 @@ def test_quick_run_of_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "NO" not in report
 
 
-def test_failed_measurement_is_named_and_the_next_is_made(tmp_path: Path) -> None:
-    options = {"layers": "common", "fits": 1, "sequences": 2}
+def test_failed_measurements_are_named_and_the_next_is_made(tmp_path: Path) -> None:
+    """An error that all ranks meet costs nothing; after one that ends a rank, new ranks go on."""
+    options = {"layers": "common", "fits": 1, "sequences": 2, "mode": "weak"}
     tasks = [
-        Task(number=0, kind="scaling", world=1, label="bad", parallel={"tp": 3}, options=options),
-        Task(number=1, kind="scaling", world=1, label="good", options=options),
+        Task(number=0, kind="scaling", world=1, label="bad degree", parallel={"tp": 3}, options=options),
+        Task(number=1, kind="scaling", world=3, label="ends the rank", options=options),
+        Task(number=2, kind="scaling", world=1, label="good", options=options),
     ]
-    launcher = Launcher(argparse.Namespace(quick=True, fill=0.85), tmp_path / "out", tmp_path)
+    machine = {"command": "test", "ranks": 1, "device": "CPU", "torch": "2"}
+    launcher = Launcher(argparse.Namespace(quick=True, fill=0.85), tmp_path / "out", tmp_path, machine)
     launcher.run(1, tasks)
-    bad, good = launcher.records()
+    bad, ended, good = launcher.records()
     assert bad.failed is not None
-    assert "ConfigError" in bad.failed
     assert "doesn't divide the world size" in bad.failed
+    assert ended.failed is not None
+    assert "status 1" in ended.failed
     assert good.failed is None
     assert good.result["tokens_per_second"] > 0
+    text, well = launcher.report()
+    assert not well
+    assert "bad degree" in text
 
 
 def test_overlap_of_a_trace(tmp_path: Path) -> None:

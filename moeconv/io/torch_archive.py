@@ -11,7 +11,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -324,10 +324,15 @@ def whole_tensor(key: str, kind: str, shape: tuple[int, ...]) -> TensorRef:
     return TensorRef(StorageRef(key, kind, numel), kind, 0, shape, strides)
 
 
-def small_archive(name: str, value: Any) -> bytes:
-    """Make the whole `torch.save` file of a value without tensors."""
-    layout = lay_out_archive(name, dump_pickle(value), ())
+def small_archive(name: str, value: Any, storages: Mapping[str, bytes] | None = None) -> bytes:
+    """Make the whole `torch.save` file of a small value; `storages` gives the bytes of its tensors' storages by key."""
+    data = storages or {}
+    layout = lay_out_archive(name, dump_pickle(value), ((key, len(raw)) for key, raw in data.items()))
     out = bytearray(layout.size)
-    for begin, data in layout.literals:
-        out[begin : begin + len(data)] = data
+    for begin, literal in layout.literals:
+        out[begin : begin + len(literal)] = literal
+    for record in layout.records:
+        out[record.begin : record.begin + record.size] = data[record.name]
+        for where in record.crc_at:
+            struct.pack_into("<I", out, where, zlib.crc32(data[record.name]))
     return bytes(out)

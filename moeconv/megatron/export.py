@@ -18,7 +18,7 @@ from moeconv.megatron.legacy import FILE
 from moeconv.megatron.names import EXTRA_STATE, Experts, Spec, rank_extra_states, rank_name
 from moeconv.megatron.ranks import Rank, legacy_ranks, rank_folder
 from moeconv.megatron.tensors import MegatronTensor, Part, megatron_tensors, padded_vocab
-from moeconv.megatron.training import SHARDING, optimizer_common, training_args
+from moeconv.megatron.training import SHARDING, optimizer_common, optimizer_storages, training_args
 from moeconv.plan import TargetFile
 
 
@@ -178,7 +178,8 @@ def common_state(target: Target) -> bytes:
     trainer = target.trainer
     root = {"args": target.args("torch_dist"), "checkpoint_version": 3.0, "num_floating_point_operations_so_far": 0}
     root["iteration"] = 0 if trainer is None else trainer["iteration"]
+    storages = {} if trainer is None else optimizer_storages(trainer)
     if trainer is not None:
         content |= {"distrib_optim_sharding_type": SHARDING, "distrib_optim_fully_reshardable_mem_efficient": False}
         root |= optimizer_common(trainer, target.degrees.ep > 1)
-    return small_archive("common", root | {"content_metadata": content})
+    return small_archive("common", root | {"content_metadata": content}, storages)

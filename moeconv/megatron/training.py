@@ -7,14 +7,17 @@ load_state_dict), .../core/optimizer/optimizer.py (param_group_identifier_keys, 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moeconv.errors import MappingError, SourceError
+from moeconv.io.torch_archive import tensor_value, whole_tensor
 from moeconv.megatron.args import RunArgs
 
 TRAINER_VERSION = 1
 SHARDING = "fully_reshardable"
+_SCALE = "0"  # the key of the storage of the loss scale
 # What an optimizer is set to where trainer.json doesn't say: the runtime's and Megatron's defaults.
 _DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
@@ -129,8 +132,9 @@ def optimizer_common(trainer: Mapping[str, Any], expert_parallel: bool) -> dict[
         groups = [group | {"wd_mult": wd, "is_expert_parallel": experts} for wd in ((1.0,) if experts else (1.0, 0.0))]
         state: dict[str, Any] = {"optimizer": {"param_groups": groups}, "param_state_sharding_type": SHARDING}
         if "loss_scale" in settings:
-            scaler = {"scale": settings["loss_scale"], "growth_tracker": settings.get("good_steps", 0)}
-            state["grad_scaler"] = scaler | {"hysteresis_tracker": 2}
+            scale = tensor_value(whole_tensor(_SCALE, "F32", (1,)))
+            scaler = {"scale": scale, "growth_tracker": settings.get("good_steps", 0), "hysteresis_tracker": 2}
+            state["grad_scaler"] = scaler
         return state
 
     chained = {0: optimizer(False), 1: optimizer(True)} if expert_parallel else optimizer(False)
@@ -148,6 +152,12 @@ def optimizer_common(trainer: Mapping[str, Any], expert_parallel: bool) -> dict[
         "wd_incr_steps": 0,
     }
     return {"optimizer": chained, "opt_param_scheduler": scheduler}
+
+
+def optimizer_storages(trainer: Mapping[str, Any]) -> dict[str, bytes]:
+    """Give the bytes of the storages that `optimizer_common` refers to, by key."""
+    settings = trainer.get("optimizer") or {}
+    return {_SCALE: struct.pack("<f", settings["loss_scale"])} if "loss_scale" in settings else {}
 
 
 def _batch(trainer: Mapping[str, Any]) -> int:

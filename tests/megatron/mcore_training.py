@@ -39,7 +39,7 @@ class Run:
     case: Case
     resume: bool = False
     distributed: bool = True
-    bf16: bool = False
+    dtype: str = "float32"
 
 
 def run_all(runs: list[Run], config: dict[str, Any], work: Path) -> list[list[dict[str, torch.Tensor]]]:
@@ -114,19 +114,22 @@ def _run(run: Run, config: dict[str, Any]) -> dict[str, torch.Tensor]:
     parallel_state.initialize_model_parallel(
         case.tp, case.pp, expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.etp
     )
-    models = [model.bfloat16() if run.bf16 else model for model in _build(case, config)]
+    dtype = getattr(torch, run.dtype)
+    models = [model.to(dtype) for model in _build(case, config)]
     if not run.resume:
         _load_dist(case, models)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=run.distributed)
     wrapped = [DistributedDataParallel(model.config, ddp, model.train()) for model in models]
-    dtype = torch.bfloat16 if run.bf16 else torch.float32
     settings = OptimizerConfig(
         lr=LR,
         min_lr=LR / 10,
         weight_decay=DECAY,
         adam_eps=1e-7,
         clip_grad=0.0,
-        bf16=run.bf16,
+        bf16=run.dtype == "bfloat16",
+        fp16=run.dtype == "float16",
+        initial_loss_scale=2.0**8,
+        loss_scale_window=1000,
         params_dtype=dtype,
         use_distributed_optimizer=run.distributed,
     )
@@ -151,7 +154,7 @@ def _step(optimizer: Any, scheduler: Any, models: list[Any], gradients: list[dic
     optimizer.zero_grad()
     for model, chunk in zip(models, gradients, strict=True):
         for name, parameter in model.named_parameters():
-            parameter.main_grad.copy_(chunk[name])
+            parameter.main_grad.copy_(chunk[name] * optimizer.get_loss_scale())
     assert optimizer.step()[0]
     scheduler.step(increment=BATCH)
 
@@ -211,4 +214,7 @@ def _held(models: list[Any], optimizer: Any) -> dict[str, torch.Tensor]:
                 name = f"optimizer{i}.group{g}.{p}"
                 out[name] = parameter.detach().clone()
                 out |= {f"{name}.{key}": value.detach().clone() for key, value in inner.state[parameter].items()}
+        if getattr(chained, "grad_scaler", None) is not None:
+            scaler = chained.grad_scaler.state_dict()
+            out |= {f"optimizer{i}.{key}": torch.as_tensor(value) for key, value in scaler.items()}
     return out

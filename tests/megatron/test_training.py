@@ -25,7 +25,7 @@ from moeconv.megatron.checkpoint import as_checkpoint
 from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
 from moeconv.verify import compare
 from runtime.checkpoint.state import TrainerState
-from tests.megatron.conftest import tensors_of
+from tests.megatron.conftest import make_model, tensors_of
 from tests.megatron.mcore_ranks import Case
 from tests.megatron.mcore_training import BATCH, DECAY, LR, SEED, STEPS, Run, run_all
 from tests.megatron.test_round_trips import export
@@ -35,25 +35,24 @@ from tests.runtime.ranks import RankPool
 # name -> the layout that Megatron saves under, how its run differs, and the layout of our export, which loads under both
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "tp2-ep2": ({"tp": 2, "ep": 2}, {}, {"tp": 2, "pp": 2, "ep": 2, "etp": 1}),
-    "pp2-ep2-bf16": ({"pp": 2, "ep": 2}, {"bf16": True}, {"tp": 2, "ep": 2, "etp": 1}),
+    "pp2-ep2-bf16": ({"pp": 2, "ep": 2}, {"dtype": "bfloat16"}, {"tp": 2, "ep": 2, "etp": 1}),
+    "dp2-fp16": ({"tp": 2}, {"dtype": "float16"}, {"pp": 2}),
     "dp4": ({}, {}, {"tp": 2}),
-    "plain-bf16": ({"tp": 2}, {"bf16": True, "distributed": False}, {}),
+    "plain-bf16": ({"tp": 2}, {"dtype": "bfloat16", "distributed": False}, {}),
     "plain-fp32": ({"tp": 2}, {"distributed": False}, {}),
 }
 RESUMED = [name for name, (_, changes, _) in RUNS.items() if changes.get("distributed", True)]
 
 
-def source_of(name: str, hf_fp32: Path, hf_bf16: Path) -> Path:
-    return hf_bf16 if name.endswith("bf16") else hf_fp32
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: Any, hf_fp32: Path, hf_bf16: Path, config: dict[str, Any]) -> Path:
-    """Where megatron-core saved each run (`NAME`), and what our import made of it (`NAME-shards`)."""
+    """Where megatron-core saved each run (`NAME`) from `NAME-hf`, and what our import made of it (`NAME-shards`)."""
     work: Path = tmp_path_factory.mktemp("training")
+    folders = {"float32": hf_fp32, "bfloat16": hf_bf16, "float16": make_model(work / "fp16", torch.float16)}
     runs = []
     for name, (layout, changes, _) in RUNS.items():
-        weights = export(source_of(name, hf_fp32, hf_bf16), work / f"{name}-weights", "torch_dist", layout, "local")
+        (work / f"{name}-hf").symlink_to(folders[changes.get("dtype", "float32")])
+        weights = export(work / f"{name}-hf", work / f"{name}-weights", "torch_dist", layout, "local")
         case = Case(load=str(weights), fmt="torch_dist", save=str(work / name), **layout)
         runs.append(Run(case, **changes))
     run_all(runs, {**config, "rope_theta": config["rope_parameters"]["rope_theta"]}, work / "saving")
@@ -80,8 +79,8 @@ def read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_tensor_has_its_own_state(work: Path, hf_fp32: Path, hf_bf16: Path, name: str) -> None:
-    imported, original = open_checkpoint(work / f"{name}-shards"), tensors_of(source_of(name, hf_fp32, hf_bf16))
+def test_every_tensor_has_its_own_state(work: Path, name: str) -> None:
+    imported, original = open_checkpoint(work / f"{name}-shards"), tensors_of(work / f"{name}-hf")
     for tensor, value in original.items():
         expected = reference(value)
         weight = read(imported, tensor)
@@ -106,7 +105,9 @@ def test_the_position_of_the_run(work: Path, name: str) -> None:
         "warmup_iters": 0,
         "decay_iters": 100,
     }
-    assert state.optimizer == {"num_steps": STEPS, "betas": [0.9, 0.999], "eps": 1e-7, "weight_decay": DECAY}
+    scale = {"loss_scale": 2.0**8, "good_steps": STEPS} if name.endswith("fp16") else {}
+    settings = {"num_steps": STEPS, "betas": [0.9, 0.999], "eps": 1e-7, "weight_decay": DECAY}
+    assert state.optimizer == settings | scale
 
 
 def test_megatron_core_goes_on_from_our_export(work: Path, config: dict[str, Any], tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ class Launcher:
                 process.wait()
 
     def _note_failure(self, task: Task, status: int) -> None:
-        notes = sorted(self._scratch.glob(f"error-{task.number}-*.txt"))
+        # The first to be written says why; the others may only have lost their peer.
+        notes = sorted(self._scratch.glob(f"error-{task.number}-*.txt"), key=lambda path: path.stat().st_mtime_ns)
         why = notes[0].read_text().splitlines()[0] if notes else f"the ranks ended with status {status}; see the log"
         print(f"  {task.kind} {task.label}, {task.world} ranks: FAILED: {why}", flush=True)
         line = {"task": task.to_json(), "result": None, "failed": why}

@@ -121,7 +121,7 @@ def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def upcycle(src: str, out: Path, **options: Any) -> None:
     """Turn the dense checkpoint SRC (a Hugging Face folder, or a hub repository's id) into the mixture of experts OUT.
 
-    Example: moeconv upcycle meta-llama/Llama-3.2-1B moe --method virtual-group --experts 32 --granularity 4 --ep 8
+    Example: moeconv upcycle mistralai/Mistral-7B-v0.1 moe --method virtual-group --experts 32 --granularity 4 --ep 8
     """
     check_free(out.absolute())
     layout = degrees(options)
@@ -241,7 +241,8 @@ def _text_tokens(source: Checkpoint, path: Path) -> torch.Tensor:
 def _screen(value: dict[str, Any]) -> list[str]:
     exact = "computes what the source computes" if value["exact"] else "; ".join(value["inexact_because"])
     alike = list(value["expert_similarity"].values())
-    done = f"{len(value['files'])} files, {amount(value['bytes'])}"
+    count = len(value["files"])
+    done = f"{count} file{'s' if count > 1 else ''}, {amount(value['bytes'])}"
     rate = amount(value["bytes"] / max(value["seconds"], 1e-9))
     lines = [
         f"{value['out']}: would hold {done}"

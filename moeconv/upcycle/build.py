@@ -164,9 +164,7 @@ class Builder:
     def factors(self) -> dict[str, float]:
         """Give the factor on each matrix: together they make up for routing weights that sum to less than each expert's share."""
         recipe, shape = self.recipe, self.shape
-        total = float(shape.granularity)
-        if recipe.method == "split":
-            total = float(shape.top_k)
+        total = float(shape.experts if recipe.method == "split" else shape.granularity)
         if not shape.renormalize:
             total *= shape.experts / shape.top_k
         takers = {"down": ("down",), "up_down": ("up", "down"), "all": ("gate", "up", "down"), "none": ()}

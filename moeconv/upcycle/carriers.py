@@ -62,7 +62,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"max_position_embeddings": 32768},
     "qwen3": {"max_position_embeddings": 32768},
 }
-_COMMON = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "hidden_act": "silu", "attention_dropout": 0.0}
+COMMON = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "hidden_act": "silu", "attention_dropout": 0.0}
+ROPE_THETA = 10000.0
 _CARRIED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "max_position_embeddings",
     "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings", "attention_dropout", "bos_token_id",
@@ -192,11 +193,11 @@ def make_config(carrier: Carrier, source: Model, config: Mapping[str, Any], shap
         The config; whatever transformers would fill in differently for the carrier is stated.
     """
     kind = source.family.model_type
-    full = {**_COMMON, **DEFAULTS[kind], **config}
+    full = {**COMMON, **DEFAULTS[kind], **config}
     out: dict[str, Any] = {"architectures": [carrier.family.architecture], "model_type": carrier.model_type}
     out |= {key: full[key] for key in _CARRIED if key in full}
     if "rope_theta" not in (out.get("rope_parameters") or {}) and "rope_theta" not in out:
-        out["rope_theta"] = 10000.0
+        out["rope_theta"] = ROPE_THETA
     out |= {"num_key_value_heads": source.sizes["kv_heads"], "head_dim": source.sizes["head_dim"]}
     out |= {"tie_word_embeddings": source.flags["tied"], "num_experts_per_tok": shape.top_k}
     qkv = any(name.endswith("q_proj.bias") for name in source.tensors)

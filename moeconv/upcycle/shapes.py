@@ -100,13 +100,10 @@ def why_inexact(recipe: Recipe, shape: Shape, factors: dict[str, float]) -> list
         out.append("noise changes the experts")
     if recipe.method == "mix":
         out.append("mix joins several models")
-    if recipe.method == "split":
-        lost = shape.experts - shape.top_k
-        out.append(
-            f"split leaves out the neurons of {lost} of {shape.experts} experts"
-            if lost
-            else "the router weighs the parts unevenly"
-        )
+    if recipe.method == "split" and shape.top_k < shape.experts:
+        out.append(f"split leaves out the neurons of {shape.experts - shape.top_k} of {shape.experts} experts")
+    elif recipe.method == "split" and recipe.router_std != 0:
+        out.append("the router weighs the parts unevenly (give --router-std 0 for an even one)")
     if recipe.method != "split" and shape.top_k % shape.granularity:
         out.append(
             f"--top-k {shape.top_k} is no multiple of --granularity {shape.granularity}: some parts of the feed-forward part count twice"
@@ -115,7 +112,7 @@ def why_inexact(recipe: Recipe, shape: Shape, factors: dict[str, float]) -> list
         out.append(
             "without renormalisation the routing weights' sum varies from token to token; the factor holds for an even router"
         )
-    total = shape.top_k if recipe.method == "split" else shape.granularity
+    total = shape.experts if recipe.method == "split" else shape.granularity
     if recipe.scale_placement == "none" and total > 1:
         out.append(f"unscaled: each part counts for 1/{total} of what it does in the dense model")
     if factors["gate"] != 1:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf, write_sharded
 from moeconv.describe import describe
 from moeconv.layout.degrees import Degrees
+from moeconv.upcycle.carriers import COMMON, DEFAULTS, ROPE_THETA, SOURCES
 from tests.moeconv.models import digests
 from tests.upcycle.hub import FAMILIES, make_folder
 
@@ -49,3 +50,11 @@ def test_options_of_a_family(model_type: str, options: dict[str, object], tmp_pa
     write_sharded(source, tmp_path / "shards", Degrees(tp=2), Options())
     write_hf(open_checkpoint(tmp_path / "shards"), tmp_path / "back", None, Options())
     assert digests(tmp_path / "back") == digests(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("model_type", SOURCES)
+def test_silent_configs_mean_what_transformers_takes(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type)
+    for key, value in {**COMMON, **DEFAULTS[model_type]}.items():
+        assert getattr(config, key) == value, key
+    assert config.rope_parameters["rope_theta"] == ROPE_THETA

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moeconv.layout.degrees import Degrees, chunk_layers
+from runtime import state as states
 from runtime.config import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig, require
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.diagnosis import NonFiniteError, diagnose
@@ -26,7 +27,6 @@ from runtime.moe.layer import moe_layers, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
 from runtime.optim.adamw import AdamW, squared_norm
 from runtime.optim.loss_scale import LossScale
-from runtime.parallel import state as states
 from runtime.parallel.buckets import BucketStore
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.runner import Runner, WholeModel

@@ -28,7 +28,7 @@ from runtime.checkpoint.writer import Saver, check
 from runtime.config import ParallelConfig
 from runtime.engine import Engine
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.state import StateTensor
+from runtime.state import StateTensor
 from tests.runtime.parallel.parity import own_share
 
 STEPS_BEFORE = 2

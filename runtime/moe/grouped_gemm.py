@@ -172,7 +172,7 @@ def _installed(package: str) -> bool:
 def make_gemm(name: str) -> GroupedGemm:
     """The products of a resolved backend other than te."""
     if name == "triton":
-        from runtime.kernels.backend import TritonGemm
+        from runtime.moe.triton_gemm import TritonGemm
 
         return TritonGemm()
     gemms: dict[str, type[LoopGemm] | type[TorchGemm] | type[CutlassGemm]] = {

@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from runtime.moe.experts import Experts
 from runtime.parallel.buckets import BucketStore
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype
@@ -147,7 +146,7 @@ def _shard(stage: nn.Module, mesh: ParallelMesh, device: torch.device, chosen: s
     layers = cast(nn.ModuleList, stage.get_submodule("layers"))
     units: list[tuple[nn.Module, str]] = []
     for layer in layers:
-        units += [(module, "edp") for module in layer.modules() if isinstance(module, Experts)]
+        units += [(module, "edp") for module in layer.modules() if _holds_experts(module)]
         units.append((layer, "dp_cp"))
     units.append((stage, "dp_cp"))
     ignored = {p for p in stage.parameters() if id(p) not in chosen}
@@ -171,3 +170,8 @@ def _shard(stage: nn.Module, mesh: ParallelMesh, device: torch.device, chosen: s
         unit = cast(FSDPModule, module)
         unit.set_gradient_divide_factor(1.0)  # all gradients are summands of the global mean
         unit.set_force_sum_reduction_for_comms(True)
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return bool(own) and all(topology_of(p).data_axis == "edp" for p in own)

@@ -22,7 +22,7 @@ from runtime.model.context import ModelContext
 from runtime.model.mlp import DenseMLP, SparseMLP
 from runtime.moe.config import MoEConfig
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.state import StateTensor
+from runtime.state import StateTensor
 
 Array = npt.NDArray[Any]
 EMPTY_EXPERT = 5

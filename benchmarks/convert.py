@@ -2,9 +2,10 @@
 
 Builds a Mixtral of 2.9 GB (random bytes) and runs import-hf, reshard, export-hf and verify, and export-megatron and
 import-megatron of both formats, as a user would, each as its own process, round after round in turn with `cp -r`, with the
-source in the page cache and nothing left to write back. `cp -r` returns before its bytes are on disk; moeconv only after,
-so `cp -r; sync` is shown as well. Prints the median seconds, and the highest resident memory of any process that ran. The
-exported files are compared with the source's, and what came back from Megatron's formats tensor by tensor.
+source in the page cache and nothing left to write back. `cp -r` returns before its bytes are on disk, and so do the
+conversions with --no-sync; by default they wait for the disk, as `cp -r; sync` does. Prints the median seconds, and the highest
+resident memory of any process that ran. The exported files are compared with the source's, and what came back from Megatron's
+formats tensor by tensor.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Row:
     nbytes: int
     seconds: list[float] = field(default_factory=list)
     memory: int = 0
+    prime: Path | None = None
+    """A folder to copy and delete first: memory that was just freed is faster to fill, and so each command finds as much."""
 
     def run(self, command: list[str]) -> None:
         """Run a command and add what it took.
@@ -61,6 +64,10 @@ class Row:
         Raises:
             RuntimeError: it failed.
         """
+        if self.prime is not None:
+            scratch = self.prime.with_name("scratch")
+            shutil.copytree(self.prime, scratch)
+            shutil.rmtree(scratch)
         os.sync()
         launched = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command]
         output = subprocess.run(
@@ -163,33 +170,41 @@ def measure(work: Path, rounds: int, *, transformers: bool) -> list[Row]:
     """
     source, copy, ckpt, other, back = (work / name for name in ("source", "copy", "ckpt", "resharded", "exported"))
     nbytes = build(source, mixtral_config(1), sparse=False)
-    names = ["cp -r", "cp -r; sync", "import-hf", "reshard", "export-hf", "verify"]
-    names += [f"{way}-megatron {fmt}" for fmt in ("torch", "torch_dist") for way in ("export", "import")]
-    rows = {name: Row(name, nbytes) for name in names}
+    commands = ["import-hf", "reshard", "export-hf"]
+    commands += [f"{way}-megatron {fmt}" for fmt in ("torch", "torch_dist") for way in ("export", "import")]
+    names = ["cp -r", *(f"{command} --no-sync" for command in commands), "cp -r; sync", *commands, "verify"]
+    rows = {name: Row(name, nbytes, prime=source) for name in names}
     for _ in range(rounds):
         rows["cp -r"].run(["cp", "-r", str(source), str(copy)])
         shutil.rmtree(copy)
         rows["cp -r; sync"].run(["sh", "-c", f"cp -r '{source}' '{copy}' && sync -f '{copy}'"])
         shutil.rmtree(copy)
-        rows["import-hf"].run([*MOECONV, "import-hf", str(source), str(ckpt), "--tp", "2", "--ep", "4"])
-        rows["reshard"].run([*MOECONV, "reshard", str(ckpt), str(other), "--tp", "4", "--ep", "2", "--pp", "2"])
-        rows["verify"].run([*MOECONV, "verify", str(other)])
-        shutil.rmtree(ckpt)
-        rows["export-hf"].run([*MOECONV, "export-hf", str(other), str(back)])
-        different = [f.name for f in source.iterdir() if not filecmp.cmp(f, back / f.name, shallow=False)]
-        if different:
-            raise RuntimeError(f"export-hf gave other files than the source: {', '.join(different)}")
-        shutil.rmtree(other)
-        shutil.rmtree(back)
-        for fmt in ("torch", "torch_dist"):
-            measure_megatron(source, work, fmt, rows)
+        for how in (" --no-sync", ""):
+            flags = how.split()
+            rows[f"import-hf{how}"].run(
+                [*MOECONV, "import-hf", str(source), str(ckpt), "--tp", "2", "--ep", "4", *flags]
+            )
+            rows[f"reshard{how}"].run(
+                [*MOECONV, "reshard", str(ckpt), str(other), "--tp", "4", "--ep", "2", "--pp", "2", *flags]
+            )
+            shutil.rmtree(ckpt)
+            rows[f"export-hf{how}"].run([*MOECONV, "export-hf", str(other), str(back), *flags])
+            different = [f.name for f in source.iterdir() if not filecmp.cmp(f, back / f.name, shallow=False)]
+            if different:
+                raise RuntimeError(f"export-hf gave other files than the source: {', '.join(different)}")
+            shutil.rmtree(back)
+            if not how:
+                rows["verify"].run([*MOECONV, "verify", str(other)])
+            shutil.rmtree(other)
+            for fmt in ("torch", "torch_dist"):
+                measure_megatron(source, work, fmt, rows, how)
     if transformers:
         row = rows["transformers"] = Row("transformers load, save", nbytes)
         row.run([sys.executable, "-c", TRANSFORMERS, str(source), str(copy)])
     return list(rows.values())
 
 
-def measure_megatron(source: Path, work: Path, fmt: str, rows: dict[str, Row]) -> None:
+def measure_megatron(source: Path, work: Path, fmt: str, rows: dict[str, Row], how: str) -> None:
     """Export a model to one of Megatron's formats and import it again.
 
     Raises:
@@ -197,10 +212,10 @@ def measure_megatron(source: Path, work: Path, fmt: str, rows: dict[str, Row]) -
     """
     megatron, ckpt = work / "megatron", work / "ckpt"
     layout = ("--tp", "2", "--ep", "4")
-    rows[f"export-megatron {fmt}"].run(
-        [*MOECONV, "export-megatron", str(source), str(megatron), "--format", fmt, *layout]
+    rows[f"export-megatron {fmt}{how}"].run(
+        [*MOECONV, "export-megatron", str(source), str(megatron), "--format", fmt, *layout, *how.split()]
     )
-    rows[f"import-megatron {fmt}"].run([*MOECONV, "import-megatron", str(megatron), str(ckpt)])
+    rows[f"import-megatron {fmt}{how}"].run([*MOECONV, "import-megatron", str(megatron), str(ckpt), *how.split()])
     shutil.rmtree(megatron)
     Row("compare", rows["cp -r"].nbytes).run([*MOECONV, "verify", str(ckpt), "--against", str(source)])
     shutil.rmtree(ckpt)
@@ -215,19 +230,33 @@ def measure_large(work: Path, scale: int) -> Row:
 
 
 def report(rows: list[Row]) -> list[dict[str, Any]]:
-    """Give a row for each command, its time as a ratio to that of `cp -r`."""
-    base = statistics.median(rows[0].seconds) / rows[0].nbytes
+    """Give a row for each command, its time a byte as a ratio to that of `cp -r` and of `cp -r; sync`."""
+    base, synced = (
+        next(statistics.median(r.seconds) / r.nbytes for r in rows if r.name == name)
+        for name in ("cp -r", "cp -r; sync")
+    )
     return [
         {
             "command": row.name,
             "seconds": round(statistics.median(row.seconds), 2),
             "gb_per_s": round(row.nbytes / statistics.median(row.seconds) / 1e9, 2),
             "ratio_to_cp": round(statistics.median(row.seconds) / row.nbytes / base, 2),
+            "ratio_to_cp_sync": round(statistics.median(row.seconds) / row.nbytes / synced, 2),
             "peak_mb": round(row.memory / 1e6),
             "runs": [round(s, 2) for s in row.seconds],
         }
         for row in rows
     ]
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    """Print the rows of a report."""
+    print(f"{'command':<38} {'seconds':>8} {'GB/s':>6} {'to cp':>7} {'to cp; sync':>12} {'peak MB':>8}  runs")
+    for row in table:
+        print(
+            f"{row['command']:<38} {row['seconds']:8.2f} {row['gb_per_s']:6.2f} {row['ratio_to_cp']:6.2f}x "
+            f"{row['ratio_to_cp_sync']:11.2f}x {row['peak_mb']:8}  {' '.join(map(str, row['runs']))}"
+        )
 
 
 def main() -> None:
@@ -250,12 +279,7 @@ def main() -> None:
         print(json.dumps({"bytes": rows[0].nbytes, "cores": os.cpu_count(), "rows": table}, indent=2))
         return
     print(f"{rows[0].nbytes / 1e9:.2f} GB, {os.cpu_count()} cores, median of {flags.rounds}")
-    print(f"{'command':<24} {'seconds':>8} {'GB/s':>6} {'to cp -r':>9} {'peak MB':>8}  runs")
-    for row in table:
-        print(
-            f"{row['command']:<24} {row['seconds']:8.2f} {row['gb_per_s']:6.2f} {row['ratio_to_cp']:8.2f}x "
-            f"{row['peak_mb']:8}  {' '.join(map(str, row['runs']))}"
-        )
+    show(table)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from benchmarks.convert import MOECONV, Row, report
+from benchmarks.convert import MOECONV, Row, report, show
 from moeconv.io.safetensors import encode_header
 
 CONFIG: dict[str, Any] = {
@@ -30,6 +30,8 @@ CONFIG: dict[str, Any] = {
 LAYOUT = ["--no-check", "--tp", "2", "--ep", "4"]
 METHODS = {
     "copy": [],
+    "copy --no-sync": ["--no-sync"],
+    "virtual-group --no-sync": ["--method", "virtual-group", "--granularity", "4", "--experts", "32", "--no-sync"],
     "virtual-group": ["--method", "virtual-group", "--granularity", "4", "--experts", "32"],
     "noise": ["--method", "noise"],
     "drop": ["--method", "drop"],
@@ -126,12 +128,7 @@ def main() -> None:
         print(json.dumps({"cores": os.cpu_count(), "rows": table}, indent=2))
         return
     print(f"{os.cpu_count()} cores, median of {flags.rounds}")
-    print(f"{'command':<26} {'seconds':>8} {'GB/s':>6} {'to cp -r':>9} {'peak MB':>8}  runs")
-    for line in table:
-        print(
-            f"{line['command']:<26} {line['seconds']:8.2f} {line['gb_per_s']:6.2f} {line['ratio_to_cp']:8.2f}x "
-            f"{line['peak_mb']:8}  {' '.join(map(str, line['runs']))}"
-        )
+    show(table)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from cli.options import ByteSize, amount, degree_options, degrees, progress_bar, run_options, show
+from cli.options import ByteSize, amount, conversion, degree_options, degrees, progress_bar, run_options, show
 from moeconv.checkpoint import Checkpoint, open_checkpoint
-from moeconv.convert import Options, plan_hf, plan_sharded, write_hf, write_sharded
+from moeconv.convert import plan_hf, plan_sharded, write_hf, write_sharded
 from moeconv.errors import SourceError, WriteError
 from moeconv.hub import local_folder, push_folder
 from moeconv.io.staging import check_free
@@ -79,7 +79,7 @@ def export_hf(ckpt: Path, out: Path, **options: Any) -> None:
         return
     begin = time.perf_counter()
     with progress_bar("export") as progress:
-        plan = write_hf(source, out, limit, _options(options, progress))
+        plan = write_hf(source, out, limit, conversion(options, progress))
     seconds = time.perf_counter() - begin
     pushed = push_folder(out, options["push_to_hub"], private=options["private"]) if options["push_to_hub"] else None
     _report("export", plan, out, seconds, options, pushed)
@@ -92,12 +92,8 @@ def _sharded(source: Checkpoint, out: Path, layout: Degrees, options: dict[str, 
         return
     begin = time.perf_counter()
     with progress_bar(title) as progress:
-        plan = write_sharded(source, out, layout, _options(options, progress))
+        plan = write_sharded(source, out, layout, conversion(options, progress))
     _report(title, plan, out, time.perf_counter() - begin, options, dropped=source.dropped)
-
-
-def _options(options: dict[str, Any], progress: Any) -> Options:
-    return Options(workers=options["workers"], resume=options["resume"], progress=progress)
 
 
 def _report(

@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from cli.options import amount, progress_bar, run_options, show
-from moeconv.convert import Options
+from cli.options import amount, conversion, progress_bar, run_options, show
 from moeconv.layout.degrees import Degrees
 
 
@@ -61,7 +60,7 @@ def import_megatron(src: Path, out: Path, **options: Any) -> None:
     )
     layout = _degrees(options, source.degrees)
     with progress_bar("import") as progress:
-        run = Options(workers=options["workers"], resume=options["resume"], progress=progress)
+        run = conversion(options, progress)
         summary = convert.import_megatron(source, out, layout, run, dry_run=options["dry_run"])
     _report(summary, out, options)
 
@@ -102,7 +101,7 @@ def export_megatron(src: Path, out: Path, **options: Any) -> None:
             degrees=_degrees(options, Degrees()),
             spec=options["spec"],
             experts=options["experts"] or ("grouped" if options["spec"] == "te" else "sequential"),
-            options=Options(workers=options["workers"], resume=options["resume"], progress=progress),
+            options=conversion(options, progress),
             optimizer=not options["no_optimizer"],
             dry_run=options["dry_run"],
         )

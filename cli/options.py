@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from moeconv.convert import Options
+from moeconv.execute import Progress
 from moeconv.layout.degrees import Degrees
 
 _UNITS = {
@@ -103,15 +105,21 @@ def degrees(options: dict[str, Any]) -> Degrees:
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what every conversion has: workers, resume, dry run, JSON."""
+    """Add what every conversion has: workers, resume, waiting for the disk, dry run, JSON."""
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
         click.option("--dry-run", is_flag=True, help="Check and plan everything; write nothing."),
+        click.option("--sync/--no-sync", default=True, help="Wait until the bytes are on the disk; cp does not."),
         click.option("--resume", is_flag=True, help="Go on with a run that was killed."),
         click.option("--workers", type=click.IntRange(1), help="Threads; by default one a core, at most 8."),
     ):
         command = option(command)
     return command
+
+
+def conversion(options: dict[str, Any], progress: Callable[[int], Progress]) -> Options:
+    """Make the library's options from a command's."""
+    return Options(workers=options["workers"], resume=options["resume"], sync=options["sync"], progress=progress)
 
 
 def show(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:

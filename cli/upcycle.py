@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.main import ExitCode
-from cli.options import ByteSize, amount, degree_options, degrees, progress_bar, run_options, show
+from cli.options import ByteSize, amount, conversion, degree_options, degrees, progress_bar, run_options, show
 from moeconv.checkpoint import Checkpoint, open_checkpoint
-from moeconv.convert import Options, plan_hf, plan_sharded, write_hf, write_sharded
+from moeconv.convert import plan_hf, plan_sharded, write_hf, write_sharded
 from moeconv.errors import RecipeError
 from moeconv.hub import local_folder
 from moeconv.io.staging import check_free
@@ -137,7 +137,7 @@ def upcycle(src: str, out: Path, **options: Any) -> None:
     begin = time.perf_counter()
     if not options["dry_run"]:
         with progress_bar("upcycle") as progress:
-            run = Options(workers=options["workers"], resume=options["resume"], progress=progress)
+            run = conversion(options, progress)
             if options["hf"]:
                 write_hf(planned, out, options["max_shard_size"], run)
             else:

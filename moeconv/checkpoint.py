@@ -18,8 +18,9 @@ from moeconv.families import family_of
 from moeconv.families.base import Family, Model
 from moeconv.io.checksum import checksum
 from moeconv.io.hf_folder import CONFIG, HFFolder, parse_json, read_hf_folder, read_inside
-from moeconv.io.manifest import MANIFEST, FileRecord, Manifest, write_bytes
+from moeconv.io.manifest import MANIFEST, FileRecord, Manifest
 from moeconv.io.safetensors import Header, read_header
+from moeconv.io.staging import write_bytes
 from moeconv.layout.degrees import Degrees, chunk_layers
 from moeconv.layout.rect import Rect, check_cover
 from moeconv.pieces import NameMap, Piece, TensorInfo, check_complete

@@ -15,7 +15,7 @@ from moeconv.errors import LayoutError, SourceError, WriteError
 from moeconv.execute import Progress, execute
 from moeconv.io.checksum import checksum
 from moeconv.io.hf_folder import INDEX
-from moeconv.io.manifest import MANIFEST, FileRecord, write_bytes
+from moeconv.io.manifest import MANIFEST, FileRecord
 from moeconv.io.safetensors import encode_header, parse_header
 from moeconv.io.staging import Staging, check_free
 from moeconv.layout.degrees import Degrees
@@ -28,10 +28,11 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a conversion runs: threads, whether to go on with a killed run, and who is told of bytes moved."""
+    """How a conversion runs: threads, whether to go on with a killed run, whether to wait for the disk, and who is told of bytes moved."""
 
     workers: int | None = None
     resume: bool = False
+    sync: bool = True
     progress: Callable[[int], Progress] | None = None
 
 
@@ -72,9 +73,9 @@ def write_sharded(source: Checkpoint, out: Path, degrees: Degrees, options: Opti
         raise SourceError(f"{source.root / TRAINER}: training checkpoints keep their own file of this name; rename it")
     plan = plan_sharded(source, degrees)
 
-    def close(folder: Path, records: dict[str, FileRecord]) -> None:
+    def close(staging: Staging, records: dict[str, FileRecord]) -> None:
         carried = {name: (len(data), checksum(data)) for name, data in source.carried_bytes.items()}
-        write_bytes(folder / MANIFEST, make_manifest(source, degrees, list(records.values()), carried).encode())
+        staging.write(MANIFEST, make_manifest(source, degrees, list(records.values()), carried).encode())
 
     write_plan(source, out, plan, source.carried_bytes, options, close)
     return plan
@@ -123,7 +124,7 @@ def write_hf(source: Checkpoint, out: Path, max_shard_size: int | None, options:
     small = {name: data for name, data in source.carried_bytes.items() if name != TRAINER}
     if index is not None:
         small[INDEX] = index
-    write_plan(source, out, plan, small, options, lambda folder, records: None)
+    write_plan(source, out, plan, small, options, lambda staging, records: None)
     return plan
 
 
@@ -188,7 +189,7 @@ def write_plan(
     plan: Plan,
     small: dict[str, bytes],
     options: Options,
-    close: Callable[[Path, dict[str, FileRecord]], None],
+    close: Callable[[Staging, dict[str, FileRecord]], None],
 ) -> None:
     """Carry out a plan, all or nothing.
 
@@ -198,7 +199,7 @@ def write_plan(
         plan: its files.
         small: further files by name, written after those, in this order.
         options: how to run.
-        close: writes what comes last, into the folder that it is given, with the records of the plan's files.
+        close: writes what comes last, into the staging that it is given, with the records of the plan's files.
 
     Raises:
         MoeconvError: anything is wrong; then `out` does not exist.
@@ -210,7 +211,7 @@ def write_plan(
             f"{out}: lies inside the source {source.root}, which is never changed; choose a folder elsewhere"
         )
     before = _stats(source)
-    staging = Staging(out, _identity(source, before, plan, small), resume=options.resume)
+    staging = Staging(out, _identity(source, before, plan, small), resume=options.resume, sync=options.sync)
     try:
         progress = (
             options.progress(
@@ -226,9 +227,8 @@ def write_plan(
                 f"{source.root}: {', '.join(changed)} changed while being read; nothing was finished, start again"
             )
         for name, data in small.items():
-            (staging.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(staging.folder / name, data)
-        close(staging.folder, records)
+            staging.write(name, data)
+        close(staging, records)
         staging.commit()
     except OSError as error:
         raise WriteError(

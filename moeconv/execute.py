@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class _Run:
                     rows = job.op(rows, first)
                 sweep.write(outs, first, rows)
                 self.progress(rows.nbytes)
-            for out in outs:
+            for out in outs if self.staging.sync else ():
                 start_writeback(out.fd, out.piece.begin, out.piece.nbytes)
             for source in sources:
                 hasher = source.hasher or hashers.get(source.piece.rect)
@@ -166,16 +167,46 @@ def execute(
     return {file.name: _record(file, staging.done[file.name], shapes) for file in plan.files}
 
 
+class _Queue:
+    """Deals jobs to workers so that each writes into files of its own: the kernel lets only one write into a file at a time."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        groups: dict[str, deque[Job]] = {}
+        for job in jobs:
+            groups.setdefault(job.targets[0].file, deque()).append(job)
+        self._fresh = deque(groups.values())
+        self._begun: list[deque[Job]] = []
+        self._lock = threading.Lock()
+
+    def take(self, group: deque[Job] | None) -> tuple[deque[Job], Job] | None:
+        """Give the next job of a worker's own group, else of one that nobody has begun, else of the longest; None at the end."""
+        with self._lock:
+            if not group:
+                if self._fresh:
+                    self._begun.append(self._fresh.popleft())
+                    group = self._begun[-1]
+                else:
+                    group = max(self._begun, key=len, default=None)
+            return (group, group.popleft()) if group else None
+
+
+def _work(run: _Run, queue: _Queue) -> None:
+    item = queue.take(None)
+    while item is not None and not run.stop.is_set():
+        group, job = item
+        run.job(job)
+        item = queue.take(group)
+
+
 def _run_all(run: _Run, jobs: list[Job], workers: int | None) -> None:
-    with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
-        futures = [pool.submit(run.job, job) for job in jobs]
+    workers, queue = workers or min(os.cpu_count() or 1, 8), _Queue(jobs)
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(_work, run, queue) for _ in range(workers)]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             run.stop.set()  # reached early only by an error or an interrupt
-            for future in futures:
-                future.cancel()
-        failed = [error for future in done if not future.cancelled() and (error := future.exception())]
+        failed = [error for future in done if (error := future.exception())]
     if failed:
         raise failed[0]
 

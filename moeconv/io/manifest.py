@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moeconv.errors import IntegrityError, SourceError
@@ -142,16 +140,6 @@ class Manifest:
         except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
             raise SourceError(f"{where}: is damaged: {error!r}") from None
         return manifest
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all: beside it, to the disk, then renamed."""
-    beside = path.with_name(path.name + ".writing")
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _file(name: str, value: Mapping[str, Any]) -> FileRecord:

@@ -21,19 +21,21 @@ class Staging:
     The journal's first line says what is written from what; each further line records a finished file.
     """
 
-    def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool) -> None:
+    def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool, sync: bool = True) -> None:
         """Create the folder, or go on with the one that a killed run left.
 
         Args:
             out: the folder to be made.
             identity: what determines the output (the source's files, the targets); JSON values by name.
             resume: whether a folder left behind is to be continued.
+            sync: whether what counts as done is on the disk first: then it outlives a power failure, not only a kill.
 
         Raises:
             WriteError: the output exists, a run was left behind and `resume` is not set, it was of something else, or it still runs.
         """
         self.out, self.folder = out, out.with_name(out.name + ".partial")
         self.done: dict[str, Any] = {}
+        self.sync = sync
         self._journal: IO[str] | None = None
         check_free(out)
         if self.folder.exists() and not resume:
@@ -58,7 +60,8 @@ class Staging:
         lines = self._journal.read().split("\n")
         complete = lines[:-1]  # what follows the last newline was cut off by a kill
         if not complete:
-            self._journal.truncate(0)
+            if lines[-1]:  # an empty file is not truncated: ext4 writes one that was to the disk when it is closed
+                self._journal.truncate(0)
             self._append(identity)
             return
         if lines[-1]:
@@ -78,7 +81,8 @@ class Staging:
         assert self._journal is not None
         self._journal.write(json.dumps(value, separators=(",", ":")) + "\n")
         self._journal.flush()
-        os.fsync(self._journal.fileno())
+        if self.sync:
+            os.fsync(self._journal.fileno())
 
     def temporary(self, name: str) -> Path:
         """Give the path under which a file is written until it is whole."""
@@ -92,14 +96,21 @@ class Staging:
             record: what a resumed run needs to know of it, as JSON.
         """
         path = self.temporary(name)
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        if self.sync:
+            _sync(path)
         os.replace(path, self.folder / name)
         self._append({"file": name, "record": record})
         self.done[name] = record
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file whole.
+
+        Args:
+            name: the file's name in the folder.
+            data: its bytes.
+        """
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.folder / name, data, sync=self.sync)
 
     def commit(self) -> None:
         """Give the folder its name; from here on readers accept it.
@@ -108,11 +119,12 @@ class Staging:
             WriteError: the name was taken meanwhile.
         """
         check_free(self.out)
-        for folder, _, _ in os.walk(self.folder):
-            _sync_folder(Path(folder))
+        for folder, _, _ in os.walk(self.folder) if self.sync else ():
+            _sync(Path(folder))
         os.rename(self.folder, self.out)
         (self.out / JOURNAL).unlink()
-        _sync_folder(self.out.parent)
+        if self.sync:
+            _sync(self.out.parent)
         self.close()
 
     def close(self) -> None:
@@ -152,8 +164,19 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write a small file whole or not at all: beside it, to the disk if `sync`, then renamed."""
+    beside = path.with_name(path.name + ".writing")
+    with open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -13,7 +13,6 @@ from moeconv.errors import MappingError, SourceError
 from moeconv.families import family_of
 from moeconv.families.base import Model
 from moeconv.io.hf_folder import CONFIG, parse_json
-from moeconv.io.manifest import write_bytes
 from moeconv.io.staging import check_free
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron import dist, legacy
@@ -146,7 +145,7 @@ def export_megatron(
         check_free(out.absolute())
     else:
         tracker = target.iteration.encode()
-        write_plan(found, out, plan, small, options, lambda folder, _: write_bytes(folder / TRACKER, tracker))
+        write_plan(found, out, plan, small, options, lambda staging, _: staging.write(TRACKER, tracker))
     left = len(found.tensors) - len(names)
     dropped = (f"{left} tensors of optimizer state (--no-optimizer)",) if left else ()
     return Summary(len(files) + len(small) + 1, plan.nbytes + sum(map(len, small.values())), dropped, str(degrees))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,6 +31,19 @@ def test_a_day_returns_the_source(call: Call, mixtral: Path, tmp_path: Path) -> 
     assert call("export-hf", tmp_path / "b", tmp_path / "hf").exit_code == 0
     assert digests(tmp_path / "hf") == before
     assert digests(mixtral) == before
+
+
+def test_no_sync_reaches_every_conversion(
+    call: Call, mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda fd: pytest.fail("waited for the disk"))
+    for command, source, out in (("import-hf", mixtral, "a"), ("reshard", "a", "b"), ("export-hf", "b", "hf")):
+        assert call(command, tmp_path / source, tmp_path / out, "--no-sync").exit_code == 0
+    assert digests(tmp_path / "hf") == digests(mixtral)
+    for form in ("torch", "torch_dist"):
+        assert call("export-megatron", tmp_path / "a", tmp_path / form, "--format", form, "--no-sync").exit_code == 0
+        assert call("import-megatron", tmp_path / form, tmp_path / f"of-{form}", "--no-sync").exit_code == 0
+        assert call("verify", tmp_path / f"of-{form}", "--against", tmp_path / "a").exit_code == 0
 
 
 def test_export_cut_anew_loads_in_transformers(call: Call, mixtral: Path, tmp_path: Path) -> None:

@@ -306,3 +306,33 @@ def test_damaged_shard_met_midway_leaves_no_output(tmp_path: Path, source: Path)
     with pytest.raises(IntegrityError, match=path.name):
         write_hf(open_checkpoint(tmp_path / "shards"), tmp_path / "export", None, Options())
     assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("form", ["shards", "hf"])
+def test_what_counts_is_on_the_disk_first(
+    tmp_path: Path, source: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default every file, then the folders, are synchronised before the output has its name; with sync off, nothing is."""
+    path, whole = reference(tmp_path, source, form)
+    out, synced, fsync = tmp_path / "out", [], os.fsync
+
+    def watch(fd: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{fd}").resolve(), out.exists()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    for sync in (True, False):
+        options = Options(sync=sync)
+        checkpoint = open_checkpoint(path)
+        write_hf(checkpoint, out, None, options) if form == "hf" else write_sharded(checkpoint, out, DEGREES, options)
+        assert digests(out) == whole
+        if sync:
+            early = {place for place, finished in synced if not finished}
+            partial = out.with_name(out.name + ".partial")
+            files = [partial / name for name in whole]
+            folders = {folder for file in files for folder in file.parents if folder.is_relative_to(partial)}
+            assert early == {*folders, partial / JOURNAL, *(file.with_name(file.name + ".writing") for file in files)}
+            assert synced[-1] == (tmp_path, True)
+            shutil.rmtree(out)
+            synced.clear()
+    assert not synced

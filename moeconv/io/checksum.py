@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
 import xxhash
+from zlib_ng import zlib_ng
 
 
 def new() -> Any:
@@ -33,7 +33,7 @@ class Crc32:
 
     def update(self, data: Any) -> None:
         """Add a buffer of bytes."""
-        self.value = zlib.crc32(data, self.value)
+        self.value = zlib_ng.crc32(data, self.value)
 
     def hexdigest(self) -> str:
         """Give the CRC-32 so far."""

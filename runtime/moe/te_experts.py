@@ -45,7 +45,7 @@ class TransformerEngineExperts:
     def _autocast(self) -> AbstractContextManager[Any]:
         if not self._fp8:
             return contextlib.nullcontext()
-        context: AbstractContextManager[Any] = self._te.fp8_autocast(enabled=True, fp8_recipe=self._recipe)
+        context: AbstractContextManager[Any] = self._te.autocast(enabled=True, recipe=self._recipe)
         return context
 
     def __call__(

@@ -1,11 +1,12 @@
 """The MoE layer on one GPU beside the other ways to run it: speed, memory and error, in one table.
 
-    python -m benchmarks.moe_layer [--shapes mixtral,olmoe,...] [--cases balanced,zipf,empty] [--rounds 3]
+    python -m benchmarks.moe_layer [--shapes mixtral,olmoe,...] [--cases balanced,zipf,empty] [--rounds 3] [--pause 0]
 
 Each implementation runs router (softmax, top-k, renormalise), dispatch, SwiGLU experts and weighted sum on the same
 weights and tokens, bf16. Counted are the experts' FLOPs alone: 6 T K d n forward, 18 T K d n with backward. Times are
 medians of `triton.testing.do_bench`, and the median of rounds that take turns, because a card at its power limit slows
-down as it warms up. A package that is not installed leaves its row out and is named.
+down as it warms up; --pause lets it rest before each measurement. A package that is not installed leaves its row out and
+is named.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -298,7 +300,7 @@ def implementations(problem: Problem) -> dict[str, Row]:
     return rows
 
 
-def measure(name: str, case: str, rounds: int) -> None:
+def measure(name: str, case: str, rounds: int, pause: float) -> None:
     from triton.testing import do_bench
 
     shape = SHAPES[name]
@@ -316,6 +318,7 @@ def measure(name: str, case: str, rounds: int) -> None:
             run(problem)
 
     def bench(function: Callable[[], object], milliseconds: int) -> float:
+        time.sleep(pause)
         return float(do_bench(function, warmup=10, rep=milliseconds, return_mode="median"))
 
     for _ in range(rounds):
@@ -345,6 +348,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--cases", default="balanced")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pause", type=float, default=0, help="seconds of rest before each measurement")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "this benchmark needs a CUDA GPU\n")
@@ -352,7 +356,7 @@ def main() -> None:
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     for name in args.shapes.split(","):
         for case in args.cases.split(","):
-            measure(name, case, args.rounds)
+            measure(name, case, args.rounds, args.pause)
             gc.collect()
             torch.cuda.empty_cache()
 

@@ -76,6 +76,8 @@ CASES = (
     case("ep2 MoE recompute", 2, {"ep": 2}, moe={"recompute_layer": True}),
     # Other routing.
     case("cp2 tp2 sp sequence aux loss", 4, {"cp": 2, "tp": 2} | SP, moe={"load_balancing": ("seq_aux_loss",)}),
+    # Over data-parallel ranks its window is another one than one rank's, so dp is 1.
+    case("cp2 tp2 sp global aux loss", 4, {"cp": 2, "tp": 2} | SP, moe={"load_balancing": ("global_aux_loss",)}),
     case(
         "tp2 sp ep2 sigmoid and expert bias",
         4,

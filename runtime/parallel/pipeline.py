@@ -45,6 +45,11 @@ class _Stage(PipelineStage):
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self.collect()
 
+    def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
+        # Torch before 2.13 compares shapes of each pass with what was announced; the last stage's output goes to the loss.
+        if not self.is_last:
+            super()._validate_fwd_outputs(outputs)  # type: ignore[misc]
+
 
 class Pipeline:
     """This rank's stages, and a schedule for each number and shape of micro-batches that has come so far."""

@@ -97,7 +97,7 @@ class Staging:
         """
         path = self.temporary(name)
         if self.sync:
-            _sync(path)
+            sync_path(path)
         os.replace(path, self.folder / name)
         self._append({"file": name, "record": record})
         self.done[name] = record
@@ -120,11 +120,11 @@ class Staging:
         """
         check_free(self.out)
         for folder, _, _ in os.walk(self.folder) if self.sync else ():
-            _sync(Path(folder))
+            sync_path(Path(folder))
         os.rename(self.folder, self.out)
         (self.out / JOURNAL).unlink()
         if self.sync:
-            _sync(self.out.parent)
+            sync_path(self.out.parent)
         self.close()
 
     def close(self) -> None:
@@ -175,7 +175,8 @@ def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
     os.replace(beside, path)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

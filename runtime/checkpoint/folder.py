@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moeconv.errors import WriteError
 from moeconv.io.manifest import MANIFEST
+from moeconv.io.staging import sync_path
 
 LATEST = "latest"
 PARTIAL = ".partial"
@@ -100,7 +101,7 @@ def publish(partial: Path) -> Path:
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
     os.replace(link, final.parent / LATEST)
-    _sync(final.parent)
+    sync_path(final.parent)
     shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -119,12 +120,3 @@ def prune(root: Path, keep_last: int) -> None:
         if path.resolve() != current:
             (path / MANIFEST).unlink()  # first: a reader must never meet half a checkpoint
             shutil.rmtree(path)
-
-
-def _sync(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -76,12 +76,13 @@ def test_experts_against_fp64(backend: str, shape: tuple[int, ...], dropped: flo
     expected = run(case, "loop", torch.float64, fused=False)
     poison()
     out, grad_x, grad_weights, grad_w13, grad_w2 = zip(run(case, backend, BF16), expected, strict=True)
-    bound = 6e-3 if shape[0] > 1 else 1.2e-2  # roundings of a single token don't average out
+    single = shape[0] == 1
+    bound = 1.2e-2 if single else 6e-3  # roundings of a single token don't average out
     for mine, other in (out, grad_x, grad_w13, grad_w2):
         assert relative(mine, other) < bound
-    # The gradient of a routing weight is a product of two vectors, which may cancel: it is held against a typical one.
+    # A single token's routing gradients are products of two vectors that may cancel: they are held against a typical one.
     mine, other = grad_weights
-    typical = 0.3 * (shape[1] * int((case[0] < shape[3]).sum())) ** 0.5
+    typical = 0.3 * (shape[1] * int((case[0] < shape[3]).sum())) ** 0.5 if single else 0.0
     assert float((mine.double() - other).norm()) <= bound * max(float(other.norm()), typical)
 
 

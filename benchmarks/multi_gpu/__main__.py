@@ -1,6 +1,6 @@
 """Everything that several GPUs of one machine can show, in one command that prints tables.
 
-    python -m benchmarks.multi_gpu [--ranks N] [--only SECTION ...] [--out DIR] [--scratch DIR] [--fill 0.85] [--quick]
+    python -m benchmarks.multi_gpu [--ranks N] [--only SECTION ...] [--match TEXT] [--out DIR] [--scratch DIR] [--quick]
     torchrun --nproc-per-node N -m benchmarks.multi_gpu [...]
 
 Sections: parity of every layout with one GPU over NCCL, in fp32 and bf16; training of a Mixtral that fills the GPUs,
@@ -36,6 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.multi_gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=None, help="1, 2, 4 or 8; default: torchrun's, or all GPUs")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only measurements whose layout contains it")
     parser.add_argument("--out", type=Path, default=None, help="folder for report.md, results.jsonl and ranks.log")
     parser.add_argument("--scratch", type=Path, default=None, help="folder on the disk that checkpoints go to")
     parser.add_argument("--fill", type=float, default=0.85, help="share of a GPU's memory to plan models for")
@@ -149,11 +150,13 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return 0  # torchrun's other ranks: the first one launches what is measured
     args = parse(arguments)
+    if args.scratch is not None:
+        args.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="multi-gpu-", dir=args.scratch) as scratch:
         out: Path = (args.out or Path(scratch) / "out").resolve()
         launcher = Launcher(args, out, Path(scratch), _machine(args))
         for num_ranks, tasks in make_plan(args.ranks, args.only, quick=args.quick):
-            launcher.run(num_ranks, tasks)
+            launcher.run(num_ranks, [task for task in tasks if args.match in task.label])
         text, good = launcher.report()
         print(text)
     return 0 if good else 1

@@ -9,6 +9,8 @@ from typing import Any
 from benchmarks.multi_gpu.job import Task
 from benchmarks.multi_gpu.parity import NUMBERS
 
+NAME_WIDTH = 90  # of a kernel's name
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
@@ -84,6 +86,8 @@ def _training(records: list[Record]) -> str:
     rows: list[Sequence[Any]] = []
     kinds: list[Sequence[Any]] = []
     exchanges: list[Sequence[Any]] = []
+    shares: list[Sequence[Any]] = []
+    largest: list[Sequence[Any]] = []
     for r in records:
         x, memory = r.result, r.result["memory_gb"]
         rows.append((
@@ -92,10 +96,13 @@ def _training(records: list[Record]) -> str:
             _number(x["fullest"], 2), *(_number(size, 2) for size in memory.values()),
         ))  # fmt: skip
         if x.get("overlap"):
-            for kind, k in x["overlap"]["kinds"].items():
+            o = x["overlap"]
+            shares.append((r.task.label, *(_number(o[f"{name}_ms"]) for name in ("computing", "exposed", "idle"))))
+            largest += [(r.task.label, name[:NAME_WIDTH], calls, _number(ms)) for name, calls, ms in o["largest"]]
+            for kind, k in o["kinds"].items():
                 hidden = _percent(k["hidden_ms"] / k["ms"])
                 kinds.append((r.task.label, kind, k["calls"], _number(k["ms"]), hidden, None, None))
-            total, exposed = x["overlap"]["communication_ms"], x["overlap"]["exposed_ms"]
+            total, exposed = o["communication_ms"], o["exposed_ms"]
             hidden = _percent(1 - exposed / total) if total else None
             kinds.append((r.task.label, "together", None, _number(total), hidden, _number(exposed), _number(x["ms"])))
         if x.get("exchange"):
@@ -106,12 +113,17 @@ def _training(records: list[Record]) -> str:
     memory_heads = [f"{name}, GB" for name in records[0].result["memory_gb"]]
     first = ("layout", "layers", "G parameters", "tokens a step", "ms", "tokens/s", "TFLOP/s a GPU", "utilisation")
     out = [_table("A training step", (*first, "fullest rank", *memory_heads), rows)]
+    if shares:
+        columns = ("layout", "computing, ms", "communication alone, ms", "nothing, ms")
+        out.append(_table("Where a step of the first rank goes", columns, shares))
     if kinds:
         names = ("layout", "NCCL kernels", "calls", "ms", "hidden", "exposed ms", "step ms")
         out.append(_table("Communication in a step of the first rank", names, kinds))
     if exchanges:
-        columns = ("layout", "MB a rank", "GB/s alone", "4 alone, ms", "4 in a step, ms", "ratio")
-        out.append(_table("A layer's exchanges of rows with a micro-batch", columns, exchanges))
+        fields = ("layout", "MB a rank", "GB/s alone", "4 alone, ms", "4 in a step, ms", "ratio")
+        out.append(_table("A layer's exchanges of rows with a micro-batch", fields, exchanges))
+    if largest:
+        out.append(_table("Largest kernels", ("layout", "kernel", "calls", "ms"), largest))
     return "\n".join(out)
 
 

@@ -19,6 +19,7 @@ from runtime.parallel.collectives import Group, all_to_all, gather_tensor, group
 
 KINDS = ("SendRecv", "AllReduce", "AllGather", "ReduceScatter", "Broadcast")
 """Parts of the names of NCCL's kernels; all-to-alls and the exchanges between stages are sends and receives."""
+NUM_LARGEST = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,9 @@ def summarize(kernels: Sequence[Kernel]) -> dict[str, Any]:
         kernels: of one step on one GPU.
 
     Returns:
-        For each kind of NCCL's kernels: calls, milliseconds, share of them during which other kernels run; and
-        milliseconds of communication, together and of those with nothing computed meanwhile (exposed).
+        For each kind of NCCL's kernels: calls, milliseconds, share of them during which other kernels run; milliseconds
+        of communication, together and of those with nothing computed meanwhile (exposed); of computation; of neither
+        between the first kernel and the last (idle); and the `largest` other kernels as name, calls and milliseconds.
     """
     own = [k for k in kernels if k.name.startswith("nccl")]
     computing = merge((k.begin, k.end) for k in kernels if not k.name.startswith("nccl"))
@@ -83,7 +85,27 @@ def summarize(kernels: Sequence[Kernel]) -> dict[str, Any]:
     talking = merge((k.begin, k.end) for k in own)
     total = sum(end - begin for begin, end in talking)
     hidden = sum(covered(begin, end, computing) for begin, end in talking)
-    return {"kinds": kinds, "communication_ms": total / 1e3, "exposed_ms": (total - hidden) / 1e3}
+    busy = merge((k.begin, k.end) for k in kernels)
+    idle = busy[-1][1] - busy[0][0] - sum(end - begin for begin, end in busy) if busy else 0.0
+    return {
+        "kinds": kinds,
+        "communication_ms": total / 1e3,
+        "exposed_ms": (total - hidden) / 1e3,
+        "computing_ms": sum(end - begin for begin, end in computing) / 1e3,
+        "idle_ms": idle / 1e3,
+        "largest": _largest(kernels),
+    }
+
+
+def _largest(kernels: Sequence[Kernel]) -> list[tuple[str, int, float]]:
+    """Name, calls and milliseconds of the kernels with the most time, without NCCL's."""
+    found: dict[str, tuple[int, float]] = {}
+    for kernel in kernels:
+        if not kernel.name.startswith("nccl"):
+            calls, ms = found.get(kernel.name, (0, 0.0))
+            found[kernel.name] = (calls + 1, ms + (kernel.end - kernel.begin) / 1e3)
+    order = sorted(found.items(), key=lambda item: -item[1][1])
+    return [(name, calls, ms) for name, (calls, ms) in order[:NUM_LARGEST]]
 
 
 def profile(step: Callable[[], object], job: Job) -> dict[str, Any] | None:

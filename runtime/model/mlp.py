@@ -62,6 +62,7 @@ class SparseMLP(nn.Module):
             tp_cp=mesh.group("tp_cp"),
             tp_dp_cp=mesh.group("tp_dp_cp"),
             sequence_parallel=context.sp,
+            equal_tokens=True,
         )
         self.moe = MoELayer(
             config,

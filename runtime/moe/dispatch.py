@@ -2,8 +2,8 @@
 
 Legend: T tokens of this rank, K choices per token, R rows, E experts (E_local on this rank), D hidden size.
 
-Both dispatchers give the same sums. Host synchronisations in a forward pass: none on one rank (ep = etp = 1), one
-otherwise (the numbers of rows that the ranks exchange); none in the backward pass.
+Both dispatchers give the same sums. Host synchronisations in a forward pass: none where no rows are exchanged between
+ranks with equally many tokens (ep 1), one otherwise (the numbers of rows); none in the backward pass.
 """
 
 from __future__ import annotations
@@ -34,11 +34,25 @@ def run_local(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     return out
 
 
-def _gather_counts(values: Tensor, groups: MoEGroups) -> list[list[list[int]]]:
-    """Every rank's values as [etp][ep][...]: the one point where the host waits."""
-    over_ep = gather_tensor(values.unsqueeze(0), 0, groups.ep)
-    counts: list[list[list[int]]] = gather_tensor(over_ep.unsqueeze(0), 0, groups.etp).tolist()
-    return counts
+class _Counts:
+    """Every rank's numbers [etp, ep, ...], on the device at once and on the host when they are waited for."""
+
+    def __init__(self, values: Tensor, groups: MoEGroups) -> None:
+        over_ep = gather_tensor(values.unsqueeze(0), 0, groups.ep)
+        self.device = gather_tensor(over_ep.unsqueeze(0), 0, groups.etp)
+        self._host, self._event = self.device, None
+        if values.is_cuda:
+            self._host = torch.empty(self.device.shape, dtype=self.device.dtype, pin_memory=True)
+            self._host.copy_(self.device, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> list[list[list[int]]]:
+        """The numbers; what has been launched after them goes on meanwhile."""
+        if self._event is not None:
+            self._event.synchronize()
+        numbers: list[list[list[int]]] = self._host.tolist()
+        return numbers
 
 
 def run_all_to_all(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoEGroups) -> Tensor:
@@ -55,8 +69,11 @@ def run_all_to_all(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoE
     """
     num_local = experts.num_local_experts
     num_experts = num_local * group_size(groups.ep)
-    mine = count_choices(routing.experts_TK, num_experts)
-    counts = _gather_counts(mine, groups)
+    counting = _Counts(count_choices(routing.experts_TK, num_experts), groups)
+    plan = plan_rows(routing.experts_TK, num_experts, routing.max_rows, fused=experts.fused)
+    rows, weights = permute(x_TD, routing.weights_TK, plan, fused=experts.fused)
+
+    counts = counting.wait()
     etp_rank, ep_rank = group_rank(groups.etp), group_rank(groups.ep)
     own = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
     sent = counts[etp_rank][ep_rank]
@@ -66,14 +83,14 @@ def run_all_to_all(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoE
     output_splits = [sum(row) for row in arriving[etp_rank]]
     etp_sizes = [sum(sum(row) for row in over_ep) for over_ep in arriving]
 
-    plan = plan_rows(routing.experts_TK, num_experts, sum(sent), fused=experts.fused)
-    rows, weights = permute(x_TD, routing.weights_TK, plan, fused=experts.fused)
+    if sum(sent) < plan.num_rows:  # some choices were dropped
+        rows, weights = rows[: sum(sent)], weights[: sum(sent)]
     rows = all_to_all(rows, output_splits, input_splits, groups.ep)
     weights = all_to_all(weights, output_splits, input_splits, groups.ep)
     rows = all_gather(rows, 0, groups.etp, etp_sizes)
     weights = all_gather(weights, 0, groups.etp, etp_sizes)
 
-    blocks = torch.tensor([row for over_ep in arriving for row in over_ep], device=x_TD.device).reshape(-1)
+    blocks = counting.device[:, :, own].reshape(-1)
     ids = torch.arange(num_local, device=x_TD.device).repeat(blocks.shape[0] // num_local)
     local_R1 = ids.repeat_interleave(blocks, output_size=sum(etp_sizes)).unsqueeze(1)
     local_plan = experts.plan(local_R1, sum(etp_sizes))
@@ -84,20 +101,26 @@ def run_all_to_all(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoE
     return unpermute(out, plan, fused=experts.fused)
 
 
-def run_all_gather(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoEGroups) -> Tensor:
+def run_all_gather(
+    x_TD: Tensor, routing: Routing, experts: Experts, groups: MoEGroups, *, equal_tokens: bool = False
+) -> Tensor:
     """Gather all ranks' tokens, apply this rank's experts, and sum the partial results back.
 
-    Arguments and result as of `run_all_to_all`. Traffic does not depend on the balance of the routing.
+    Arguments and result as of `run_all_to_all`, and `equal_tokens`: whether T is the same on all ranks. Traffic does
+    not depend on the balance of the routing.
     """
     num_local = experts.num_local_experts
-    num_experts = num_local * group_size(groups.ep)
-    mine = count_choices(routing.experts_TK, num_experts)
-    counts = _gather_counts(torch.cat([mine, mine.new_tensor([x_TD.shape[0]])]), groups)
-    etp_rank, ep_rank = group_rank(groups.etp), group_rank(groups.ep)
-    own = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
-    ep_sizes = [row[-1] for row in counts[etp_rank]]
-    etp_sizes = [sum(row[-1] for row in over_ep) for over_ep in counts]
-    num_rows = sum(sum(row[own]) for over_ep in counts for row in over_ep)
+    ep_rank = group_rank(groups.ep)
+    ep_sizes = etp_sizes = None
+    if equal_tokens and group_size(groups.ep) == 1:
+        num_rows = routing.max_rows * group_size(groups.etp)
+    else:
+        mine = count_choices(routing.experts_TK, num_local * group_size(groups.ep))
+        counts = _Counts(torch.cat([mine, mine.new_full((1,), x_TD.shape[0])]), groups).wait()
+        own = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
+        ep_sizes = [row[-1] for row in counts[group_rank(groups.etp)]]
+        etp_sizes = [sum(row[-1] for row in over_ep) for over_ep in counts]
+        num_rows = sum(sum(row[own]) for over_ep in counts for row in over_ep)
 
     def gather(values: Tensor) -> Tensor:
         return all_gather(all_gather(values, 0, groups.ep, ep_sizes), 0, groups.etp, etp_sizes)

@@ -55,6 +55,8 @@ class _GroupedMLP(torch.autograd.Function):
         plan, gemm, fused = ctx.plan, ctx.gemm, ctx.fused
         grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
         grad_act = gemm.rows_times(grad_rows, w2_EDF, plan)
+        if fused and hidden.is_cuda and torch._C._autograd._get_current_graph_task_keep_graph():
+            hidden = hidden.clone()  # written over below, and this node will run again: zero-bubble does so
         grad_hidden, grad_weights, act = passes.swiglu_backward(hidden, weights_TK, grad_act, plan, fused=fused)
         del hidden, grad_act
         grad_w2 = gemm.transposed_times_rows(grad_rows, act, plan) if ctx.needs_input_grad[3] else None

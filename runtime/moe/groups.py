@@ -26,3 +26,5 @@ class MoEGroups:
     """Ranks that share a global batch: global_aux_loss and the expert bias count over them."""
     sequence_parallel: bool = True
     """Whether the tp ranks come with different tokens; otherwise the layer deals the tokens out among them."""
+    equal_tokens: bool = False
+    """Whether all ranks come with equally many tokens, so that none has to ask the others."""

@@ -139,19 +139,22 @@ class MoELayer(nn.Module):
             x_TD = split_to(x_TD, 0, tp, sizes)
             sequence_T = None if sequence_T is None else split_to(sequence_T, 0, tp, sizes)
         routing = self.router(x_TD, sequence_T, num_sequences)
+        equal = self.groups.equal_tokens and (sizes is None or len(set(sizes)) == 1)
         if self.config.recompute_layer and torch.is_grad_enabled():
-            out = cast(Tensor, checkpoint(self._run_experts, x_TD, routing, use_reentrant=False))
+            out = cast(Tensor, checkpoint(self._run_experts, x_TD, routing, equal, use_reentrant=False))
         else:
-            out = self._run_experts(x_TD, routing)
+            out = self._run_experts(x_TD, routing, equal)
         if self.shared is not None:
             out = out + self.shared(x_TD)
         return gather_from(out, 0, tp, sizes)
 
-    def _run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _run_experts(self, x_TD: Tensor, routing: Routing, equal_tokens: bool) -> Tensor:
         if group_size(self.groups.ep) == 1 and group_size(self.groups.etp) == 1:
             return run_local(x_TD, routing, self.experts)
-        run = run_all_to_all if self.config.dispatcher == "alltoall" else run_all_gather
-        return run(x_TD, routing, self.experts, self.groups)
+        # Where every expert is here in part, gathering tokens moves a K-th of what gathering their rows does.
+        if self.config.dispatcher == "alltoall" and group_size(self.groups.ep) > 1:
+            return run_all_to_all(x_TD, routing, self.experts, self.groups)
+        return run_all_gather(x_TD, routing, self.experts, self.groups, equal_tokens=equal_tokens)
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

@@ -146,7 +146,10 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         dtype, device = ctx.loss_like
-        return grad, torch.as_tensor(ctx.scale, dtype=dtype, device=device), None
+        if isinstance(ctx.scale, Tensor):
+            return grad, ctx.scale.to(device, dtype), None
+        # Filled on the device: a copy from the host would wait there for everything launched so far.
+        return grad, torch.full((), ctx.scale, dtype=dtype, device=device), None
 
 
 def attach_loss(x: Tensor, loss: Tensor, scale: Tensor | float) -> Tensor:

@@ -181,12 +181,13 @@ class _SwiGLURows(torch.autograd.Function):
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, plan: RowPlan, fused: bool) -> Tensor:
-        ctx.plan, ctx.fused = plan, fused
+        ctx.plan, ctx.fused, ctx.num_rows = plan, fused, rows_RD.shape[0]
         return sum_rows(rows_RD, plan, fused=fused)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-        return gather_rows(grad_TD.contiguous(), ctx.plan, fused=ctx.fused), None, None
+        # The plan may have rows at its end that no choice fills, and the input may lack them.
+        return gather_rows(grad_TD.contiguous(), ctx.plan, fused=ctx.fused)[: ctx.num_rows], None, None
 
 
 def permute(x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, *, fused: bool) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ checkpoint it is a few rectangles (`topology.blocks`).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -224,8 +225,14 @@ class BucketStore:
                 if id(parameter) in replaced:
                     owner._parameters[name] = replaced[id(parameter)]
 
-    def _collector(self, bucket: Bucket, slot: Slot) -> Any:
+    @staticmethod
+    def _collector(bucket: Bucket, slot: Slot) -> Any:
+        # A tensor's hooks are invisible to the garbage collector: one that held its bucket would keep both for good.
+        reference = weakref.ref(bucket)
+
         def collect(parameter: Tensor) -> None:
+            bucket = reference()
+            assert bucket is not None, "a store outlives the backward passes of its parameters"
             bucket.accumulate(slot, parameter)
             bucket.pending.count -= 1
             if bucket.pending.count == 0:

@@ -103,6 +103,9 @@ def test_overlap_of_a_trace(tmp_path: Path) -> None:
     assert found["kinds"]["ReduceScatter"] == {"calls": 1, "ms": 0.8, "hidden_ms": 0.0}
     assert found["communication_ms"] == pytest.approx(0.5 + 1.7)
     assert found["exposed_ms"] == pytest.approx(1.2)
+    assert found["computing_ms"] == pytest.approx(2.0)
+    assert found["idle_ms"] == pytest.approx(0.0)  # 0 to 3200 without a gap
+    assert found["largest"] == [("swiglu", 1, 1.1), ("gemm", 1, 1.0)]
 
 
 def test_digest_sees_every_bit_and_place(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ class Case:
     etp: int = 1
     tokens: tuple[int, ...] = ()
     sequence_parallel: bool = True
+    equal_tokens: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -35,6 +36,8 @@ CASES = {
     "ep2": Case(ep=2, tokens=(9, 9)),
     "ep4 uneven tokens, one rank without": Case(ep=4, tokens=(5, 0, 11, 1)),
     "etp2": Case(etp=2, tokens=(7, 7)),
+    "etp2 known to be equal": Case(etp=2, tokens=(7, 7), equal_tokens=True),
+    "etp2 dealt out unevenly": Case(etp=2, tokens=(7,), sequence_parallel=False, equal_tokens=True),
     "ep2 etp2": Case(ep=2, etp=2, tokens=(6, 6, 6, 6)),
     "ep2 etp2 uneven": Case(ep=2, etp=2, tokens=(3, 8, 0, 5)),
     "tokens not sequence-parallel": Case(ep=2, etp=2, tokens=(10,), sequence_parallel=False),
@@ -90,8 +93,9 @@ def tokens_of(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def collect(layer: MoELayer, out: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
     result = {name: parameter.grad for name, parameter in layer.named_parameters()}
     result |= {f"loss {name}": value for name, value in layer.stats.losses.items()}
+    result |= {"load": layer.stats.load_E, "dropped": layer.stats.dropped}
     return {
-        key: value.detach() for key, value in (result | {"out": out, "x": x.grad, "load": layer.stats.load_E}).items()
+        key: value.detach() for key, value in (result | {"out": out, "x": x.grad}).items()
     }
 
 
@@ -111,6 +115,7 @@ def run_rank(case: Case, dispatcher: str) -> dict[str, torch.Tensor]:
         tp_cp=group([everyone]),
         tp_dp_cp=group([everyone]),
         sequence_parallel=case.sequence_parallel,
+        equal_tokens=case.equal_tokens,
     )
     layer = build(case.options | {"dispatcher": dispatcher}, groups)
     fill(layer, ep_rank, etp_rank)
@@ -161,3 +166,14 @@ def test_ranks_equal_one_rank(pool: RankPool, name: str, dispatcher: str) -> Non
         else:  # summands: losses, load, and gradients of what sees other tokens on each rank
             actual = torch.stack([result[key] for result in results]).sum(0)
         assert relative(actual, value) < 1e-6 if key.startswith("loss") else relative(actual, value) < 1e-12, key
+
+
+@pytest.mark.parametrize("case", [Case(ep=2, tokens=(9, 6)), Case(etp=2, tokens=(7, 7), equal_tokens=True)])
+def test_dispatchers_agree_on_dropped_choices(pool: RankPool, case: Case) -> None:
+    # A rank's capacity comes from its own tokens, so one rank with all tokens would drop others.
+    case = replace(case, options={"capacity_factor": 0.5})
+    by_dispatcher = [pool.run(2, run_rank, case, dispatcher) for dispatcher in ("alltoall", "allgather")]
+    for exchanged, gathered in zip(*by_dispatcher, strict=True):
+        assert exchanged["dropped"] > 0
+        for key, value in gathered.items():
+            assert relative(exchanged[key], value) < 1e-12, key

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -115,6 +117,14 @@ def _load_tiles(descs, bufs, bars, common, config):
             step += 1
 
 
+@builtin
+def _add_shared_to_global(tensor_desc, coord, src, _semantic=None):
+    """Add a buffer to a tensor where it lies, in the L2 cache: triton 3.6 has the operation, but no name for it."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+
 @gluon.jit
 def _halves(acc):
     """[64, N] as its left and right half, without moving a register between threads."""
@@ -129,6 +139,20 @@ def _store(value, desc, row, column, buffers, INDEX: gl.constexpr):
     buffer.store(value.to(gl.bfloat16))
     fence_async_shared()
     tma.async_copy_shared_to_global(desc, [row, column], buffer)
+
+
+@gluon.jit
+def _add(value, desc, row, column, buffers):
+    """Add [64, BN / 4] to what lies in memory, through both buffers of half its width."""
+    left, right = _halves(value)
+    tma.store_wait(1)
+    buffers.index(0).store(left)
+    fence_async_shared()
+    _add_shared_to_global(desc, [row, column], buffers.index(0))
+    tma.store_wait(1)
+    buffers.index(1).store(right)
+    fence_async_shared()
+    _add_shared_to_global(desc, [row, column + left.shape[1]], buffers.index(1))
 
 
 @gluon.jit
@@ -191,6 +215,12 @@ def _multiply(c_descs, bufs, bars, buffers, common, half, config):
             _store(q1, c_desc, row, column + Q, buffers, 1)
             _store(q3, c_desc, row, up_column + Q, buffers, 0)
             _store(q1 * q3 / (1.0 + gl.exp(-q1)) * weight, act_desc, row, column + Q, buffers, 1)
+        elif EPILOGUE == "add":
+            row += expert * rows_per_expert
+            _add(q0, c_desc, row, column, buffers)
+            _add(q1, c_desc, row, column + Q, buffers)
+            _add(q2, c_desc, row, column + 2 * Q, buffers)
+            _add(q3, c_desc, row, column + 3 * Q, buffers)
         else:
             if KIND == "tn":
                 row += expert * rows_per_expert
@@ -223,15 +253,16 @@ def grouped_matmul_kernel(
     num_warps: gl.constexpr,
 ):
     """See `launch`. KIND nt: rows times transposed matrices, nn: rows times matrices, tn: rows transposed times rows."""
-    Q: gl.constexpr = BN // 4
     a_lo = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 64], a_desc.layout)
     a_hi = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 64], a_desc.layout)
     if KIND == "nt":
         b_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BN, 64], b_desc.layout)
     else:
         b_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, BN], b_desc.layout)
-    c_lo = gl.allocate_shared_memory(gl.bfloat16, [2, 64, Q], c_desc.layout)
-    c_hi = gl.allocate_shared_memory(gl.bfloat16, [2, 64, Q], c_desc.layout)
+    # Two buffers of 64 rows for each warpgroup: a quarter of its tile in bf16, an eighth in fp32.
+    width: gl.constexpr = BN // 8 if EPILOGUE == "add" else BN // 4
+    c_lo = gl.allocate_shared_memory(c_desc.dtype, [2, 64, width], c_desc.layout)
+    c_hi = gl.allocate_shared_memory(c_desc.dtype, [2, 64, width], c_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -261,7 +292,8 @@ def grouped_matmul_kernel(
 
 
 def _descriptor(tensor: Tensor, block: list[int]) -> Any:
-    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
+    dtype = gl.float32 if tensor.dtype == torch.float32 else gl.bfloat16
+    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
 @functools.cache
@@ -306,22 +338,23 @@ def launch(
         kind: nt, nn or tn.
         left: [R, depth] (tn: [R, rows]) rows.
         right: [E * rows, depth] for nt, [E * depth, columns] for nn, [R, columns] for tn.
-        out: [R, columns] (tn: [E * rows, columns]).
+        out: [R, columns] (tn: [E * rows, columns]); with tn in fp32, the product is added to what it holds.
         offsets_E: [E] int32 ends of the experts' rows.
         expert_of_tile: [R / 128] int32.
         sizes: columns of the product, its depth, rows of an expert's matrix.
         gate: with nt, (act [R, columns / 2], fp32 weights [T, K], slots [R]): also store silu(gate) * up * weight.
     """
     columns, depth, rows_per_expert = sizes
-    name = "plain" if gate is None else "swiglu"
+    adds = out.dtype == torch.float32
+    name = "swiglu" if gate is not None else "add" if adds else "plain"
     block_n = _block_n(columns)
     b_rows = block_n // 2 if name == "swiglu" else block_n
     act, weights, slots = (out, out, offsets_E) if gate is None else gate
     matrices = (
         (left, [64, 64]),
         (right, [b_rows, 64] if kind == "nt" else [64, block_n]),
-        (out, [64, block_n // 4]),
-        (act, [64, block_n // 4]),
+        (out, [64, block_n // 8 if adds else block_n // 4]),
+        (act, [64, block_n // 8 if adds else block_n // 4]),
     )
     numbers = (columns // block_n, depth, rows_per_expert, offsets_E.shape[0])
     stages = 4 if block_n == 256 else 6

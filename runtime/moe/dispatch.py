@@ -44,7 +44,7 @@ class _Counts:
         if values.is_cuda:
             self._host = torch.empty(self.device.shape, dtype=self.device.dtype, pin_memory=True)
             self._host.copy_(self.device, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def wait(self) -> list[list[list[int]]]:

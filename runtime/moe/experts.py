@@ -17,6 +17,7 @@ from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.te_experts import TransformerEngineExperts
+from runtime.parallel.gradient_sink import GradientSink, sink_of
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -47,29 +48,43 @@ class _GroupedMLP(torch.autograd.Function):
         out = gemm.rows_times_transposed(act, w2_EDF, plan)
         ctx.save_for_backward(x_TD, hidden, weights_TK, w13_EGD, w2_EDF)
         ctx.plan, ctx.gemm, ctx.fused = plan, gemm, fused
+        ctx.sinks = sink_of(w13_EGD), sink_of(w2_EDF)
         return passes.sum_rows(out, plan, fused=fused)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, hidden, weights_TK, w13_EGD, w2_EDF = ctx.saved_tensors
         plan, gemm, fused = ctx.plan, ctx.gemm, ctx.fused
+        w13_sink, w2_sink = ctx.sinks
         grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
         grad_act = gemm.rows_times(grad_rows, w2_EDF, plan)
         if fused and hidden.is_cuda and torch._C._autograd._get_current_graph_task_keep_graph():
             hidden = hidden.clone()  # written over below, and this node will run again: zero-bubble does so
         grad_hidden, grad_weights, act = passes.swiglu_backward(hidden, weights_TK, grad_act, plan, fused=fused)
         del hidden, grad_act
-        grad_w2 = gemm.transposed_times_rows(grad_rows, act, plan) if ctx.needs_input_grad[3] else None
+        grad_w2 = _weight_gradient(gemm, grad_rows, act, plan, w2_sink) if ctx.needs_input_grad[3] else None
         del grad_rows, act
         grad_w13 = None
         if ctx.needs_input_grad[2]:
             rows = passes.gather_rows(x_TD, plan, fused=fused)
-            grad_w13 = gemm.transposed_times_rows(grad_hidden, rows, plan)
+            grad_w13 = _weight_gradient(gemm, grad_hidden, rows, plan, w13_sink)
             del rows
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = passes.sum_rows(gemm.rows_times(grad_hidden, w13_EGD, plan), plan, fused=fused)
         return grad_x, grad_weights, grad_w13, grad_w2, None, None, None
+
+
+def _weight_gradient(
+    gemm: GroupedGemm, left: Tensor, right: Tensor, plan: RowPlan, sink: GradientSink | None
+) -> Tensor | None:
+    """The gradient of a weight, or None after adding it to the sum that the weight's sink keeps."""
+    total = None if sink is None else sink.open()
+    if sink is None or total is None:
+        return gemm.transposed_times_rows(left, right, plan)
+    gemm.add_transposed_times_rows(left, right, plan, total)
+    sink.close()
+    return None
 
 
 def grouped_mlp(

@@ -37,6 +37,10 @@ class GroupedGemm(Protocol):
         """[E, N, K]: the transpose of each expert's rows times its rows; zero for an expert without rows."""
         ...
 
+    def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
+        """Add `transposed_times_rows` to a sum of the rows' dtype or a wider one."""
+        ...
+
 
 @runtime_checkable
 class GatedGemm(GroupedGemm, Protocol):
@@ -76,6 +80,11 @@ class LoopGemm:
         parts = [left_RN[start:end].t() @ right_RK[start:end] for start, end in self._ranges(plan)]
         return torch.stack(parts)
 
+    def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
+        """See `GroupedGemm`."""
+        for total, (start, end) in zip(total_ENK, self._ranges(plan), strict=True):
+            total += left_RN[start:end].t() @ right_RK[start:end]
+
 
 class TorchGemm:
     """`torch.nn.functional.grouped_mm`: no look at the device by the host, fp32, bf16 and fp16."""
@@ -94,6 +103,10 @@ class TorchGemm:
     def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:
         """See `GroupedGemm`."""
         return F.grouped_mm(left_RN.t(), right_RK, offs=plan.offsets_E)
+
+    def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
+        """See `GroupedGemm`."""
+        total_ENK += self.transposed_times_rows(left_RN, right_RK, plan)
 
 
 class CutlassGemm:
@@ -127,6 +140,10 @@ class CutlassGemm:
 
         out: Tensor = backend.gmm(left_RN, right_RK, self._sizes(plan), trans_a=True, trans_b=False)
         return out
+
+    def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
+        """See `GroupedGemm`."""
+        total_ENK += self.transposed_times_rows(left_RN, right_RK, plan)
 
 
 def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype) -> str:

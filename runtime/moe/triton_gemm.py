@@ -64,3 +64,12 @@ class TritonGemm:
         flat = out.view(num_experts * num_n, num_k)
         launch("tn", left_RN, right_RK, flat, plan.offsets_E, plan.expert_of_tile, (num_k, 0, num_n))
         return out
+
+    def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
+        """Add `transposed_times_rows` to an fp32 sum, unrounded, while the next products are computed."""
+        num_experts, num_n, num_k = total_ENK.shape
+        if not _fits(num_n, num_k) or plan.expert_of_tile is None:
+            total_ENK += F.grouped_mm(left_RN.t(), right_RK, offs=plan.offsets_E)
+            return
+        flat = total_ENK.view(num_experts * num_n, num_k)
+        launch("tn", left_RN, right_RK, flat, plan.offsets_E, plan.expert_of_tile, (num_k, 0, num_n))

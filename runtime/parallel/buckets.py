@@ -11,7 +11,6 @@ checkpoint it is a few rectangles (`topology.blocks`).
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.parallel.collectives import group_rank, group_size
+from runtime.parallel.gradient_sink import GradientSink, attach_sink
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype
 from runtime.parallel.topology import matrix_cols, tag, topology_of
@@ -34,7 +34,8 @@ _ALIGNMENT = 64  # elements; keeps every parameter at an address that matrix pro
 class _Pending:
     """Gradients that a bucket still waits for, and the reduction under way."""
 
-    count: int = 0
+    count: int | None = None
+    """Backward passes of parameters that are still to come; None where that isn't known."""
     untouched: set[int] = field(default_factory=set)
     """Starts of the slots whose gradients are still those of the step before."""
     work: Any = None
@@ -103,17 +104,31 @@ class Bucket:
             if begin < end:
                 yield ShardPart(slot, begin - slot.start, end - slot.start, begin - self._begin)
 
+    def open_sum(self, slot: Slot) -> Tensor:
+        """A parameter's accumulated gradient, which is zero before the first summand of a step."""
+        total = self.grad_view(slot)
+        if slot.start in self.pending.untouched:
+            self.pending.untouched.discard(slot.start)
+            total.zero_()
+        return total
+
     def accumulate(self, slot: Slot, parameter: Tensor) -> None:
         """Add the gradient that autograd has left at a parameter; the first of a step replaces what was there."""
         if parameter.grad is None:
             return
-        total = self.grad_view(slot)
         if slot.start in self.pending.untouched:
             self.pending.untouched.discard(slot.start)
-            total.copy_(parameter.grad)
+            self.grad_view(slot).copy_(parameter.grad)
         else:
-            total.add_(parameter.grad)
+            self.grad_view(slot).add_(parameter.grad)
         parameter.grad = None
+
+    def arrived(self) -> None:
+        """Count a backward pass of a parameter, and start the reduction with the last."""
+        if self.pending.count is not None:
+            self.pending.count -= 1
+            if self.pending.count == 0:
+                self.reduce(wait=False)
 
     def held(self) -> Iterator[StoredRange]:
         """The weights that this rank must load: all."""
@@ -219,26 +234,13 @@ class BucketStore:
                 tag(new, slot.topology)
                 replaced[id(old)] = new
                 bucket.parameters.append(new)
-                new.register_post_accumulate_grad_hook(self._collector(bucket, slot))  # type: ignore[no-untyped-call]
+                sink = GradientSink(bucket, slot)
+                attach_sink(new, sink)
+                new.register_post_accumulate_grad_hook(sink.collect)  # type: ignore[no-untyped-call]
         for owner in (module for stage in stages for module in stage.modules()):
             for name, parameter in list(owner._parameters.items()):
                 if id(parameter) in replaced:
                     owner._parameters[name] = replaced[id(parameter)]
-
-    @staticmethod
-    def _collector(bucket: Bucket, slot: Slot) -> Any:
-        # A tensor's hooks are invisible to the garbage collector: one that held its bucket would keep both for good.
-        reference = weakref.ref(bucket)
-
-        def collect(parameter: Tensor) -> None:
-            bucket = reference()
-            assert bucket is not None, "a store outlives the backward passes of its parameters"
-            bucket.accumulate(slot, parameter)
-            bucket.pending.count -= 1
-            if bucket.pending.count == 0:
-                bucket.reduce(wait=False)
-
-        return collect
 
     def begin(self, num_backwards: int | None) -> None:
         """Start the gradients of a step.
@@ -248,7 +250,7 @@ class BucketStore:
                 the last; None where that isn't known: reductions then start at the end.
         """
         for bucket in self._buckets:
-            count = num_backwards * len(bucket.slots) if num_backwards else 0
+            count = num_backwards * len(bucket.slots) if num_backwards is not None else None
             bucket.pending = _Pending(count=count, untouched={slot.start for slot in bucket.slots})
 
     def collect(self) -> None:

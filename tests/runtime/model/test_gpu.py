@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -47,6 +48,24 @@ def test_bf16_follows_fp32_on_the_cpu() -> None:
         assert got.lm_loss == pytest.approx(want.lm_loss, rel=0.02)
         assert got.aux_loss == pytest.approx(want.aux_loss, rel=0.02)
         assert got.grad_norm == pytest.approx(want.grad_norm, rel=0.1)
+
+
+def test_the_host_waits_once_a_step_and_not_in_layers() -> None:
+    engine = make_engine("bfloat16", "cuda")
+    engine.train_step([batch(0)])
+    counts = []
+    for num in (1, 3):
+        batches = [batch(step) for step in range(num)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                engine.train_step(batches)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
+    assert counts[0] > 0, "the numbers of the step are read"
+    assert counts[1] == counts[0]
 
 
 @pytest.mark.parametrize("granularity", ["selective", "full"])

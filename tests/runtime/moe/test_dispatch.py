@@ -94,9 +94,7 @@ def collect(layer: MoELayer, out: torch.Tensor, x: torch.Tensor) -> dict[str, to
     result = {name: parameter.grad for name, parameter in layer.named_parameters()}
     result |= {f"loss {name}": value for name, value in layer.stats.losses.items()}
     result |= {"load": layer.stats.load_E, "dropped": layer.stats.dropped}
-    return {
-        key: value.detach() for key, value in (result | {"out": out, "x": x.grad}).items()
-    }
+    return {key: value.detach() for key, value in (result | {"out": out, "x": x.grad}).items()}
 
 
 def run_rank(case: Case, dispatcher: str) -> dict[str, torch.Tensor]:

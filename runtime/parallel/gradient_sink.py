@@ -1,0 +1,61 @@
+"""How a parameter's gradient gets to its sum: left by autograd and added, or added by the kernel that computes it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from runtime.parallel.buckets import Bucket
+    from runtime.parallel.shards import Slot
+
+
+class GradientSink:
+    """Takes the gradients of one parameter, in each backward pass in one of two ways.
+
+    Autograd leaves a gradient at the parameter, and `collect`, its hook, adds it: 12 bytes of traffic an element in
+    bf16 besides the product. A backward function that knows of the sink adds its product to `open`'s tensor itself (8
+    bytes, and no rounding to bf16), says `close` and gives autograd nothing.
+    """
+
+    def __init__(self, bucket: Bucket, slot: Slot) -> None:
+        """Take the gradients of a bucket's slot."""
+        # A tensor's hooks are invisible to the garbage collector: one that held its bucket would keep both for good.
+        self._bucket, self._slot, self._closed = weakref.ref(bucket), slot, False
+
+    @property
+    def bucket(self) -> Bucket:
+        """Where the sum lies."""
+        bucket = self._bucket()
+        assert bucket is not None, "a store outlives the backward passes of its parameters"
+        return bucket
+
+    def open(self) -> Tensor | None:
+        """The sum so far, in the parameter's shape, to be added to; None where autograd must have the gradient."""
+        bucket = self.bucket
+        return None if bucket.pending.count is None else bucket.open_sum(self._slot)
+
+    def close(self) -> None:
+        """Say that the gradient of this backward pass has been added to the sum."""
+        self._closed = True
+        self.bucket.arrived()
+
+    def collect(self, parameter: Tensor) -> None:
+        """Add the gradient that autograd has left at the parameter."""
+        if self._closed and parameter.grad is None:
+            self._closed = False  # autograd calls its hooks for a gradient that it didn't get, too
+            return
+        self.bucket.accumulate(self._slot, parameter)
+        self.bucket.arrived()
+
+
+def attach_sink(parameter: Tensor, sink: GradientSink) -> None:
+    """Tell backward functions of a parameter where its gradient may go."""
+    parameter.gradient_sink = sink  # type: ignore[attr-defined]
+
+
+def sink_of(parameter: Tensor) -> GradientSink | None:
+    """The sink of a parameter, if it has one."""
+    return getattr(parameter, "gradient_sink", None)

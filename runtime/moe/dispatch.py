@@ -15,7 +15,7 @@ from runtime.moe.experts import Experts
 from runtime.moe.groups import MoEGroups
 from runtime.moe.losses import count_choices
 from runtime.moe.passes import permute, unpermute
-from runtime.moe.permutation import plan_rows
+from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.routing import Routing
 from runtime.parallel.collectives import (
     all_gather,
@@ -55,14 +55,37 @@ class _Counts:
         return numbers
 
 
-def run_all_to_all(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoEGroups) -> Tensor:
+def _plan_arrivals(blocks_N: Tensor, experts: Experts, bound: int) -> RowPlan:
+    """Order rows that arrive in blocks by expert.
+
+    Args:
+        blocks_N: [N] rows of each block; the blocks of each source are those of this rank's experts in turn.
+        experts: this rank's.
+        bound: at least the sum of the blocks.
+
+    Returns:
+        The plan of `bound` rows, of which those past the blocks' sum are dropped.
+    """
+    num_local = experts.num_local_experts
+    places = torch.arange(bound, device=blocks_N.device)
+    block = torch.bucketize(places, blocks_N.cumsum(0), right=True)
+    ids = torch.where(block < blocks_N.shape[0], block % num_local, num_local)
+    return experts.plan(ids.unsqueeze(1), bound)
+
+
+def run_all_to_all(
+    x_TD: Tensor, routing: Routing, experts: Experts, groups: MoEGroups, *, equal_tokens: bool = False
+) -> Tensor:
     """Send each choice to the rank of its expert, and its result back.
+
+    What doesn't depend on the numbers of rows is launched before the host waits for them.
 
     Args:
         x_TD: [T, D] this rank's tokens; T may differ between ranks.
         routing: their routing over all experts.
         experts: this rank's experts.
         groups: ep exchanges rows; etp gathers its ranks' rows and sums their partial results.
+        equal_tokens: whether T is the same on all ranks.
 
     Returns:
         [T, D] weighted sums.
@@ -72,10 +95,13 @@ def run_all_to_all(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoE
     counting = _Counts(count_choices(routing.experts_TK, num_experts), groups)
     plan = plan_rows(routing.experts_TK, num_experts, routing.max_rows, fused=experts.fused)
     rows, weights = permute(x_TD, routing.weights_TK, plan, fused=experts.fused)
-
-    counts = counting.wait()
     etp_rank, ep_rank = group_rank(groups.etp), group_rank(groups.ep)
     own = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
+    blocks = counting.device[:, :, own].reshape(-1)
+    bound = routing.max_rows * group_size(groups.ep) * group_size(groups.etp)
+    arrivals = _plan_arrivals(blocks, experts, bound) if equal_tokens else None
+
+    counts = counting.wait()
     sent = counts[etp_rank][ep_rank]
     input_splits = [sum(sent[start : start + num_local]) for start in range(0, num_experts, num_local)]
     # What arrives here: for each etp rank and each ep rank, the rows of each of our experts.
@@ -90,11 +116,10 @@ def run_all_to_all(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoE
     rows = all_gather(rows, 0, groups.etp, etp_sizes)
     weights = all_gather(weights, 0, groups.etp, etp_sizes)
 
-    blocks = counting.device[:, :, own].reshape(-1)
-    ids = torch.arange(num_local, device=x_TD.device).repeat(blocks.shape[0] // num_local)
-    local_R1 = ids.repeat_interleave(blocks, output_size=sum(etp_sizes)).unsqueeze(1)
-    local_plan = experts.plan(local_R1, sum(etp_sizes))
-    out = experts(rows, weights.unsqueeze(1), local_plan)
+    arrived = sum(etp_sizes)
+    if arrivals is None:
+        arrivals = _plan_arrivals(blocks, experts, arrived)
+    out = experts(rows, weights.unsqueeze(1), arrivals.first(arrived, arrived))
 
     out = reduce_scatter(out, 0, groups.etp, etp_sizes)
     out = all_to_all(out, input_splits, output_splits, groups.ep)
@@ -106,8 +131,7 @@ def run_all_gather(
 ) -> Tensor:
     """Gather all ranks' tokens, apply this rank's experts, and sum the partial results back.
 
-    Arguments and result as of `run_all_to_all`, and `equal_tokens`: whether T is the same on all ranks. Traffic does
-    not depend on the balance of the routing.
+    Arguments and result as of `run_all_to_all`. Traffic does not depend on the balance of the routing.
     """
     num_local = experts.num_local_experts
     ep_rank = group_rank(groups.ep)

@@ -5,7 +5,7 @@ Legend: T tokens, K choices per token, E experts, R rows (at most the kept choic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,30 @@ class RowPlan:
         """Choices per token, K."""
         return self.row_of_slot_TK.shape[1]
 
+    def first(self, num_tokens: int, max_rows: int) -> RowPlan:
+        """The plan of the first tokens alone, where all choices of the others are dropped.
+
+        Args:
+            num_tokens: how many.
+            max_rows: upper bound of their kept choices.
+
+        Returns:
+            Views, with rows enough for max_rows choices and all padding.
+        """
+        num_rows = _num_rows(max_rows, self.offsets_E.shape[0], self.alignment)
+        tiles = self.expert_of_tile
+        return replace(
+            self,
+            slot_of_row_R=self.slot_of_row_R[:num_rows],
+            row_of_slot_TK=self.row_of_slot_TK[:num_tokens],
+            expert_of_tile=None if tiles is None else tiles[: num_rows // self.alignment],
+        )
+
+
+def _num_rows(max_rows: int, num_experts: int, alignment: int) -> int:
+    """Rows for so many choices and the padding of each expert."""
+    return -(-(max_rows + num_experts * (alignment - 1)) // alignment) * alignment
+
 
 def plan_rows(
     experts_TK: Tensor, num_experts: int, max_rows: int, *, alignment: int = 1, fused: bool = True
@@ -58,7 +82,7 @@ def plan_rows(
     Returns:
         The plan, with rows enough for max_rows choices and all padding.
     """
-    num_rows = -(-(max_rows + num_experts * (alignment - 1)) // alignment) * alignment
+    num_rows = _num_rows(max_rows, num_experts, alignment)
     if fused and experts_TK.is_cuda:
         from runtime.kernels.counting_sort import counting_sort, expert_of_tiles
 

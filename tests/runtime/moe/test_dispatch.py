@@ -36,6 +36,8 @@ CASES = {
     "ep2": Case(ep=2, tokens=(9, 9)),
     "ep4 uneven tokens, one rank without": Case(ep=4, tokens=(5, 0, 11, 1)),
     "etp2": Case(etp=2, tokens=(7, 7)),
+    "ep2 known to be equal": Case(ep=2, tokens=(9, 9), equal_tokens=True),
+    "ep2 etp2 known to be equal": Case(ep=2, etp=2, tokens=(6, 6, 6, 6), equal_tokens=True),
     "etp2 known to be equal": Case(etp=2, tokens=(7, 7), equal_tokens=True),
     "etp2 dealt out unevenly": Case(etp=2, tokens=(7,), sequence_parallel=False, equal_tokens=True),
     "ep2 etp2": Case(ep=2, etp=2, tokens=(6, 6, 6, 6)),
@@ -166,7 +168,14 @@ def test_ranks_equal_one_rank(pool: RankPool, name: str, dispatcher: str) -> Non
         assert relative(actual, value) < 1e-6 if key.startswith("loss") else relative(actual, value) < 1e-12, key
 
 
-@pytest.mark.parametrize("case", [Case(ep=2, tokens=(9, 6)), Case(etp=2, tokens=(7, 7), equal_tokens=True)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(ep=2, tokens=(9, 6)),
+        Case(ep=2, tokens=(8, 8), equal_tokens=True),
+        Case(etp=2, tokens=(7, 7), equal_tokens=True),
+    ],
+)
 def test_dispatchers_agree_on_dropped_choices(pool: RankPool, case: Case) -> None:
     # A rank's capacity comes from its own tokens, so one rank with all tokens would drop others.
     case = replace(case, options={"capacity_factor": 0.5})

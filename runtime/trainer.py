@@ -59,7 +59,8 @@ class Trainer:
         if run.checkpoint.save is not None:
             _ = source.carried_bytes  # read now: the folder may be removed by the time of a save (--keep-last)
             group = dist.new_group(backend="gloo")
-            self._saver = Saver(run.checkpoint.save, group, keep_last=run.checkpoint.keep_last)
+            note = log.note if log is not None else None
+            self._saver = Saver(run.checkpoint.save, group, keep_last=run.checkpoint.keep_last, note=note)
         self._saved_iteration = -1
 
     def resume(self, state: TrainerState, *, own: bool) -> None:
@@ -199,7 +200,8 @@ class Trainer:
         self._progress(f"save after iteration {iteration}", limited=False)  # the one before may still be written
         self._report(self._saver.wait())
         self.state = dataclasses.replace(self.state, optimizer=self.engine.scalars())
-        files = collect_files(self.engine, self.mesh, self.source, with_optimizer=self.run.checkpoint.save_optim)
+        with_optimizer = self.run.checkpoint.save_optim
+        files = collect_files(self.engine, self.mesh, self.source, self._saver.stage, with_optimizer=with_optimizer)
         state, source, layout = self.state, self.source, self.run.parallel
         self._saver.save(
             iteration, files, lambda path, records: commit_checkpoint(path, records, source, layout, state)

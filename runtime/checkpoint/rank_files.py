@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moeconv.checkpoint import Checkpoint, finish_checkpoint
 from moeconv.io.manifest import FileRecord
 from moeconv.io.shards import ShardEntry
 from moeconv.layout.degrees import Degrees
 from moeconv.placement import split_optimizer_name
+from runtime.checkpoint.staging import Bytes
 from runtime.checkpoint.state import TRAINER_FILE, TrainerState
-from runtime.checkpoint.writer import to_bytes
 from runtime.config import ParallelConfig
 from runtime.engine import Engine
 from runtime.parallel.mesh import ParallelMesh
@@ -22,7 +24,12 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 
 def collect_files(
-    engine: Engine, mesh: ParallelMesh, checkpoint: Checkpoint, *, with_optimizer: bool
+    engine: Engine,
+    mesh: ParallelMesh,
+    checkpoint: Checkpoint,
+    stage: Callable[[Sequence[Tensor]], list[Bytes]],
+    *,
+    with_optimizer: bool,
 ) -> dict[str, list[ShardEntry]]:
     """Copy what this rank owns to the host, sorted into files.
 
@@ -30,23 +37,25 @@ def collect_files(
         engine: gives the tensors; of each global byte, one rank has it.
         mesh: this rank's coordinates.
         checkpoint: any checkpoint of the same model; says which tensors are experts'.
+        stage: copies tensors to the host, as the saver that will write them does it.
         with_optimizer: master weights and moments, too.
 
     Returns:
-        File name -> its tensors, copied, so that training can go on.
+        File name -> its tensors, copied, so that training can go on; valid until `stage` is called again.
     """
     model = checkpoint.model
     names = file_names(mesh)
     files: dict[str, list[ShardEntry]] = {}
     rectangles: Counter[str] = Counter()
-    for item in engine.state(with_optimizer):
+    items = engine.state(with_optimizer)
+    for item, data in zip(items, stage([item.tensor for item in items]), strict=True):
         state, base = split_optimizer_name(item.name)
         name = ("optimizer-" if state else "") + names[model.tensors[base].expert is not None]
         # A flat shard that ends within a row is up to three rectangles; a file names a tensor once.
         part = rectangles[item.name]
         rectangles[item.name] += 1
         file = f"{name}-part{part}.safetensors" if part else f"{name}.safetensors"
-        entry = ShardEntry(item.name, DTYPES[item.tensor.dtype], item.global_shape, item.rect, to_bytes(item.tensor))
+        entry = ShardEntry(item.name, DTYPES[item.tensor.dtype], item.global_shape, item.rect, data)
         files.setdefault(file, []).append(entry)
     return files
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moeconv.errors import MoeconvError, WriteError
 from moeconv.io.manifest import FileRecord
 from moeconv.io.shards import ShardEntry, write_shard_file
 from runtime.checkpoint import folder as folders
+from runtime.checkpoint.staging import Bytes, HostBuffer
 
 T = TypeVar("T")
 Commit = Callable[[Path, list[FileRecord]], None]
@@ -38,24 +38,17 @@ class Outcome:
     error: str | None = None
 
 
-def to_bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Copy a tensor to the host, row-major.
-
-    Args:
-        tensor: any dtype, any device.
-
-    Returns:
-        [nbytes] uint8, a copy that training won't touch.
-    """
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    copy.copy_(tensor.detach())
-    return copy.view(-1).view(torch.uint8).numpy() if copy.numel() else np.empty(0, np.uint8)
-
-
 class Saver:
     """Writes checkpoints of one run; every rank has one and calls it at the same iterations."""
 
-    def __init__(self, root: Path, group: dist.ProcessGroup | None, *, keep_last: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        group: dist.ProcessGroup | None,
+        *,
+        keep_last: int,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
         """Make a saver.
 
         Args:
@@ -63,22 +56,43 @@ class Saver:
             group: a gloo group of all ranks that nothing else uses, since the writing thread talks over it; None for
                 a single process.
             keep_last: checkpoints that are kept; 0 keeps all.
+            note: told once if saves are slower than they could be; None warns.
         """
         self.root, self._group, self._keep_last = root, group, keep_last
         self._rank = dist.get_rank(group) if group is not None else 0
+        self._buffer = HostBuffer(note)
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
+
+    def stage(self, tensors: Sequence[Tensor]) -> list[Bytes]:
+        """Copy what the next save writes to the host; an earlier one must have been waited for.
+
+        Args:
+            tensors: any dtypes, strides and devices; training may change them as soon as this returns.
+
+        Returns:
+            [nbytes] uint8 of each, row-major; all saves share the memory, so they are valid until the next call.
+
+        Raises:
+            RuntimeError: an earlier save was not waited for, and may still be reading the memory.
+            WriteError: there is not enough memory.
+        """
+        self._require_idle()
+        return self._buffer.stage(tensors)
 
     def save(self, iteration: int, files: Mapping[str, Iterable[ShardEntry]], commit: Commit) -> None:
         """Start a save; an earlier one must have been waited for.
 
         Args:
             iteration: the checkpoint's iteration.
-            files: this rank's files with their tensors, on the host already.
+            files: this rank's files with their tensors, which `stage` has brought to the host.
             commit: called on rank 0 with the folder and the records of all ranks' files; writes everything else, the
                 manifest last.
+
+        Raises:
+            RuntimeError: an earlier save was not waited for.
         """
-        assert self._thread is None, "a save is under way: wait for it first"
+        self._require_idle()
         arguments = (iteration, files, commit)
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
@@ -99,6 +113,11 @@ class Saver:
         self._thread, outcome, self._outcome = None, self._outcome, None
         assert outcome is not None
         return outcome
+
+    def _require_idle(self) -> None:
+        # No assertion: with python -O one save would silently overwrite what another is writing.
+        if self._thread is not None:
+            raise RuntimeError("a save is under way: wait for it first")
 
     def _run(self, iteration: int, files: Mapping[str, Iterable[ShardEntry]], commit: Commit) -> None:
         start = time.monotonic()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.kernels.grouped_matmul import ROW_ALIGNMENT, launch
+from runtime.kernels.grouped_launch import launch
+from runtime.kernels.grouped_matmul import ROW_ALIGNMENT
 from runtime.kernels.swiglu import swiglu_forward
 from runtime.moe.permutation import RowPlan
 

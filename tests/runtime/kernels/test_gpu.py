@@ -89,7 +89,7 @@ def test_experts_against_fp64(backend: str, shape: tuple[int, ...], dropped: flo
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_experts_with_the_tile_order_of_large_matrices(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.kernels.grouped_matmul.LARGE_MATRIX", 0)
+    monkeypatch.setattr("runtime.kernels.grouped_launch.LARGE_MATRIX", 0)
     case = random_case(shape, dropped=0.2, skew=0.7)
     expected = run(case, "loop", torch.float64, fused=False)
     poison()
@@ -118,7 +118,7 @@ def test_weight_gradients_added_to_a_sum(backend: str, shape: tuple[int, ...], s
     expected = before.double()
     LoopGemm().add_transposed_times_rows(left.double(), right.double(), plan, expected)
     # The kernel rounds nothing to bf16; what backend torch adds has been rounded.
-    assert relative(sums[0], expected) < (1e-6 if backend == "triton" and rows_of % 128 == 0 else 6e-3)
+    assert relative(sums[0], expected) < (1e-5 if backend == "triton" and rows_of % 128 == 0 else 6e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

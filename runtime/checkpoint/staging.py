@@ -1,0 +1,161 @@
+"""Host memory that the saves of a run share: allocated once, and page-locked beside a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeconv.errors import WriteError
+
+Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+
+ALIGNMENT = 64
+_THREADS = 4
+
+
+class HostBuffer:
+    """One block of host memory for the tensors of a save.
+
+    Fresh memory costs a page fault a page, which takes longer than the copy, and a GPU copies into memory that is not
+    page-locked through a small buffer of the driver's: hence one block, kept from save to save.
+    """
+
+    def __init__(self, note: Callable[[str], None] | None = None) -> None:
+        """Make a buffer without memory.
+
+        Args:
+            note: told once if the memory can't be page-locked; None warns.
+        """
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self._note = note or warnings.warn
+        self._unlock: Callable[[], object] | None = None
+        self._lockable = True
+
+    def stage(self, tensors: Sequence[Tensor]) -> list[Bytes]:
+        """Copy tensors to the host; returns when the copies are done.
+
+        Args:
+            tensors: any dtypes, strides and devices.
+
+        Returns:
+            [nbytes] uint8 of each, row-major; views of the buffer, valid until the next call.
+
+        Raises:
+            WriteError: there is not enough memory.
+        """
+        places, total = _places(tensors)
+        devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+        self.reserve(total, page_locked=bool(devices))
+        for tensor, place in zip(tensors, places, strict=True):
+            # Viewed through torch: numpy has no bfloat16.
+            copy = self.memory[place].view(tensor.dtype).view(tensor.shape)
+            copy.copy_(tensor.detach(), non_blocking=True)
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+        memory: Bytes = self.memory.numpy()
+        return [memory[place] for place in places]
+
+    def reserve(self, num_bytes: int, *, page_locked: bool) -> None:
+        """Make room; what was staged is lost if the buffer must grow.
+
+        Args:
+            num_bytes: the least that is needed.
+            page_locked: whether a GPU will copy to it.
+
+        Raises:
+            WriteError: there is not enough memory.
+        """
+        if num_bytes > self.memory.nbytes:
+            self.close()  # first: the old and the new block needn't fit together
+            self.memory = _allocate(num_bytes)
+        if not page_locked or not self._lockable or self._unlock is not None or not self.memory.nbytes:
+            return
+        failure = page_lock(self.memory)
+        if failure is None:
+            unlock = weakref.finalize(self, _page_unlock, self.memory.data_ptr())
+            unlock.atexit = False  # the end of the process does it anyway, and can't hang or fail
+            self._unlock = unlock
+        else:
+            self._lockable = False
+            self._note(f"saves copy slower than they could: host memory can't be page-locked ({failure})")
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+
+def page_lock(memory: Tensor) -> str | None:
+    """Page-lock memory, so that GPUs copy to it at the speed of the link.
+
+    Not torch's pinned memory: that comes in powers of two.
+
+    Args:
+        memory: contiguous, on the host.
+
+    Returns:
+        Why it failed; None if it didn't.
+    """
+    try:
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        status = int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    except Exception as error:  # a save works without; whatever it is, the caller says so
+        return f"{type(error).__name__}: {error}"
+    if status == 0:
+        return None
+    # CUDA keeps the error for whoever asks next, and that is the next kernel's launch: let it be this one's.
+    with contextlib.suppress(Exception):
+        torch.ones((), device="cuda")
+    return f"cudaHostRegister: error {status}"
+
+
+def _page_unlock(address: int) -> None:
+    with contextlib.suppress(Exception):
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+
+
+def _places(tensors: Iterable[Tensor]) -> tuple[list[slice], int]:
+    """Line up tensors, each aligned.
+
+    Returns:
+        The bytes of each, and how many there are in all.
+    """
+    places, end = [], 0
+    for tensor in tensors:
+        begin = -(-end // ALIGNMENT) * ALIGNMENT
+        end = begin + tensor.nbytes
+        places.append(slice(begin, end))
+    return places, end
+
+
+def _allocate(num_bytes: int) -> Tensor:
+    """Give [num_bytes] uint8 whose pages are there already.
+
+    Large pages and several threads make that several times faster than the first copy would: it is what the first
+    save of a run waits for.
+    """
+    try:
+        block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise WriteError(
+            f"a save needs {num_bytes / 1e9:.1f} GB of host memory on this rank: {error.strerror}; "
+            "take more ranks, or save without the optimizer (--no-save-optim)"
+        ) from None
+    with contextlib.suppress(AttributeError, OSError):  # not every system has large pages
+        block.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(block, dtype=torch.uint8)
+    pages = memory[:: mmap.PAGESIZE].chunk(_THREADS)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(Tensor.zero_, pages))
+    return memory

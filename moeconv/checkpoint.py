@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moeconv.dtypes import dtype, numpy_dtype
+from moeconv.dtypes import numpy_dtype
 from moeconv.errors import IntegrityError, MappingError, SourceError, WriteError
 from moeconv.families import family_of
 from moeconv.families.base import Family, Model
@@ -106,25 +106,35 @@ class Checkpoint:
             part = piece.rect.intersect(wanted)
             if part is None:
                 continue
-            # Rows of dim 0 are contiguous in the file: map just those, and let numpy pick the columns.
-            inner, width = (
-                part.within(piece.rect),
-                piece.rect.size // max(piece.rect.shape[0], 1) if piece.rect.shape else 1,
-            )
+            # Rows of dim 0 are contiguous in the file: read just those, and where they are wanted whole, into their place.
+            inner = part.within(piece.rect)
             first, rows = (inner.offsets[0], inner.shape[0]) if inner.shape else (0, 1)
-            try:
-                data = np.fromfile(
-                    self.root / piece.file,
-                    out.dtype,
-                    count=rows * width,
-                    offset=piece.begin + first * width * dtype(info.dtype).itemsize,
-                )
-            except OSError as error:
-                raise SourceError(f"{self.root / piece.file}: can't be read: {error.strerror or error}") from None
-            data = data.reshape(rows, *piece.rect.shape[1:]) if piece.rect.shape else data.reshape(())
-            columns = inner.slices()[1:]
-            out[part.within(wanted).slices()] = data[(slice(None), *columns)] if inner.shape else data
+            width = piece.rect.size // max(piece.rect.shape[0], 1) if piece.rect.shape else 1
+            offset = piece.begin + first * width * out.dtype.itemsize
+            place: tuple[Any, ...] = (*part.within(wanted).slices(), ...)  # without the dots, 0 dims give no view
+            target = out[place]
+            if inner.shape[1:] == piece.rect.shape[1:] and target.flags.c_contiguous:
+                _read_into(self.root / piece.file, offset, target)
+            else:
+                whole = np.empty((rows, *piece.rect.shape[1:]), out.dtype)
+                _read_into(self.root / piece.file, offset, whole)
+                target[...] = whole[(slice(None), *inner.slices()[1:])]
         return out
+
+
+def _read_into(path: Path, offset: int, target: np.ndarray[Any, Any]) -> None:
+    """Fill a contiguous array with a file's bytes from an offset on."""
+    left = target.reshape(-1).view(np.uint8).data
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise SourceError(f"{path}: ends {len(left)} bytes early; it was cut off after it was opened")
+                left = left[count:]
+    except OSError as error:
+        raise SourceError(f"{path}: can't be read: {error.strerror or error}") from None
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from runtime.parallel.shards import Shard, ShardPart
 from runtime.parallel.topology import Block, blocks
 
 Read = Callable[[str, Rect], npt.NDArray[Any]]
+READERS = 4
+"""Rectangles of a rank that are read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +89,36 @@ def _owned(shard: Shard) -> Iterator[tuple[Block, ShardPart]]:
                 yield block, part
 
 
+def _read_ahead(read: Read, blocks: Iterable[Block]) -> Iterator[Tensor]:
+    """Read rectangles in order, some of them ahead: a thread alone is slower than disks, links and fresh memory."""
+    waiting: deque[Future[npt.NDArray[Any]]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for block in blocks:
+            waiting.append(pool.submit(read, block.name, block.rect))
+            if len(waiting) > READERS:
+                yield to_tensor(waiting.popleft().result())
+        while waiting:
+            yield to_tensor(waiting.popleft().result())
+
+
 def load_weights(shards: Sequence[Shard], read: Read) -> None:
     """Fill this rank's weights, and master weights with the checkpoint's full precision.
 
     Args:
         shards: take them.
-        read: gives a rectangle of a tensor by its hub name.
+        read: gives a rectangle of a tensor by its hub name; called by several threads.
     """
     for shard in shards:
-        exact = True
+        targets: list[tuple[Block, Tensor]] = []
         for item in shard.held():
             slot, end = item.slot, item.begin + item.flat.numel()
             for block in blocks(slot.topology, slot.cols, item.begin, end):
-                stored = to_tensor(read(block.name, block.rect))
-                exact = exact and item.flat.dtype in (stored.dtype, shard.master.dtype)
-                block.of(item.flat, item.begin).copy_(stored)
+                targets.append((block, block.of(item.flat, item.begin)))
+        exact = True
+        stored = _read_ahead(read, (block for block, _ in targets))
+        for (_, target), tensor in zip(targets, stored, strict=True):
+            exact = exact and target.dtype in (tensor.dtype, shard.master.dtype)
+            target.copy_(tensor)
         if exact:
             shard.masters_from_weights()
         else:
@@ -122,12 +141,13 @@ def load_optimizer(shards: Sequence[Shard], optimizer: AdamW, read: Read) -> Non
 
 
 def _fill(shard: Shard, flat: Tensor, read: Read, prefix: str, *, optional: bool = False) -> None:
+    targets: list[tuple[Block, Tensor]] = []
     for part in shard.parts():
         for block in blocks(part.slot.topology, part.slot.cols, part.begin, part.end):
-            try:
-                array = read(prefix + block.name, block.rect)
-            except (KeyError, MoeconvError):
-                if optional:
-                    return
-                raise
-            block.of(flat[part.range], part.begin).copy_(to_tensor(array))
+            targets.append((replace(block, name=prefix + block.name), block.of(flat[part.range], part.begin)))
+    try:
+        for (_, target), stored in zip(targets, _read_ahead(read, (block for block, _ in targets)), strict=True):
+            target.copy_(stored)
+    except (KeyError, MoeconvError):
+        if not optional:
+            raise

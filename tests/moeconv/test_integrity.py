@@ -20,6 +20,7 @@ from moeconv.errors import IntegrityError, MoeconvError, SourceError
 from moeconv.io.manifest import MANIFEST
 from moeconv.io.safetensors import MAX_HEADER_BYTES, read_header
 from moeconv.layout.degrees import Degrees
+from moeconv.layout.rect import Rect
 from tests.moeconv.models import Spec, digests, make_folder
 
 INDEX = "model.safetensors.index.json"
@@ -241,6 +242,31 @@ def test_flipped_byte_in_a_shard(tmp_path: Path, shards: Path, form: str) -> Non
             assert not out.exists()
         path.write_bytes(whole)
     _convert(shards, tmp_path / "whole", form)
+
+
+def test_shards_that_are_cut_off_or_gone_after_opening(shards: Path) -> None:
+    checkpoint = open_checkpoint(shards)
+    name, pieces = next(iter(checkpoint.pieces.items()))
+    path = shards / pieces[-1].file
+    os.truncate(path, pieces[-1].begin + 1)
+    with pytest.raises(SourceError, match=rf"{path}: ends \d+ bytes early"):
+        checkpoint.read(name)
+    path.unlink()
+    with pytest.raises(SourceError, match=rf"{path}: can't be read: No such file"):
+        checkpoint.read(name)
+
+
+def test_any_part_of_a_tensor_can_be_read(folder: Path, shards: Path) -> None:
+    whole, cut, rng = open_checkpoint(folder), open_checkpoint(shards), random.Random(0)
+    for name, info in whole.tensors.items():
+        everything = whole.read(name)
+        assert everything.shape == info.shape
+        for _ in range(5):
+            ends = [sorted(rng.sample(range(size + 1), 2)) for size in info.shape]
+            rect = Rect(tuple(begin for begin, _ in ends), tuple(end - begin for begin, end in ends))
+            wanted = everything[rect.slices()].tobytes()
+            assert whole.read(name, rect).tobytes() == wanted
+            assert cut.read(name, rect).tobytes() == wanted
 
 
 def test_flipped_byte_in_the_manifest(shards: Path) -> None:

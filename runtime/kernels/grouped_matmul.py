@@ -153,8 +153,44 @@ def _row_weights(row_data, row, layout: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(c_descs, bufs, bars, buffers, common, half, config):
+def _write(acc, c_descs, row_data, expert, row, n, rows_per_expert, buffers, config):
+    """Bring [64, BN] to memory, with what the epilogue makes of it."""
     c_desc, act_desc = c_descs
+    BN: gl.constexpr = config[0]
+    KIND: gl.constexpr = config[3]
+    EPILOGUE: gl.constexpr = config[4]
+    Q: gl.constexpr = BN // 4
+    left, right = _halves(acc)
+    q0, q1 = _halves(left)
+    q2, q3 = _halves(right)
+    column = n * BN
+    if KIND == "tn":
+        row += expert * rows_per_expert
+    if EPILOGUE == "swiglu":
+        layout_q: gl.constexpr = q0.type.layout
+        weight = _row_weights(row_data, row, layout_q)
+        column = n * (2 * Q)
+        up_column = column + rows_per_expert // 2
+        _store(q0, c_desc, row, column, buffers, 0)
+        _store(q2, c_desc, row, up_column, buffers, 1)
+        _store(q0 * q2 / (1.0 + gl.exp(-q0)) * weight, act_desc, row, column, buffers, 0)
+        _store(q1, c_desc, row, column + Q, buffers, 1)
+        _store(q3, c_desc, row, up_column + Q, buffers, 0)
+        _store(q1 * q3 / (1.0 + gl.exp(-q1)) * weight, act_desc, row, column + Q, buffers, 1)
+    elif EPILOGUE == "add":
+        _add(q0, c_desc, row, column, buffers)
+        _add(q1, c_desc, row, column + Q, buffers)
+        _add(q2, c_desc, row, column + 2 * Q, buffers)
+        _add(q3, c_desc, row, column + 3 * Q, buffers)
+    else:
+        _store(q0, c_desc, row, column, buffers, 0)
+        _store(q1, c_desc, row, column + Q, buffers, 1)
+        _store(q2, c_desc, row, column + 2 * Q, buffers, 0)
+        _store(q3, c_desc, row, column + 3 * Q, buffers, 1)
+
+
+@gluon.jit
+def _multiply(c_descs, bufs, bars, buffers, common, half, config):
     row_data, plan, shape, num_tiles, num_m = common
     a_bufs, b_bufs = bufs
     ready, empty = bars
@@ -163,7 +199,6 @@ def _multiply(c_descs, bufs, bars, buffers, common, half, config):
     STAGES: gl.constexpr = config[1]
     GROUP: gl.constexpr = config[2]
     KIND: gl.constexpr = config[3]
-    EPILOGUE: gl.constexpr = config[4]
     rows_per_expert = shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     step = 0
@@ -186,36 +221,7 @@ def _multiply(c_descs, bufs, bars, buffers, common, half, config):
             step += 1
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=steps > 0)
-        row = m + half * 64
-        Q: gl.constexpr = BN // 4
-        left, right = _halves(acc)
-        q0, q1 = _halves(left)
-        q2, q3 = _halves(right)
-        column = n * BN
-        if EPILOGUE == "swiglu":
-            layout_q: gl.constexpr = q0.type.layout
-            weight = _row_weights(row_data, row, layout_q)
-            column = n * (2 * Q)
-            up_column = column + rows_per_expert // 2
-            _store(q0, c_desc, row, column, buffers, 0)
-            _store(q2, c_desc, row, up_column, buffers, 1)
-            _store(q0 * q2 / (1.0 + gl.exp(-q0)) * weight, act_desc, row, column, buffers, 0)
-            _store(q1, c_desc, row, column + Q, buffers, 1)
-            _store(q3, c_desc, row, up_column + Q, buffers, 0)
-            _store(q1 * q3 / (1.0 + gl.exp(-q1)) * weight, act_desc, row, column + Q, buffers, 1)
-        elif EPILOGUE == "add":
-            row += expert * rows_per_expert
-            _add(q0, c_desc, row, column, buffers)
-            _add(q1, c_desc, row, column + Q, buffers)
-            _add(q2, c_desc, row, column + 2 * Q, buffers)
-            _add(q3, c_desc, row, column + 3 * Q, buffers)
-        else:
-            if KIND == "tn":
-                row += expert * rows_per_expert
-            _store(q0, c_desc, row, column, buffers, 0)
-            _store(q1, c_desc, row, column + Q, buffers, 1)
-            _store(q2, c_desc, row, column + 2 * Q, buffers, 0)
-            _store(q3, c_desc, row, column + 3 * Q, buffers, 1)
+        _write(acc, c_descs, row_data, expert, m + half * 64, n, rows_per_expert, buffers, config)
     tma.store_wait(0)
 
 

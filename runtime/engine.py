@@ -111,7 +111,8 @@ class Engine:
         """Do one optimizer step. Collective.
 
         Args:
-            microbatches: this data-parallel rank's micro-batches of the global batch, equally many on each rank.
+            microbatches: this data-parallel rank's micro-batches of the global batch, equally many on each rank and all
+                of one shape.
 
         Returns:
             Losses, norm and expert load; the host waits for the device once, to read them.
@@ -141,7 +142,7 @@ class Engine:
         """Measure the loss. Collective.
 
         Args:
-            batches: this data-parallel rank's micro-batches, equally many on each rank.
+            batches: this data-parallel rank's micro-batches, equally many on each rank and all of one shape.
 
         Returns:
             Mean cross entropy over all tokens of all ranks, nats a token; the same on every rank.

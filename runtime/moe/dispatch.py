@@ -73,9 +73,7 @@ def _plan_arrivals(blocks_N: Tensor, experts: Experts, bound: int) -> RowPlan:
     return experts.plan(ids.unsqueeze(1), bound)
 
 
-def run_all_to_all(
-    x_TD: Tensor, routing: Routing, experts: Experts, groups: MoEGroups, *, equal_tokens: bool = False
-) -> Tensor:
+def run_all_to_all(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoEGroups) -> Tensor:
     """Send each choice to the rank of its expert, and its result back.
 
     What doesn't depend on the numbers of rows is launched before the host waits for them.
@@ -85,7 +83,6 @@ def run_all_to_all(
         routing: their routing over all experts.
         experts: this rank's experts.
         groups: ep exchanges rows; etp gathers its ranks' rows and sums their partial results.
-        equal_tokens: whether T is the same on all ranks.
 
     Returns:
         [T, D] weighted sums.
@@ -98,8 +95,9 @@ def run_all_to_all(
     etp_rank, ep_rank = group_rank(groups.etp), group_rank(groups.ep)
     own = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
     blocks = counting.device[:, :, own].reshape(-1)
-    bound = routing.max_rows * group_size(groups.ep) * group_size(groups.etp)
-    arrivals = _plan_arrivals(blocks, experts, bound) if equal_tokens else None
+    # More rows than this arrive only where other ranks have more tokens than this one.
+    expected = routing.max_rows * group_size(groups.ep) * group_size(groups.etp)
+    arrivals = _plan_arrivals(blocks, experts, expected)
 
     counts = counting.wait()
     sent = counts[etp_rank][ep_rank]
@@ -117,7 +115,7 @@ def run_all_to_all(
     weights = all_gather(weights, 0, groups.etp, etp_sizes)
 
     arrived = sum(etp_sizes)
-    if arrivals is None:
+    if arrived > expected:
         arrivals = _plan_arrivals(blocks, experts, arrived)
     out = experts(rows, weights.unsqueeze(1), arrivals.first(arrived, arrived))
 
@@ -131,7 +129,8 @@ def run_all_gather(
 ) -> Tensor:
     """Gather all ranks' tokens, apply this rank's experts, and sum the partial results back.
 
-    Arguments and result as of `run_all_to_all`. Traffic does not depend on the balance of the routing.
+    Arguments and result as of `run_all_to_all`, and `equal_tokens`: whether T is the same on all ranks. Traffic does
+    not depend on the balance of the routing.
     """
     num_local = experts.num_local_experts
     ep_rank = group_rank(groups.ep)

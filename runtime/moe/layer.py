@@ -152,9 +152,9 @@ class MoELayer(nn.Module):
         if group_size(self.groups.ep) == 1 and group_size(self.groups.etp) == 1:
             return run_local(x_TD, routing, self.experts)
         # Where every expert is here in part, gathering tokens moves a K-th of what gathering their rows does.
-        exchanges = self.config.dispatcher == "alltoall" and group_size(self.groups.ep) > 1
-        run = run_all_to_all if exchanges else run_all_gather
-        return run(x_TD, routing, self.experts, self.groups, equal_tokens=equal_tokens)
+        if self.config.dispatcher == "alltoall" and group_size(self.groups.ep) > 1:
+            return run_all_to_all(x_TD, routing, self.experts, self.groups)
+        return run_all_gather(x_TD, routing, self.experts, self.groups, equal_tokens=equal_tokens)
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

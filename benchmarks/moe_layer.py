@@ -74,6 +74,7 @@ class Row:
 
 
 def make_problem(shape: tuple[int, int, int, int, int], case: str) -> Problem:
+    """Draw a shape's weights and tokens, the same in every run."""
     num_tokens, hidden, width, num_experts, topk = shape
     torch.manual_seed(0)
 
@@ -121,11 +122,13 @@ def experts_plain(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: 
 
 
 def plain(problem: Problem) -> Tensor:
+    """Route, and run the experts with plain operations."""
     experts, weights = route(problem)
     return experts_plain(problem.x, experts, weights, problem.w13, problem.w2)
 
 
 def compiled() -> Callable[[Problem], Tensor]:
+    """Give `plain` with its experts under torch.compile, for the shape that comes first."""
     torch._dynamo.reset()  # else a second shape is compiled for any size, which is slower
     function = torch.compile(experts_plain, dynamic=False)
 
@@ -204,6 +207,7 @@ def transformer_engine(problem: Problem) -> Callable[[Problem], Tensor]:
 
 
 def our_layer(problem: Problem, backend: str) -> Callable[[Problem], Tensor]:
+    """Give the layer of the runtime on the same weights, with a backend."""
     num_experts, double, hidden = problem.w13.shape
     config = MoEConfig(num_experts=num_experts, topk=problem.topk, load_balancing=("none",), gemm_backend=backend)
     with torch.device("meta"):
@@ -260,6 +264,7 @@ def reference_error(problem: Problem, run: Callable[[Problem], Tensor], *, exact
 
 
 def backward(problem: Problem, run: Callable[[Problem], Tensor]) -> None:
+    """Run forward and backward, with gradients anew."""
     for leaf in problem.leaves:
         leaf.grad = None
     run(problem).backward(problem.grad)
@@ -279,6 +284,7 @@ def peak_memory(problem: Problem, run: Callable[[Problem], Tensor]) -> float:
 
 
 def implementations(problem: Problem) -> dict[str, Row]:
+    """Give what can run here, each warmed up; say what can't and why."""
     makers: dict[str, Callable[[], Callable[[Problem], Tensor]]] = {
         "ours (triton)": lambda: our_layer(problem, "triton"),
         "ours (torch)": lambda: our_layer(problem, "torch"),
@@ -301,6 +307,7 @@ def implementations(problem: Problem) -> dict[str, Row]:
 
 
 def measure(name: str, case: str, rounds: int, pause: float) -> None:
+    """Measure one shape and case, implementations in turns, and print its table."""
     from triton.testing import do_bench
 
     shape = SHAPES[name]
@@ -330,6 +337,7 @@ def measure(name: str, case: str, rounds: int, pause: float) -> None:
 
 
 def print_table(name: str, case: str, flops: int, rows: dict[str, Row], dense: float) -> None:
+    """Print medians over the rounds, and ratios to the best peer and to a dense product."""
     peers = [statistics.median(row.both_ms) for label, row in rows.items() if not label.startswith("ours")]
     best = min(peers) if peers else float("nan")
     print(f"\n{name} {SHAPES[name]}, {case}; dense 8192^3 product {dense:.0f} TFLOP/s")
@@ -344,6 +352,7 @@ def print_table(name: str, case: str, flops: int, rows: dict[str, Row], dense: f
 
 
 def main() -> None:
+    """Parse the options and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--cases", default="balanced")

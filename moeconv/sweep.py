@@ -40,6 +40,7 @@ class Strip:
 
     @classmethod
     def of(cls, piece: Piece, shape: tuple[int, ...], fd: int) -> Strip:
+        """Describe a piece of a tensor of this shape, in the file that `fd` has open."""
         itemsize = dtype(piece.dtype).itemsize
         if not shape:
             return cls(piece, fd, 0, 1, 0, itemsize)
@@ -58,9 +59,11 @@ class Strip:
 
     @property
     def width(self) -> int:
+        """Bytes of a row of the piece."""
         return self.right - self.left
 
     def position(self, row: int) -> int:
+        """Where a row of the tensor begins in the file, in bytes."""
         return self.piece.begin + (row - self.first) * self.width
 
 

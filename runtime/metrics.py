@@ -81,9 +81,11 @@ class EvalRecord:
 class Sink(Protocol):
     """Something that keeps named curves."""
 
-    def add(self, scalars: dict[str, float], iteration: int) -> None: ...
+    def add(self, scalars: dict[str, float], iteration: int) -> None:
+        """Take the numbers of an iteration."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Bring what was taken to its place."""
 
 
 class Tensorboard:

@@ -89,16 +89,21 @@ def _owned(shard: Shard) -> Iterator[tuple[Block, ShardPart]]:
                 yield block, part
 
 
-def _read_ahead(read: Read, blocks: Iterable[Block]) -> Iterator[Tensor]:
-    """Read rectangles in order, some of them ahead: a thread alone is slower than disks, links and fresh memory."""
-    waiting: deque[Future[npt.NDArray[Any]]] = deque()
+def _read_ahead(read: Read, targets: Iterable[tuple[Block, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Read blocks in order, some of them ahead: a thread alone is slower than disks, links and fresh memory.
+
+    Yields:
+        The tensor that a block is for, and what is stored.
+    """
+    waiting: deque[tuple[Tensor, Future[npt.NDArray[Any]]]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
-        for block in blocks:
-            waiting.append(pool.submit(read, block.name, block.rect))
+        for block, target in targets:
+            waiting.append((target, pool.submit(read, block.name, block.rect)))
             if len(waiting) > READERS:
-                yield to_tensor(waiting.popleft().result())
-        while waiting:
-            yield to_tensor(waiting.popleft().result())
+                target, future = waiting.popleft()
+                yield target, to_tensor(future.result())
+        for target, future in waiting:
+            yield target, to_tensor(future.result())
 
 
 def load_weights(shards: Sequence[Shard], read: Read) -> None:
@@ -115,10 +120,9 @@ def load_weights(shards: Sequence[Shard], read: Read) -> None:
             for block in blocks(slot.topology, slot.cols, item.begin, end):
                 targets.append((block, block.of(item.flat, item.begin)))
         exact = True
-        stored = _read_ahead(read, (block for block, _ in targets))
-        for (_, target), tensor in zip(targets, stored, strict=True):
-            exact = exact and target.dtype in (tensor.dtype, shard.master.dtype)
-            target.copy_(tensor)
+        for target, stored in _read_ahead(read, targets):
+            exact = exact and target.dtype in (stored.dtype, shard.master.dtype)
+            target.copy_(stored)
         if exact:
             shard.masters_from_weights()
         else:
@@ -146,7 +150,7 @@ def _fill(shard: Shard, flat: Tensor, read: Read, prefix: str, *, optional: bool
         for block in blocks(part.slot.topology, part.slot.cols, part.begin, part.end):
             targets.append((replace(block, name=prefix + block.name), block.of(flat[part.range], part.begin)))
     try:
-        for (_, target), stored in zip(targets, _read_ahead(read, (block for block, _ in targets)), strict=True):
+        for target, stored in _read_ahead(read, targets):
             target.copy_(stored)
     except (KeyError, MoeconvError):
         if not optional:

@@ -74,7 +74,8 @@ def summarize(kernels: Sequence[Kernel]) -> dict[str, Any]:
         between the first kernel and the last (idle); and the `largest` other kernels as name, calls and milliseconds.
     """
     own = [k for k in kernels if k.name.startswith("nccl")]
-    computing = merge((k.begin, k.end) for k in kernels if not k.name.startswith("nccl"))
+    others = [k for k in kernels if not k.name.startswith("nccl")]
+    computing = merge((k.begin, k.end) for k in others)
     kinds: dict[str, dict[str, float]] = {}
     for kernel in own:
         kind = next((kind for kind in KINDS if kind in kernel.name), "other")
@@ -85,25 +86,24 @@ def summarize(kernels: Sequence[Kernel]) -> dict[str, Any]:
     talking = merge((k.begin, k.end) for k in own)
     total = sum(end - begin for begin, end in talking)
     hidden = sum(covered(begin, end, computing) for begin, end in talking)
-    busy = merge((k.begin, k.end) for k in kernels)
-    idle = busy[-1][1] - busy[0][0] - sum(end - begin for begin, end in busy) if busy else 0.0
+    computed = sum(end - begin for begin, end in computing)
+    span = max(k.end for k in kernels) - min(k.begin for k in kernels) if kernels else 0.0
     return {
         "kinds": kinds,
         "communication_ms": total / 1e3,
         "exposed_ms": (total - hidden) / 1e3,
-        "computing_ms": sum(end - begin for begin, end in computing) / 1e3,
-        "idle_ms": idle / 1e3,
-        "largest": _largest(kernels),
+        "computing_ms": computed / 1e3,
+        "idle_ms": (span - computed - (total - hidden)) / 1e3,
+        "largest": _largest(others),
     }
 
 
 def _largest(kernels: Sequence[Kernel]) -> list[tuple[str, int, float]]:
-    """Name, calls and milliseconds of the kernels with the most time, without NCCL's."""
+    """Name, calls and milliseconds of the kernels with the most time."""
     found: dict[str, tuple[int, float]] = {}
     for kernel in kernels:
-        if not kernel.name.startswith("nccl"):
-            calls, ms = found.get(kernel.name, (0, 0.0))
-            found[kernel.name] = (calls + 1, ms + (kernel.end - kernel.begin) / 1e3)
+        calls, ms = found.get(kernel.name, (0, 0.0))
+        found[kernel.name] = (calls + 1, ms + (kernel.end - kernel.begin) / 1e3)
     order = sorted(found.items(), key=lambda item: -item[1][1])
     return [(name, calls, ms) for name, (calls, ms) in order[:NUM_LARGEST]]
 

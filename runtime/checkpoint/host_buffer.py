@@ -8,15 +8,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moeconv.errors import WriteError
-
-Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+from moeconv.sweep import Bytes
 
 ALIGNMENT = 64
 _THREADS = 4

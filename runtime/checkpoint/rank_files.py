@@ -14,7 +14,7 @@ from moeconv.io.manifest import FileRecord
 from moeconv.io.shards import ShardEntry
 from moeconv.layout.degrees import Degrees
 from moeconv.placement import split_optimizer_name
-from runtime.checkpoint.staging import Bytes
+from moeconv.sweep import Bytes
 from runtime.checkpoint.state import TRAINER_FILE, TrainerState
 from runtime.config import ParallelConfig
 from runtime.engine import Engine

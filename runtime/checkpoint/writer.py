@@ -20,8 +20,9 @@ from torch import Tensor
 from moeconv.errors import MoeconvError, WriteError
 from moeconv.io.manifest import FileRecord
 from moeconv.io.shards import ShardEntry, write_shard_file
+from moeconv.sweep import Bytes
 from runtime.checkpoint import folder as folders
-from runtime.checkpoint.staging import Bytes, HostBuffer
+from runtime.checkpoint.host_buffer import HostBuffer
 
 T = TypeVar("T")
 Commit = Callable[[Path, list[FileRecord]], None]

@@ -78,11 +78,12 @@ def launch(
     block_n = _block_n(columns)
     b_rows = block_n // 2 if name == "swiglu" else block_n
     act, weights, slots = (out, out, offsets_E) if gate is None else gate
+    written = [64, block_n // (8 if adds else 4)]
     matrices = (
         (left, [64, 64]),
         (right, [b_rows, 64] if kind == "nt" else [64, block_n]),
-        (out, [64, block_n // 8 if adds else block_n // 4]),
-        (act, [64, block_n // 8 if adds else block_n // 4]),
+        (out, written),
+        (act, written),
     )
     numbers = (columns // block_n, depth, rows_per_expert, offsets_E.shape[0])
     stages = 4 if block_n == 256 else 6

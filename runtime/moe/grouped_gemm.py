@@ -39,7 +39,7 @@ class GroupedGemm(Protocol):
 
     def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
         """Add `transposed_times_rows` to a sum of the rows' dtype or a wider one."""
-        ...
+        total_ENK += self.transposed_times_rows(left_RN, right_RK, plan)
 
 
 @runtime_checkable
@@ -53,7 +53,7 @@ class GatedGemm(GroupedGemm, Protocol):
         ...
 
 
-class LoopGemm:
+class LoopGemm(GroupedGemm):
     """One product per expert, in any dtype: the reference that the others are held against."""
 
     name = "loop"
@@ -80,13 +80,8 @@ class LoopGemm:
         parts = [left_RN[start:end].t() @ right_RK[start:end] for start, end in self._ranges(plan)]
         return torch.stack(parts)
 
-    def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
-        """See `GroupedGemm`."""
-        for total, (start, end) in zip(total_ENK, self._ranges(plan), strict=True):
-            total += left_RN[start:end].t() @ right_RK[start:end]
 
-
-class TorchGemm:
+class TorchGemm(GroupedGemm):
     """`torch.nn.functional.grouped_mm`: no look at the device by the host, fp32, bf16 and fp16."""
 
     name = "torch"
@@ -104,12 +99,8 @@ class TorchGemm:
         """See `GroupedGemm`."""
         return F.grouped_mm(left_RN.t(), right_RK, offs=plan.offsets_E)
 
-    def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
-        """See `GroupedGemm`."""
-        total_ENK += self.transposed_times_rows(left_RN, right_RK, plan)
 
-
-class CutlassGemm:
+class CutlassGemm(GroupedGemm):
     """The grouped_gemm package: bf16 on a GPU; the host waits for the sizes of the groups."""
 
     name = "grouped_gemm"
@@ -140,10 +131,6 @@ class CutlassGemm:
 
         out: Tensor = backend.gmm(left_RN, right_RK, self._sizes(plan), trans_a=True, trans_b=False)
         return out
-
-    def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
-        """See `GroupedGemm`."""
-        total_ENK += self.transposed_times_rows(left_RN, right_RK, plan)
 
 
 def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype) -> str:

@@ -70,7 +70,7 @@ class TritonGemm:
         """Add `transposed_times_rows` to an fp32 sum, unrounded, while the next products are computed."""
         num_experts, num_n, num_k = total_ENK.shape
         if not _fits(num_n, num_k) or plan.expert_of_tile is None:
-            total_ENK += F.grouped_mm(left_RN.t(), right_RK, offs=plan.offsets_E)
+            total_ENK += self.transposed_times_rows(left_RN, right_RK, plan)
             return
         flat = total_ENK.view(num_experts * num_n, num_k)
         launch("tn", left_RN, right_RK, flat, plan.offsets_E, plan.expert_of_tile, (num_k, 0, num_n))

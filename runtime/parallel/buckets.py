@@ -104,23 +104,26 @@ class Bucket:
             if begin < end:
                 yield ShardPart(slot, begin - slot.start, end - slot.start, begin - self._begin)
 
+    def _touch(self, slot: Slot) -> bool:
+        """Say whether a parameter's gradient is the first of a step; the next ones are not."""
+        first = slot.start in self.pending.untouched
+        self.pending.untouched.discard(slot.start)
+        return first
+
     def open_sum(self, slot: Slot) -> Tensor:
         """A parameter's accumulated gradient, which is zero before the first summand of a step."""
         total = self.grad_view(slot)
-        if slot.start in self.pending.untouched:
-            self.pending.untouched.discard(slot.start)
-            total.zero_()
-        return total
+        return total.zero_() if self._touch(slot) else total
 
     def accumulate(self, slot: Slot, parameter: Tensor) -> None:
         """Add the gradient that autograd has left at a parameter; the first of a step replaces what was there."""
         if parameter.grad is None:
             return
-        if slot.start in self.pending.untouched:
-            self.pending.untouched.discard(slot.start)
-            self.grad_view(slot).copy_(parameter.grad)
+        total = self.grad_view(slot)
+        if self._touch(slot):
+            total.copy_(parameter.grad)
         else:
-            self.grad_view(slot).add_(parameter.grad)
+            total.add_(parameter.grad)
         parameter.grad = None
 
     def arrived(self) -> None:

@@ -14,7 +14,7 @@ from moeconv.errors import WriteError
 from moeconv.io.manifest import MANIFEST, FileRecord
 from moeconv.io.shards import ShardEntry
 from moeconv.layout.rect import Rect
-from runtime.checkpoint.staging import ALIGNMENT, HostBuffer, page_lock
+from runtime.checkpoint.host_buffer import ALIGNMENT, HostBuffer, page_lock
 from runtime.checkpoint.writer import Saver, check
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -3,16 +3,20 @@
     python -m benchmarks.moe_layer [--shapes mixtral,olmoe,...] [--cases balanced,zipf,empty] [--rounds 3] [--pause 0]
 
 Each implementation runs router (softmax, top-k, renormalise), dispatch, SwiGLU experts and weighted sum on the same
-weights and tokens, bf16. Counted are the experts' FLOPs alone: 6 T K d n forward, 18 T K d n with backward. Times are
-medians of `triton.testing.do_bench`, and the median of rounds that take turns, because a card at its power limit slows
-down as it warms up; --pause lets it rest before each measurement. A package that is not installed leaves its row out and
-is named.
+weights and tokens, bf16. Counted are the experts' FLOPs alone: 6 T K d n forward, 18 T K d n with backward.
+
+A card at its power limit is as fast as it is cool, so each measurement is a median of `triton.testing.do_bench` after
+WARMUP of the same work, implementations and a dense product are measured in rounds, each in another order, and the table
+has the medians over the rounds; --pause lets the card rest before each measurement. A package that is not installed
+leaves its row out and is named.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
+import random
 import statistics
 import time
 import warnings
@@ -40,6 +44,7 @@ SHAPES = {  # T, d, n, E, K
     "small": (24576, 1536, 512, 64, 4),
 }
 CASES = ("balanced", "zipf", "empty")
+WARMUP, REPEAT = 200, 300  # ms
 
 
 @dataclass
@@ -286,7 +291,7 @@ def peak_memory(problem: Problem, run: Callable[[Problem], Tensor]) -> float:
 def implementations(problem: Problem) -> dict[str, Row]:
     """Give what can run here, each warmed up; say what can't and why."""
     makers: dict[str, Callable[[], Callable[[Problem], Tensor]]] = {
-        "ours (triton)": lambda: our_layer(problem, "triton"),
+        "ours (hopper)": lambda: our_layer(problem, "hopper"),
         "ours (torch)": lambda: our_layer(problem, "torch"),
         "transformers grouped_mm": lambda: transformers_experts(problem),
         "F.grouped_mm": lambda: plain,
@@ -318,21 +323,25 @@ def measure(name: str, case: str, rounds: int, pause: float) -> None:
     for label, row in rows.items():
         row.peak_gib = peak_memory(problem, row.run)
         row.error = reference_error(problem, row.run, exact_router=label.startswith("ours"))
-    dense = []
+    dense: list[float] = []
+
+    def bench(function: Callable[[], object]) -> float:
+        time.sleep(pause)
+        return float(do_bench(function, warmup=WARMUP, rep=REPEAT, return_mode="median"))
 
     def forward(run: Callable[[Problem], Tensor]) -> None:
         with torch.no_grad():
             run(problem)
 
-    def bench(function: Callable[[], object], milliseconds: int) -> float:
-        time.sleep(pause)
-        return float(do_bench(function, warmup=10, rep=milliseconds, return_mode="median"))
+    def measure_row(row: Row) -> None:
+        row.forward_ms.append(bench(lambda: forward(row.run)))
+        row.both_ms.append(bench(lambda: backward(problem, row.run)))
 
-    for _ in range(rounds):
-        dense.append(2 * 8192**3 / bench(lambda: left @ right, 40) / 1e9)
-        for row in rows.values():
-            row.forward_ms.append(bench(lambda row=row: forward(row.run), 60))
-            row.both_ms.append(bench(lambda row=row: backward(problem, row.run), 120))
+    turns = [functools.partial(measure_row, row) for row in rows.values()]
+    turns.append(lambda: dense.append(2 * 8192**3 / bench(lambda: left @ right) / 1e9))
+    for index in range(rounds):
+        for turn in random.Random(index).sample(turns, len(turns)):
+            turn()
     print_table(name, case, flops, rows, statistics.median(dense))
 
 

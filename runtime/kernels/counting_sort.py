@@ -131,31 +131,3 @@ def counting_sort(experts_TK: Tensor, num_experts: int, max_rows: int, alignment
         EXPERT_CHUNK,
     )
     return SortedSlots(slot_of_row_R=slot_of_row, row_of_slot_TK=row_of_slot, offsets_E=ends)
-
-
-@triton.jit
-def _tile_kernel(ends, expert_of_tile, num_tiles, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    tiles = tl.program_id(0) * 32 + tl.arange(0, 32)
-    ids = tl.arange(0, EXPERTS)
-    stops = tl.load(ends + ids, mask=ids < num_experts, other=0)
-    past = (stops[None, :] <= tiles[:, None] * ROWS) & (ids[None, :] < num_experts)
-    tl.store(expert_of_tile + tiles, tl.sum(past.to(tl.int32), 1), mask=tiles < num_tiles)
-
-
-def expert_of_tiles(offsets_E: Tensor, max_rows: int, tile_rows: int) -> Tensor:
-    """The expert of each tile of rows, where experts' rows start at multiples of the tile.
-
-    Args:
-        offsets_E: [E] int32 ends, multiples of tile_rows.
-        max_rows: R.
-        tile_rows: rows of a tile.
-
-    Returns:
-        [R / tile_rows] int32; E for tiles past the last expert.
-    """
-    num_experts, num_tiles = offsets_E.shape[0], max_rows // tile_rows
-    out = torch.empty(num_tiles, dtype=torch.int32, device=offsets_E.device)
-    if num_tiles:
-        grid = (triton.cdiv(num_tiles, 32),)
-        _tile_kernel[grid](offsets_E, out, num_tiles, num_experts, tile_rows, triton.next_power_of_2(num_experts))
-    return out

@@ -13,7 +13,7 @@ AUX_LOSS_MODES = ("megatron", "hf", "switch")
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 DROP_POLICIES = ("probs", "position")
 DISPATCHERS = ("alltoall", "allgather")
-GEMM_BACKENDS = ("auto", "triton", "torch", "grouped_gemm", "te", "loop")
+GEMM_BACKENDS = ("auto", "hopper", "torch", "grouped_gemm", "te", "loop")
 ROUTER_DTYPES = ("fp32", "fp64", "bf16")
 FP8_FORMATS = ("e4m3", "hybrid")
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise")
@@ -79,7 +79,7 @@ class MoEConfig:
     dispatcher: str = "alltoall"
     """How tokens reach their experts' ranks: alltoall or allgather."""
     gemm_backend: str = "auto"
-    """Grouped GEMM: triton, torch, grouped_gemm, te, loop, or auto (the fastest that is installed)."""
+    """Grouped GEMM: hopper, torch, grouped_gemm, te, loop, or auto (the fastest that is installed)."""
     permute_fusion: bool = True
     """Use the fused kernels for permutation, activation and combine where a GPU allows it."""
     shared_expert_intermediate_size: int | None = None

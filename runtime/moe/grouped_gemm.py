@@ -133,6 +133,13 @@ class CutlassGemm(GroupedGemm):
         return out
 
 
+_PACKAGES = {
+    "hopper": ("triton", "cuda", "cuda.bindings"),
+    "grouped_gemm": ("grouped_gemm",),
+    "te": ("transformer_engine",),
+}
+
+
 def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs: the chosen one, or for auto the fastest that is installed and knows the dtype.
 
@@ -142,7 +149,7 @@ def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype)
         dtype: their dtype.
 
     Returns:
-        triton, torch, grouped_gemm, te or loop.
+        hopper, torch, grouped_gemm, te or loop.
 
     Raises:
         MoEConfigError: the chosen backend is not installed, or can't run on this device or in this dtype.
@@ -155,11 +162,11 @@ def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype)
             return "loop"
         else:
             hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-            return "triton" if hopper and dtype == torch.bfloat16 and _installed("triton") else "torch"
-    if name in ("triton", "grouped_gemm", "te"):
-        package = "transformer_engine" if name == "te" else name
-        if not _installed(package):
-            raise MoEConfigError(f"gemm_backend {name} needs the package {package}: pip install 'moeconv[gpu]'")
+            return "hopper" if hopper and dtype == torch.bfloat16 and _installed("hopper") else "torch"
+    if name in _PACKAGES:
+        if not _installed(name):
+            needed = " and ".join(_PACKAGES[name])
+            raise MoEConfigError(f"gemm_backend {name} needs the package {needed}: pip install 'moeconv[gpu]'")
         if device.type != "cuda":
             raise MoEConfigError(f"gemm_backend {name} runs on a GPU; on {device.type} use torch or loop")
         if name != "te" and dtype != torch.bfloat16:
@@ -169,16 +176,16 @@ def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype)
     return name
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _installed(backend: str) -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in _PACKAGES[backend])
 
 
 def make_gemm(name: str) -> GroupedGemm:
     """The products of a resolved backend other than te."""
-    if name == "triton":
-        from runtime.moe.triton_gemm import TritonGemm
+    if name == "hopper":
+        from runtime.moe.hopper_gemm import HopperGemm
 
-        return TritonGemm()
+        return HopperGemm()
     gemms: dict[str, type[LoopGemm] | type[TorchGemm] | type[CutlassGemm]] = {
         "loop": LoopGemm,
         "torch": TorchGemm,

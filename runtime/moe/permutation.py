@@ -29,8 +29,6 @@ class RowPlan:
     """[E] int32, where each expert's rows end, padding included."""
     alignment: int = 1
     """Each expert's rows start at a multiple of it."""
-    expert_of_tile: Tensor | None = None
-    """[R / alignment] int32, the expert of each aligned block of rows; only on a GPU with alignment above 1."""
 
     @property
     def num_rows(self) -> int:
@@ -53,12 +51,10 @@ class RowPlan:
             Views, with rows enough for max_rows choices and all padding.
         """
         num_rows = _num_rows(max_rows, self.offsets_E.shape[0], self.alignment)
-        tiles = self.expert_of_tile
         return replace(
             self,
             slot_of_row_R=self.slot_of_row_R[:num_rows],
             row_of_slot_TK=self.row_of_slot_TK[:num_tokens],
-            expert_of_tile=None if tiles is None else tiles[: num_rows // self.alignment],
         )
 
 
@@ -84,7 +80,7 @@ def plan_rows(
     """
     num_rows = _num_rows(max_rows, num_experts, alignment)
     if fused and experts_TK.is_cuda:
-        from runtime.kernels.counting_sort import counting_sort, expert_of_tiles
+        from runtime.kernels.counting_sort import counting_sort
 
         order = counting_sort(experts_TK, num_experts, num_rows, alignment)
         return RowPlan(
@@ -92,7 +88,6 @@ def plan_rows(
             row_of_slot_TK=order.row_of_slot_TK,
             offsets_E=order.offsets_E,
             alignment=alignment,
-            expert_of_tile=expert_of_tiles(order.offsets_E, num_rows, alignment) if alignment > 1 else None,
         )
     flat = experts_TK.reshape(-1)
     counts = count_choices(experts_TK, num_experts)

@@ -19,9 +19,10 @@ pytestmark = [
 BF16 = torch.bfloat16
 BACKENDS = ["torch"]
 if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-    BACKENDS.append("triton")
+    BACKENDS.append("hopper")
 
-# tokens, hidden, width, experts, topk: multiples of the tile and not, one token, all tokens dropped, skew
+# tokens, hidden, width, experts, topk: multiples of the tile and not, odd numbers of tiles, many tiles a multiprocessor
+# with few steps each, many experts, one token, all tokens dropped, skew
 SHAPES = [
     (500, 256, 256, 4, 2),
     (3000, 512, 384, 8, 2),
@@ -30,6 +31,8 @@ SHAPES = [
     (1, 256, 128, 8, 2),
     (300, 200, 96, 4, 2),
     (130, 128, 128, 4, 4),
+    (9000, 256, 640, 8, 2),
+    (1500, 128, 128, 600, 2),
 ]
 
 
@@ -86,17 +89,6 @@ def test_experts_against_fp64(backend: str, shape: tuple[int, ...], dropped: flo
     assert float((mine.double() - other).norm()) <= bound * max(float(other.norm()), typical)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("shape", SHAPES[:3])
-def test_experts_with_the_tile_order_of_large_matrices(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.kernels.grouped_launch.LARGE_MATRIX", 0)
-    case = random_case(shape, dropped=0.2, skew=0.7)
-    expected = run(case, "loop", torch.float64, fused=False)
-    poison()
-    for mine, other in zip(run(case, "triton", BF16), expected, strict=True):
-        assert relative(mine, other) < 6e-3
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("skew", [0.0, 3.0])  # with 3.0 some experts have no rows
 @pytest.mark.parametrize("shape", SHAPES)
@@ -118,7 +110,7 @@ def test_weight_gradients_added_to_a_sum(backend: str, shape: tuple[int, ...], s
     expected = before.double()
     LoopGemm().add_transposed_times_rows(left.double(), right.double(), plan, expected)
     # The kernel rounds nothing to bf16; what backend torch adds has been rounded.
-    assert relative(sums[0], expected) < (1e-5 if backend == "triton" and rows_of % 128 == 0 else 6e-3)
+    assert relative(sums[0], expected) < (1e-5 if backend == "hopper" and rows_of % 128 == 0 else 6e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

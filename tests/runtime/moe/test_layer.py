@@ -242,7 +242,7 @@ def test_bad_input_and_backends_are_refused() -> None:
     cpu = torch.device("cpu")
     with pytest.raises(MoEConfigError, match="float64"):
         resolve_backend(MoEConfig(num_experts=2, gemm_backend="torch"), cpu, torch.float64)
-    for backend in ("grouped_gemm", "te", "triton"):
+    for backend in ("grouped_gemm", "te", "hopper"):
         with pytest.raises(MoEConfigError, match=backend):
             resolve_backend(MoEConfig(num_experts=2, gemm_backend=backend), cpu, torch.bfloat16)
     assert resolve_backend(MoEConfig(num_experts=2), cpu, torch.float64) == "loop"

@@ -1,34 +1,34 @@
-"""The grouped products of the triton backend: our kernels where a shape fits them, `grouped_mm` elsewhere."""
+"""The grouped products of the hopper backend: our kernels where a shape fits them, `grouped_mm` elsewhere."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.kernels.grouped_launch import launch
-from runtime.kernels.grouped_matmul import ROW_ALIGNMENT
+from runtime.kernels.grouped_matmul import MAX_EXPERTS, MAX_ROWS, ROW_ALIGNMENT, Gate, launch
 from runtime.kernels.swiglu import swiglu_forward
 from runtime.moe.permutation import RowPlan
 
 
-def _fits(*sizes: int) -> bool:
-    return all(size % 128 == 0 for size in sizes)
+def _fits(plan: RowPlan, *sizes: int) -> bool:
+    aligned = plan.alignment % ROW_ALIGNMENT == 0 and all(size % 128 == 0 for size in sizes)
+    return aligned and plan.offsets_E.shape[0] <= MAX_EXPERTS and plan.num_rows <= MAX_ROWS
 
 
-class TritonGemm:
-    """Bf16 on Hopper. Rows are padded to tiles of 128; widths that are no multiple of 128 go to `grouped_mm`."""
+class HopperGemm:
+    """Bf16 on Hopper. Rows are padded to tiles of 128; what the kernel can't take goes to `grouped_mm`: widths that are no multiple of 128."""
 
-    name = "triton"
+    name = "hopper"
     row_alignment = ROW_ALIGNMENT
 
     def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """[R, N]: each expert's rows times the transpose of its matrix."""
         num_experts, num_n, depth = weight_ENK.shape
-        if not _fits(num_n, depth) or plan.expert_of_tile is None:
+        if not _fits(plan, num_n, depth):
             return F.grouped_mm(rows_RK, weight_ENK.transpose(1, 2), offs=plan.offsets_E)
         out = rows_RK.new_empty(plan.num_rows, num_n)
         right = weight_ENK.reshape(num_experts * num_n, depth)
-        launch("nt", rows_RK, right, out, plan.offsets_E, plan.expert_of_tile, (num_n, depth, num_n))
+        launch("nt", rows_RK, right, out, plan.offsets_E, (num_n, depth, num_n))
         return out
 
     def hidden_and_swiglu(
@@ -36,41 +36,41 @@ class TritonGemm:
     ) -> tuple[Tensor, Tensor]:
         """Pre-activations [R, 2F], gate then up, and silu(gate) * up * weight [R, F]."""
         num_experts, num_n, depth = w13_EGD.shape
-        if not _fits(num_n // 2, depth) or plan.expert_of_tile is None:
+        if not _fits(plan, num_n // 2, depth):
             hidden = self.rows_times_transposed(rows_RD, w13_EGD, plan)
             return hidden, swiglu_forward(hidden, weights_TK, plan.slot_of_row_R, plan.offsets_E)
         hidden = rows_RD.new_empty(plan.num_rows, num_n)
         act = rows_RD.new_empty(plan.num_rows, num_n // 2)
         right = w13_EGD.reshape(num_experts * num_n, depth)
-        gate = (act, weights_TK.float().contiguous(), plan.slot_of_row_R)
-        launch("nt", rows_RD, right, hidden, plan.offsets_E, plan.expert_of_tile, (num_n, depth, num_n), gate)
+        gate = Gate(act, weights_TK.float().contiguous(), plan.slot_of_row_R)
+        launch("nt", rows_RD, right, hidden, plan.offsets_E, (num_n, depth, num_n), gate)
         return hidden, act
 
     def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """[R, K]: each expert's rows times its matrix."""
         num_experts, depth, num_k = weight_ENK.shape
-        if not _fits(num_k, depth) or plan.expert_of_tile is None:
+        if not _fits(plan, num_k, depth):
             return F.grouped_mm(rows_RN, weight_ENK, offs=plan.offsets_E)
         out = rows_RN.new_empty(plan.num_rows, num_k)
         right = weight_ENK.reshape(num_experts * depth, num_k)
-        launch("nn", rows_RN, right, out, plan.offsets_E, plan.expert_of_tile, (num_k, depth, depth))
+        launch("nn", rows_RN, right, out, plan.offsets_E, (num_k, depth, depth))
         return out
 
     def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:
         """[E, N, K]: the transpose of each expert's rows times its rows; zero for an expert without rows."""
         num_experts, num_n, num_k = plan.offsets_E.shape[0], left_RN.shape[1], right_RK.shape[1]
-        if not _fits(num_n, num_k) or plan.expert_of_tile is None:
+        if not _fits(plan, num_n, num_k):
             return F.grouped_mm(left_RN.t(), right_RK, offs=plan.offsets_E)
         out = left_RN.new_empty(num_experts, num_n, num_k)
         flat = out.view(num_experts * num_n, num_k)
-        launch("tn", left_RN, right_RK, flat, plan.offsets_E, plan.expert_of_tile, (num_k, 0, num_n))
+        launch("tn", left_RN, right_RK, flat, plan.offsets_E, (num_k, 0, num_n))
         return out
 
     def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
         """Add `transposed_times_rows` to an fp32 sum, unrounded, while the next products are computed."""
         num_experts, num_n, num_k = total_ENK.shape
-        if not _fits(num_n, num_k) or plan.expert_of_tile is None:
+        if not _fits(plan, num_n, num_k):
             total_ENK += self.transposed_times_rows(left_RN, right_RK, plan)
             return
         flat = total_ENK.view(num_experts * num_n, num_k)
-        launch("tn", left_RN, right_RK, flat, plan.offsets_E, plan.expert_of_tile, (num_k, 0, num_n))
+        launch("tn", left_RN, right_RK, flat, plan.offsets_E, (num_k, 0, num_n))

@@ -1,0 +1,150 @@
+// Grouped matrix products for Hopper: warp-specialised, persistent, fed by the tensor memory accelerator, in pairs of
+// blocks that share half of what they read.
+//
+// Legend: R rows in expert order, each expert's rows padded with zero rows to a multiple of 128; E experts; N and K the
+// sizes of an expert's matrix; a tile is 128 x BN of the result, by steps of 64 along the reduction.
+//
+// A pair of blocks computes two tiles of one expert at a time: two that lie one below the other and read the same columns,
+// or, for the last of an odd number, two side by side that read the same rows. Each block loads half of what both need and
+// sends it to both, so that a pair reads 512 rows and columns a step instead of 768. In a block, one thread loads into a
+// ring of shared-memory stages, and two warpgroups each hold 64 x BN in registers and write the tile before while the
+// tensor cores multiply. Because padding rows are zero and aligned, no tile holds two experts, no row needs a mask, and a
+// reduction over an expert's rows may run over its padding.
+//
+// The host writes in front of this text the constants BN, STAGES, GROUP, KIND and EPILOGUE, and how a product of this width
+// names its operands: WGMMA_SHAPE, ACC_NAMES, ACC_OPERANDS and ACC_NEXT.
+
+#include "grouped_output.cuh"
+
+constexpr int BOX_BYTES = 64 * 64 * 2;
+constexpr int A_BYTES = 2 * BOX_BYTES;
+constexpr int B_BYTES = BN / 64 * BOX_BYTES;
+constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
+constexpr int NUM_WARPS = 8;  // that multiply
+
+struct Shared {
+    char stages[STAGES][STAGE_BYTES];
+    char slices[NUM_WARPS][2][SLICE_BYTES];
+    u64 ready[STAGES], empty[STAGES];
+    u32 ends[1];  // [E], as many as were asked for
+};
+
+__device__ __forceinline__ void load_step(const Arguments& args, const Job& job, int k, u32 rank, char* stage, u64& ready) {
+    // Of what both blocks read, each loads the half with its rank.
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        if (!job.stacked && half != rank) continue;
+        int m = job.row + 64 * half;
+        char* to = stage + half * BOX_BYTES;
+        if (KIND == TN) load(args.left, m, job.start + k, to, ready, !job.stacked);
+        else load(args.left, k, m, to, ready, !job.stacked);
+    }
+    int matrix = job.expert * args.rows_per_expert;
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        if (job.stacked && half != rank) continue;
+        char* to = stage + A_BYTES + half * (B_BYTES / 2);
+        int column = job.column + half * (BN / 2);
+        if (EPILOGUE == SWIGLU) column = job.column / 2 + half * (args.rows_per_expert / 2);  // half gate, half up
+        if (KIND == NT) {
+            load(args.right, k, matrix + column, to, ready, job.stacked);
+        } else {
+            int row = KIND == TN ? job.start + k : matrix + k;
+#pragma unroll
+            for (int box = 0; box < BN / 128; ++box)
+                load(args.right, column + 64 * box, row, to + box * BOX_BYTES, ready, job.stacked);
+        }
+    }
+}
+
+// One thread.
+__device__ __forceinline__ void load_all(const Arguments& args, Shared& shared, u32 rank) {
+    int stage = 0, num_pairs = gridDim.x / 2;
+    u32 parity = 1;
+    Job job = job_at(args, shared.ends, blockIdx.x / 2, 0, rank);
+    while (job.expert < args.num_experts) {
+        for (int i = 0; i < job.steps; ++i) {
+            wait(shared.empty[stage], parity);
+            expect(shared.ready[stage], STAGE_BYTES);
+            load_step(args, job, 64 * i, rank, shared.stages[stage], shared.ready[stage]);
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+        job = job_at(args, shared.ends, job.index + num_pairs, job.expert, rank);
+    }
+}
+
+__device__ __forceinline__ void multiply_step(float (&acc)[NUM_ACC], const char* a, const char* b) {
+    constexpr int a_outer = KIND == TN, b_outer = KIND != NT;
+    constexpr u32 a_next = a_outer ? 16 * 128 : 32, b_next = b_outer ? 16 * 128 : 32;  // bytes of 16 along the reduction
+    u64 a_desc = descriptor(a, BOX_BYTES), b_desc = descriptor(b, BOX_BYTES);
+    start_products();
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        multiply_16<a_outer, b_outer>(acc, a_desc + k * (a_next >> 4), b_desc + k * (b_next >> 4));
+    commit_products();
+}
+
+// Two warpgroups, 64 rows of the tile each.
+__device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shared, u32 rank, int warp, u32 lane) {
+    int stage = 0, num_pairs = gridDim.x / 2, columns = args.num_n * BN;
+    u32 parity = 0;
+    Output output{args, shared.slices[warp], lane};
+    Job job = job_at(args, shared.ends, blockIdx.x / 2, 0, rank);
+    while (true) {
+        bool last = job.expert == args.num_experts;  // nothing to multiply, but perhaps to write
+        int steps = last ? 0 : job.steps, before = 0;
+        Job next = job;
+        if (steps == 0 && !last) next = job_at(args, shared.ends, job.index + num_pairs, job.expert, rank);
+        float acc[NUM_ACC];
+#pragma unroll
+        for (int i = 0; i < NUM_ACC; ++i) acc[i] = 0.f;
+        output.plan(steps);
+        for (int i = 0; i < steps || !output.done(); ++i) {
+            if (i < steps) {
+                wait(shared.ready[stage], parity);
+                const char* tiles = shared.stages[stage];
+                multiply_step(acc, tiles + warp / 4 * BOX_BYTES, tiles + A_BYTES);
+                if (i == 0) next = job_at(args, shared.ends, job.index + num_pairs, job.expert, rank);
+            }
+            wait_products<1>(acc);
+            // The step before this one is done: its stage is free, in both blocks.
+            if (i > 0 && i < steps && lane < 2) arrive_at(shared.empty[before], lane);
+            if (i < steps) {
+                before = stage;
+                if (++stage == STAGES) stage = 0, parity ^= 1;
+            }
+            output.advance(i);
+        }
+        wait_products<0>(acc);
+        if (steps > 0 && lane < 2) arrive_at(shared.empty[before], lane);
+        if (last) return;
+        if (job.column < columns) output.take(acc, job, warp);
+        job = next;
+    }
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
+    grouped_matmul(const __grid_constant__ Arguments args) {
+    extern __shared__ __align__(1024) char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = rank_in_pair();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            init_barrier(shared.ready[i], 1);
+            init_barrier(shared.empty[i], 2 * NUM_WARPS);
+        }
+        fence_barrier_init();
+    }
+    if (warp == 1) load_ends(args, shared.ends, lane);
+    __syncthreads();
+    sync_pair();
+    if (warp >= NUM_WARPS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (warp == NUM_WARPS && lane == 0) load_all(args, shared, rank);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        multiply_all(args, shared, rank, warp, lane);
+    }
+    __syncwarp();
+    sync_pair();  // until neither block writes to the other's shared memory any more
+}

@@ -1,0 +1,122 @@
+// A finished tile on its way to memory.
+
+#pragma once
+
+#include "grouped_jobs.cuh"
+
+constexpr int NUM_ACC = BN / 2;        // accumulators of a thread
+constexpr int SLICE_BYTES = 16 * 128;  // what a warp writes at a time
+constexpr int MAX_SPACING = 4;         // steps from one unit of output to the next
+
+// A warp's 16 rows of a tile, rounded to bf16, and what remains to be done with them. That is done in units between the
+// steps of the next tile, while the tensor cores are busy; only sums in fp32 are written at once, since they have no room.
+struct Output {
+    static constexpr int UNITS = EPILOGUE == ADD ? 0 : EPILOGUE == SWIGLU ? 3 * BN / 128 : BN / 64;
+
+    const Arguments& args;
+    char (*slices)[SLICE_BYTES];  // two, taken in turn
+    u32 lane;
+    int unit = UNITS, due = 0, spacing = 1;  // the next unit, its step, and the steps between two
+    u32 packed[NUM_ACC / 2];
+    int row, column;
+    float weight[2];  // routing weights of the thread's two rows
+
+    __device__ __forceinline__ Slice slice(int i) const { return {address(slices[i % 2]), lane}; }
+
+    __device__ __forceinline__ bool done() const { return unit >= UNITS; }
+
+    // Before a tile of so many steps.
+    __device__ __forceinline__ void plan(int steps) {
+        spacing = max(1, min(MAX_SPACING, (steps - 1) / max(UNITS, 1)));
+    }
+
+    // What is due at a step of the next tile.
+    __device__ __forceinline__ void advance(int step) {
+        if (done() || step != due) return;
+        run_unit<0>();
+        ++unit;
+        due += spacing;
+    }
+
+    // A finished tile; the one before is done.
+    __device__ __forceinline__ void take(const float (&acc)[NUM_ACC], const Job& job, int warp) {
+        row = job.row + 16 * warp;
+        if (KIND == TN) row += job.expert * args.rows_per_expert;
+        column = job.column;
+        if constexpr (EPILOGUE == ADD) {
+            add(acc);
+        } else {
+#pragma unroll
+            for (int i = 0; i < NUM_ACC / 2; ++i) packed[i] = pack_bf16(acc[2 * i], acc[2 * i + 1]);
+            if (EPILOGUE == SWIGLU) {
+                for (int i = 0; i < 2; ++i) {
+                    int slot = args.slots[row + lane / 4 + 8 * i];
+                    weight[i] = slot < 0 ? 0.f : args.weights[slot];
+                }
+            }
+            unit = 0;
+            due = 1;
+        }
+    }
+
+  private:
+    // Write a slice to an array whose rows are `pitch` bytes apart, in whole lines.
+    __device__ __forceinline__ void store(const Slice& slice, char* base, long pitch, long column_bytes) const {
+        __syncwarp();
+        char* to = base + (row + lane / 8) * pitch + column_bytes + lane % 8 * 16;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (EPILOGUE == ADD) add_to_memory(reinterpret_cast<float*>(to + 4 * i * pitch), slice.line(i));
+            else *reinterpret_cast<uint4*>(to + 4 * i * pitch) = slice.line(i);
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void add(const float (&acc)[NUM_ACC]) const {
+#pragma unroll
+        for (int part = 0; part < BN / 32; ++part) {
+#pragma unroll
+            for (int block = 0; block < 4; ++block) slice(part).put(block, acc + 16 * part + 4 * block);
+            store(slice(part), args.out, args.num_n * BN * 4l, column * 4l + 128 * part);
+        }
+    }
+
+    __device__ __forceinline__ void write(const Slice& slice, const u32* values, long pitch, long column_bytes) const {
+#pragma unroll
+        for (int block = 0; block < 4; ++block) slice.put(block, values + 4 * block);
+        store(slice, args.out, pitch, column_bytes);
+    }
+
+    template <int UNIT>
+    __device__ __forceinline__ void run_unit() {
+        if constexpr (UNIT < UNITS) {
+            if (unit != UNIT) return run_unit<UNIT + 1>();
+            if constexpr (EPILOGUE == SWIGLU) run_swiglu(UNIT / 3, UNIT % 3);
+            else write(slice(UNIT), packed + 16 * UNIT, args.num_n * BN * 2l, column * 2l + 128 * UNIT);
+        }
+    }
+
+    // 64 columns of gate, of up, or of the activation.
+    __device__ __forceinline__ void run_swiglu(int part, int what) const {
+        const u32 *gate = packed + 16 * part, *up = packed + NUM_ACC / 4 + 16 * part;
+        long width_bytes = args.rows_per_expert, column_bytes = column + 128 * part;  // half the rows, half the columns
+        if (what < 2) return write(slice(what), what ? up : gate, 2 * width_bytes, column_bytes + what * width_bytes);
+        Slice to = slice(0);
+#pragma unroll
+        for (int block = 0; block < 4; ++block) {
+            u32 act[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float value[2];
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float g = half_of(gate[4 * block + i], j), u = half_of(up[4 * block + i], j);
+                    value[j] = __fdividef(g, 1.f + __expf(-g)) * u * weight[i % 2];
+                }
+                act[i] = pack_bf16(value[0], value[1]);
+            }
+            to.put(block, act);
+        }
+        store(to, args.act, width_bytes, column_bytes);
+    }
+};

@@ -4,15 +4,15 @@
 // Legend: R rows in expert order, each expert's rows padded with zero rows to a multiple of 128; E experts; N and K the
 // sizes of an expert's matrix; a tile is 128 x BN of the result, by steps of 64 along the reduction.
 //
-// A pair of blocks computes two tiles of one expert at a time: two that lie one below the other and read the same columns,
-// or, for the last of an odd number, two side by side that read the same rows. Each block loads half of what both need and
-// sends it to both, so that a pair reads 512 rows and columns a step instead of 768. In a block, one thread loads into a
-// ring of shared-memory stages, and two warpgroups each hold 64 x BN in registers and write the tile before while the
-// tensor cores multiply. Because padding rows are zero and aligned, no tile holds two experts, no row needs a mask, and a
-// reduction over an expert's rows may run over its padding.
+// A pair of blocks computes two tiles of one expert at a time: two that lie one below the other and read the same
+// columns, or, for the last of an odd number, two side by side that read the same rows. Each block loads half of what
+// both need and sends it to both, so that a pair reads 512 rows and columns a step instead of 768. In a block, one
+// thread loads into a ring of shared-memory stages, and two warpgroups each hold 64 x BN in registers; while the tensor
+// cores multiply, they write the tile before. Because padding rows are zero and aligned, no tile holds two experts, no
+// row needs a mask, and a reduction over an expert's rows may run over its padding.
 //
-// The host writes in front of this text the constants BN, STAGES, GROUP, KIND and EPILOGUE, and how a product of this width
-// names its operands: WGMMA_SHAPE, ACC_NAMES, ACC_OPERANDS and ACC_NEXT.
+// The host writes in front of this text the constants BN, STAGES, GROUP, KIND and EPILOGUE, and how a product of this
+// width names its operands: WGMMA_SHAPE, ACC_NAMES, ACC_OPERANDS and ACC_NEXT.
 
 #include "grouped_output.cuh"
 
@@ -29,7 +29,8 @@ struct Shared {
     u32 ends[1];  // [E], as many as were asked for
 };
 
-__device__ __forceinline__ void load_step(const Arguments& args, const Job& job, int k, u32 rank, char* stage, u64& ready) {
+__device__ __forceinline__ void load_step(
+    const Arguments& args, const Job& job, int k, u32 rank, char* stage, u64& ready) {
     // Of what both blocks read, each loads the half with its rank.
 #pragma unroll
     for (u32 half = 0; half < 2; ++half) {
@@ -75,7 +76,8 @@ __device__ __forceinline__ void load_all(const Arguments& args, Shared& shared, 
 
 __device__ __forceinline__ void multiply_step(float (&acc)[NUM_ACC], const char* a, const char* b) {
     constexpr int a_outer = KIND == TN, b_outer = KIND != NT;
-    constexpr u32 a_next = a_outer ? 16 * 128 : 32, b_next = b_outer ? 16 * 128 : 32;  // bytes of 16 along the reduction
+    // bytes of 16 along the reduction
+    constexpr u32 a_next = a_outer ? 16 * 128 : 32, b_next = b_outer ? 16 * 128 : 32;
     u64 a_desc = descriptor(a, BOX_BYTES), b_desc = descriptor(b, BOX_BYTES);
     start_products();
 #pragma unroll
@@ -107,7 +109,7 @@ __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shar
                 if (i == 0) next = job_at(args, shared.ends, job.index + num_pairs, job.expert, rank);
             }
             wait_products<1>(acc);
-            // The step before this one is done: its stage is free, in both blocks.
+            // The step before this one is done: its stage is free for what both blocks load. Each warp tells both.
             if (i > 0 && i < steps && lane < 2) arrive_at(shared.empty[before], lane);
             if (i < steps) {
                 before = stage;

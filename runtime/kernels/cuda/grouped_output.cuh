@@ -9,7 +9,8 @@ constexpr int SLICE_BYTES = 16 * 128;  // what a warp writes at a time
 constexpr int MAX_SPACING = 4;         // steps from one unit of output to the next
 
 // A warp's 16 rows of a tile, rounded to bf16, and what remains to be done with them. That is done in units between the
-// steps of the next tile, while the tensor cores are busy; only sums in fp32 are written at once, since they have no room.
+// steps of the next tile, while the tensor cores are busy; only sums in fp32, which registers have no room for, are
+// written at once.
 struct Output {
     static constexpr int UNITS = EPILOGUE == ADD ? 0 : EPILOGUE == SWIGLU ? 3 * BN / 128 : BN / 64;
 
@@ -60,7 +61,8 @@ struct Output {
     }
 
   private:
-    // Write a slice to an array whose rows are `pitch` bytes apart, in whole lines.
+    // Write a slice to an array whose rows are `pitch` bytes apart, in whole lines. The lanes meet before, because each
+    // reads what others put there, and after, because the slice is taken again.
     __device__ __forceinline__ void store(const Slice& slice, char* base, long pitch, long column_bytes) const {
         __syncwarp();
         char* to = base + (row + lane / 8) * pitch + column_bytes + lane % 8 * 16;

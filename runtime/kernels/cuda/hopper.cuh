@@ -1,5 +1,6 @@
 // Hopper's instructions: barriers, copies by the tensor memory accelerator, and products of a warpgroup.
-// Source: the PTX ISA, sections mbarrier, cp.async.bulk.tensor, wgmma, ldmatrix and stmatrix.
+// Source: the PTX ISA 9.0 (https://docs.nvidia.com/cuda/archive/13.0.0/parallel-thread-execution/), on mbarrier,
+// cp.async.bulk.tensor, red, wgmma (matrix descriptors, layouts of accumulators) and stmatrix.
 
 #pragma once
 
@@ -46,11 +47,12 @@ __device__ __forceinline__ void wait(u64& barrier, u32 parity) {
 
 // Arrive, and let the barrier wait for so many bytes as well.
 __device__ __forceinline__ void expect(u64& barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&barrier)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&barrier)), "r"(bytes)
+                 : "memory");
 }
 
-// Arrive at the barrier in the same place of the block with this rank. Only what the tensor cores read precedes it, so it
-// needs no release to the cluster, which would be a fence of the whole GPU.
+// Arrive at the barrier in the same place of the block with this rank. Only what the tensor cores read precedes it, so
+// it needs no release to the cluster, which would be a fence of the whole GPU.
 __device__ __forceinline__ void arrive_at(u64& barrier, u32 rank) {
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
@@ -61,7 +63,7 @@ __device__ __forceinline__ void arrive_at(u64& barrier, u32 rank) {
 
 // ---- copies
 
-// Load a box and tell the barrier; `both` sends it to the same place in both blocks of the pair, and tells both barriers.
+// Load a box and tell the barrier; `both` sends it to the same place in both blocks of the pair, and tells both.
 __device__ __forceinline__ void load(const TensorMap& map, int column, int row, char* to, u64& barrier, bool both) {
     u32 destination = address(to), signal = address(&barrier);
     if (both) {
@@ -89,9 +91,12 @@ __device__ __forceinline__ void add_to_memory(float* to, uint4 values) {
 struct Slice {
     u32 at, lane;
 
-    __device__ __forceinline__ u32 of_chunk(u32 row, u32 chunk) const { return at + row * 128 + (chunk ^ row % 8) * 16; }
+    __device__ __forceinline__ u32 of_chunk(u32 row, u32 chunk) const {
+        return at + row * 128 + (chunk ^ row % 8) * 16;
+    }
 
-    // A 16 x 16 block in bf16, as a product's accumulators lie: of columns 0 to 7 the upper and lower rows, then of 8 to 15.
+    // A 16 x 16 block in bf16, as a product's accumulators lie: of columns 0 to 7 the upper and lower rows, then of 8
+    // to 15.
     __device__ __forceinline__ void put(int block, const u32* packed) const {
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                          of_chunk(lane % 16, 2 * block + lane / 16)),
@@ -131,7 +136,8 @@ __device__ __forceinline__ u64 descriptor(const char* tile, u32 next) {
 __device__ __forceinline__ void start_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Add a product of 64 x 16 and 16 x BN; flags say which operand lies with its outer dimension along the rows of 128 bytes.
+// Add a product of 64 x 16 and 16 x BN; flags say which operand lies with its outer dimension along the rows of 128
+// bytes.
 template <int A_OUTER, int B_OUTER>
 __device__ __forceinline__ void multiply_16(float (&acc)[BN / 2], u64 a, u64 b) {
     asm volatile("wgmma.mma_async.sync.aligned." WGMMA_SHAPE ".f32.bf16.bf16 {" ACC_NAMES "}, %" ACC_NEXT(0)

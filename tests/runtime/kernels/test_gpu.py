@@ -5,7 +5,7 @@ import torch
 
 from runtime.moe.config import MoEConfig
 from runtime.moe.experts import grouped_mlp
-from runtime.moe.grouped_gemm import LoopGemm, make_gemm
+from runtime.moe.grouped_gemm import LoopGemm, make_gemm, resolve_backend
 from runtime.moe.layer import MoELayer
 from runtime.moe.permutation import plan_rows
 from runtime.moe.router_linear import router_linear
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 BF16 = torch.bfloat16
 BACKENDS = ["torch"]
-if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+if torch.cuda.is_available() and resolve_backend(MoEConfig(num_experts=2), torch.device("cuda"), BF16) == "hopper":
     BACKENDS.append("hopper")
 
 # tokens, hidden, width, experts, topk: multiples of the tile and not, odd numbers of tiles, many tiles a multiprocessor

@@ -22,6 +22,8 @@ from runtime.engine import Engine
 from runtime.flags import parse_flags, without_effect
 from runtime.health import Progress, StopRequest, Watchdog
 from runtime.metrics import MetricLog
+from runtime.model.context import TORCH_DTYPES
+from runtime.moe.grouped_gemm import describe_backend
 from runtime.options import RunConfig, make_run
 from runtime.parallel.mesh import ParallelMesh
 from runtime.startup import check_run, data_parallel_size
@@ -139,7 +141,7 @@ def run_job(
     """
     log = _open_log(run, process)
     if log is not None:
-        log.note("\n".join((*notes, describe(run, origin, process))))
+        log.note("\n".join((*notes, describe(run, origin, process), *_describe_experts(run, device))))
     data = DataSource(run.data, origin.path)
     progress("opening the data", limited=False)
     one_first(process.local_rank == 0, lambda: check_splits(run, data))
@@ -179,6 +181,10 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
         f"{process.world_size} ranks: {' '.join(f'{axis}{degree}' for axis, degree in degrees.items() if degree > 1)} | "
         f"{batch} sequences of {train.seq_length} tokens a step"
     )
+
+
+def _describe_experts(run: RunConfig, device: torch.device) -> list[str]:
+    return [] if run.moe is None else [describe_backend(run.moe, device, TORCH_DTYPES[run.model.dtype])]
 
 
 def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:

@@ -134,10 +134,11 @@ class CutlassGemm(GroupedGemm):
 
 
 _PACKAGES = {
-    "hopper": ("triton", "cuda", "cuda.bindings"),
+    "hopper": ("triton", "cuda.bindings"),
     "grouped_gemm": ("grouped_gemm",),
     "te": ("transformer_engine",),
 }
+_INSTALL = "pip install 'moeconv[gpu]'"
 
 
 def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype) -> str:
@@ -161,12 +162,10 @@ def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype)
         elif dtype == torch.float64:
             return "loop"
         else:
-            hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-            return "hopper" if hopper and dtype == torch.bfloat16 and _installed("hopper") else "torch"
+            return "hopper" if _suits_hopper(device, dtype) and not _missing("hopper") else "torch"
     if name in _PACKAGES:
-        if not _installed(name):
-            needed = " and ".join(_PACKAGES[name])
-            raise MoEConfigError(f"gemm_backend {name} needs the package {needed}: pip install 'moeconv[gpu]'")
+        if missing := _missing(name):
+            raise MoEConfigError(f"gemm_backend {name} needs {' and '.join(missing)}, not installed: {_INSTALL}")
         if device.type != "cuda":
             raise MoEConfigError(f"gemm_backend {name} runs on a GPU; on {device.type} use torch or loop")
         if name != "te" and dtype != torch.bfloat16:
@@ -176,8 +175,45 @@ def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype)
     return name
 
 
-def _installed(backend: str) -> bool:
-    return all(importlib.util.find_spec(package) is not None for package in _PACKAGES[backend])
+def describe_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Say which backend runs the experts, and what a faster one lacks.
+
+    Args:
+        config: gemm_backend and fp8_format.
+        device: where the experts live.
+        dtype: their dtype.
+
+    Returns:
+        A line for the log.
+
+    Raises:
+        MoEConfigError: as `resolve_backend`.
+    """
+    name = resolve_backend(config, device, dtype)
+    line = f"grouped GEMMs of the experts: {name}"
+    if config.gemm_backend != "auto":
+        return line
+    missing = _missing("hopper") if name == "torch" and _suits_hopper(device, dtype) else []
+    return f"{line}, chosen by auto" + (
+        f"; hopper is faster and lacks {' and '.join(missing)}: {_INSTALL}" if missing else ""
+    )
+
+
+def _suits_hopper(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _missing(backend: str) -> list[str]:
+    """The backend's packages that are not installed."""
+    missing = []
+    for package in _PACKAGES[backend]:
+        try:
+            found = importlib.util.find_spec(package) is not None
+        except ModuleNotFoundError:  # of the package's parent
+            found = False
+        if not found:
+            missing.append(package)
+    return missing
 
 
 def make_gemm(name: str) -> GroupedGemm:

@@ -1,5 +1,7 @@
 """The whole layer against transformers' Mixtral block and fp64 oracles."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -9,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from moeconv.errors import MoeconvError
 from runtime.moe.config import MoEConfig, MoEConfigError
 from runtime.moe.experts import grouped_mlp
-from runtime.moe.grouped_gemm import LoopGemm, resolve_backend
+from runtime.moe.grouped_gemm import LoopGemm, describe_backend, resolve_backend
 from runtime.moe.layer import MoELayer
 from runtime.moe.permutation import plan_rows
 from runtime.moe.routing import choose, route
@@ -247,3 +249,20 @@ def test_bad_input_and_backends_are_refused() -> None:
             resolve_backend(MoEConfig(num_experts=2, gemm_backend=backend), cpu, torch.bfloat16)
     assert resolve_backend(MoEConfig(num_experts=2), cpu, torch.float64) == "loop"
     assert resolve_backend(MoEConfig(num_experts=2), cpu, torch.bfloat16) == "torch"
+
+
+def test_the_backend_that_auto_takes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, cpu, gpu = MoEConfig(num_experts=2), torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    packages = {"triton", "cuda.bindings"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
+    lines = {device: describe_backend(auto, device, torch.bfloat16) for device in (cpu, gpu)}
+    assert lines[cpu].endswith("torch, chosen by auto")
+    assert lines[gpu].endswith("hopper, chosen by auto")
+    packages.remove("cuda.bindings")
+    assert "torch, chosen by auto; hopper is faster and lacks cuda.bindings: pip install" in describe_backend(
+        auto, gpu, torch.bfloat16
+    )
+    with pytest.raises(MoEConfigError, match=r"hopper needs cuda\.bindings, not installed"):
+        resolve_backend(MoEConfig(num_experts=2, gemm_backend="hopper"), gpu, torch.bfloat16)
+    assert describe_backend(MoEConfig(num_experts=2, gemm_backend="loop"), cpu, torch.float32).endswith(": loop")

@@ -80,6 +80,10 @@ def test_transformers_loads_the_export_with_the_runtimes_loss(place: Workplace) 
     assert evaluation["eval_lm_loss"] == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_the_log_says_what_computes_the_experts(place: Workplace) -> None:
+    assert "grouped GEMMs of the experts: torch, chosen by auto" in place.output
+
+
 def test_training_goes_on_during_a_save(place: Workplace) -> None:
     lines = place.output.splitlines()
     saved = next(i for i, line in enumerate(lines) if "saved iteration 4 " in line)

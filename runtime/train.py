@@ -139,9 +139,12 @@ def run_job(
     Raises:
         MoeconvError: data or checkpoint can't be used, a loss is not finite, or the last save failed.
     """
+    lines = [*notes, describe(run, origin, process)]
+    if run.moe is not None:
+        lines.append(describe_backend(run.moe, device, TORCH_DTYPES[run.model.dtype]))
     log = _open_log(run, process)
     if log is not None:
-        log.note("\n".join((*notes, describe(run, origin, process), *_describe_experts(run, device))))
+        log.note("\n".join(lines))
     data = DataSource(run.data, origin.path)
     progress("opening the data", limited=False)
     one_first(process.local_rank == 0, lambda: check_splits(run, data))
@@ -181,10 +184,6 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
         f"{process.world_size} ranks: {' '.join(f'{axis}{degree}' for axis, degree in degrees.items() if degree > 1)} | "
         f"{batch} sequences of {train.seq_length} tokens a step"
     )
-
-
-def _describe_experts(run: RunConfig, device: torch.device) -> list[str]:
-    return [] if run.moe is None else [describe_backend(run.moe, device, TORCH_DTYPES[run.model.dtype])]
 
 
 def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:

@@ -108,21 +108,19 @@ def launch(
     right: Tensor,
     out: Tensor,
     offsets_E: Tensor,
-    sizes: tuple[int, int, int],
     gate: Gate | None = None,
 ) -> None:
     """Multiply each expert's rows.
 
     Args:
         kind: nt (rows times transposed matrices), nn (rows times matrices) or tn (transposed rows times rows).
-        left: [R, depth] (tn: [R, rows]) bf16 rows, contiguous, like the others.
-        right: [E * rows, depth] for nt, [E * depth, columns] for nn, [R, columns] for tn.
-        out: [R, columns] (tn: [E * rows, columns]) bf16; with tn in fp32, the product is added to what it holds.
-        offsets_E: [E] int32 ends of the experts' rows, multiples of ROW_ALIGNMENT.
-        sizes: columns of the product, its depth, rows of an expert's matrix; multiples of 128.
+        left: [R, depth] (tn: [R, N]) bf16 rows, contiguous, like the others.
+        right: [E * N, depth] for nt, [E * depth, columns] for nn, [R, columns] for tn.
+        out: [R, columns] (tn: [E * N, columns]) bf16; with tn in fp32, the product is added to what it holds.
+        offsets_E: [E] int32 ends of the experts' rows, multiples of ROW_ALIGNMENT; sizes are multiples of 128.
         gate: with nt, where the product is pre-activations, gate then up: write their SwiGLU too.
     """
-    columns, depth, rows_per_expert = sizes
+    columns, num_experts = out.shape[1], offsets_E.shape[0]
     block_n = 256 if columns % 256 == 0 else 128
     epilogue = "swiglu" if gate is not None else "add" if out.dtype == torch.float32 else "store"
     beside = (0, 0, 0)
@@ -136,9 +134,9 @@ def launch(
         *beside,
         offsets_E.data_ptr(),
         columns // block_n,
-        depth,
-        rows_per_expert,
-        offsets_E.shape[0],
+        left.shape[1],  # the depth; tn has each expert's number of rows instead
+        (out if kind == "tn" else right).shape[0] // num_experts,  # rows of an expert's matrix
+        num_experts,
     )
     device_index = left.device.index
     _kernel(device_index, block_n, kind, epilogue).launch(_num_blocks(device_index), BLOCK_SIZE, arguments)

@@ -158,11 +158,6 @@ class Experts(nn.Module):
             self._gemm = (*key, made)
         return self._gemm[2]
 
-    @property
-    def backend(self) -> str:
-        """Name of the grouped GEMM in use: what auto resolved to."""
-        return resolve_backend(self._config, self.w13.device, self.w13.dtype)
-
     def plan(self, experts_TK: Tensor, max_rows: int) -> RowPlan:
         """Order choices of this rank's experts as the backend needs them; arguments as of `plan_rows`."""
         alignment = self.gemm().row_alignment

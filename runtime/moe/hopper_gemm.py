@@ -16,7 +16,7 @@ def _fits(plan: RowPlan, *sizes: int) -> bool:
 
 
 class HopperGemm:
-    """Bf16 on Hopper. Rows are padded to tiles of 128; what the kernel can't take goes to `grouped_mm`: widths that are no multiple of 128."""
+    """Bf16 on Hopper: rows are padded to tiles of 128, and widths that are no multiple of 128 go to `grouped_mm`."""
 
     name = "hopper"
     row_alignment = ROW_ALIGNMENT
@@ -28,7 +28,7 @@ class HopperGemm:
             return F.grouped_mm(rows_RK, weight_ENK.transpose(1, 2), offs=plan.offsets_E)
         out = rows_RK.new_empty(plan.num_rows, num_n)
         right = weight_ENK.reshape(num_experts * num_n, depth)
-        launch("nt", rows_RK, right, out, plan.offsets_E, (num_n, depth, num_n))
+        launch("nt", rows_RK, right, out, plan.offsets_E)
         return out
 
     def hidden_and_swiglu(
@@ -43,7 +43,7 @@ class HopperGemm:
         act = rows_RD.new_empty(plan.num_rows, num_n // 2)
         right = w13_EGD.reshape(num_experts * num_n, depth)
         gate = Gate(act, weights_TK.float().contiguous(), plan.slot_of_row_R)
-        launch("nt", rows_RD, right, hidden, plan.offsets_E, (num_n, depth, num_n), gate)
+        launch("nt", rows_RD, right, hidden, plan.offsets_E, gate)
         return hidden, act
 
     def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
@@ -53,7 +53,7 @@ class HopperGemm:
             return F.grouped_mm(rows_RN, weight_ENK, offs=plan.offsets_E)
         out = rows_RN.new_empty(plan.num_rows, num_k)
         right = weight_ENK.reshape(num_experts * depth, num_k)
-        launch("nn", rows_RN, right, out, plan.offsets_E, (num_k, depth, depth))
+        launch("nn", rows_RN, right, out, plan.offsets_E)
         return out
 
     def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:
@@ -63,7 +63,7 @@ class HopperGemm:
             return F.grouped_mm(left_RN.t(), right_RK, offs=plan.offsets_E)
         out = left_RN.new_empty(num_experts, num_n, num_k)
         flat = out.view(num_experts * num_n, num_k)
-        launch("tn", left_RN, right_RK, flat, plan.offsets_E, (num_k, 0, num_n))
+        launch("tn", left_RN, right_RK, flat, plan.offsets_E)
         return out
 
     def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
@@ -73,4 +73,4 @@ class HopperGemm:
             total_ENK += self.transposed_times_rows(left_RN, right_RK, plan)
             return
         flat = total_ENK.view(num_experts * num_n, num_k)
-        launch("tn", left_RN, right_RK, flat, plan.offsets_E, (num_k, 0, num_n))
+        launch("tn", left_RN, right_RK, flat, plan.offsets_E)

@@ -84,6 +84,13 @@ def test_the_log_says_what_computes_the_experts(place: Workplace) -> None:
     assert "grouped GEMMs of the experts: torch, chosen by auto" in place.output
 
 
+def test_a_backend_that_is_not_installed_is_refused_before_anything_is_loaded(place: Workplace) -> None:
+    status, output = run(2, place.arguments("refused", "--moe-grouped-gemm-backend", "grouped_gemm"))
+    assert status != 0
+    assert output.count("error: gemm_backend grouped_gemm") == 1, output
+    assert not (place.folder / "refused").exists()
+
+
 def test_training_goes_on_during_a_save(place: Workplace) -> None:
     lines = place.output.splitlines()
     saved = next(i for i, line in enumerate(lines) if "saved iteration 4 " in line)

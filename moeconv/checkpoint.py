@@ -17,10 +17,11 @@ from moeconv.errors import IntegrityError, MappingError, SourceError, WriteError
 from moeconv.families import family_of
 from moeconv.families.base import Family, Model
 from moeconv.io.checksum import checksum
-from moeconv.io.hf_folder import CONFIG, HFFolder, parse_json, read_hf_folder, read_inside
+from moeconv.io.hf_folder import CONFIG, HFFolder, parse_json, read_hf_folder
 from moeconv.io.manifest import MANIFEST, FileRecord, Manifest
+from moeconv.io.paths import check_inside, read_inside
 from moeconv.io.safetensors import Header, read_header
-from moeconv.io.staging import write_bytes
+from moeconv.io.staging import write_beneath
 from moeconv.layout.degrees import Degrees, chunk_layers
 from moeconv.layout.rect import Rect, check_cover
 from moeconv.pieces import NameMap, Piece, TensorInfo, check_complete
@@ -191,7 +192,7 @@ def _open_sharded(root: Path) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     checksums: dict[tuple[str, str], str] = {}
     for name, record in manifest.files.items():
-        header = read_header(root / name)
+        header = read_header(check_inside(root, name))
         _check_header(root, record, header)
         for t, entry in zip(record.tensors, header.entries, strict=True):
             info = TensorInfo(t.name, t.dtype, t.shape)
@@ -271,14 +272,13 @@ def finish_checkpoint(folder: Path, source: Checkpoint, degrees: Degrees, record
     carried[CONFIG] = _with_dtype(carried[CONFIG], source, records)
     try:
         for name, data in carried.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(folder / name, data)
+            write_beneath(folder, name, data)
         if trainer.exists():
             carried[TRAINER] = trainer.read_bytes()
         manifest = make_manifest(
             source, degrees, records, {name: (len(data), checksum(data)) for name, data in carried.items()}
         )
-        write_bytes(folder / MANIFEST, manifest.encode())
+        write_beneath(folder, MANIFEST, manifest.encode())
     except OSError as error:
         raise WriteError(f"{folder}: can't be written: {error.strerror or error}") from None
 

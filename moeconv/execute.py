@@ -55,7 +55,9 @@ class _Run:
         sweep = Sweep(job.info)
         with (
             open_strips(self.root, job.sources, job.info.shape) as sources,
-            open_strips(self.staging.folder, targets, job.info.shape, os.O_WRONLY, ".writing") as outs,
+            open_strips(
+                self.staging.folder, targets, job.info.shape, lambda name: self.staging.open(name, os.O_WRONLY)
+            ) as outs,
         ):
             hashers: dict[Rect, Any] = {}
             for out in outs:  # copies of a rectangle are hashed once
@@ -99,7 +101,7 @@ class _Run:
 
     def _complete(self, file: TargetFile, record: dict[str, Any]) -> None:
         if file.records:
-            _write_crcs(self.staging.temporary(file.name), file, record["digests"])
+            _write_crcs(self.staging.open(file.name, os.O_RDWR), file, record["digests"])
         self.staging.finish(file.name, record)
 
 
@@ -150,7 +152,7 @@ def execute(
     run.left = {file.name: len({piece.tensor for piece in file.pieces}) for file in todo}
     try:
         for file in todo:
-            _create(staging.temporary(file.name), file)
+            _create(staging.open(file.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), file)
             if not file.pieces:
                 run.finish(file)
         with run.finisher:
@@ -211,22 +213,21 @@ def _run_all(run: _Run, jobs: list[Job], workers: int | None) -> None:
         raise failed[0]
 
 
-def _create(path: Path, file: TargetFile) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as out:
+def _create(fd: int, file: TargetFile) -> None:
+    with open(fd, "wb") as out:
         out.truncate(file.size)
         for position, data in file.literals:
             out.seek(position)
             out.write(data)
 
 
-def _write_crcs(path: Path, file: TargetFile, digests: list[str]) -> None:
+def _write_crcs(fd: int, file: TargetFile, digests: list[str]) -> None:
     """Store each record's CRC-32, made of those of its pieces."""
     parts = sorted(
         (piece.begin, piece.nbytes, int(digest, 16)) for piece, digest in zip(file.pieces, digests, strict=True)
     )
     index = 0
-    with open(path, "r+b") as out:
+    with open(fd, "r+b") as out:
         for record in sorted(file.records, key=lambda r: r.begin):
             position, held = record.begin, []
             while position < record.begin + record.size:

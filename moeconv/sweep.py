@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -172,7 +172,7 @@ def _pwrite(strip: Strip, data: Bytes, position: int) -> None:
 
 @contextmanager
 def open_strips(
-    root: Path, pieces: Any, shape: tuple[int, ...], flags: int = os.O_RDONLY, suffix: str = ""
+    root: Path, pieces: Any, shape: tuple[int, ...], open_file: Callable[[str], int] | None = None
 ) -> Iterator[list[Strip]]:
     """Open the files of pieces.
 
@@ -180,8 +180,7 @@ def open_strips(
         root: the folder that they are in.
         pieces: the pieces of one tensor.
         shape: the tensor's shape.
-        flags: how to open them, as os.open takes it.
-        suffix: what the names carry while files are being written.
+        open_file: gives a file descriptor for a name; by default files are opened for reading.
 
     Yields:
         A strip for each piece that holds an element.
@@ -194,7 +193,9 @@ def open_strips(
         for piece in pieces:
             if piece.file not in fds:
                 try:
-                    fds[piece.file] = os.open(root / (piece.file + suffix), flags)
+                    fds[piece.file] = (
+                        open_file(piece.file) if open_file is not None else os.open(root / piece.file, os.O_RDONLY)
+                    )
                 except OSError as error:
                     raise SourceError(f"{root / piece.file}: can't be opened: {error.strerror}") from None
                 stack.callback(os.close, fds[piece.file])

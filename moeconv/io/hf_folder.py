@@ -6,17 +6,18 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from moeconv.errors import SourceError
+from moeconv.io.paths import check_inside, check_name, read_inside
 from moeconv.io.safetensors import Header, read_header
 from moeconv.io.torch_bin import BIN_INDEX, bin_names, read_bin
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 # Weights in other forms: never carried, and (consolidated.*) never read, since they repeat the same weights.
-_WEIGHTS = (
+WEIGHT_SUFFIXES = (
     ".safetensors",
     ".bin",
     ".pt",
@@ -127,57 +128,13 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def check_inside(root: Path, name: str) -> Path:
-    """Check that a file named by a checkpoint lies inside its folder.
-
-    A symbolic link may lead into the `blobs` of the same repository in the hub's cache, where huggingface_hub keeps its files.
-
-    Args:
-        root: the checkpoint's folder.
-        name: the file's name relative to it.
-
-    Returns:
-        The file's path.
-
-    Raises:
-        SourceError: the name is absolute or climbs out, or the file is missing or a link to elsewhere.
-    """
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
-        raise SourceError(
-            f"{root}: refers to {name!r}, which is outside the folder; a checkpoint names only its own files"
-        )
-    path = root / name
-    real, base = Path(os.path.realpath(path)), Path(os.path.realpath(root))
-    allowed = [base]
-    if base.parent.name == "snapshots":
-        allowed.append(base.parent.parent / "blobs")
-    if not any(real.is_relative_to(folder) for folder in allowed):
-        raise SourceError(f"{path}: is a link to {real}, outside the folder; copy the file into it")
-    if not real.is_file():
-        raise SourceError(f"{path}: no such file; the download is incomplete")
-    return path
-
-
-def read_inside(root: Path, name: str) -> bytes:
-    """Read a small file of a checkpoint.
-
-    Raises:
-        SourceError: as `check_inside`, or it can't be read.
-    """
-    path = check_inside(root, name)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"{path}: can't be read: {error.strerror or error}") from None
-
-
 def _weight_map(root: Path, raw: bytes, index: str) -> dict[str, str]:
     where, kind = f"{root / index}", ".bin" if index == BIN_INDEX else ".safetensors"
     weight_map = parse_json(raw, where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise SourceError(f"{where}: weight_map must map tensor names to file names")
     for name in set(weight_map.values()):
+        check_name(name, where)
         if not name.endswith(kind):
             raise SourceError(f"{where}: weight_map names {name!r}, which is no {kind[1:]} file")
     return weight_map
@@ -206,7 +163,7 @@ def _carried(root: Path) -> Iterator[str]:
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for file in sorted(files):
             name = (Path(folder) / file).relative_to(root).as_posix()
-            if file.startswith(".") or file.endswith(_WEIGHTS) or file.endswith(".index.json"):
+            if file.startswith(".") or file.endswith(WEIGHT_SUFFIXES) or file.endswith(".index.json"):
                 continue
             check_inside(root, name)
             yield name

@@ -11,7 +11,8 @@ from typing import Any
 
 from moeconv.errors import IntegrityError, SourceError
 from moeconv.io.checksum import checksum, combined
-from moeconv.io.hf_folder import parse_json
+from moeconv.io.hf_folder import WEIGHT_SUFFIXES, parse_json
+from moeconv.io.paths import check_name
 
 MANIFEST = "moeconv.json"
 FORMAT_VERSION = 1
@@ -128,6 +129,7 @@ class Manifest:
             )
         try:
             files = {name: _file(name, entry) for name, entry in value["files"].items()}
+            _check_names(value, where)
             manifest = cls(
                 family=value["family"],
                 degrees=value["degrees"],
@@ -140,6 +142,21 @@ class Manifest:
         except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
             raise SourceError(f"{where}: is damaged: {error!r}") from None
         return manifest
+
+
+def _check_names(value: Mapping[str, Any], where: str) -> None:
+    """Check every name that becomes a path: where a checkpoint is read, and where its export is written."""
+    for group in ("files", "source"):
+        for name in value[group]:
+            if not check_name(name, where).endswith(".safetensors"):
+                raise SourceError(
+                    f"{where}: {group} names {name!r}, which is no safetensors file; the manifest is damaged"
+                )
+    for name in value["carried"]:
+        if check_name(name, where).endswith((*WEIGHT_SUFFIXES, ".index.json")) or name == MANIFEST:
+            raise SourceError(
+                f"{where}: carries {name!r} along, a name that weights have: it would stand in for them; the manifest is damaged"
+            )
 
 
 def _file(name: str, value: Mapping[str, Any]) -> FileRecord:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from moeconv.errors import WriteError
+from moeconv.io.paths import fault_of, open_beneath
 
 JOURNAL = ".moeconv-journal"
+PARTIAL, WRITING = ".partial", ".writing"  # what a folder, a file carries behind its name until it is whole
 
 
 class Staging:
@@ -33,11 +35,13 @@ class Staging:
         Raises:
             WriteError: the output exists, a run was left behind and `resume` is not set, it was of something else, or it still runs.
         """
-        self.out, self.folder = out, out.with_name(out.name + ".partial")
+        self.out, self.folder = out, out.with_name(out.name + PARTIAL)
         self.done: dict[str, Any] = {}
         self.sync = sync
         self._journal: IO[str] | None = None
         check_free(out)
+        if self.folder.is_symlink():
+            raise WriteError(f"{self.folder}: is a link, which is never written through; remove it")
         if self.folder.exists() and not resume:
             raise WriteError(f"{self.folder}: a run that did not finish left this; go on with --resume, or remove it")
         try:
@@ -74,7 +78,7 @@ class Staging:
             )
         for line in complete[1:]:
             entry = json.loads(line)
-            if (self.folder / entry["file"]).is_file():
+            if fault_of(entry["file"]) is None and (self.folder / entry["file"]).is_file():
                 self.done[entry["file"]] = entry["record"]
 
     def _append(self, value: Any) -> None:
@@ -84,9 +88,21 @@ class Staging:
         if self.sync:
             os.fsync(self._journal.fileno())
 
-    def temporary(self, name: str) -> Path:
-        """Give the path under which a file is written until it is whole."""
-        return self.folder / (name + ".writing")
+    def open(self, name: str, flags: int) -> int:
+        """Open a file under the name that it has until it is whole; folders on the way are made.
+
+        Args:
+            name: the file's name in the folder, as `finish` takes it.
+            flags: how to open it, as os.open takes it.
+
+        Returns:
+            The file descriptor; the caller closes it.
+
+        Raises:
+            WriteError: the name leads out of the folder, or a link is in the way.
+            OSError: the system refuses.
+        """
+        return open_beneath(self.folder, name, flags, suffix=WRITING)
 
     def finish(self, name: str, record: Any) -> None:
         """Make a written file count: it goes to the disk, gets its name, and the journal records it.
@@ -95,7 +111,7 @@ class Staging:
             name: the file's name in the folder.
             record: what a resumed run needs to know of it, as JSON.
         """
-        path = self.temporary(name)
+        path = self.folder / (name + WRITING)
         if self.sync:
             sync_path(path)
         os.replace(path, self.folder / name)
@@ -109,8 +125,7 @@ class Staging:
             name: the file's name in the folder.
             data: its bytes.
         """
-        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.folder / name, data, sync=self.sync)
+        write_beneath(self.folder, name, data, sync=self.sync)
 
     def commit(self) -> None:
         """Give the folder its name; from here on readers accept it.
@@ -164,15 +179,26 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Write a small file whole or not at all: beside it, to the disk if `sync`, then renamed."""
-    beside = path.with_name(path.name + ".writing")
-    with open(beside, "wb") as file:
+def write_beneath(root: Path, name: str, data: bytes, *, sync: bool = True) -> None:
+    """Write a small file of a folder whole or not at all: beside it, to the disk if `sync`, then renamed.
+
+    Args:
+        root: the folder.
+        name: the file's name relative to it; folders on the way are made.
+        data: its bytes.
+        sync: whether to wait until the bytes are on the disk.
+
+    Raises:
+        WriteError: the name leads out of the folder, or a link is in the way.
+        OSError: the system refuses.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with open(open_beneath(root, name, flags, suffix=WRITING), "wb") as file:
         file.write(data)
         file.flush()
         if sync:
             os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(root / (name + WRITING), root / name)
 
 
 def sync_path(path: Path) -> None:

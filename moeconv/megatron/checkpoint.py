@@ -13,7 +13,8 @@ import numpy as np
 from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import IntegrityError, SourceError
-from moeconv.io.hf_folder import CONFIG, read_inside
+from moeconv.io.hf_folder import CONFIG
+from moeconv.io.paths import read_inside
 from moeconv.io.torch_archive import check_archive
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect

@@ -11,7 +11,8 @@ from typing import Any
 from moeconv.dtypes import dtype
 from moeconv.errors import MappingError, SourceError
 from moeconv.families.base import Model
-from moeconv.io.hf_folder import check_inside, parse_json
+from moeconv.io.hf_folder import parse_json
+from moeconv.io.paths import check_inside
 from moeconv.io.torch_archive import read_archive, with_numbers
 from moeconv.io.unpickle import TORCH_DTYPES, Opaque, Symbol, TensorRef, load_pickle
 from moeconv.layout.degrees import Degrees

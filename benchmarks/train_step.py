@@ -16,10 +16,13 @@ import numpy as np
 import torch
 
 from moeconv.layout.rect import Rect
-from runtime.config import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
 from runtime.data.batch import Batch
 from runtime.engine import Engine
+from runtime.model.config import ModelConfig
+from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
+from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}

@@ -12,9 +12,12 @@ import torch
 from moeconv.checkpoint import open_checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.logits import fixed_tokens, relative_difference, transformers_logits
-from runtime.config import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
 from runtime.engine import Engine
+from runtime.model.config import ModelConfig
+from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
+from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 
 

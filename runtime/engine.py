@@ -15,23 +15,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moeconv.layout.degrees import Degrees, chunk_layers
-from runtime import state as states
-from runtime.config import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig, require
+from runtime.checkpoint import rectangles as states
 from runtime.data.batch import IGNORED_LABEL, Batch
-from runtime.diagnosis import NonFiniteError, diagnose
+from runtime.errors import require
+from runtime.model.config import ModelConfig
 from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
+from runtime.model.diagnosis import NonFiniteError, diagnose
 from runtime.model.embedding import cross_entropy, take_positions, vocabulary_range
+from runtime.model.recompute import RecomputeConfig
+from runtime.model.routing_report import RouterMetrics
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import moe_layers, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
 from runtime.optim.adamw import AdamW, squared_norm
+from runtime.optim.config import OptimConfig
 from runtime.optim.loss_scale import LossScale
 from runtime.parallel.buckets import BucketStore
+from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.runner import Runner, WholeModel
 from runtime.parallel.shards import Store
-from runtime.router_metrics import RouterMetrics
 
 __all__ = ["Engine", "NonFiniteError", "StepResult"]
 

@@ -15,18 +15,18 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import MoeconvError
 from runtime.checkpoint import folder as folders
-from runtime.checkpoint.state import TRAINER_FILE, TrainerState
+from runtime.checkpoint.position import TRAINER_FILE, TrainerState
 from runtime.data.loader import DataSource
-from runtime.distributed import Process, connect, one_first, start
 from runtime.engine import Engine
-from runtime.flags import parse_flags, without_effect
-from runtime.health import Progress, StopRequest, Watchdog
-from runtime.metrics import MetricLog
+from runtime.job.processes import Process, connect, one_first, start
+from runtime.job.watchdog import Progress, StopRequest, Watchdog
+from runtime.log.metrics import MetricLog
 from runtime.model.context import TORCH_DTYPES
 from runtime.moe.grouped_gemm import describe_backend
-from runtime.options import RunConfig, make_run
 from runtime.parallel.mesh import ParallelMesh
-from runtime.startup import check_run, data_parallel_size
+from runtime.settings.check import check_run, data_parallel_size
+from runtime.settings.flags import parse_flags, without_effect
+from runtime.settings.run import RunConfig, make_run
 from runtime.trainer import Trainer, check_splits
 
 USER_ERROR = 2

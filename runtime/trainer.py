@@ -12,17 +12,17 @@ import torch.distributed as dist
 
 from moeconv.checkpoint import Checkpoint
 from runtime.checkpoint import folder as folders
+from runtime.checkpoint.position import TrainerState, seed_step
 from runtime.checkpoint.rank_files import collect_files, commit_checkpoint
-from runtime.checkpoint.state import TrainerState, seed_step
 from runtime.checkpoint.writer import Outcome, Saver, check
-from runtime.config import require
 from runtime.data.loader import DataSource, Loader
-from runtime.distributed import any_rank
 from runtime.engine import Engine, StepResult
-from runtime.health import Progress
-from runtime.metrics import EvalRecord, MetricLog, StepRecord
-from runtime.options import RunConfig
+from runtime.errors import require
+from runtime.job.processes import any_rank
+from runtime.job.watchdog import Progress
+from runtime.log.metrics import EvalRecord, MetricLog, StepRecord
 from runtime.parallel.mesh import ParallelMesh
+from runtime.settings.run import RunConfig
 
 
 class Trainer:

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.multi_gpu.sizes import Sizes
-from runtime.config import OptimConfig, ParallelConfig, RecomputeConfig
-from runtime.distributed import any_rank
 from runtime.engine import Engine
+from runtime.job.processes import any_rank
+from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
+from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 
 T = TypeVar("T")

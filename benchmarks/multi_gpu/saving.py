@@ -22,13 +22,13 @@ from moeconv.errors import WriteError
 from moeconv.families import family_of
 from moeconv.families.base import Model
 from moeconv.io.safetensors import encode_header
+from runtime.checkpoint.position import TRAINER_FILE, TrainerState
 from runtime.checkpoint.rank_files import DTYPES, collect_files, commit_checkpoint
-from runtime.checkpoint.state import TRAINER_FILE, TrainerState
+from runtime.checkpoint.rectangles import StateTensor
 from runtime.checkpoint.writer import Saver, check
-from runtime.config import ParallelConfig
 from runtime.engine import Engine
+from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
-from runtime.state import StateTensor
 from tests.runtime.parallel.parity import own_share
 
 STEPS_BEFORE = 2

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from runtime.config import DtypeName, ModelConfig, ParallelConfig
 from runtime.data.batch import Batch
+from runtime.model.config import DtypeName, ModelConfig
+from runtime.parallel.degrees import ParallelConfig
 
 MIXTRAL_LAYERS = 32
 

@@ -13,9 +13,9 @@ from benchmarks.multi_gpu.job import Job, Task, draw_weights
 from benchmarks.multi_gpu.sizes import common_layers, global_batch, layers_that_fit, num_parameters
 from benchmarks.multi_gpu.traffic import all_to_all_floor, profile
 from benchmarks.train_step import PEAK_TFLOPS, flops_per_token, memory_by_kind
-from runtime.config import ParallelConfig
 from runtime.data.batch import Batch
 from runtime.engine import Engine, StepResult
+from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from tests.runtime.parallel.parity import own_share
 

@@ -23,7 +23,7 @@ from benchmarks.multi_gpu.saving import resume, save
 from benchmarks.multi_gpu.sizes import FULL, QUICK
 from benchmarks.multi_gpu.traffic import traffic
 from benchmarks.multi_gpu.training import training
-from runtime.distributed import Process, connect, start
+from runtime.job.processes import Process, connect, start
 
 TASKS: dict[str, Callable[[Task, Job], Any]] = {
     "parity": parity, "training": training, "scaling": training, "traffic": traffic, "save": save, "resume": resume,

@@ -15,9 +15,9 @@ from moeconv.io.shards import ShardEntry
 from moeconv.layout.degrees import Degrees
 from moeconv.placement import split_optimizer_name
 from moeconv.sweep import Bytes
-from runtime.checkpoint.state import TRAINER_FILE, TrainerState
-from runtime.config import ParallelConfig
+from runtime.checkpoint.position import TRAINER_FILE, TrainerState
 from runtime.engine import Engine
+from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import xxhash
 
-from runtime.config import require
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.data.packing import SPLITS, PackedSamples, TokenStream, split_bounds
 from runtime.data.text import default_cache, open_sources
+from runtime.errors import require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

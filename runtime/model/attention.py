@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moeconv.layout.shard import split_even, split_units
 from runtime.model.context import ModelContext, columns, rows
-from runtime.parallel.context import causal_attention, local_positions
+from runtime.parallel.context_attention import causal_attention, local_positions
 from runtime.parallel.topology import Topology, tag
 
 

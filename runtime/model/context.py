@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.layout.rect import Rect
-from runtime.config import ModelConfig, ParallelConfig, RecomputeConfig
+from runtime.model.config import ModelConfig
+from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter
+from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.topology import Piece, Topology, tag
 

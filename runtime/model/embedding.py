@@ -16,7 +16,7 @@ from moeconv.layout.shard import split_ceil
 from runtime.data.batch import IGNORED_LABEL
 from runtime.model.context import ModelContext, rows
 from runtime.parallel.collectives import Group, group_size
-from runtime.parallel.context import local_positions
+from runtime.parallel.context_attention import local_positions
 from runtime.parallel.shards import wide_dtype
 from runtime.parallel.topology import Topology, tag
 

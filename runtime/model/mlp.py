@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeconv.layout.shard import split_even
-from runtime.config import require
+from runtime.errors import require
 from runtime.model.context import ModelContext, columns, rows, tag_replicated
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import MoEGroups, MoELayer

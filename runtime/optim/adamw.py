@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from runtime.config import OptimConfig
+from runtime.optim.config import OptimConfig
 from runtime.parallel.shards import Shard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.config import OptimConfig
+from runtime.optim.config import OptimConfig
 
 
 @dataclass(slots=True)

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from runtime.config import ParallelConfig, require
+from runtime.errors import require
 from runtime.parallel.collectives import Group
+from runtime.parallel.degrees import ParallelConfig
 
 DENSE_AXES = ("pp", "dp", "cp", "tp")
 EXPERT_AXES = ("pp", "edp", "ep", "etp")

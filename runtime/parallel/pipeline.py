@@ -16,7 +16,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
-from runtime.config import PipelineSchedule
+from runtime.parallel.degrees import PipelineSchedule
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.runner import LossFunction
 

@@ -17,7 +17,7 @@ from benchmarks.multi_gpu.plan import make_plan
 from benchmarks.multi_gpu.saving import digest
 from benchmarks.multi_gpu.sizes import FULL, QUICK, bytes_needed, layers_that_fit, layouts, num_parameters, state_bytes
 from benchmarks.multi_gpu.traffic import read_kernels, summarize
-from runtime.config import ParallelConfig
+from runtime.parallel.degrees import ParallelConfig
 
 
 def test_quick_run_of_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from moeconv.layout.degrees import Degrees
 from moeconv.megatron.checkpoint import as_checkpoint
 from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
 from moeconv.verify import compare
-from runtime.checkpoint.state import TrainerState
+from runtime.checkpoint.position import TrainerState
 from tests.megatron.conftest import make_model, tensors_of
 from tests.megatron.mcore_ranks import Case
 from tests.megatron.mcore_training import BATCH, DECAY, LR, SEED, STEPS, Run, run_all

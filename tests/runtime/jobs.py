@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from runtime.distributed import Process
+from runtime.job.processes import Process
 from runtime.train import prepare, run_job
 from tests.runtime.ranks import RankPool
 

@@ -10,7 +10,7 @@ import pytest
 from moeconv.errors import SourceError, WriteError
 from moeconv.io.manifest import MANIFEST
 from runtime.checkpoint import folder
-from runtime.checkpoint.state import TrainerState
+from runtime.checkpoint.position import TrainerState
 
 
 def save(root: Path, iteration: int, content: str = "") -> Path:

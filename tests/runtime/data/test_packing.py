@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.config import ConfigError
 from runtime.data.batch import IGNORED_LABEL
 from runtime.data.indexed import DataError, TokenFile, write_tokens
 from runtime.data.loader import DataConfig, DataSource, Loader
 from runtime.data.packing import PackedSamples, TokenStream, permutation, split_bounds
+from runtime.errors import ConfigError
 
 # Tokens are their own position in the stream, so that a sample shows where it comes from.
 LENGTHS = [5, 1, 30, 7, 57]

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.config import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
 from runtime.data.batch import Batch
 from runtime.engine import Engine
+from runtime.model.config import ModelConfig
+from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
+from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from tests.runtime.parallel.parity import initial_reader
 

@@ -14,15 +14,18 @@ import torch
 from torch import nn
 
 from moeconv.layout.rect import Rect, check_cover
-from runtime.config import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
+from runtime.checkpoint.rectangles import StateTensor
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.engine import Engine
 from runtime.model import decoder
+from runtime.model.config import ModelConfig
 from runtime.model.context import ModelContext
 from runtime.model.mlp import DenseMLP, SparseMLP
+from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
+from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
-from runtime.state import StateTensor
 
 Array = npt.NDArray[Any]
 EMPTY_EXPERT = 5

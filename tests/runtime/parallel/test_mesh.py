@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeconv.layout.rect import Rect, check_cover
-from runtime.config import ConfigError, ParallelConfig
+from runtime.errors import ConfigError
+from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.topology import Piece, Topology, blocks
 

@@ -9,10 +9,11 @@ import pytest
 from transformers import LlamaConfig, MixtralConfig
 
 from moeconv.errors import MoeconvError
-from runtime.config import ConfigError, ModelConfig
-from runtime.flags import parse_flags, without_effect
-from runtime.options import RunConfig, make_run
-from runtime.startup import check_run, data_parallel_size
+from runtime.errors import ConfigError
+from runtime.model.config import ModelConfig
+from runtime.settings.check import check_run, data_parallel_size
+from runtime.settings.flags import parse_flags, without_effect
+from runtime.settings.run import RunConfig, make_run
 
 MIXTRAL_8X7B = MixtralConfig(max_position_embeddings=32768, dtype="bfloat16").to_dict()
 CKPT = Path("ckpt")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from runtime.health import FAILURE_STATUS, StopRequest, Watchdog
+from runtime.job.watchdog import FAILURE_STATUS, StopRequest, Watchdog
 
 
 class Rank:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from runtime.config import ConfigError
-from runtime.metrics import EvalRecord, MetricLog, StepRecord
-from runtime.options import LogConfig
+from runtime.errors import ConfigError
+from runtime.log.config import LogConfig
+from runtime.log.metrics import EvalRecord, MetricLog, StepRecord
 
 
 def record(iteration: int, **change: Any) -> StepRecord:

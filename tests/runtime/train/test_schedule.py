@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.config import ConfigError
-from runtime.schedule import DECAY_STYLES, WSD_STYLES, Schedule
+from runtime.errors import ConfigError
+from runtime.optim.schedule import DECAY_STYLES, WSD_STYLES, Schedule
 
 CASES = [(style, "exponential") for style in DECAY_STYLES] + [("WSD", wsd) for wsd in WSD_STYLES]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from runtime.config import ConfigError
-from runtime.options import LogConfig
+from runtime.errors import ConfigError
+from runtime.log.config import LogConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,49 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.config import (
-    ConfigError,
-    DtypeName,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    PipelineSchedule,
-    RecomputeConfig,
-    RecomputeGranularity,
-    TrainConfig,
-    require,
-)
+from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.loader import DataConfig
+from runtime.errors import ConfigError, require
+from runtime.log.config import LogConfig
+from runtime.model.config import DtypeName, ModelConfig
+from runtime.model.recompute import RecomputeConfig, RecomputeGranularity
 from runtime.moe.config import MoEConfig
-from runtime.schedule import Schedule
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointConfig:
-    """Where checkpoints come from and go to."""
-
-    load: Path
-    save: Path | None = None
-    keep_last: int = 0
-    """Checkpoints that are kept; 0 keeps all."""
-    finetune: bool = False
-    """Take only the weights from `load`."""
-    load_optim: bool = True
-    load_rng: bool = True
-    save_optim: bool = True
-
-    def __post_init__(self) -> None:
-        require(self.keep_last >= 0, f"--keep-last is {self.keep_last}; expected at least 0 (0 keeps all)")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogConfig:
-    """Where a run's numbers go, besides standard output."""
-
-    file: Path | None = None
-    tensorboard_dir: Path | None = None
-    wandb_project: str | None = None
-    wandb_name: str = ""
+from runtime.optim.config import OptimConfig
+from runtime.optim.schedule import Schedule
+from runtime.parallel.degrees import ParallelConfig, PipelineSchedule
+from runtime.settings.steps import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +92,7 @@ def make_run(flags: argparse.Namespace, hf_config: Mapping[str, Any], where: Pat
         where: the checkpoint.
 
     Returns:
-        The settings, each valid in itself; `runtime.startup` checks them against each other and the world size.
+        The settings, each valid in itself; `runtime.settings.check` checks them against each other and the world size.
 
     Raises:
         ConfigError: a flag and the checkpoint disagree, or a value is out of range.

@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.config import ConfigError
+from runtime.errors import ConfigError
 from runtime.moe import config as moe
-from runtime.schedule import DECAY_STYLES, WSD_STYLES
+from runtime.optim.schedule import DECAY_STYLES, WSD_STYLES
 
 # Flags that chose between code paths of Megatron's that don't exist here, and why they change nothing.
 NO_EFFECT = {

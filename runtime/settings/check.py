@@ -7,9 +7,12 @@ import torch
 from moeconv.errors import LayoutError
 from moeconv.layout.degrees import Degrees, chunk_layers
 from moeconv.layout.shard import divisors
-from runtime.config import ModelConfig, ParallelConfig, TrainConfig, require
+from runtime.errors import require
+from runtime.model.config import ModelConfig
 from runtime.moe.config import MoEConfig
-from runtime.options import RunConfig
+from runtime.parallel.degrees import ParallelConfig
+from runtime.settings.run import RunConfig
+from runtime.settings.steps import TrainConfig
 
 TP = "--tensor-model-parallel-size"
 PP = "--pipeline-model-parallel-size"

@@ -7,15 +7,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from types import MappingProxyType
 from typing import Any, Literal
 
 from moeconv.errors import MappingError
+from moeconv.families.compute import Compute, ComputeRule, resolve
 
 Axis = Literal["tp", "etp"]
 Where = Literal["first", "layers", "last"]
 Layers = Literal["all", "moe", "dense"]
 LAYER, EXPERT = "{layer}", "{expert}"
+MAX_LAYERS, MAX_EXPERTS = 4096, 16384
+# What a tensor can do. A part has `gate`, `up`, `down` where it is a gated feed-forward network.
+ROLES = frozenset(
+    (
+        *("embedding", "final_norm", "head", "attention_norm", "mlp_norm", "router", "router.bias", "shared.router"),
+        *(f"attention.{name}" for name in ("q", "k", "v", "o", "q_norm", "k_norm")),
+        *(f"attention.{name}.bias" for name in ("q", "k", "v", "o")),
+        *(f"{part}.{name}" for part in ("mlp", "expert", "shared") for name in ("gate", "up", "down")),
+        *(f"mlp.{name}.bias" for name in ("gate", "up", "down")),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +41,14 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
-    """The tensors of one kind: a name with `{layer}` and `{expert}`, the sizes of its dimensions (`heads*head_dim`), its split.
+    """The tensors of one kind: what they do, a name with `{layer}` and `{expert}`, the sizes of their dimensions (`heads*head_dim`), their split.
 
+    The `role` is what every room asks by: `attention.k`, `attention.k_norm`, `router.bias`, `expert.gate`, ... (ROLES lists them).
     `absent_if` names a flag of the config (`tied`) under which the tensor need not be stored; `only_if` one without which it does not exist.
     `layers` says whether every layer has it, or only those whose feed-forward part is a mixture of experts, or dense. A `buffer` is no parameter.
     """
 
+    role: str
     name: str
     shape: tuple[str, ...]
     split: Split | None = None
@@ -79,8 +92,7 @@ class Family:
 
     `sizes` says which config key gives each size; a tuple gives alternatives, and a size that no key gives is a default product of others.
     `flags` says which config key gives each flag, with the value where the config is silent. `may_be_zero` names the sizes that need not be
-    at least 1. `dense_layers` says how a config names layers without experts. `roles` names the tensors of a feed-forward part by what they do:
-    `gate`, `up` and `down` of the dense one (`mlp.`), of an expert (`expert.`), of what every token passes (`shared.`), and the `router`.
+    at least 1. `dense_layers` says how a config names layers without experts. `compute` says what is computed with the tensors.
     """
 
     name: str
@@ -88,13 +100,17 @@ class Family:
     architecture: str
     sizes: Mapping[str, str | tuple[str, ...]]
     rules: tuple[TensorRule, ...]
+    compute: ComputeRule
     defaults: Mapping[str, str] = field(default_factory=dict)
     flags: Mapping[str, str | tuple[str, bool]] = field(default_factory=dict)
     may_be_zero: tuple[str, ...] = ()
     dense_layers: Literal["none", "listed", "first"] = "none"
-    roles: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     aliases: tuple[Alias, ...] = ()
     source: str = ""
+
+    def template(self, role: str) -> str | None:
+        """Give the name, with `{layer}` and `{expert}`, of the tensors with a role; None where the family has none."""
+        return next((rule.name for rule in self.rules if rule.role == role), None)
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,7 @@ class Model:
     sizes: dict[str, int]
     flags: dict[str, bool]
     moe_layers: frozenset[int]
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_config(cls, family: Family, config: Mapping[str, Any]) -> Model:
@@ -138,7 +155,54 @@ class Model:
                 sizes[name] = _default(name, formula, sizes)
         named = {flag: (key, False) if isinstance(key, str) else key for flag, key in family.flags.items()}
         flags = {flag: bool(config.get(key, silent)) for flag, (key, silent) in named.items()}
-        return cls(family, sizes, flags, _moe_layers(family, config, sizes))
+        _check_limits(sizes)
+        return cls(family, sizes, flags, _moe_layers(family, config, sizes), config)
+
+    @cached_property
+    def compute(self) -> Compute:
+        """What the model computes.
+
+        Raises:
+            MappingError: the config states something that transformers doesn't compute.
+        """
+        return resolve(self.family.compute, self.config, self.sizes, bias=self.has("router.bias"))
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding."""
+        return self.flags.get("tied", False)
+
+    def has(self, role: str) -> bool:
+        """Say whether the model has tensors with a role."""
+        return role in self._by_role
+
+    def rule(self, role: str) -> TensorRule:
+        """Give the rule of a role that the model has."""
+        return self._by_role[role]
+
+    def find(self, role: str, layer: int | None = None, expert: int | None = None) -> GlobalTensor | None:
+        """Find a tensor by what it does.
+
+        Args:
+            role: as `TensorRule.role`.
+            layer: its layer; None for those outside the layers.
+            expert: its expert; None for those of no expert.
+
+        Returns:
+            The tensor; None where the model, or this layer, has none.
+        """
+        rule = self._by_role.get(role)
+        return self.tensors.get(fill(rule.name, layer, expert)) if rule is not None else None
+
+    def tensor(self, role: str, layer: int | None = None, expert: int | None = None) -> GlobalTensor:
+        """Give a tensor that the model has; see `find`."""
+        found = self.find(role, layer, expert)
+        assert found is not None, f"{self.family.name} has no {role} in layer {layer}"
+        return found
+
+    @cached_property
+    def _by_role(self) -> dict[str, TensorRule]:
+        return {rule.role: rule for rule in self.rules}
 
     @cached_property
     def tensors(self) -> dict[str, GlobalTensor]:
@@ -213,16 +277,34 @@ def match(template: str, name: str) -> tuple[int | None, int | None] | None:
     return tuple(int(numbers[key]) if key in numbers else None for key in ("layer", "expert"))  # type: ignore[return-value]
 
 
+def _check_limits(sizes: Mapping[str, int]) -> None:
+    """Refuse sizes that no model has, before anything of that size is made."""
+    for name, most in (("layers", MAX_LAYERS), ("experts", MAX_EXPERTS)):
+        if sizes.get(name, 0) > most:
+            raise MappingError(f"config.json says {sizes[name]} {name}; models have at most {most}")
+    if any(size >= 2**40 for size in sizes.values()):
+        raise MappingError(
+            f"config.json says {max(sizes, key=lambda n: sizes[n])} {max(sizes.values())}; no model is so large"
+        )
+
+
 def _moe_layers(family: Family, config: Mapping[str, Any], sizes: Mapping[str, int]) -> frozenset[int]:
     """Find the layers with experts, as transformers does: `mlp_only_layers` and `decoder_sparse_step`, or `first_k_dense_replace`."""
     layers = range(sizes["layers"] if "experts" in sizes else 0)
     if family.dense_layers == "listed":
         listed, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+        if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
+            raise MappingError(f"config.json: mlp_only_layers is {str(listed)[:80]}; expected a list of layers")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+            raise MappingError(f"config.json: decoder_sparse_step is {step!r}; expected a whole number of at least 1")
         return frozenset(layer for layer in layers if layer not in listed and (layer + 1) % step == 0)
     if family.dense_layers == "first":
-        if "first_k_dense_replace" not in config:
-            raise MappingError(f"config.json has no first_k_dense_replace, which {family.name} needs")
-        return frozenset(layers[config["first_k_dense_replace"] :])
+        first = config.get("first_k_dense_replace")
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise MappingError(
+                f"config.json: first_k_dense_replace is {first!r}; {family.name} needs the number of dense layers"
+            )
+        return frozenset(layers[first:])
     return frozenset(layers)
 
 

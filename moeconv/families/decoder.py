@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moeconv.families.base import EXPERT, Alias, Axis, Layers, Split, TensorRule
+from moeconv.families.base import Alias, Axis, Layers, Split, TensorRule
+from moeconv.families.compute import Key, RouterRule
 
 ATTENTION = "model.layers.{layer}.self_attn."
 MLP = "model.layers.{layer}.mlp."
@@ -17,24 +18,24 @@ SIZES: dict[str, str | tuple[str, ...]] = {
 }
 
 ENDS = (
-    TensorRule("model.embed_tokens.weight", ("vocab", "hidden"), Split("tp", 0, rounded=True), "first"),
-    TensorRule("model.norm.weight", ("hidden",), where="last"),
-    TensorRule("lm_head.weight", ("vocab", "hidden"), Split("tp", 0, rounded=True), "last", absent_if="tied"),
+    TensorRule("embedding", "model.embed_tokens.weight", ("vocab", "hidden"), Split("tp", 0, rounded=True), "first"),
+    TensorRule("final_norm", "model.norm.weight", ("hidden",), where="last"),
+    TensorRule("head", "lm_head.weight", ("vocab", "hidden"), Split("tp", 0, rounded=True), "last", absent_if="tied"),
 )
 NORMS = (
-    TensorRule("model.layers.{layer}.input_layernorm.weight", ("hidden",)),
-    TensorRule("model.layers.{layer}.post_attention_layernorm.weight", ("hidden",)),
+    TensorRule("attention_norm", "model.layers.{layer}.input_layernorm.weight", ("hidden",)),
+    TensorRule("mlp_norm", "model.layers.{layer}.post_attention_layernorm.weight", ("hidden",)),
 )
 MLP_BIASES = (
-    TensorRule(MLP + "gate_proj.bias", ("ffn",), Split("tp", 0), only_if="mlp_bias"),
-    TensorRule(MLP + "up_proj.bias", ("ffn",), Split("tp", 0), only_if="mlp_bias"),
-    TensorRule(MLP + "down_proj.bias", ("hidden",), only_if="mlp_bias"),
+    TensorRule("mlp.gate.bias", MLP + "gate_proj.bias", ("ffn",), Split("tp", 0), only_if="mlp_bias"),
+    TensorRule("mlp.up.bias", MLP + "up_proj.bias", ("ffn",), Split("tp", 0), only_if="mlp_bias"),
+    TensorRule("mlp.down.bias", MLP + "down_proj.bias", ("hidden",), only_if="mlp_bias"),
 )
 PROJECTIONS = (
-    TensorRule(ATTENTION + "q_proj.weight", ("heads*head_dim", "hidden"), Split("tp", 0, "heads")),
-    TensorRule(ATTENTION + "k_proj.weight", ("kv_heads*head_dim", "hidden"), Split("tp", 0, "kv_heads")),
-    TensorRule(ATTENTION + "v_proj.weight", ("kv_heads*head_dim", "hidden"), Split("tp", 0, "kv_heads")),
-    TensorRule(ATTENTION + "o_proj.weight", ("hidden", "heads*head_dim"), Split("tp", 1, "heads")),
+    TensorRule("attention.q", ATTENTION + "q_proj.weight", ("heads*head_dim", "hidden"), Split("tp", 0, "heads")),
+    TensorRule("attention.k", ATTENTION + "k_proj.weight", ("kv_heads*head_dim", "hidden"), Split("tp", 0, "kv_heads")),
+    TensorRule("attention.v", ATTENTION + "v_proj.weight", ("kv_heads*head_dim", "hidden"), Split("tp", 0, "kv_heads")),
+    TensorRule("attention.o", ATTENTION + "o_proj.weight", ("hidden", "heads*head_dim"), Split("tp", 1, "heads")),
 )
 
 
@@ -49,44 +50,84 @@ def biases(flag: str | None, *, output: bool = False) -> tuple[TensorRule, ...]:
         Their rules.
     """
     rules = (
-        TensorRule(ATTENTION + "q_proj.bias", ("heads*head_dim",), Split("tp", 0, "heads"), only_if=flag),
-        TensorRule(ATTENTION + "k_proj.bias", ("kv_heads*head_dim",), Split("tp", 0, "kv_heads"), only_if=flag),
-        TensorRule(ATTENTION + "v_proj.bias", ("kv_heads*head_dim",), Split("tp", 0, "kv_heads"), only_if=flag),
+        TensorRule(
+            "attention.q.bias", ATTENTION + "q_proj.bias", ("heads*head_dim",), Split("tp", 0, "heads"), only_if=flag
+        ),
+        TensorRule(
+            "attention.k.bias",
+            ATTENTION + "k_proj.bias",
+            ("kv_heads*head_dim",),
+            Split("tp", 0, "kv_heads"),
+            only_if=flag,
+        ),
+        TensorRule(
+            "attention.v.bias",
+            ATTENTION + "v_proj.bias",
+            ("kv_heads*head_dim",),
+            Split("tp", 0, "kv_heads"),
+            only_if=flag,
+        ),
     )
-    return (*rules, TensorRule(ATTENTION + "o_proj.bias", ("hidden",), only_if=flag)) if output else rules
+    return (
+        (*rules, TensorRule("attention.o.bias", ATTENTION + "o_proj.bias", ("hidden",), only_if=flag))
+        if output
+        else rules
+    )
 
 
 def head_norms(flag: str | None = None) -> tuple[TensorRule, ...]:
     """Give the norms of each query and key head; `flag` as for `biases`."""
-    return tuple(TensorRule(ATTENTION + f"{name}_norm.weight", ("head_dim",), only_if=flag) for name in "qk")
+    return tuple(
+        TensorRule(f"attention.{name}_norm", ATTENTION + f"{name}_norm.weight", ("head_dim",), only_if=flag)
+        for name in "qk"
+    )
 
 
-def feed_forward(prefix: str, size: str, *, layers: Layers = "all") -> tuple[TensorRule, ...]:
+def feed_forward(
+    part: str,
+    prefix: str,
+    size: str,
+    *,
+    layers: Layers = "all",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> tuple[TensorRule, ...]:
     """Give the three matrices of a gated feed-forward part.
 
     Args:
-        prefix: what their names begin with; `{expert}` in it makes them an expert's.
+        part: what it is: `mlp`, `expert` or `shared`, the first half of its roles.
+        prefix: what their names begin with.
         size: the name of the part's width.
         layers: which layers have it, as `TensorRule.layers`.
+        names: what the gate, up and down projections are called.
 
     Returns:
         Their rules.
     """
-    axis: Axis = "etp" if EXPERT in prefix else "tp"
+    axis: Axis = "etp" if part == "expert" else "tp"
+    shapes = ((size, "hidden"), (size, "hidden"), ("hidden", size))
+    return tuple(
+        TensorRule(f"{part}.{role}", f"{prefix}{name}.weight", shape, Split(axis, dim), layers=layers)
+        for role, name, shape, dim in zip(("gate", "up", "down"), names, shapes, (0, 0, 1), strict=True)
+    )
 
-    def rule(name: str, shape: tuple[str, str], dim: int) -> TensorRule:
-        return TensorRule(f"{prefix}{name}_proj.weight", shape, Split(axis, dim), layers=layers)
 
-    return (rule("gate", (size, "hidden"), 0), rule("up", (size, "hidden"), 0), rule("down", ("hidden", size), 1))
+def router(name: str, *, bias: str | None = None, layers: Layers = "all") -> tuple[TensorRule, ...]:
+    """Give the router's matrix, and the stored bias of its choice where it has one; `layers` as `TensorRule.layers`."""
+    matrix = TensorRule("router", name, ("experts", "hidden"), layers=layers)
+    if bias is None:
+        return (matrix,)
+    return (matrix, TensorRule("router.bias", bias, ("experts",), layers=layers, buffer=True))
 
 
-def roles(**prefixes: str) -> dict[str, str]:
-    """Name the three matrices of feed-forward parts by what they do: `mlp="a.b."` gives `mlp.gate` -> `a.b.gate_proj.weight` and so on."""
-    return {
-        f"{part}.{name}": f"{prefix}{name}_proj.weight"
-        for part, prefix in prefixes.items()
-        for name in ("gate", "up", "down")
-    }
+def group_limited(*, normalise: bool) -> RouterRule:
+    """Give the router of DeepSeek-V3 and its kin: sigmoids, chosen by groups, scaled; `normalise` is what a silent config means."""
+    return RouterRule(
+        score="sigmoid",
+        normalise=Key("norm_topk_prob", normalise),
+        scale=Key("routed_scaling_factor", 1.0),
+        groups=Key("n_group", 1),
+        group_top_k=Key("topk_group", 1),
+    )
 
 
 # The form that transformers 5 keeps in memory and writes with save_original_format=False.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moeconv.families.base import Family, TensorRule
+from moeconv.families.base import Family
+from moeconv.families.compute import ComputeRule, Key, WindowRule
 from moeconv.families.decoder import (
     ENDS,
     FUSED_EXPERTS,
@@ -12,9 +13,11 @@ from moeconv.families.decoder import (
     SIZES,
     biases,
     feed_forward,
+    group_limited,
     head_norms,
-    roles,
+    router,
 )
+from moeconv.families.rope import RopeRule
 
 DOTS1 = Family(
     name="dots.llm1",
@@ -38,17 +41,18 @@ DOTS1 = Family(
         *PROJECTIONS,
         *biases("attention_bias", output=True),
         *head_norms(),
-        *feed_forward(MLP, "dense_ffn", layers="dense"),
-        TensorRule(MLP + "gate.weight", ("experts", "hidden"), layers="moe"),
-        TensorRule(MLP + "gate.e_score_correction_bias", ("experts",), layers="moe", buffer=True),
-        *feed_forward(MLP + "experts.{expert}.", "ffn", layers="moe"),
-        *feed_forward(MLP + "shared_experts.", "shared*ffn", layers="moe"),
+        *feed_forward("mlp", MLP, "dense_ffn", layers="dense"),
+        *router(MLP + "gate.weight", bias=MLP + "gate.e_score_correction_bias", layers="moe"),
+        *feed_forward("expert", MLP + "experts.{expert}.", "ffn", layers="moe"),
+        *feed_forward("shared", MLP + "shared_experts.", "shared*ffn", layers="moe"),
     ),
-    roles={
-        **roles(mlp=MLP, expert=MLP + "experts.{expert}.", shared=MLP + "shared_experts."),
-        "router": MLP + "gate.weight",
-        "router.bias": MLP + "gate.e_score_correction_bias",
-    },
     aliases=FUSED_EXPERTS,
+    compute=ComputeRule(
+        norm_eps=Key("rms_norm_eps", 1e-6),
+        max_positions=Key("max_position_embeddings", 2048),
+        rope=RopeRule(),
+        window=WindowRule(pattern="from", size=Key("sliding_window", 4096), bound=Key("max_window_layers", 62)),
+        router=group_limited(normalise=False),
+    ),
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/dots1/modeling_dots1.py",
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moeconv.families.base import Family, TensorRule
+from moeconv.families.base import Family
+from moeconv.families.compute import ComputeRule, Key
 from moeconv.families.decoder import (
     ENDS,
     FUSED_EXPERTS,
@@ -12,9 +13,11 @@ from moeconv.families.decoder import (
     SIZES,
     biases,
     feed_forward,
+    group_limited,
     head_norms,
-    roles,
+    router,
 )
+from moeconv.families.rope import RopeRule
 
 GLM4_MOE = Family(
     name="GLM-4-MoE",
@@ -38,17 +41,17 @@ GLM4_MOE = Family(
         *PROJECTIONS,
         *biases("attention_bias"),
         *head_norms("qk_norm"),
-        *feed_forward(MLP, "dense_ffn", layers="dense"),
-        TensorRule(MLP + "gate.weight", ("experts", "hidden"), layers="moe"),
-        TensorRule(MLP + "gate.e_score_correction_bias", ("experts",), layers="moe", buffer=True),
-        *feed_forward(MLP + "experts.{expert}.", "ffn", layers="moe"),
-        *feed_forward(MLP + "shared_experts.", "shared*ffn", layers="moe"),
+        *feed_forward("mlp", MLP, "dense_ffn", layers="dense"),
+        *router(MLP + "gate.weight", bias=MLP + "gate.e_score_correction_bias", layers="moe"),
+        *feed_forward("expert", MLP + "experts.{expert}.", "ffn", layers="moe"),
+        *feed_forward("shared", MLP + "shared_experts.", "shared*ffn", layers="moe"),
     ),
-    roles={
-        **roles(mlp=MLP, expert=MLP + "experts.{expert}.", shared=MLP + "shared_experts."),
-        "router": MLP + "gate.weight",
-        "router.bias": MLP + "gate.e_score_correction_bias",
-    },
     aliases=FUSED_EXPERTS,
+    compute=ComputeRule(
+        norm_eps=Key("rms_norm_eps", 1e-5),
+        max_positions=Key("max_position_embeddings", 131072),
+        rope=RopeRule(share=0.5),
+        router=group_limited(normalise=True),
+    ),
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/glm4_moe/modeling_glm4_moe.py",
 )

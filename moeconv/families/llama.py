@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from moeconv.families.base import Family
-from moeconv.families.decoder import ENDS, MLP, MLP_BIASES, NORMS, PROJECTIONS, SIZES, biases, feed_forward, roles
+from moeconv.families.compute import ComputeRule, Key
+from moeconv.families.decoder import ENDS, MLP, MLP_BIASES, NORMS, PROJECTIONS, SIZES, biases, feed_forward
+from moeconv.families.rope import RopeRule
 
 LLAMA = Family(
     name="Llama",
@@ -12,7 +14,16 @@ LLAMA = Family(
     sizes={**SIZES, "ffn": "intermediate_size"},
     defaults={"head_dim": "hidden//heads"},
     flags={"tied": "tie_word_embeddings", "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
-    rules=(*ENDS, *NORMS, *PROJECTIONS, *biases("attention_bias", output=True), *MLP_BIASES, *feed_forward(MLP, "ffn")),
-    roles=roles(mlp=MLP),
+    rules=(
+        *ENDS,
+        *NORMS,
+        *PROJECTIONS,
+        *biases("attention_bias", output=True),
+        *MLP_BIASES,
+        *feed_forward("mlp", MLP, "ffn"),
+    ),
+    compute=ComputeRule(
+        norm_eps=Key("rms_norm_eps", 1e-6), max_positions=Key("max_position_embeddings", 2048), rope=RopeRule()
+    ),
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/llama/modeling_llama.py",
 )

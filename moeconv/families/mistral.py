@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from moeconv.families.base import Family
-from moeconv.families.decoder import ENDS, MLP, NORMS, PROJECTIONS, SIZES, feed_forward, roles
+from moeconv.families.compute import ComputeRule, Key, WindowRule
+from moeconv.families.decoder import ENDS, MLP, NORMS, PROJECTIONS, SIZES, feed_forward
+from moeconv.families.rope import RopeRule
 
 MISTRAL = Family(
     name="Mistral",
@@ -12,7 +14,12 @@ MISTRAL = Family(
     sizes={**SIZES, "ffn": "intermediate_size"},
     defaults={"head_dim": "hidden//heads"},
     flags={"tied": "tie_word_embeddings"},
-    rules=(*ENDS, *NORMS, *PROJECTIONS, *feed_forward(MLP, "ffn")),
-    roles=roles(mlp=MLP),
+    rules=(*ENDS, *NORMS, *PROJECTIONS, *feed_forward("mlp", MLP, "ffn")),
+    compute=ComputeRule(
+        norm_eps=Key("rms_norm_eps", 1e-6),
+        max_positions=Key("max_position_embeddings", 131072),
+        rope=RopeRule(),
+        window=WindowRule(pattern="all", size=Key("sliding_window", 4096)),
+    ),
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mistral/modeling_mistral.py",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moeconv.families.base import Family, TensorRule
+from moeconv.families.compute import ComputeRule, Key, RouterRule, WindowRule
 from moeconv.families.decoder import (
     ENDS,
     FUSED_EXPERTS,
@@ -12,8 +13,9 @@ from moeconv.families.decoder import (
     SIZES,
     biases,
     feed_forward,
-    roles,
+    router,
 )
+from moeconv.families.rope import RopeRule
 
 QWEN2_MOE = Family(
     name="Qwen2-MoE",
@@ -36,17 +38,24 @@ QWEN2_MOE = Family(
         *NORMS,
         *PROJECTIONS,
         *biases("qkv_bias"),
-        *feed_forward(MLP, "dense_ffn", layers="dense"),
-        TensorRule(MLP + "gate.weight", ("experts", "hidden"), layers="moe"),
-        *feed_forward(MLP + "experts.{expert}.", "ffn", layers="moe"),
-        *feed_forward(MLP + "shared_expert.", "shared_ffn", layers="moe"),
-        TensorRule(MLP + "shared_expert_gate.weight", ("1", "hidden"), layers="moe"),
+        *feed_forward("mlp", MLP, "dense_ffn", layers="dense"),
+        *router(MLP + "gate.weight", layers="moe"),
+        *feed_forward("expert", MLP + "experts.{expert}.", "ffn", layers="moe"),
+        *feed_forward("shared", MLP + "shared_expert.", "shared_ffn", layers="moe"),
+        TensorRule("shared.router", MLP + "shared_expert_gate.weight", ("1", "hidden"), layers="moe"),
     ),
-    roles={
-        **roles(mlp=MLP, expert=MLP + "experts.{expert}.", shared=MLP + "shared_expert."),
-        "router": MLP + "gate.weight",
-        "shared.router": MLP + "shared_expert_gate.weight",
-    },
     aliases=FUSED_EXPERTS,
+    compute=ComputeRule(
+        norm_eps=Key("rms_norm_eps", 1e-6),
+        max_positions=Key("max_position_embeddings", 32768),
+        rope=RopeRule(),
+        window=WindowRule(
+            pattern="even below",
+            size=Key("sliding_window", 4096),
+            switch=Key("use_sliding_window", False),
+            bound=Key("max_window_layers", 28),
+        ),
+        router=RouterRule(score="softmax", normalise=Key("norm_topk_prob", False)),
+    ),
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/qwen2_moe/modeling_qwen2_moe.py",
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moeconv.families.base import Family, TensorRule
+from moeconv.families.base import Family
+from moeconv.families.compute import ComputeRule, Key, RouterRule, WindowRule
 from moeconv.families.decoder import (
     ENDS,
     FUSED_EXPERTS,
@@ -13,8 +14,9 @@ from moeconv.families.decoder import (
     biases,
     feed_forward,
     head_norms,
-    roles,
+    router,
 )
+from moeconv.families.rope import RopeRule
 
 QWEN3_MOE = Family(
     name="Qwen3-MoE",
@@ -36,11 +38,17 @@ QWEN3_MOE = Family(
         *PROJECTIONS,
         *biases("attention_bias", output=True),
         *head_norms(),
-        *feed_forward(MLP, "dense_ffn", layers="dense"),
-        TensorRule(MLP + "gate.weight", ("experts", "hidden"), layers="moe"),
-        *feed_forward(MLP + "experts.{expert}.", "ffn", layers="moe"),
+        *feed_forward("mlp", MLP, "dense_ffn", layers="dense"),
+        *router(MLP + "gate.weight", layers="moe"),
+        *feed_forward("expert", MLP + "experts.{expert}.", "ffn", layers="moe"),
     ),
-    roles={**roles(mlp=MLP, expert=MLP + "experts.{expert}."), "router": MLP + "gate.weight"},
     aliases=FUSED_EXPERTS,
+    compute=ComputeRule(
+        norm_eps=Key("rms_norm_eps", 1e-6),
+        max_positions=Key("max_position_embeddings", 32768),
+        rope=RopeRule(),
+        window=WindowRule(pattern="all", size=Key("sliding_window", 4096), switch=Key("use_sliding_window", False)),
+        router=RouterRule(score="softmax", normalise=Key("norm_topk_prob", False)),
+    ),
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/qwen3_moe/modeling_qwen3_moe.py",
 )

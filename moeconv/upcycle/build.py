@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moeconv.checkpoint import Checkpoint
-from moeconv.families.base import GlobalTensor, Model, fill
+from moeconv.families.base import GlobalTensor, Model
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece
 from moeconv.upcycle.carriers import Shape
@@ -55,8 +55,6 @@ class Builder:
     hidden: Mapping[int, Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._roles = {template: role for role, template in self.target.family.roles.items()}
-        self._own = self.source.family.roles
         self._sums: dict[tuple[int, str], Once[np.ndarray[Any, np.dtype[np.float64]]]] = {}
         self._deals: dict[int, Once[Integers]] = {}
         for layer in sorted(self.shape.layers):
@@ -67,7 +65,7 @@ class Builder:
 
     def make(self, tensor: GlobalTensor) -> Made | None:
         """Say how a tensor is made; None where the source does not store it (a tied output head)."""
-        role = self._roles.get(tensor.rule.name, "")
+        role = tensor.rule.role
         part_of, _, matrix = role.partition(".")
         if part_of == "expert":
             return self._expert(tensor, matrix)
@@ -77,14 +75,13 @@ class Builder:
             kind = "F32" if role == "router.bias" else self._dtype(tensor)
             return Made(kind, (), (Given(lambda: np.zeros(tensor.shape, np.float32)),), kind="zero")
         if part_of == "shared":
-            gate = "shared.router" in self.target.family.roles
-            factor = 2.0 if gate and matrix == "down" else 1.0
+            factor = 2.0 if self.target.has("shared.router") and matrix == "down" else 1.0
             return self._cut(tensor, matrix, 0, factor)
-        name = tensor.name if part_of != "mlp" else self._mlp(tensor.layer, matrix)
-        return self._keep(tensor, name)
+        own = self.source.model.find(role, tensor.layer)
+        return self._keep(tensor, own.name) if own is not None else None
 
     def _mlp(self, layer: int | None, matrix: str) -> str:
-        return fill(self._own[f"mlp.{matrix}"], layer, None)
+        return self.source.model.tensor(f"mlp.{matrix}", layer).name
 
     def _dtype(self, tensor: GlobalTensor) -> str:
         return self.source.tensors[self._mlp(tensor.layer, "gate")].dtype
@@ -210,6 +207,6 @@ class Builder:
         if self.recipe.method == "mix":
             source = self._origin(expert)
         else:
-            probe = self.target.tensors[fill(self.target.family.roles["expert.gate"], layer, expert)]
+            probe = self.target.tensor("expert.gate", layer, expert)
             kept = np.setdiff1d(kept, self.dropped(probe, "gate"))
         return mean_row(source, name, first + kept)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from moeconv.checkpoint import Checkpoint
-from moeconv.families.base import fill
 from moeconv.layout.rect import Rect
 
 _SAMPLED_ROWS = 512  # of all experts of a layer together
@@ -26,7 +25,7 @@ def similarity(mixture: Checkpoint) -> dict[int, float]:
     for layer in sorted(mixture.model.moe_layers):
         vectors = []
         for expert in range(experts):
-            name = fill(mixture.family.roles["expert.gate"], layer, expert)
+            name = mixture.model.tensor("expert.gate", layer, expert).name
             part = mixture.read(name, Rect((0, 0), (rows, mixture.tensors[name].shape[1])))
             vector = part.astype(np.float64).reshape(-1)
             vectors.append(vector / max(float(np.linalg.norm(vector)), 1e-30))

@@ -146,7 +146,7 @@ def test_expand_with_as_many_more_experts_for_a_token_computes_the_same(family: 
     assert gap(logits(tmp_path / "moe"), logits(tmp_path / "exact")) < 1e-5
     noisy = plan_expand(source, Recipe(method="expand", noise_std=0.01, seed=1))
     assert noisy.inexact
-    router = noisy.family.roles["router"].format(layer=1)
+    router = noisy.model.tensor("router", 1).name
     spread = noisy.read(router) - np.tile(source.read(router), (2, 1))
     assert abs(spread.std() / 1e-3 - 1) < 0.3
     write_hf(noisy, tmp_path / "noisy", None, Options())

@@ -1,0 +1,141 @@
+"""Rotary positions as config.json states them, in the forms of transformers 4 and 5.
+
+Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/modeling_rope_utils.py
+(RotaryEmbeddingConfigMixin.convert_rope_params_to_dict, standardize_rope_params)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeconv.errors import MappingError
+
+# The parameters that each kind of positions needs, and those that it may have.
+KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+    "longrope": (
+        ("short_factor", "long_factor"),
+        ("factor", "original_max_position_embeddings", "attention_factor"),
+    ),
+}
+_NULLABLE = ("factor",)  # yarn takes the ratio of the lengths instead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary positions.
+
+    `dim` is how many of a head's elements are turned, the first ones, in pairs (i, i + dim / 2), and `share` their share. `parameters` are those of the kind;
+    `original_max_position_embeddings` is always among them where the kind has it.
+    """
+
+    theta: float
+    dim: int
+    share: float = 1.0
+    kind: str = "default"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeRule:
+    """How a family's config states rotary positions: the base and the turned share of a head where it is silent.
+
+    `share` is None for families that turn whole heads and have no key for it.
+    """
+
+    theta: float = 10000.0
+    share: float | None = None
+
+    def resolve(self, config: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
+        """Read the rotary positions from a config.
+
+        Args:
+            config: config.json as parsed.
+            head_dim: elements of a head.
+            max_positions: the config's longest sequence, in positions.
+
+        Returns:
+            The positions.
+
+        Raises:
+            MappingError: a parameter is missing, of the wrong type, or of an unknown kind.
+        """
+        table = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if not isinstance(table, Mapping):
+            raise MappingError(f"config.json: the rotary parameters are {table!r}; expected an object")
+        kind = table.get("rope_type", table.get("type", "default"))
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise MappingError(f"config.json: rope_type is {kind!r}; known kinds are {', '.join(KINDS)}")
+        theta = table.get("rope_theta", config.get("rope_theta"))
+        share = table.get("partial_rotary_factor", config.get("partial_rotary_factor", self.share))
+        share = 1.0 if share is None else share
+        for name, value, most in (("rope_theta", theta, float("inf")), ("partial_rotary_factor", share, 1.0)):
+            if value is not None and not (_is_number(value) and 0 < value <= most):
+                raise MappingError(f"config.json: {name} is {value!r}; expected a number above 0")
+        if self.share is None and share != 1.0:
+            raise MappingError(
+                f"config.json: partial_rotary_factor is {share}, which transformers doesn't compute for this family"
+            )
+        dim = int(head_dim * share)
+        if dim < 2 or dim % 2:
+            raise MappingError(f"config.json: {dim} of {head_dim} elements of a head are turned; they must be pairs")
+        rotary = float(self.theta if theta is None else theta)
+        parameters = _parameters(kind, table, dim, max_positions)
+        return Rope(theta=rotary, dim=dim, share=float(share), kind=kind, parameters=parameters)
+
+    def config_keys(self, rope: Rope) -> dict[str, Any]:
+        """Write rotary positions as keys that transformers 4 and 5 both read.
+
+        Raises:
+            MappingError: a part of each head is turned, which the family has no key for.
+        """
+        keys: dict[str, Any] = {"rope_theta": rope.theta}
+        if self.share is not None:
+            keys["partial_rotary_factor"] = rope.share
+        elif rope.share != 1.0:
+            raise MappingError(f"no config of this family turns {rope.share:g} of each head")
+        if rope.kind != "default":
+            keys["rope_scaling"] = {"rope_type": rope.kind, **rope.parameters}
+        return keys
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _parameters(kind: str, table: Mapping[str, Any], dim: int, max_positions: int) -> dict[str, Any]:
+    needed, optional = KINDS[kind]
+    values = {name: table[name] for name in (*needed, *optional) if table.get(name) is not None}
+    if "original_max_position_embeddings" in optional:
+        values.setdefault("original_max_position_embeddings", max_positions)
+    missing = [name for name in needed if name not in values and not (name in _NULLABLE and kind == "yarn")]
+    if missing:
+        raise MappingError(f"config.json: rope_type {kind!r} lacks {', '.join(missing)}")
+    for name, value in values.items():
+        if name in ("short_factor", "long_factor"):
+            right = isinstance(value, list) and len(value) == dim // 2 and all(_is_number(v) and v > 0 for v in value)
+            expected = f"{dim // 2} positive numbers"
+        elif name == "truncate":
+            right, expected = isinstance(value, bool), "true or false"
+        else:
+            right, expected = _is_number(value) and value > 0, "a number above 0"
+        if not right:
+            raise MappingError(f"config.json: {name} of the rotary positions is {str(value)[:80]}; expected {expected}")
+    return values

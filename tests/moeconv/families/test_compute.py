@@ -1,0 +1,213 @@
+"""What a config says that a model computes: transformers' own config classes are the judge, for every family and key."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from moeconv.errors import MappingError
+from moeconv.families import FAMILIES
+from moeconv.families.base import ROLES, Model
+from moeconv.families.compute import Compute, Key, config_keys
+
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "moe_intermediate_size": 16,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "shared_expert_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+
+
+def silent(model_type: str) -> dict[str, Any]:
+    """Give a config that states sizes alone."""
+    keys = {
+        key for names in FAMILIES[model_type].sizes.values() for key in ((names,) if isinstance(names, str) else names)
+    } | {"first_k_dense_replace"}
+    return {"model_type": model_type} | {key: value for key, value in SIZES.items() if key in keys}
+
+
+def computed(config: dict[str, Any]) -> Compute:
+    return Model.from_config(FAMILIES[config["model_type"]], config).compute
+
+
+def reference(config: dict[str, Any]) -> Any:
+    return AutoConfig.for_model(**copy.deepcopy(config))  # it writes into what it is given
+
+
+def check(config: dict[str, Any]) -> None:
+    """Compare everything that is computed with transformers' config of the same keys."""
+    ours, theirs = computed(config), reference(config)
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.act == theirs.hidden_act
+    assert ours.init_std == theirs.initializer_range
+    rope = dict(theirs.rope_parameters)
+    assert ours.rope.kind == rope.pop("rope_type")
+    assert ours.rope.theta == rope.pop("rope_theta")
+    assert ours.rope.share == (rope.pop("partial_rotary_factor", None) or 1.0)
+    rope.pop("type", None)
+    assert dict(ours.rope.parameters) == {key: value for key, value in rope.items() if value is not None}
+    rule = FAMILIES[config["model_type"]].compute
+    kinds = getattr(theirs, "layer_types", None)
+    window = (getattr(theirs, "sliding_window", None) or None) if rule.window is not None else None
+    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds) if kinds else (window,) * 4
+    assert ours.windows == windows
+    if ours.router is not None and rule.router is not None:
+        assert ours.router.top_k == theirs.num_experts_per_tok
+        for value, key in (("normalise", rule.router.normalise), ("scale", rule.router.scale)):
+            assert getattr(ours.router, value) == (getattr(theirs, key.name) if isinstance(key, Key) else key)
+        for value, key in (("groups", rule.router.groups), ("group_top_k", rule.router.group_top_k)):
+            assert getattr(ours.router, value) == (getattr(theirs, key.name) if isinstance(key, Key) else key)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_silent_keys_take_transformers_values(model_type: str) -> None:
+    check(silent(model_type))
+
+
+SAYINGS: list[dict[str, Any]] = [
+    {"rms_norm_eps": 3e-5},
+    {"rope_theta": 12345.0},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+        }
+    },
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}, "max_position_embeddings": 1024},
+    {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "truncate": False,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.0,
+        },
+        "original_max_position_embeddings": 256,
+    },
+    {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}},
+    {"sliding_window": 7, "use_sliding_window": True},
+    {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 2},
+    {"sliding_window": 7, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    {"sliding_window": None},
+    {"use_sliding_window": False, "sliding_window": 9},
+    {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2},
+    {"norm_topk_prob": False, "hidden_act": "gelu", "initializer_range": 0.1, "max_position_embeddings": 99},
+]
+
+
+@pytest.mark.parametrize("saying", SAYINGS, ids=lambda s: "-".join(s))
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_stated_keys_mean_what_transformers_takes(model_type: str, saying: dict[str, Any]) -> None:
+    if "layer_types" in saying and FAMILIES[model_type].compute.window is None:
+        pytest.skip("the family has no window")
+    if model_type == "glm4_moe" and "longrope" in str(saying):
+        pytest.skip("half of each head is turned, so these factors are too many")
+    if "layer_types" in saying and FAMILIES[model_type].compute.window.pattern == "all":  # type: ignore[union-attr]
+        pytest.skip("transformers reads no layer_types for this family")
+    check(silent(model_type) | saying)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_partial_rotary(model_type: str) -> None:
+    config = silent(model_type) | {"partial_rotary_factor": 0.75}
+    if FAMILIES[model_type].compute.rope.share is None:
+        with pytest.raises(MappingError, match="partial_rotary_factor"):
+            computed(config)
+    else:
+        check(config)
+
+
+@pytest.mark.parametrize("saying", SAYINGS, ids=lambda s: "-".join(s))
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_keys_of_what_is_computed_say_the_same(model_type: str, saying: dict[str, Any]) -> None:
+    """`config_keys` is the inverse of reading, whatever the config said."""
+    if model_type == "glm4_moe" and "longrope" in str(saying):
+        pytest.skip("half of each head is turned, so these factors are too many")
+    config = silent(model_type) | saying
+    compute = computed(config)
+    again = silent(model_type) | config_keys(FAMILIES[model_type].compute, compute)
+    assert computed(again) == compute
+    reference(again)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rms_norm_eps", "small"),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", True),
+        ("rope_theta", -1.0),
+        ("rope_theta", "1e4"),
+        ("rope_scaling", 5),
+        ("rope_scaling", {"rope_type": "other"}),
+        ("rope_scaling", {"rope_type": "linear"}),
+        ("rope_scaling", {"rope_type": "linear", "factor": "two"}),
+        ("rope_scaling", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}),
+        ("max_position_embeddings", 1.5),
+        ("sliding_window", -3),
+        ("num_experts_per_tok", 9),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(MappingError, match=r"config\.json"):
+        computed(silent("mixtral") | {key: value})
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.model_type)
+def test_roles_are_known_and_name_one_tensor(family: Any) -> None:
+    roles = [rule.role for rule in family.rules]
+    assert set(roles) <= ROLES
+    assert len(roles) == len(set(roles))
+
+
+# Keys of transformers' configs that change nothing in what one forward and backward pass computes.
+HARMLESS = {
+    "use_cache",
+    "output_router_logits",
+    "router_aux_loss_coef",  # the trainer's own flag
+    "router_jitter_noise",  # the trainer's own flag
+    "pretraining_tp",
+    "num_mtp_layers",  # MTP layers are tensors of their own
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_key_of_transformers_is_known(model_type: str) -> None:
+    """Each field of the config class is a size, a flag, a rule's key, a fixed one, or harmless."""
+    from transformers import PreTrainedConfig
+
+    family = FAMILIES[model_type]
+    known = {key for names in family.sizes.values() for key in ((names,) if isinstance(names, str) else names)}
+    known |= {key if isinstance(key, str) else key[0] for key in family.flags.values()} | set(family.compute.fixed)
+    known |= {"mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace", "layer_types", "rope_parameters"}
+    rules = [family.compute, family.compute.window, family.compute.router]
+    for rule in rules:
+        for f in dataclasses.fields(rule) if rule is not None else ():
+            value = getattr(rule, f.name)
+            known |= {value.name} if isinstance(value, Key) else set()
+    theirs = {f.name for f in dataclasses.fields(type(reference(silent(model_type))))}
+    base = {f.name for f in dataclasses.fields(PreTrainedConfig)}
+    tokens = {"bos_token_id", "eos_token_id", "pad_token_id"}
+    assert theirs - base - known - HARMLESS - tokens == set()

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeconv.families import FAMILIES
+from moeconv.families.base import Model
 from moeconv.layout.rect import Rect
 from runtime.data.batch import Batch
 from runtime.engine import Engine
-from runtime.model.config import ModelConfig
+from runtime.model.context import TORCH_DTYPES
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
@@ -28,17 +30,28 @@ from runtime.parallel.mesh import ParallelMesh
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 
 
-def make_engine(config: ModelConfig, device: torch.device, lr: float, granularity: Any = "none") -> Engine:
+def mixtral(*, hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int) -> Model:
+    """A Mixtral of 8 experts, two a token, with these sizes."""
+    config = {
+        "model_type": "mixtral", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": head_dim, "intermediate_size": ffn, "vocab_size": vocab,
+        "num_local_experts": 8, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    return Model.from_config(FAMILIES["mixtral"], config)
+
+
+def make_engine(model: Model, dtype: torch.dtype, device: torch.device, lr: float, granularity: Any = "none") -> Engine:
     """Build an engine of one rank with random weights that depend on names alone."""
     parallel = ParallelConfig()
-    moe = MoEConfig(num_experts=config.num_experts, topk=config.topk, aux_loss_coeff=(0.01,))
+    assert model.compute.router is not None
+    moe = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,))
     optim, recompute = OptimConfig(lr=lr), RecomputeConfig(granularity=granularity)
-    engine = Engine(config, parallel, moe, optim, recompute, ParallelMesh(parallel), device)
-    engine.load_state(random_weights(config), with_optimizer=False)
+    engine = Engine(model, dtype, parallel, moe, optim, recompute, ParallelMesh(parallel), device)
+    engine.load_state(random_weights(), with_optimizer=False)
     return engine
 
 
-def random_weights(config: ModelConfig) -> Callable[[str, Rect], np.ndarray[Any, Any]]:
+def random_weights() -> Callable[[str, Rect], np.ndarray[Any, Any]]:
     """Read rectangles of weights that are made when asked for; norms are 1."""
     pool = np.random.default_rng(0).standard_normal(1_000_003, np.float32) * np.float32(0.02)
 
@@ -51,22 +64,22 @@ def random_weights(config: ModelConfig) -> Callable[[str, Rect], np.ndarray[Any,
     return read
 
 
-def flops_per_token(config: ModelConfig, positions: int) -> float:
+def flops_per_token(model: Model, positions: int) -> float:
     """Forward and backward, without recomputation: 6 for each active weight, and causal attention."""
-    hidden, attention = config.hidden_size, config.num_heads * config.head_dim
-    kv = config.num_kv_heads * config.head_dim
-    layer = hidden * (2 * attention + 2 * kv) + 3 * config.topk * hidden * config.ffn_hidden_size
-    layer += hidden * config.num_experts
-    weights = config.num_layers * layer + hidden * config.vocab_size
-    return 6.0 * weights + 6.0 * config.num_layers * positions * attention
+    sizes = model.sizes
+    hidden, attention = sizes["hidden"], sizes["heads"] * sizes["head_dim"]
+    layer = hidden * (2 * attention + 2 * sizes["kv_heads"] * sizes["head_dim"])
+    layer += 3 * sizes["top_k"] * hidden * sizes["ffn"] + hidden * sizes["experts"]
+    weights = sizes["layers"] * layer + hidden * sizes["vocab"]
+    return 6.0 * weights + 6.0 * sizes["layers"] * positions * attention
 
 
-def text_batch(config: ModelConfig, batch: int, positions: int, step: int) -> Batch:
+def text_batch(vocab: int, batch: int, positions: int, step: int) -> Batch:
     """Sequences with structure to learn: each token follows from the two before it, with some noise."""
     rng = np.random.default_rng(step)
-    tokens = rng.integers(config.vocab_size, size=(batch, positions + 1))
+    tokens = rng.integers(vocab, size=(batch, positions + 1))
     for place in range(2, positions + 1):
-        rule = (tokens[:, place - 1] * 3 + tokens[:, place - 2]) % min(config.vocab_size, 97)
+        rule = (tokens[:, place - 1] * 3 + tokens[:, place - 2]) % min(vocab, 97)
         tokens[:, place] = np.where(rng.random(batch) < 0.9, rule, tokens[:, place])
     data = torch.from_numpy(tokens)
     return Batch(tokens=data[:, :-1].contiguous(), labels=data[:, 1:].contiguous())
@@ -75,13 +88,10 @@ def text_batch(config: ModelConfig, batch: int, positions: int, step: int) -> Ba
 def compare(device: torch.device, num_steps: int) -> None:
     """Print loss curves of bf16 on the device and fp32 on the CPU."""
     curves = []
-    for dtype, where in (("float32", torch.device("cpu")), ("bfloat16", device)):
-        config = ModelConfig(
-            model_type="mixtral", hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64,
-            ffn_hidden_size=512, vocab_size=512, num_experts=8, topk=2, dtype=dtype,
-        )  # fmt: skip
-        engine = make_engine(config, where, lr=1e-3)
-        curves.append([engine.train_step([text_batch(config, 8, 128, s)]).lm_loss for s in range(num_steps)])
+    model = mixtral(hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, ffn=512, vocab=512)
+    for dtype, where in ((torch.float32, torch.device("cpu")), (torch.bfloat16, device)):
+        engine = make_engine(model, dtype, where, lr=1e-3)
+        curves.append([engine.train_step([text_batch(512, 8, 128, s)]).lm_loss for s in range(num_steps)])
     print("step   fp32 cpu   bf16 device   relative")
     for step in range(0, num_steps, max(1, num_steps // 10)):
         a, b = curves[0][step], curves[1][step]
@@ -90,11 +100,11 @@ def compare(device: torch.device, num_steps: int) -> None:
     print(f"largest relative difference over {num_steps} steps: {worst:.4f}\n")
 
 
-def measure(config: ModelConfig, args: argparse.Namespace, device: torch.device) -> None:
+def measure(model: Model, args: argparse.Namespace, device: torch.device) -> None:
     """Print speed, memory and profile of one model."""
     cuda = device.type == "cuda"
-    engine = make_engine(config, device, lr=1e-4, granularity=args.recompute)
-    batches = [text_batch(config, args.batch, args.positions, s) for s in range(args.microbatches)]
+    engine = make_engine(model, TORCH_DTYPES[args.dtype], device, lr=1e-4, granularity=args.recompute)
+    batches = [text_batch(model.sizes["vocab"], args.batch, args.positions, s) for s in range(args.microbatches)]
     times = []
     for step in range(args.steps + 2):
         if cuda:
@@ -108,11 +118,11 @@ def measure(config: ModelConfig, args: argparse.Namespace, device: torch.device)
             times.append(time.perf_counter() - start)
     seconds = statistics.median(times)
     tokens = args.batch * args.positions * args.microbatches
-    tflops = flops_per_token(config, args.positions) * tokens / seconds / 1e12
+    tflops = flops_per_token(model, args.positions) * tokens / seconds / 1e12
     name = torch.cuda.get_device_name() if cuda else "CPU"
     peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
     share = f" ({tflops / peak:.1%} of {peak:.0f} dense bf16)" if peak else ""
-    print(f"{name}: {config.num_layers} layers, {config.dtype}, {tokens} tokens a step, loss {result.lm_loss:.3f}")
+    print(f"{name}: {model.sizes['layers']} layers, {args.dtype}, {tokens} tokens a step, loss {result.lm_loss:.3f}")
     print(f"{seconds * 1e3:.1f} ms a step (spread {min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}), "
           f"{tokens / seconds:,.0f} tokens/s, {tflops:.0f} model TFLOP/s{share}")  # fmt: skip
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory_by_kind(engine).items())
@@ -169,13 +179,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.compare:
         compare(device, args.compare)
-    config = ModelConfig(
-        model_type="mixtral", hidden_size=args.hidden, num_layers=args.layers, num_heads=args.hidden // 128 or 1,
-        num_kv_heads=max(1, args.hidden // 512), head_dim=128, ffn_hidden_size=args.ffn, vocab_size=32000,
-        num_experts=8, topk=2, dtype=args.dtype,
-    )  # fmt: skip
+    heads, kv_heads = args.hidden // 128 or 1, max(1, args.hidden // 512)
+    model = mixtral(
+        hidden=args.hidden, layers=args.layers, heads=heads, kv_heads=kv_heads, head_dim=128, ffn=args.ffn, vocab=32000
+    )
     if args.steps:
-        measure(config, args, device)
+        measure(model, args, device)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ up over micro-batches and ranks gives the gradient of the mean, whatever the lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moeconv.layout.degrees import Degrees, chunk_layers
+from moeconv.families.base import Model
+from moeconv.layout.degrees import chunk_layers
+from moeconv.layout.rect import Rect
 from runtime.checkpoint import rectangles as states
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.errors import require
-from runtime.model.config import ModelConfig
 from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
-from runtime.model.embedding import cross_entropy, take_positions, vocabulary_range
+from runtime.model.ends import take_positions
+from runtime.model.loss import cross_entropy
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.routing_report import RouterMetrics
 from runtime.moe.config import MoEConfig
@@ -63,7 +65,8 @@ class Engine:
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: Model,
+        dtype: torch.dtype,
         parallel: ParallelConfig,
         moe: MoEConfig | None,
         optim: OptimConfig,
@@ -75,6 +78,7 @@ class Engine:
 
         Args:
             model: the architecture.
+            dtype: of weights and activations.
             parallel: the degrees.
             moe: the MoE layer's options; None for a dense model.
             optim: AdamW's settings.
@@ -86,13 +90,12 @@ class Engine:
             ConfigError: options that exclude each other.
         """
         check_combinations(parallel, moe)
-        mesh.share_heads(model.num_kv_heads)
+        mesh.share_heads(model.sizes["kv_heads"])
         self.mesh, self.device, self._optim, self._moe = mesh, device, optim, moe
         self._context = ModelContext(
-            model=model, parallel=parallel, moe=moe, recompute=recompute, mesh=mesh, device=device
+            model=model, dtype=dtype, parallel=parallel, moe=moe, recompute=recompute, mesh=mesh, device=device
         )
-        degrees = Degrees(pp=parallel.pp, vpp=parallel.vpp, pp_layers=parallel.pp_layers)
-        chunks = chunk_layers(model.num_layers, degrees)[mesh.rank("pp") :: parallel.pp]
+        chunks = chunk_layers(model.sizes["layers"], parallel.layout)[mesh.rank("pp") :: parallel.pp]
         stages = [DecoderStage(self._context, layers) for layers in chunks]
         self.module = nn.ModuleList(stages)
         self.store = self._make_store(stages)
@@ -175,6 +178,8 @@ class Engine:
             Views of live memory.
         """
         out = list(states.weights(self.store.shards))
+        if self.mesh.rank("tp") == 0 and self.mesh.rank("dp_cp") == 0:
+            out += [states.whole(name, tensor) for name, tensor in self._buffers()]
         if with_optimizer:
             out += states.optimizer_state(self.store.shards, self.optimizer)
         return out
@@ -191,6 +196,8 @@ class Engine:
             with_optimizer: master weights and moments, too; without, moments are left as they are.
         """
         states.load_weights(self.store.shards, read)
+        for name, tensor in self._buffers():
+            tensor.copy_(states.to_tensor(read(name, Rect.whole(tuple(tensor.shape)))))
         if with_optimizer:
             states.load_optimizer(self.store.shards, self.optimizer, read)
             self.store.weights_from_masters()
@@ -207,7 +214,7 @@ class Engine:
         }
         if self._context.dtype == torch.float16:
             out |= {"loss_scale": self.loss_scale.scale, "good_steps": self.loss_scale.good_steps}
-        if self._moe is not None and self._moe.enable_expert_bias:
+        if self._moe is not None and self._moe.enable_expert_bias and not self._moe.router.bias:
             out["expert_bias"] = self._metrics.expert_bias().tolist()
         return out
 
@@ -218,6 +225,11 @@ class Engine:
             self.loss_scale = LossScale(float(scalars["loss_scale"]), int(scalars.get("good_steps", 0)))
         if "expert_bias" in scalars:
             self._metrics.set_expert_bias(torch.tensor(scalars["expert_bias"]))
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers of this stage that checkpoints hold as tensors, by their names on the hub."""
+        for buffer in self._context.parameters.buffers:
+            yield buffer.name, getattr(buffer.module, buffer.attribute)
 
     @property
     def _wide(self) -> torch.dtype:
@@ -265,13 +277,13 @@ class Engine:
 
     def _activation_shape(self, batch: int, positions: int) -> tuple[int, ...]:
         shares = self.mesh.size("cp") * (self.mesh.size("tp") if self._context.sp else 1)
-        return positions // shares, batch, self._context.model.hidden_size
+        return positions // shares, batch, self._context.model.sizes["hidden"]
 
     def _loss(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
         """The summand of the global mean that this rank's gradient is taken of."""
         group = self.mesh.group("tp")
         labels_SB = take_positions(labels_BS, self._context)
-        begin, end = vocabulary_range(self._context)
+        begin, end = self._context.parameters.vocabulary_range()
         total = cross_entropy(logits_SBV[..., : end - begin], labels_SB, begin, group).sum()
         if self.mesh.rank("tp") == 0:
             self._loss_sum += total.detach()

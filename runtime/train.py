@@ -75,7 +75,7 @@ def prepare(arguments: Sequence[str], process: Process) -> tuple[RunConfig, Orig
     """
     flags = parse_flags(arguments)
     origin = find_origin(flags.load, flags.save)
-    run = make_run(flags, origin.checkpoint.config, origin.path)
+    run = make_run(flags, origin.checkpoint.model, origin.path)
     check_run(run, process.world_size)
     return run, origin, without_effect(flags)
 
@@ -141,7 +141,7 @@ def run_job(
     """
     lines = [*notes, describe(run, origin, process)]
     if run.moe is not None:
-        lines.append(describe_backend(run.moe, device, TORCH_DTYPES[run.model.dtype]))
+        lines.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype]))
     log = _open_log(run, process)
     if log is not None:
         log.note("\n".join(lines))
@@ -150,7 +150,7 @@ def run_job(
     one_first(process.local_rank == 0, lambda: check_splits(run, data))
     progress("loading the checkpoint", limited=False)
     mesh = ParallelMesh(run.parallel, process.world_size)
-    engine = Engine(run.model, run.parallel, run.moe, run.optim, run.recompute, mesh, device)
+    engine = Engine(run.model, TORCH_DTYPES[run.dtype], run.parallel, run.moe, run.optim, run.recompute, mesh, device)
     state = load(engine, run, origin)
     trainer = Trainer(run, engine, mesh, origin.checkpoint, data, log, progress)
     if state is not None:
@@ -180,7 +180,7 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
     degrees = {"dp": dp} | {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp", "ep", "etp")}
     batch = train.num_microbatches(dp) * train.micro_batch_size * dp
     return (
-        f"{origin.path}: {run.model.model_type}, {size / 1e6:.1f} M parameters, {run.model.dtype} | "
+        f"{origin.path}: {run.model.family.name}, {size / 1e6:.1f} M parameters, {run.dtype} | "
         f"{process.world_size} ranks: {' '.join(f'{axis}{degree}' for axis, degree in degrees.items() if degree > 1)} | "
         f"{batch} sequences of {train.seq_length} tokens a step"
     )

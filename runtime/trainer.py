@@ -201,7 +201,8 @@ class Trainer:
         self._report(self._saver.wait())
         self.state = dataclasses.replace(self.state, optimizer=self.engine.scalars())
         with_optimizer = self.run.checkpoint.save_optim
-        files = collect_files(self.engine, self.mesh, self.source, self._saver.stage, with_optimizer=with_optimizer)
+        items = self.engine.state(with_optimizer)
+        files = collect_files(items, self.mesh, self.source.model, self._saver.stage)
         state, source, layout = self.state, self.source, self.run.parallel
         self._saver.save(
             iteration, files, lambda path, records: commit_checkpoint(path, records, source, layout, state)

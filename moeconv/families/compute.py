@@ -48,6 +48,7 @@ class RouterRule:
     scale: Key | float = 1.0
     groups: Key | int = 1
     group_top_k: Key | int = 1
+    group_best: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ class Router:
     """What a router computes.
 
     The scores of all experts are a softmax or sigmoids of the logits. The `top_k` best are chosen, among those of the `group_top_k`
-    best of `groups` equal groups, whose value is the sum of their two best scores; a stored bias (role `router.bias`) counts in the
+    best of `groups` equal groups, whose value is the sum of their `group_best` best scores; a stored bias (role `router.bias`) counts in the
     choice alone. The chosen scores, divided by their sum where `normalise` is set and multiplied by `scale`, are the weights.
     """
 
@@ -66,6 +67,7 @@ class Router:
     scale: float = 1.0
     groups: int = 1
     group_top_k: int = 1
+    group_best: int = 2
     bias: bool = False
 
 
@@ -179,6 +181,7 @@ def _router(rule: RouterRule, config: Mapping[str, Any], sizes: Mapping[str, int
         scale=float(value(rule.scale, float)),
         groups=value(rule.groups, int),
         group_top_k=value(rule.group_top_k, int),
+        group_best=rule.group_best,
         bias=bias,
     )
     if router.top_k > router.experts:
@@ -189,9 +192,10 @@ def _router(rule: RouterRule, config: Mapping[str, Any], sizes: Mapping[str, int
             f"config.json: {router.group_top_k} of {router.groups} groups for {router.experts} experts; "
             "groups must be equal, and no more chosen than there are"
         )
-    if router.groups > 1 and (per_group < 2 or router.top_k > router.group_top_k * per_group):
+    if router.groups > 1 and (per_group < router.group_best or router.top_k > router.group_top_k * per_group):
         raise MappingError(
-            f"config.json: {router.group_top_k} groups of {per_group} experts; a group needs 2 experts and all chosen ones {router.top_k}"
+            f"config.json: {router.group_top_k} groups of {per_group} experts; a group needs {router.group_best} "
+            f"and all groups of a token {router.top_k}"
         )
     return router
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from moeconv.checkpoint import Checkpoint, finish_checkpoint
+from moeconv.families.base import Model
 from moeconv.io.manifest import FileRecord
 from moeconv.io.shards import ShardEntry
-from moeconv.layout.degrees import Degrees
 from moeconv.placement import split_optimizer_name
 from moeconv.sweep import Bytes
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
-from runtime.engine import Engine
+from runtime.checkpoint.rectangles import StateTensor
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 
@@ -24,30 +24,25 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 
 def collect_files(
-    engine: Engine,
+    items: Sequence[StateTensor],
     mesh: ParallelMesh,
-    checkpoint: Checkpoint,
+    model: Model,
     stage: Callable[[Sequence[Tensor]], list[Bytes]],
-    *,
-    with_optimizer: bool,
 ) -> dict[str, list[ShardEntry]]:
     """Copy what this rank owns to the host, sorted into files.
 
     Args:
-        engine: gives the tensors; of each global byte, one rank has it.
+        items: the rectangles that this rank writes; of each global byte, one rank has it.
         mesh: this rank's coordinates.
-        checkpoint: any checkpoint of the same model; says which tensors are experts'.
+        model: says which tensors are experts'.
         stage: copies tensors to the host, as the saver that will write them does it.
-        with_optimizer: master weights and moments, too.
 
     Returns:
         File name -> its tensors, copied, so that training can go on; valid until `stage` is called again.
     """
-    model = checkpoint.model
     names = file_names(mesh)
     files: dict[str, list[ShardEntry]] = {}
     rectangles: Counter[str] = Counter()
-    items = engine.state(with_optimizer)
     for item, data in zip(items, stage([item.tensor for item in items]), strict=True):
         state, base = split_optimizer_name(item.name)
         name = ("optimizer-" if state else "") + names[model.tensors[base].expert is not None]
@@ -90,7 +85,4 @@ def commit_checkpoint(
         state: the run's position.
     """
     (folder / TRAINER_FILE).write_text(state.to_json())
-    degrees = Degrees(
-        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, etp=parallel.etp, pp_layers=parallel.pp_layers
-    )
-    finish_checkpoint(folder, source, degrees, records)
+    finish_checkpoint(folder, source, parallel.layout, records)

@@ -56,6 +56,12 @@ def weights(shards: Sequence[Shard]) -> Iterator[StateTensor]:
                 yield StateTensor(block.name, block.global_shape, block.rect, block.of(item.flat, item.begin))
 
 
+def whole(name: str, tensor: Tensor) -> StateTensor:
+    """A tensor that one rank has whole."""
+    shape = tuple(tensor.shape)
+    return StateTensor(name, shape, Rect.whole(shape), tensor)
+
+
 def gradients(shards: Sequence[Shard]) -> Iterator[StateTensor]:
     """The gradients of the last step, each element on one rank, as rectangles of the weights' names."""
     for shard in shards:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from runtime.model.attention import Attention, Rotary
-from runtime.model.context import ModelContext, RMSNorm
-from runtime.model.embedding import Embedding, Head
-from runtime.model.mlp import DenseMLP, SparseMLP
+from runtime.model.attention import Attention
+from runtime.model.context import ModelContext
+from runtime.model.ends import Embedding, Head
+from runtime.model.mlp import GatedMLP, MoEMLP
+from runtime.model.norm import RMSNorm
+from runtime.model.rope import Rotary
 from runtime.moe.tape import RoutingTape
 
 
@@ -23,21 +25,20 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, context: ModelContext, layer: int) -> None:
         super().__init__()
-        prefix = f"model.layers.{layer}"
         self.index = layer
-        self.input_norm = RMSNorm(context, f"{prefix}.input_layernorm.weight")
+        self.attention_norm = _norm(context, "attention_norm", layer)
         self.attention = Attention(context, layer)
-        self.post_norm = RMSNorm(context, f"{prefix}.post_attention_layernorm.weight")
-        self.mlp: nn.Module = DenseMLP(context, layer)
-        if context.moe is not None:
-            self.mlp = SparseMLP(context, context.moe, layer)
-        recompute = context.recompute
-        self._recompute_norms = recompute.granularity == "selective" and "layernorm" in recompute.modules
+        self.mlp_norm = _norm(context, "mlp_norm", layer)
+        if context.moe is not None and layer in context.model.moe_layers:
+            self.mlp: nn.Module = MoEMLP(context, context.moe, layer)
+        else:
+            self.mlp = GatedMLP(context, "mlp", layer)
+        self._recompute_norms = context.recomputes("layernorm")
 
     def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
-        x_SBD = x_SBD + self.attention(self._norm(self.input_norm, x_SBD), cos, sin)
-        out: Tensor = x_SBD + self.mlp(self._norm(self.post_norm, x_SBD))
+        x_SBD = x_SBD + self.attention(self._norm(self.attention_norm, x_SBD), cos, sin)
+        out: Tensor = x_SBD + self.mlp(self._norm(self.mlp_norm, x_SBD))
         return out
 
     def _norm(self, norm: nn.Module, x_SBD: Tensor) -> Tensor:
@@ -45,6 +46,12 @@ class DecoderLayer(nn.Module):
             return _again(norm, x_SBD)
         out: Tensor = norm(x_SBD)
         return out
+
+
+def _norm(context: ModelContext, role: str, layer: int | None = None) -> RMSNorm:
+    """Make a norm over the hidden dim; with sequence parallelism the ranks of tp see different tokens."""
+    weight = context.parameters.take(role, layer=layer, partial=context.sp)
+    return RMSNorm(weight, context.model.compute.norm_eps)
 
 
 def _again(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
@@ -67,14 +74,14 @@ class DecoderStage(nn.Module):
         model = context.model
         self._context = context
         self.rotary = Rotary(context)
-        self.is_first, self.is_last = layers.start == 0, layers.stop == model.num_layers
+        self.is_first, self.is_last = layers.start == 0, layers.stop == model.sizes["layers"]
         self.embedding = Embedding(context) if self.is_first else None
         self.layers = nn.ModuleList(DecoderLayer(context, layer) for layer in layers)
         self.norm: RMSNorm | None = None
         self.head: Head | None = None
         if self.is_last:
-            self.norm = RMSNorm(context, "model.norm.weight")
-            tied = self.embedding.weight if model.tie_embeddings and self.embedding is not None else None
+            self.norm = _norm(context, "final_norm")
+            tied = self.embedding.weight if model.tied and self.embedding is not None else None
             self.head = Head(context, tied)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class RouterMetrics:
     @property
     def _shape(self) -> tuple[int, int]:
         model = self._context.model
-        return model.num_layers, (model.num_experts if self._context.moe is not None else 0)
+        return model.sizes["layers"], (model.sizes["experts"] if self._context.moe is not None else 0)
 
     def pack(self) -> Tensor:
         """Give this rank's summands: [L * (2 + E)] fp64 on the device, no synchronisation."""
@@ -72,7 +72,7 @@ class RouterMetrics:
         if num_experts == 0:
             return RoutingReport(0.0, 0.0, None)
         table = total.view(num_layers, _NUM_LOSSES + num_experts)
-        means = table[:, :_NUM_LOSSES].mean(0) / num_microbatches
+        means = table[:, :_NUM_LOSSES].sum(0) / len(self._context.model.moe_layers) / num_microbatches
         return RoutingReport(float(means[0]), float(means[1]), table[:, _NUM_LOSSES:].round().to(torch.int64))
 
     def expert_bias(self) -> Tensor:

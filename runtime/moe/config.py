@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 from moeconv.errors import MoeconvError
+from moeconv.families.compute import Router
 
 AUX_LOSS_TYPES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 LOAD_BALANCING_TYPES = (*AUX_LOSS_TYPES, "sinkhorn", "expert_choice", "none")
 AUX_LOSS_MODES = ("megatron", "hf", "switch")
-SCORE_FUNCTIONS = ("softmax", "sigmoid")
 DROP_POLICIES = ("probs", "position")
 DISPATCHERS = ("alltoall", "allgather")
 GEMM_BACKENDS = ("auto", "hopper", "torch", "grouped_gemm", "te", "loop")
@@ -36,10 +36,8 @@ class MoEConfig:
         MoEConfigError: a value is out of range, or options exclude each other; names the fields and the remedy.
     """
 
-    num_experts: int
-    """Number of routed experts."""
-    topk: int = 2
-    """Experts that each token is routed to."""
+    router: Router
+    """What the model's router computes: the family says it, a run can't choose."""
     load_balancing: tuple[str, ...] = ("aux_loss",)
     """One or more of aux_loss, seq_aux_loss, global_aux_loss; or alone: sinkhorn, expert_choice, none."""
     aux_loss_coeff: tuple[float, ...] = (0.0,)
@@ -50,20 +48,8 @@ class MoEConfig:
     """Scaling of the router z-loss; 0 turns it off."""
     input_jitter_eps: float = 0.0
     """Router input is multiplied by uniform noise in [1 - eps, 1 + eps] in training."""
-    score_function: str = "softmax"
-    """softmax or sigmoid."""
-    pre_softmax: bool = False
-    """Softmax over all experts before the top-k instead of over the chosen ones after it."""
-    normalize_topk: bool | None = None
-    """Scale a token's weights to sum 1; None: as Megatron does (not for pre_softmax, always otherwise)."""
-    num_groups: int | None = None
-    """Groups of experts for group-limited top-k."""
-    group_topk: int | None = None
-    """Groups that a token may use."""
-    topk_scaling_factor: float | None = None
-    """Factor on the routing weights."""
     enable_expert_bias: bool = False
-    """Auxiliary-loss-free balancing: a bias per expert takes part in the choice but not in the weights."""
+    """Auxiliary-loss-free balancing: a bias per expert, moved after each step, takes part in the choice alone."""
     expert_bias_update_rate: float = 1e-3
     """Step of the expert bias after each global batch."""
     expert_bias_centered: bool = False
@@ -82,10 +68,6 @@ class MoEConfig:
     """Grouped GEMM: hopper, torch, grouped_gemm, te, loop, or auto (the fastest that is installed)."""
     permute_fusion: bool = True
     """Use the fused kernels for permutation, activation and combine where a GPU allows it."""
-    shared_expert_intermediate_size: int | None = None
-    """Width of an expert that sees every token; None: no shared expert."""
-    shared_expert_gate: bool = False
-    """Multiply the shared expert by a sigmoid gate of the token."""
     recompute_layer: bool = False
     """Recompute dispatch and experts in the backward pass; the routing is kept, not recomputed."""
     per_layer_logging: bool = False
@@ -101,10 +83,6 @@ class MoEConfig:
         self._check_combinations()
 
     def _check_ranges(self) -> None:
-        if self.num_experts < 1:
-            raise MoEConfigError(f"num_experts is {self.num_experts}; expected at least 1")
-        if not 1 <= self.topk <= self.num_experts:
-            raise MoEConfigError(f"topk is {self.topk}; expected 1 to num_experts ({self.num_experts})")
         for field in ("z_loss_coeff", "input_jitter_eps", "expert_bias_update_rate"):
             value = getattr(self, field)
             if not (math.isfinite(value) and value >= 0):
@@ -113,10 +91,6 @@ class MoEConfig:
             raise MoEConfigError(f"input_jitter_eps is {self.input_jitter_eps}; expected less than 1")
         if self.capacity_factor is not None and not (math.isfinite(self.capacity_factor) and self.capacity_factor > 0):
             raise MoEConfigError(f"capacity_factor is {self.capacity_factor}; expected a positive number")
-        width = self.shared_expert_intermediate_size
-        if width is not None and width < 1:
-            raise MoEConfigError(f"shared_expert_intermediate_size is {width}; expected at least 1")
-        _choice("score_function", self.score_function, SCORE_FUNCTIONS)
         _choice("aux_loss_mode", self.aux_loss_mode, AUX_LOSS_MODES)
         _choice("router_dtype", self.router_dtype, ROUTER_DTYPES)
         _choice("drop_policy", self.drop_policy, DROP_POLICIES)
@@ -153,48 +127,37 @@ class MoEConfig:
             raise MoEConfigError(f"load_balancing {kind} balances by itself: aux_loss_coeff must be 0")
         if self.enable_expert_bias:
             raise MoEConfigError(f"load_balancing {kind} balances by itself: turn enable_expert_bias off")
-        if self.num_groups is not None:
-            raise MoEConfigError(f"load_balancing {kind} doesn't choose by groups: leave num_groups out")
+        if self.router.groups > 1:
+            raise MoEConfigError(f"load_balancing {kind} doesn't choose by groups: take another")
         if kind == "sinkhorn" and self.capacity_factor is not None:
             raise MoEConfigError("load_balancing sinkhorn doesn't drop tokens: leave capacity_factor out")
         if kind == "expert_choice" and self.pad_to_capacity:
             raise MoEConfigError("load_balancing expert_choice always fills its experts: turn pad_to_capacity off")
 
     def _check_combinations(self) -> None:
-        if (self.num_groups is None) != (self.group_topk is None):
-            raise MoEConfigError("num_groups and group_topk go together: give both or neither")
-        if self.num_groups is not None and self.group_topk is not None:
-            self._check_groups(self.num_groups, self.group_topk)
-        if self.enable_expert_bias and self.score_function != "sigmoid":
-            raise MoEConfigError("enable_expert_bias adds to scores in [0, 1]: it needs score_function sigmoid")
-        if self.pre_softmax and self.score_function != "softmax":
-            raise MoEConfigError("pre_softmax needs score_function softmax")
-        if self.normalize_topk is False and self.score_function == "softmax" and not self.pre_softmax:
-            raise MoEConfigError("a softmax over the chosen experts sums to 1: normalize_topk off needs pre_softmax")
+        if self.enable_expert_bias and self.router.score != "sigmoid":
+            raise MoEConfigError(
+                "enable_expert_bias adds to scores in [0, 1]: it needs a router that scores by sigmoid"
+            )
         if self.pad_to_capacity and self.capacity_factor is None:
             raise MoEConfigError("pad_to_capacity needs a capacity_factor")
-        if self.shared_expert_gate and self.shared_expert_intermediate_size is None:
-            raise MoEConfigError("shared_expert_gate needs shared_expert_intermediate_size")
         if self.fp8_format is not None and self.gemm_backend not in ("te", "auto"):
             raise MoEConfigError(f"fp8_format needs gemm_backend te, got {self.gemm_backend!r}")
 
-    def _check_groups(self, num_groups: int, group_topk: int) -> None:
-        if num_groups < 1 or self.num_experts % num_groups:
-            raise MoEConfigError(f"num_groups ({num_groups}) doesn't divide num_experts ({self.num_experts})")
-        if not 1 <= group_topk <= num_groups:
-            raise MoEConfigError(f"group_topk is {group_topk}; expected 1 to num_groups ({num_groups})")
-        if self.topk % group_topk or self.topk // group_topk > self.num_experts // num_groups:
-            raise MoEConfigError(
-                f"topk ({self.topk}) must be a multiple of group_topk ({group_topk}) with at most "
-                f"{self.num_experts // num_groups} experts of each group"
-            )
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of the layer."""
+        return self.router.experts
 
     @property
-    def renormalize(self) -> bool:
-        """Whether a token's weights are scaled to sum 1."""
-        if self.normalize_topk is not None:
-            return self.normalize_topk
-        return self.topk > 1 if self.score_function == "sigmoid" else not self.pre_softmax
+    def topk(self) -> int:
+        """Experts that each token is routed to."""
+        return self.router.top_k
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a bias takes part in the choice: one that the model stores, or one that balances this run."""
+        return self.router.bias or self.enable_expert_bias
 
     @property
     def aux_losses(self) -> tuple[tuple[str, float], ...]:

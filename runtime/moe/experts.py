@@ -175,33 +175,3 @@ class Experts(nn.Module):
         if isinstance(gemm, TransformerEngineExperts):
             return gemm(x_TD, weights_TK, self.w13, self.w2, plan, fused=self.fused)
         return grouped_mlp(x_TD, weights_TK, self.w13, self.w2, plan, gemm, fused=self.fused)
-
-
-class SharedExpert(nn.Module):
-    """A SwiGLU network that sees every token, with or without a sigmoid gate of the token.
-
-    Parameters: w13 [2F, D], w2 [D, F], gate [1, D]; replicated, each rank over its own tokens.
-    """
-
-    def __init__(
-        self, *, hidden_size: int, ffn_size: int, gated: bool, dtype: torch.dtype, device: torch.device | None
-    ) -> None:
-        super().__init__()
-        self.w13 = nn.Parameter(torch.empty(2 * ffn_size, hidden_size, dtype=dtype, device=device))
-        self.w2 = nn.Parameter(torch.empty(hidden_size, ffn_size, dtype=dtype, device=device))
-        self.gate = nn.Parameter(torch.empty(1, hidden_size, dtype=dtype, device=device)) if gated else None
-        self.reset_parameters()
-
-    def reset_parameters(self, std: float = 0.02) -> None:
-        """Draw the weights from a normal distribution."""
-        for parameter in self.parameters():
-            if not parameter.is_meta:
-                nn.init.normal_(parameter, std=std)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] to [T, D]."""
-        gate, up = torch.nn.functional.linear(x_TD, self.w13).chunk(2, dim=-1)
-        out = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, self.w2)
-        if self.gate is not None:
-            out = torch.sigmoid(torch.nn.functional.linear(x_TD, self.gate)) * out
-        return out

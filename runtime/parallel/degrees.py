@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moeconv.layout.degrees import Degrees
 from runtime.errors import require
 
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
@@ -38,3 +39,8 @@ class ParallelConfig:
             object.__setattr__(self, "etp", self.tp)
         for name in ("tp", "pp", "vpp", "ep", "etp", "cp"):
             require(getattr(self, name) >= 1, f"parallel degree {name} is {getattr(self, name)}; expected at least 1")
+
+    @property
+    def layout(self) -> Degrees:
+        """The degrees that decide which rectangle of which tensor a rank holds."""
+        return Degrees(tp=self.tp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp, pp_layers=self.pp_layers)

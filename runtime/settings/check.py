@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from moeconv.errors import LayoutError
+from moeconv.families.base import Model
 from moeconv.layout.degrees import Degrees, chunk_layers
 from moeconv.layout.shard import divisors
 from runtime.errors import require
-from runtime.model.config import ModelConfig
 from runtime.moe.config import MoEConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.settings.run import RunConfig
@@ -45,7 +45,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // (parallel.tp * parallel.pp * parallel.cp)
 
 
-def check_degrees(model: ModelConfig, parallel: ParallelConfig, moe: MoEConfig | None, world_size: int) -> None:
+def check_degrees(model: Model, parallel: ParallelConfig, moe: MoEConfig | None, world_size: int) -> None:
     """Check that the degrees fit the world size, the heads, the experts and each other.
 
     Args:
@@ -58,18 +58,20 @@ def check_degrees(model: ModelConfig, parallel: ParallelConfig, moe: MoEConfig |
         ConfigError: names the flag, its value and what would fit.
     """
     _check_world(parallel, world_size)
-    tp = parallel.tp
-    fit = ", ".join(str(d) for d in divisors(model.num_heads) if _kv_fit(model.num_kv_heads, d))
+    tp, heads, kv_heads = parallel.tp, model.sizes["heads"], model.sizes["kv_heads"]
+    fit = ", ".join(str(d) for d in divisors(heads) if _kv_fit(kv_heads, d))
     require(
-        model.num_heads % tp == 0 and _kv_fit(model.num_kv_heads, tp),
-        f"{TP} is {tp}; {model.num_heads} attention heads and {model.num_kv_heads} key/value heads allow {fit}",
+        heads % tp == 0 and _kv_fit(kv_heads, tp),
+        f"{TP} is {tp}; {heads} attention heads and {kv_heads} key/value heads allow {fit}",
     )
+    for role in ("mlp.gate", "shared.gate"):
+        if model.has(role):
+            _divides(TP, tp, model.shape(model.rule(role))[0], f"{role.split('.')[0]} width")
     if moe is None:
         require(parallel.ep == 1, f"{EP} is {parallel.ep}; the checkpoint is a dense model without experts: give 1")
-        _divides(TP, tp, model.ffn_hidden_size, "ffn_hidden_size")
         return
-    _divides(EP, parallel.ep, model.num_experts, "experts")
-    _divides(ETP, parallel.etp, model.ffn_hidden_size, "expert ffn_hidden_size")
+    _divides(EP, parallel.ep, model.sizes["experts"], "experts")
+    _divides(ETP, parallel.etp, model.sizes["ffn"], "expert width")
     require(
         parallel.sp or tp == 1 or parallel.ep == 1,
         f"{EP} is {parallel.ep} and {TP} is {tp}: expert and tensor parallelism together need --sequence-parallel",
@@ -119,7 +121,7 @@ def check_sequence(parallel: ParallelConfig, train: TrainConfig) -> None:
     )
 
 
-def check_pipeline(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, world_size: int) -> None:
+def check_pipeline(model: Model, parallel: ParallelConfig, train: TrainConfig, world_size: int) -> None:
     """Check that layers and micro-batches fit the pipeline.
 
     Raises:
@@ -134,7 +136,7 @@ def check_pipeline(model: ModelConfig, parallel: ParallelConfig, train: TrainCon
         f"--pp-layers has {count} numbers; {PP} {pp} x {VPP} {vpp} needs {pp * vpp}",
     )
     try:
-        chunk_layers(model.num_layers, Degrees(pp=pp, vpp=vpp, pp_layers=parallel.pp_layers))
+        chunk_layers(model.sizes["layers"], Degrees(pp=pp, vpp=vpp, pp_layers=parallel.pp_layers))
     except LayoutError as error:
         raise LayoutError(f"{PP} is {pp}, {VPP} is {vpp}: {error}") from None
     if pp == 1:

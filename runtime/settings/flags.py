@@ -85,7 +85,7 @@ def _moe(parser: argparse.ArgumentParser) -> None:
     add("--moe-aux-loss-mode", default="megatron", choices=moe.AUX_LOSS_MODES)
     add("--moe-z-loss-coeff", type=float, default=0.0, help="1e-3 is a good start")
     add("--moe-input-jitter-eps", type=float, default=0.0)
-    add("--moe-router-score-function", default="softmax", choices=moe.SCORE_FUNCTIONS)
+    add("--moe-router-score-function", choices=("softmax", "sigmoid"))
     _switch(group, "--moe-router-pre-softmax", text="softmax before the top-k")
     add("--moe-router-dtype", default="fp32", choices=moe.ROUTER_DTYPES)
     add("--moe-router-num-groups", type=int)

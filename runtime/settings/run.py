@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from moeconv.families.base import Model
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.loader import DataConfig
 from runtime.errors import ConfigError, require
 from runtime.log.config import LogConfig
-from runtime.model.config import DtypeName, ModelConfig
+from runtime.model.context import DtypeName
 from runtime.model.recompute import RecomputeConfig, RecomputeGranularity
+from runtime.model.support import check_supported, stored_dtype
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.optim.schedule import Schedule
 from runtime.parallel.degrees import ParallelConfig, PipelineSchedule
+from runtime.settings.architecture import check_architecture
 from runtime.settings.steps import TrainConfig
 
 
@@ -25,7 +26,9 @@ from runtime.settings.steps import TrainConfig
 class RunConfig:
     """Everything that a run is made of."""
 
-    model: ModelConfig
+    model: Model
+    dtype: DtypeName
+    """Of weights and activations."""
     parallel: ParallelConfig
     moe: MoEConfig | None
     """None for a dense model."""
@@ -41,54 +44,12 @@ class RunConfig:
     """Seconds without progress after which the run is ended."""
 
 
-# Flag -> field of ModelConfig.
-_ARCHITECTURE = {
-    "num_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "ffn_hidden_size",
-    "moe_ffn_hidden_size": "ffn_hidden_size",
-    "num_attention_heads": "num_heads",
-    "num_query_groups": "num_kv_heads",
-    "kv_channels": "head_dim",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "num_experts": "num_experts",
-    "moe_router_topk": "topk",
-    "rotary_base": "rope_theta",
-    "norm_epsilon": "rms_norm_eps",
-}
-
-
-def check_architecture(flags: argparse.Namespace, model: ModelConfig, where: Path) -> None:
-    """Compare the architecture flags that were given with the checkpoint.
-
-    Args:
-        flags: what `parse_flags` returned.
-        model: the checkpoint's architecture.
-        where: the checkpoint, for messages.
-
-    Raises:
-        ConfigError: they disagree; names the flag and both values.
-    """
-    for flag, field in _ARCHITECTURE.items():
-        given, found = getattr(flags, flag), getattr(model, field)
-        require(
-            given is None or given == found,
-            f"--{flag.replace('_', '-')} is {given}; the checkpoint {where} has {found}: "
-            "give that, or leave the flag out",
-        )
-    require(
-        not (flags.untie_embeddings_and_output_weights and model.tie_embeddings),
-        f"--untie-embeddings-and-output-weights: the checkpoint {where} has tied embeddings; leave the flag out",
-    )
-
-
-def make_run(flags: argparse.Namespace, hf_config: Mapping[str, Any], where: Path) -> RunConfig:
+def make_run(flags: argparse.Namespace, model: Model, where: Path) -> RunConfig:
     """Put a run's settings together.
 
     Args:
         flags: what `parse_flags` returned.
-        hf_config: the checkpoint's config.json as parsed.
+        model: the checkpoint's.
         where: the checkpoint.
 
     Returns:
@@ -98,9 +59,9 @@ def make_run(flags: argparse.Namespace, hf_config: Mapping[str, Any], where: Pat
         ConfigError: a flag and the checkpoint disagree, or a value is out of range.
         MoEConfigError: options of the MoE layer are out of range or exclude each other.
     """
-    model = ModelConfig.from_hf(hf_config, dtype=_compute_dtype(flags))
+    check_supported(model, where)
     check_architecture(flags, model, where)
-    longest = model.max_position_embeddings
+    longest = model.compute.max_positions
     seq_length = flags.seq_length or min(2048, longest or 2048)
     require(
         not longest or seq_length <= longest,
@@ -108,6 +69,7 @@ def make_run(flags: argparse.Namespace, hf_config: Mapping[str, Any], where: Pat
     )
     return RunConfig(
         model=model,
+        dtype=_compute_dtype(flags) or stored_dtype(model),
         parallel=_parallel(flags),
         moe=_moe(flags, model),
         optim=_optim(flags),
@@ -124,7 +86,7 @@ def make_run(flags: argparse.Namespace, hf_config: Mapping[str, Any], where: Pat
             log_interval=flags.log_interval,
         ),
         schedule=_schedule(flags),
-        data=_data(flags, seq_length, model.vocab_size),
+        data=_data(flags, seq_length, model.sizes["vocab"]),
         checkpoint=CheckpointConfig(
             load=flags.load,
             save=flags.save,
@@ -168,25 +130,20 @@ def _parallel(flags: argparse.Namespace) -> ParallelConfig:
     )
 
 
-def _moe(flags: argparse.Namespace, model: ModelConfig) -> MoEConfig | None:
-    if model.num_experts == 0:
+def _moe(flags: argparse.Namespace, model: Model) -> MoEConfig | None:
+    router = model.compute.router
+    if router is None:
         return None
     capacity = flags.moe_expert_capacity_factor
     if flags.moe_token_dropping and capacity is None:
         capacity = 1.0
     return MoEConfig(
-        num_experts=model.num_experts,
-        topk=model.topk,
+        router=router,
         load_balancing=tuple(flags.moe_router_load_balancing_type),
         aux_loss_coeff=tuple(flags.moe_aux_loss_coeff),
         aux_loss_mode=flags.moe_aux_loss_mode,
         z_loss_coeff=flags.moe_z_loss_coeff,
         input_jitter_eps=flags.moe_input_jitter_eps,
-        score_function=flags.moe_router_score_function,
-        pre_softmax=flags.moe_router_pre_softmax,
-        num_groups=flags.moe_router_num_groups,
-        group_topk=flags.moe_router_group_topk,
-        topk_scaling_factor=flags.moe_router_topk_scaling_factor,
         enable_expert_bias=flags.moe_router_enable_expert_bias,
         expert_bias_update_rate=flags.moe_router_bias_update_rate,
         router_dtype=flags.moe_router_dtype,
@@ -196,7 +153,6 @@ def _moe(flags: argparse.Namespace, model: ModelConfig) -> MoEConfig | None:
         dispatcher=flags.moe_token_dispatcher_type,
         gemm_backend=flags.moe_grouped_gemm_backend,
         permute_fusion=flags.moe_permute_fusion,
-        shared_expert_intermediate_size=flags.moe_shared_expert_intermediate_size,
         recompute_layer=flags.moe_layer_recompute,
         per_layer_logging=flags.moe_per_layer_logging,
         fp8_format=flags.fp8_format,

@@ -60,7 +60,7 @@ def train(case: Case, steps: tuple[int, ...], saved: tuple[dict[str, Array], dic
 
 def run(pool: RankPool, layout: str, dtype: str, steps: tuple[int, ...], saved: Any = None) -> Any:
     num_ranks, parallel = LAYOUTS[layout]
-    case = Case(name=layout, num_ranks=num_ranks, parallel=parallel, model={"dtype": dtype, "vocab_size": 61})
+    case = Case(name=layout, num_ranks=num_ranks, parallel=parallel, dtype=dtype, model={"vocab_size": 61})
     ranks = pool.run(num_ranks, train, case, steps, saved)
     return assemble(part for parts, _ in ranks for part in parts), ranks[0][1]
 

@@ -9,8 +9,9 @@ import pytest
 from transformers import LlamaConfig, MixtralConfig
 
 from moeconv.errors import MoeconvError
+from moeconv.families import family_of
+from moeconv.families.base import Model
 from runtime.errors import ConfigError
-from runtime.model.config import ModelConfig
 from runtime.settings.check import check_run, data_parallel_size
 from runtime.settings.flags import parse_flags, without_effect
 from runtime.settings.run import RunConfig, make_run
@@ -37,7 +38,7 @@ SHORT = "--load ckpt --data text --save out --train-iters 10"
 
 
 def make(line: str, config: dict[str, Any] = MIXTRAL_8X7B) -> RunConfig:
-    return make_run(parse_flags(line.split()), config, CKPT)
+    return make_run(parse_flags(line.split()), Model.from_config(family_of(config), config), CKPT)
 
 
 def test_the_example_means_what_it_meant() -> None:
@@ -52,7 +53,7 @@ def test_the_example_means_what_it_meant() -> None:
     assert run.moe is not None
     assert run.moe.aux_losses == (("aux_loss", 1e-2),)
     assert (run.moe.num_experts, run.moe.topk, run.moe.capacity_factor) == (8, 2, None)
-    assert run.model.dtype == "bfloat16"
+    assert run.dtype == "bfloat16"
     assert [run.schedule.lr(step) for step in (0, 250, 500, 320000, 400000)] == [0, 5e-5, 1e-4, 1e-5, 1e-5]
     assert run.optim.weight_decay == 0.1
     assert run.data.split == (99990, 8, 2)
@@ -67,9 +68,8 @@ def test_the_example_means_what_it_meant() -> None:
 def test_the_architecture_comes_from_the_checkpoint() -> None:
     run = make(SHORT)
     check_run(run, 1)
-    assert run.model == ModelConfig.from_hf(MIXTRAL_8X7B)
-    assert (run.train.seq_length, run.model.dtype) == (2048, "bfloat16")
-    assert make(SHORT + " --fp32").model.dtype == "float32"
+    assert (run.train.seq_length, run.dtype) == (2048, "bfloat16")
+    assert make(SHORT + " --fp32").dtype == "float32"
     dense = make(SHORT, LlamaConfig(num_hidden_layers=2).to_dict())
     assert dense.moe is None
 
@@ -189,9 +189,10 @@ def test_uneven_stages_and_shared_kv_heads_are_fine() -> None:
     ("change", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"model_type": "gpt2"}, "gpt2"),
         ({"num_local_experts": None, "num_experts_per_tok": 9}, "num_local_experts"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type is 'spiral'"),
+        ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ({"num_key_value_heads": 5}, "not a multiple of 5"),
     ],
 )
@@ -199,11 +200,12 @@ def test_configs_that_the_runtime_does_not_compute(change: dict[str, Any], messa
     config = MIXTRAL_8X7B | change
     if config["num_local_experts"] is None:
         del config["num_local_experts"]
-    with pytest.raises(ConfigError, match=message):
-        ModelConfig.from_hf(config)
+    with pytest.raises(MoeconvError, match=message):
+        make(SHORT, config)
 
 
 def test_both_forms_of_config() -> None:
     v4 = {key: value for key, value in MIXTRAL_8X7B.items() if key not in ("rope_parameters", "dtype")}
     v4 |= {"rope_theta": 1e6, "torch_dtype": "bfloat16"}
-    assert ModelConfig.from_hf(v4) == ModelConfig.from_hf(MIXTRAL_8X7B)
+    assert make(SHORT, v4).model == make(SHORT).model
+    assert make(SHORT, v4).model.compute == make(SHORT).model.compute

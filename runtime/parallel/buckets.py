@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.parallel.collectives import group_rank, group_size
-from runtime.parallel.gradient_sink import GradientSink, attach_sink
+from runtime.parallel.gradient_sink import GradientSink, OpenSum, attach_sink
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype
 from runtime.parallel.topology import matrix_cols, tag, topology_of
@@ -110,10 +110,9 @@ class Bucket:
         self.pending.untouched.discard(slot.start)
         return first
 
-    def open_sum(self, slot: Slot) -> Tensor:
-        """A parameter's accumulated gradient, which is zero before the first summand of a step."""
-        total = self.grad_view(slot)
-        return total.zero_() if self._touch(slot) else total
+    def open_sum(self, slot: Slot) -> OpenSum:
+        """A parameter's accumulated gradient, and whether the first summand of a step is to overwrite it."""
+        return OpenSum(self.grad_view(slot), self._touch(slot))
 
     def accumulate(self, slot: Slot, parameter: Tensor) -> None:
         """Add the gradient that autograd has left at a parameter; the first of a step replaces what was there."""

@@ -7,7 +7,7 @@ up over micro-batches and ranks gives the gradient of the mean, whatever the lay
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -181,7 +181,9 @@ class Engine:
 
     def gradients(self) -> list[states.StateTensor]:
         """Give the clipped gradients of the last step, each global element on one rank, under the weights' names."""
-        return list(states.gradients(self.store.shards))
+        divisor = self.optimizer.divisor
+        items = states.gradients(self.store.shards)
+        return [item if divisor is None else replace(item, tensor=item.tensor / divisor) for item in items]
 
     def load_state(self, read: states.Read, with_optimizer: bool) -> None:
         """Fill the model, and the optimizer.
@@ -311,7 +313,7 @@ class Engine:
         coefficient = (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
         bad = ~torch.isfinite(sums[:2]).all()
         self.optimizer.step(scale / coefficient, bad)
-        self.store.weights_from_masters()
+        self.store.share_weights()
 
     def _report(self, sums: Tensor, num_microbatches: int) -> StepResult:
         routing = self._metrics.unpack(sums[2:-1], num_microbatches)

@@ -163,10 +163,18 @@ class Bucket:
             for group in self.partial_groups:
                 dist.all_reduce(self.grad_shard, group=group)
 
-    def publish(self) -> None:
-        """Bring the updated masters into the weights of all data-parallel ranks."""
+    @property
+    def rounded(self) -> Tensor | None:
+        """The weights of this rank's shard, where they are not the masters."""
+        return self.weight_shard if self.separate_master else None
+
+    def round_masters(self) -> None:
+        """Bring the masters into this rank's shard of the weights."""
         if self.separate_master:
             self.weight_shard.copy_(self.master)
+
+    def publish(self) -> None:
+        """Bring the weights of each data-parallel rank's shard to all."""
         if self.distributed:
             _all_gather(self.weights, self.weight_shard, self.group)
 
@@ -274,5 +282,11 @@ class BucketStore:
 
     def weights_from_masters(self) -> None:
         """Bring the masters into the weights of all data-parallel ranks."""
+        for bucket in self._buckets:
+            bucket.round_masters()
+        self.share_weights()
+
+    def share_weights(self) -> None:
+        """Bring the weights that this rank's optimizer has written to all data-parallel ranks."""
         for bucket in self._buckets:
             bucket.publish()

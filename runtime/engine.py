@@ -22,12 +22,13 @@ from runtime.model.config import ModelConfig
 from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
-from runtime.model.embedding import cross_entropy, take_positions, vocabulary_range
+from runtime.model.embedding import take_positions, vocabulary_range
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.routing_report import RouterMetrics
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import moe_layers, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
+from runtime.ops.cross_entropy import cross_entropy
 from runtime.optim.adamw import AdamW, squared_norm
 from runtime.optim.config import OptimConfig
 from runtime.optim.loss_scale import LossScale
@@ -274,7 +275,9 @@ class Engine:
         group = self.mesh.group("tp")
         labels_SB = take_positions(labels_BS, self._context)
         begin, end = vocabulary_range(self._context)
-        total = cross_entropy(logits_SBV[..., : end - begin], labels_SB, begin, group).sum()
+        columns = end - begin
+        losses = cross_entropy(logits_SBV, labels_SB, begin, group, num_columns=columns, ignored=IGNORED_LABEL)
+        total = losses.sum()
         if self.mesh.rank("tp") == 0:
             self._loss_sum += total.detach()
         loss = total * self._scale

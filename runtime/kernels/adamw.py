@@ -26,7 +26,7 @@ def _random_bits(index, seed):
 @triton.jit
 def _round(values, bits, TO: tl.constexpr):
     """To TO; to bf16 stochastically: up with the probability of what is cut off."""
-    if TO == tl.bfloat16:
+    if TO == tl.bfloat16:  # noqa: SIM300
         raw = values.to(tl.uint32, bitcast=True)
         # Infinity and NaN keep their bits: a carry would turn one into the other.
         finite = (raw & 0x7F800000) != 0x7F800000

@@ -86,9 +86,7 @@ def token_statistics(
     out = torch.empty(3, labels_T.shape[0], dtype=wide, device=logits_TV.device)
     if labels_T.shape[0]:
         args = (logits_TV, labels_T, out[0], out[1], out[2], first, logits_TV.stride(0), num_columns)
-        _statistics_kernel[(labels_T.shape[0],)](
-            *args, _block(num_columns), _accumulator(logits_TV.dtype), num_warps=8
-        )
+        _statistics_kernel[(labels_T.shape[0],)](*args, _block(num_columns), _accumulator(logits_TV.dtype), num_warps=8)
     return out[0], out[1], out[2]
 
 

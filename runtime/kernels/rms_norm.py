@@ -120,9 +120,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rms_norm_forward(
-    x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def rms_norm_forward(x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise x, or x + delta.
 
     Args:

@@ -52,17 +52,11 @@ def _rotary_kernel(
     s = tl.load(sin + at, mask=pair < ROTATED // 2, other=0.0).to(ACC)
     if BACKWARD:
         s = -s
-    _rotate_heads(
-        q, out_q, token, c, s, q_token_stride, q_head_stride, Q_HEADS, DIM, ROTATED, BLOCK_Q, HALF, REST, ACC
-    )
-    _rotate_heads(
-        k, out_k, token, c, s, k_token_stride, k_head_stride, K_HEADS, DIM, ROTATED, BLOCK_K, HALF, REST, ACC
-    )
+    _rotate_heads(q, out_q, token, c, s, q_token_stride, q_head_stride, Q_HEADS, DIM, ROTATED, BLOCK_Q, HALF, REST, ACC)
+    _rotate_heads(k, out_k, token, c, s, k_token_stride, k_head_stride, K_HEADS, DIM, ROTATED, BLOCK_K, HALF, REST, ACC)
 
 
-def rotate(
-    q_SBHK: Tensor, k_SBGK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, backward: bool
-) -> tuple[Tensor, Tensor]:
+def rotate(q_SBHK: Tensor, k_SBGK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
     """Turn pairs (i, i + R / 2) of the first R dims of each head by the position's angles, in fp32 (fp64 for fp64).
 
     Args:

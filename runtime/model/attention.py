@@ -6,12 +6,13 @@ Legend: S positions, B sequences, D hidden size, H query heads, G key/value head
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeconv.layout.shard import split_even, split_units
 from runtime.model.context import ModelContext, columns, rows
+from runtime.ops.linear import linear, linears
+from runtime.ops.rotary import rotary
 from runtime.parallel.context_attention import causal_attention, local_positions
 from runtime.parallel.topology import Topology, tag
 
@@ -31,7 +32,7 @@ class Rotary(nn.Module):
             num_positions: length of the whole sequence.
 
         Returns:
-            Two tensors [S / cp, 1, 1, K] in the compute dtype.
+            Two tensors [S / cp, K] in the compute dtype.
 
         Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mixtral/modeling_mixtral.py
         """
@@ -42,25 +43,10 @@ class Rotary(nn.Module):
             exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
             frequencies = 1.0 / (context.model.rope_theta**exponents)
             positions = local_positions(num_positions, mesh.rank("cp"), mesh.size("cp"), torch.device("cpu"))
-            angles = torch.outer(positions.float(), frequencies).repeat(1, 2)[:, None, None]
+            angles = torch.outer(positions.float(), frequencies).repeat(1, 2)
             cos, sin = (table.to(context.device, context.dtype) for table in (angles.cos(), angles.sin()))
             self._tables[num_positions] = (cos, sin)
         return self._tables[num_positions]
-
-
-def rotate(x_SBHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs (i, i + K / 2) of each head by the position's angles.
-
-    Args:
-        x_SBHK: [S, B, H, K].
-        cos: [S, 1, 1, K].
-        sin: [S, 1, 1, K].
-
-    Returns:
-        [S, B, H, K].
-    """
-    low, high = x_SBHK.chunk(2, dim=-1)
-    return x_SBHK * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -117,25 +103,22 @@ class Attention(nn.Module):
 
         Args:
             x_SBD: [S, B, D] normalised input, split over tp with sequence parallelism.
-            cos: [S, 1, 1, K] table of the positions.
-            sin: [S, 1, 1, K] table of the positions.
+            cos: [S, K] table of the positions.
+            sin: [S, K] table of the positions.
 
         Returns:
             As x_SBD.
         """
         x = self._context.enter(x_SBD)
-        q = F.linear(x, self.q_weight, self.q_bias)
-        kv = F.linear(x, self.kv_weight, self.kv_bias)
+        q, kv = linears(x, [self.q_weight, self.kv_weight], [self.q_bias, self.kv_bias])
         if self._recompute and torch.is_grad_enabled():
             out = checkpoint(self._core, q, kv, cos, sin, use_reentrant=False)
         else:
             out = self._core(q, kv, cos, sin)
-        return self._context.leave(F.linear(out.flatten(-2), self.o_weight))
+        return self._context.leave(linear(out.flatten(-2), self.o_weight))
 
     def _core(self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         heads = (*q.shape[:2], -1, self._context.model.head_dim)
-        q = q.view(heads)
         k, v = kv.view(heads).chunk(2, dim=2)
-        kv = torch.cat([rotate(k, cos, sin), v], dim=2)
-        window = self._context.model.sliding_window
-        return causal_attention(rotate(q, cos, sin), kv, self._context.mesh.group("cp"), window)
+        q, k = rotary(q.view(heads), k, cos, sin)
+        return causal_attention(q, k, v, self._context.mesh.group("cp"), self._context.model.sliding_window)

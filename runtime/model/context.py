@@ -11,6 +11,7 @@ from moeconv.layout.rect import Rect
 from runtime.model.config import ModelConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.ops.norm import add_rms_norm, rms_norm
 from runtime.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
@@ -107,6 +108,16 @@ class RMSNorm(nn.Module):
         self.eps = context.model.rms_norm_eps
         tag_replicated(self.weight, name, partial=context.sp, decay=False)
 
-    def forward(self, x_SBD: Tensor) -> Tensor:
-        """Normalise; same shape and dtype."""
-        return nn.functional.rms_norm(x_SBD, self.weight.shape, self.weight, self.eps)
+    def forward(self, x_SBD: Tensor, delta_SBD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalise the residual after adding what a branch gave.
+
+        Args:
+            x_SBD: [S, B, D] residual.
+            delta_SBD: [S, B, D]; None for nothing to add.
+
+        Returns:
+            The norm and the sum, each as x_SBD.
+        """
+        if delta_SBD is None:
+            return rms_norm(x_SBD, self.weight, self.eps), x_SBD
+        return add_rms_norm(x_SBD, delta_SBD, self.weight, self.eps)

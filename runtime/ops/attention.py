@@ -30,9 +30,10 @@ def _half(x: Tensor) -> bool:
 
 
 def _cudnn_fits(q: Tensor, k: Tensor) -> bool:
-    if not _half(q) or _processor(q.device) not in (9, 10) or not torch.backends.cudnn.is_available():
+    if not _half(q) or _processor(q.device) not in (9, 10) or not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    known_length = q.shape[0] % 128 == 0 or (torch.backends.cudnn.version() or 0) >= _CUDNN_ANY_LENGTH
+    version: int = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+    known_length = q.shape[0] % 128 == 0 or version >= _CUDNN_ANY_LENGTH
     return q.shape[0] == k.shape[0] > 1 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and known_length
 
 

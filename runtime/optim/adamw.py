@@ -58,7 +58,7 @@ class AdamW:
         """
         self.divisor = grad_divisor
         for shard, moments in zip(self.shards, self._moments, strict=True):
-            self._update(shard, *(moments[name] for name in MOMENTS), grad_divisor, skip)
+            self._update(shard, moments[MOMENTS[0]], moments[MOMENTS[1]], grad_divisor, skip)
 
     @torch.no_grad()
     def _update(self, shard: Shard, exp_avg: Tensor, exp_avg_sq: Tensor, divisor: Tensor, skip: Tensor) -> None:

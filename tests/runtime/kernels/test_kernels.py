@@ -175,7 +175,8 @@ def test_sinkhorn_bears_large_and_non_finite_logits() -> None:
 
 @pytest.mark.parametrize("block_n", [128, 256])
 @pytest.mark.parametrize(
-    ("kind", "epilogue"), [("nt", "store"), ("nt", "swiglu"), ("nn", "store"), ("tn", "store"), ("tn", "add"), ("tn", "store_fp32")]
+    ("kind", "epilogue"),
+    [("nt", "store"), ("nt", "swiglu"), ("nn", "store"), ("tn", "store"), ("tn", "add"), ("tn", "store_fp32")],
 )
 def test_grouped_products_compile_for_hopper(block_n: int, kind: str, epilogue: str) -> None:
     pytest.importorskip("cuda.bindings")

@@ -32,7 +32,10 @@ def double(leaves: list[Tensor]) -> list[Tensor]:
 
 
 def compare(
-    mine: Callable[..., tuple[Tensor, ...]], exact: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor], bound: float
+    mine: Callable[..., tuple[Tensor, ...]],
+    exact: Callable[..., tuple[Tensor, ...]],
+    leaves: list[Tensor],
+    bound: float,
 ) -> None:
     """Outputs and gradients of a function against another in fp64, over random gradients of the outputs."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -180,7 +183,7 @@ def test_a_second_pass_through_kept_logits() -> None:
     loss = cross_entropy(logits, torch.randint(24, (6, 1), device=DEVICE), 0, None, fused=True).sum()
     first = torch.autograd.grad(loss, x, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(loss, x)[0], first)
-    with pytest.raises(RuntimeError, match="second time|modified by an inplace"):
+    with pytest.raises(RuntimeError, match=r"second time|modified by an inplace"):
         torch.autograd.grad(loss, x)
 
 
@@ -261,7 +264,9 @@ def test_adamw(size: int, moments: torch.dtype) -> None:
         adamw_step(g * 4, p, m, v, weight, torch.tensor(4.0, device=DEVICE), no, num_steps=step, **options)
         adamw_reference(exact[0], g.double(), exact[1], exact[2], step)
         # Triton's interpreter cuts where a GPU rounds.
-        torch.testing.assert_close(weight.float(), p.bfloat16().float(), rtol=0 if DEVICE.type == "cuda" else 2**-7, atol=0)
+        torch.testing.assert_close(
+            weight.float(), p.bfloat16().float(), rtol=0 if DEVICE.type == "cuda" else 2**-7, atol=0
+        )
     bounds = (2e-6, 2e-6, 2e-6) if moments == torch.float32 else (1.5e-2, 1.5e-2, 1.5e-2)
     for mine, other, bound in zip((p, m, v), exact, bounds, strict=True):
         assert relative(mine, other) < bound

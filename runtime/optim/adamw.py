@@ -16,14 +16,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class AdamW:
     """One pass over each shard: clipping, moments, masters, and the weights rounded from them."""
 
-    def __init__(self, config: OptimConfig, shards: Sequence[Shard], moment_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, config: OptimConfig, shards: Sequence[Shard]) -> None:
         """Set up the moments.
 
         Args:
-            config: rates and decay.
+            config: rates, decay, and the moments' type.
             shards: what to update.
-            moment_dtype: bfloat16 halves the moments, which are then rounded stochastically (on a GPU); None: as the
-                masters.
         """
         self.shards = shards
         self.num_steps = 0
@@ -31,9 +29,8 @@ class AdamW:
         self.divisor: Tensor | None = None
         """What gradients were divided by in the last step."""
         self._config, self._lr = config, config.lr
-        self._moments = [
-            {name: torch.zeros_like(shard.master, dtype=moment_dtype) for name in MOMENTS} for shard in shards
-        ]
+        dtype = torch.bfloat16 if config.moments_dtype == "bfloat16" else None  # None: as the masters
+        self._moments = [{name: torch.zeros_like(shard.master, dtype=dtype) for name in MOMENTS} for shard in shards]
         self._places = {id(shard): place for place, shard in enumerate(shards)}
 
     def moment(self, shard: Shard, name: str) -> Tensor:

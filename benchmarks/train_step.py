@@ -7,7 +7,10 @@ curve in bf16 on the device beside fp32 on the CPU, of a smaller model on the sa
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.step_systems import MODELS, SYSTEMS, packages_of, version
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
 from moeconv.layout.rect import Rect
@@ -30,24 +34,52 @@ from runtime.parallel.mesh import ParallelMesh
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 
 
-def mixtral(*, hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int) -> Model:
-    """A Mixtral of 8 experts, two a token, with these sizes."""
+def mixtral(
+    *,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    ffn: int,
+    vocab: int,
+    experts: int = 8,
+    topk: int = 2,
+) -> Model:
+    """A Mixtral with these sizes."""
     config = {
         "model_type": "mixtral", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "head_dim": head_dim, "intermediate_size": ffn, "vocab_size": vocab,
-        "num_local_experts": 8, "num_experts_per_tok": 2,
+        "num_local_experts": experts, "num_experts_per_tok": topk,
     }  # fmt: skip
     return Model.from_config(FAMILIES["mixtral"], config)
 
 
-def make_engine(model: Model, dtype: torch.dtype, device: torch.device, lr: float, granularity: Any = "none") -> Engine:
-    """Build an engine of one rank with random weights that depend on names alone."""
+def make_engine(
+    model: Model,
+    dtype: torch.dtype,
+    device: torch.device,
+    lr: float,
+    granularity: Any = "none",
+    *,
+    on_device: bool = False,
+    **optim_options: Any,
+) -> Engine:
+    """Build an engine of one rank with random weights: such that depend on names alone, or quickly on the device."""
     parallel = ParallelConfig()
     assert model.compute.router is not None
     moe = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,))
-    optim, recompute = OptimConfig(lr=lr), RecomputeConfig(granularity=granularity)
+    optim, recompute = OptimConfig(lr=lr, **optim_options), RecomputeConfig(granularity=granularity)
     engine = Engine(model, dtype, parallel, moe, optim, recompute, ParallelMesh(parallel), device)
-    engine.load_state(random_weights(), with_optimizer=False)
+    if not on_device:
+        engine.load_state(random_weights(), with_optimizer=False)
+        return engine
+    for shard in engine.store.shards:
+        if shard.topology.decay:
+            shard.master.normal_(std=0.02)
+        else:
+            shard.master.fill_(1.0)
+    engine.store.weights_from_masters()
     return engine
 
 
@@ -165,6 +197,45 @@ def profile(engine: Engine, batches: list[Batch], cuda: bool) -> None:
         print(f"{time_us / 1e3:8.2f} ms {time_us / total:6.1%} {event.count:5} x  {event.key[:100]}")
 
 
+def compare_systems(args: argparse.Namespace) -> None:
+    """Measure this project's step and those of its peers that are installed, each in a process of its own, in turns."""
+    results: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    systems = [name for name in SYSTEMS if name in args.peers] if args.peers else list(SYSTEMS)
+    for name in list(systems):
+        missing = [package for package in packages_of(name) if version(package) is None]
+        if missing:
+            print(f"{name} is left out: {', '.join(missing)} not installed")
+            systems.remove(name)
+    for place in range(args.rounds):
+        for name in systems:
+            command = [sys.executable, "-m", "benchmarks.step_systems", name, args.model, *map(str, args.numbers)]
+            if args.profile_to is not None and place == 0:
+                command += ["--profile", str(args.profile_to)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            for line in done.stdout.splitlines():
+                if line.startswith("{"):
+                    found = json.loads(line)
+                    results.setdefault((name, found["microbatches"]), []).append(found)
+                    print(f"round {place + 1}: {line}", flush=True)
+            if done.returncode:
+                print(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
+    names = ["torch", "triton", *sorted({package for name in systems for package in packages_of(name)})]
+    print(f"{torch.cuda.get_device_name()}; {', '.join(f'{name} {version(name)}' for name in names)}")
+    print(
+        "| micro-batches | system | ms | TFLOP/s | peak GiB | runtime is faster by |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for num in args.numbers:
+        ours = [found["ms"] for found in results.get(("runtime", num), [])]
+        for name in systems:
+            rounds = results.get((name, num), [])
+            if rounds:
+                # The median of the rounds' ratios: the card's temperature is alike within a round.
+                ratio = statistics.median(a["ms"] / b for a, b in zip(rounds, ours, strict=False)) if ours else 0.0
+                ms, tflops = (statistics.median(found[key] for found in rounds) for key in ("ms", "tflops"))
+                peak = max(found["peak_gib"] for found in rounds)
+                print(f"| {num} | {name} | {ms:.1f} | {tflops:.0f} | {peak:.1f} | {ratio:.3f} |")
+
+
 def main() -> None:
     """Parse the options and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -175,7 +246,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--compare", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--peers", nargs="*", choices=SYSTEMS, help="set systems beside each other; none named: all")
+    parser.add_argument("--model", default="mixtral", choices=MODELS, help="with --peers: layers of which model")
+    parser.add_argument("--rounds", type=int, default=3, help="with --peers")
+    parser.add_argument("--numbers", type=int, nargs="+", default=[8, 1], help="with --peers: micro-batches of a step")
+    parser.add_argument("--profile-to", metavar="FOLDER", help="with --peers: write the kernels of a step there")
     args = parser.parse_args()
+    if args.peers is not None:
+        compare_systems(args)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.compare:
         compare(device, args.compare)

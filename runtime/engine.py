@@ -7,7 +7,7 @@ up over micro-batches and ranks gives the gradient of the mean, whatever the lay
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,12 @@ from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
 from runtime.model.ends import take_positions
-from runtime.model.loss import cross_entropy
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.routing_report import RouterMetrics
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import moe_layers, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
+from runtime.ops.cross_entropy import cross_entropy
 from runtime.optim.adamw import AdamW, squared_norm
 from runtime.optim.config import OptimConfig
 from runtime.optim.loss_scale import LossScale
@@ -186,7 +186,9 @@ class Engine:
 
     def gradients(self) -> list[states.StateTensor]:
         """Give the clipped gradients of the last step, each global element on one rank, under the weights' names."""
-        return list(states.gradients(self.store.shards))
+        divisor = self.optimizer.divisor
+        items = states.gradients(self.store.shards)
+        return [item if divisor is None else replace(item, tensor=item.tensor / divisor) for item in items]
 
     def load_state(self, read: states.Read, with_optimizer: bool) -> None:
         """Fill the model, and the optimizer.
@@ -284,7 +286,9 @@ class Engine:
         group = self.mesh.group("tp")
         labels_SB = take_positions(labels_BS, self._context)
         begin, end = self._context.parameters.vocabulary_range()
-        total = cross_entropy(logits_SBV[..., : end - begin], labels_SB, begin, group).sum()
+        columns = end - begin
+        losses = cross_entropy(logits_SBV, labels_SB, begin, group, num_columns=columns, ignored=IGNORED_LABEL)
+        total = losses.sum()
         if self.mesh.rank("tp") == 0:
             self._loss_sum += total.detach()
         loss = total * self._scale
@@ -323,7 +327,7 @@ class Engine:
         coefficient = (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
         bad = ~torch.isfinite(sums[:2]).all()
         self.optimizer.step(scale / coefficient, bad)
-        self.store.weights_from_masters()
+        self.store.share_weights()
 
     def _report(self, sums: Tensor, num_microbatches: int) -> StepResult:
         routing = self._metrics.unpack(sums[2:-1], num_microbatches)

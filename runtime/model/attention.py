@@ -6,13 +6,13 @@ Legend: S positions, B sequences, D hidden size, H query heads, G key/value head
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from runtime.model.context import ModelContext
 from runtime.model.norm import RMSNorm, SharedRMSNorm
-from runtime.model.rope import rotate
+from runtime.ops.linear import linear, linears
+from runtime.ops.rotary import rotary
 from runtime.parallel.context_attention import causal_attention
 
 
@@ -52,27 +52,25 @@ class Attention(nn.Module):
 
         Args:
             x_SBD: [S, B, D] normalised input, split over tp with sequence parallelism.
-            cos: [S, 1, 1, R] table of the positions.
-            sin: [S, 1, 1, R] table of the positions.
+            cos: [S, R] table of the positions.
+            sin: [S, R] table of the positions.
 
         Returns:
             As x_SBD.
         """
         x = self._context.enter(x_SBD)
-        q = F.linear(x, self.q_weight, self.q_bias)
-        kv = F.linear(x, self.kv_weight, self.kv_bias)
+        q, kv = linears(x, [self.q_weight, self.kv_weight], [self.q_bias, self.kv_bias])
         if self._recompute and torch.is_grad_enabled():
             out = checkpoint(self._core, q, kv, cos, sin, use_reentrant=False)
         else:
             out = self._core(q, kv, cos, sin)
-        out = self._context.leave(F.linear(out.flatten(-2), self.o_weight))
+        out = self._context.leave(linear(out.flatten(-2), self.o_weight))
         return out if self.o_bias is None else out + self.o_bias
 
     def _core(self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         k, v = kv.chunk(2, dim=-1)
-        q_SBHK, k_SBGK = self._heads(q, self.q_norm), self._heads(k, self.k_norm)
-        kv_SBGK = torch.cat([rotate(k_SBGK, cos, sin), self._heads(v, None)], dim=2)
-        return causal_attention(rotate(q_SBHK, cos, sin), kv_SBGK, self._context.mesh.group("cp"), self._window)
+        q_SBHK, k_SBGK = rotary(self._heads(q, self.q_norm), self._heads(k, self.k_norm), cos, sin)
+        return causal_attention(q_SBHK, k_SBGK, self._heads(v, None), self._context.mesh.group("cp"), self._window)
 
     def _heads(self, x: Tensor, norm: RMSNorm | SharedRMSNorm | None) -> Tensor:
         """Cut the last dim into heads, with the norm before or after."""

@@ -15,7 +15,7 @@ from runtime.model.attention import Attention
 from runtime.model.context import ModelContext
 from runtime.model.ends import Embedding, Head
 from runtime.model.mlp import GatedMLP, MoEMLP
-from runtime.model.norm import RMSNorm
+from runtime.model.norm import ResidualNorm
 from runtime.model.rope import Rotary
 from runtime.moe.tape import RoutingTape
 
@@ -35,28 +35,40 @@ class DecoderLayer(nn.Module):
             self.mlp = GatedMLP(context, "mlp", layer)
         self._recompute_norms = context.recomputes("layernorm")
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
-        x_SBD = x_SBD + self.attention(self._norm(self.attention_norm, x_SBD), cos, sin)
-        out: Tensor = x_SBD + self.mlp(self._norm(self.mlp_norm, x_SBD))
-        return out
+    def forward(self, x_SBD: Tensor, delta_SBD: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the layer.
 
-    def _norm(self, norm: nn.Module, x_SBD: Tensor) -> Tensor:
+        Args:
+            x_SBD: [S, B, D] residual, split over tp with sequence parallelism.
+            delta_SBD: [S, B, D] what the layer before adds to it: the norm does, in one pass; None before the first.
+            cos: table of the positions.
+            sin: table of the positions.
+
+        Returns:
+            The residual, and what this layer adds to it.
+        """
+        normed, x_SBD = self._norm(self.attention_norm, x_SBD, delta_SBD)
+        normed, x_SBD = self._norm(self.mlp_norm, x_SBD, self.attention(normed, cos, sin))
+        return x_SBD, self.mlp(normed)
+
+    def _norm(self, norm: ResidualNorm, x_SBD: Tensor, delta_SBD: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._recompute_norms and torch.is_grad_enabled():
-            return _again(norm, x_SBD)
-        out: Tensor = norm(x_SBD)
+            # What is computed again must not be the sum, which the norm would keep: the norm alone is.
+            x_SBD = x_SBD if delta_SBD is None else x_SBD + delta_SBD
+            return _again(norm, x_SBD)[0], x_SBD
+        out: tuple[Tensor, Tensor] = norm(x_SBD, delta_SBD)
         return out
 
 
-def _norm(context: ModelContext, role: str, layer: int | None = None) -> RMSNorm:
+def _norm(context: ModelContext, role: str, layer: int | None = None) -> ResidualNorm:
     """Make a norm over the hidden dim; with sequence parallelism the ranks of tp see different tokens."""
     weight = context.parameters.take(role, layer=layer, partial=context.sp)
-    return RMSNorm(weight, context.model.compute.norm_eps)
+    return ResidualNorm(weight, context.model.compute.norm_eps)
 
 
-def _again(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+def _again(function: Callable[..., tuple[Tensor, Tensor]], *args: Tensor | None) -> tuple[Tensor, Tensor]:
     """Run a function without keeping its activations; routers in it choose once."""
-    out: Tensor = checkpoint(function, *args, use_reentrant=False, context_fn=RoutingTape().contexts)
+    out: tuple[Tensor, Tensor] = checkpoint(function, *args, use_reentrant=False, context_fn=RoutingTape().contexts)
     return out
 
 
@@ -77,7 +89,7 @@ class DecoderStage(nn.Module):
         self.is_first, self.is_last = layers.start == 0, layers.stop == model.sizes["layers"]
         self.embedding = Embedding(context) if self.is_first else None
         self.layers = nn.ModuleList(DecoderLayer(context, layer) for layer in layers)
-        self.norm: RMSNorm | None = None
+        self.norm: ResidualNorm | None = None
         self.head: Head | None = None
         if self.is_last:
             self.norm = _norm(context, "final_norm")
@@ -102,12 +114,16 @@ class DecoderStage(nn.Module):
             shares = context.mesh.size("cp") * (context.mesh.size("tp") if context.sp else 1)
             num_positions = x.shape[0] * shares
         cos, sin = self.rotary(num_positions)
+        delta: Tensor | None = None
         for place, layer in enumerate(self.layers):
-            again = torch.is_grad_enabled() and self._recomputed(place)
-            x = _again(layer, x, cos, sin) if again else layer(x, cos, sin)
+            if torch.is_grad_enabled() and self._recomputed(place):
+                # Kept for the second run: the sum alone, not both summands.
+                x, delta = _again(layer, x if delta is None else x + delta, None, cos, sin)
+            else:
+                x, delta = layer(x, delta, cos, sin)
         if self.head is not None and self.norm is not None:
-            x = self.head(self.norm(x))
-        return x
+            x, delta = self.head(self.norm(x, delta)[0]), None
+        return x if delta is None else x + delta
 
     def _recomputed(self, place: int) -> bool:
         recompute = self._context.recompute

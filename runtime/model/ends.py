@@ -6,10 +6,11 @@ Legend: S positions, B sequences, D hidden size, V rows of the vocabulary on thi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.model.context import ModelContext
+from runtime.ops.embedding import embedding
+from runtime.ops.linear import linear
 from runtime.parallel.context_attention import local_positions
 
 
@@ -32,12 +33,14 @@ class Embedding(nn.Module):
         """
         context, mesh = self._context, self._context.mesh
         tokens_SB = take_positions(tokens_BS, context)
+        sinks = not context.model.tied
         if mesh.size("tp") == 1:
-            return F.embedding(tokens_SB, self.weight)
+            return embedding(tokens_SB, self.weight, sinks=sinks)
         begin, end = context.parameters.vocabulary_range()
         mine = (tokens_SB >= begin) & (tokens_SB < end)
-        x_SBD = F.embedding(torch.where(mine, tokens_SB - begin, 0), self.weight)
-        return context.leave(torch.where(mine.unsqueeze(-1), x_SBD, 0))
+        # Another rank's tokens get a row that is no one's.
+        ids_SB = torch.where(mine, tokens_SB - begin, self.weight.shape[0])
+        return context.leave(embedding(ids_SB, self.weight, sinks=sinks))
 
 
 def take_positions(values_BS: Tensor, context: ModelContext) -> Tensor:
@@ -59,4 +62,4 @@ class Head(nn.Module):
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D], split over tp with sequence parallelism, to [S, B, V], V with the padding."""
-        return F.linear(self._context.enter(x_SBD), self.weight)
+        return linear(self._context.enter(x_SBD), self.weight, sinks=not self._context.model.tied)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from runtime.model.context import ModelContext
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import MoEGroups, MoELayer
+from runtime.ops.linear import linear
 
 
 class GatedMLP(nn.Module):
@@ -35,8 +36,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
-        gate, up = F.linear(self._context.enter(x_SBD), self.w13, self.b13).chunk(2, dim=-1)
-        out = self._context.leave(F.linear(F.silu(gate) * up, self.w2))
+        gate, up = linear(self._context.enter(x_SBD), self.w13, self.b13).chunk(2, dim=-1)
+        out = self._context.leave(linear(F.silu(gate) * up, self.w2))
         return out if self.b2 is None else out + self.b2
 
 
@@ -55,7 +56,7 @@ class SharedMLP(nn.Module):
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
         out: Tensor = self.mlp(x_SBD) if self.mlp is not None else torch.zeros_like(x_SBD)
-        return out if self.gate is None else torch.sigmoid(F.linear(x_SBD, self.gate)) * out
+        return out if self.gate is None else torch.sigmoid(linear(x_SBD, self.gate)) * out
 
 
 class MoEMLP(nn.Module):

@@ -1,11 +1,11 @@
-"""Root-mean-square norms: over the hidden dim, over each head, and over heads that ranks share."""
+"""Root-mean-square norms: of the residual, of each head, and of all heads together, which ranks share."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.ops.norm import add_rms_norm, rms_norm
 from runtime.parallel.collectives import Group, copy_to, group_size, reduce_from
 
 
@@ -18,7 +18,29 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise; same shape and dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class ResidualNorm(nn.Module):
+    """Adds what a branch gave to the residual, and normalises the sum, in one pass."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x_SBD: Tensor, delta_SBD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add and normalise.
+
+        Args:
+            x_SBD: [S, B, D] residual.
+            delta_SBD: [S, B, D]; None for nothing to add.
+
+        Returns:
+            The norm and the sum, each as x_SBD.
+        """
+        if delta_SBD is None:
+            return rms_norm(x_SBD, self.weight, self.eps), x_SBD
+        return add_rms_norm(x_SBD, delta_SBD, self.weight, self.eps)
 
 
 class SharedRMSNorm(nn.Module):

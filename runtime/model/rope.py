@@ -1,6 +1,6 @@
-"""Rotary positions: frequencies of every kind, tables for the positions of a rank, and the rotation.
+"""Rotary positions: frequencies of every kind, and tables for the positions of a rank.
 
-Legend: S positions, B sequences, H heads, K head dim, R elements of a head that are turned.
+Legend: S positions, R elements of a head that are turned.
 """
 
 from __future__ import annotations
@@ -127,33 +127,15 @@ class Rotary(nn.Module):
             num_positions: length of the whole sequence.
 
         Returns:
-            Two tables [S / cp, 1, 1, R] in the compute dtype.
+            Two tables [S / cp, R] in the compute dtype.
         """
         if num_positions not in self._tables:
             context, mesh, compute = self._context, self._context.mesh, self._context.model.compute
             per_position, factor = frequencies(compute.rope, num_positions, compute.max_positions)
             positions = local_positions(num_positions, mesh.rank("cp"), mesh.size("cp"), torch.device("cpu"))
-            angles = torch.outer(positions.float(), per_position).repeat(1, 2)[:, None, None]
+            angles = torch.outer(positions.float(), per_position).repeat(1, 2)
             tables: list[Any] = [
                 (table * factor).to(context.device, context.dtype) for table in (angles.cos(), angles.sin())
             ]
             self._tables[num_positions] = (tables[0], tables[1])
         return self._tables[num_positions]
-
-
-def rotate(x_SBHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs (i, i + R / 2) of each head's first R elements by the position's angles.
-
-    Args:
-        x_SBHK: [S, B, H, K].
-        cos: [S, 1, 1, R].
-        sin: [S, 1, 1, R].
-
-    Returns:
-        [S, B, H, K].
-    """
-    dim = cos.shape[-1]
-    turned, kept = x_SBHK[..., :dim], x_SBHK[..., dim:]
-    low, high = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
-    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned

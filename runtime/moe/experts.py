@@ -79,10 +79,10 @@ def _weight_gradient(
     gemm: GroupedGemm, left: Tensor, right: Tensor, plan: RowPlan, sink: GradientSink | None
 ) -> Tensor | None:
     """The gradient of a weight, or None after adding it to the sum that the weight's sink keeps."""
-    total = None if sink is None else sink.open()
-    if sink is None or total is None:
+    opened = None if sink is None else sink.open()
+    if sink is None or opened is None:
         return gemm.transposed_times_rows(left, right, plan)
-    gemm.add_transposed_times_rows(left, right, plan, total)
+    gemm.add_transposed_times_rows(left, right, plan, opened.total, fresh=opened.fresh)
     sink.close()
     return None
 

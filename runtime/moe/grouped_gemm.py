@@ -37,9 +37,15 @@ class GroupedGemm(Protocol):
         """[E, N, K]: the transpose of each expert's rows times its rows; zero for an expert without rows."""
         ...
 
-    def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
-        """Add `transposed_times_rows` to a sum of the rows' dtype or a wider one."""
-        total_ENK += self.transposed_times_rows(left_RN, right_RK, plan)
+    def add_transposed_times_rows(
+        self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor, *, fresh: bool
+    ) -> None:
+        """Add `transposed_times_rows` to a sum of the rows' dtype or a wider one; overwrite it where it is fresh."""
+        product = self.transposed_times_rows(left_RN, right_RK, plan)
+        if fresh:
+            total_ENK.copy_(product)
+        else:
+            total_ENK += product
 
 
 @runtime_checkable

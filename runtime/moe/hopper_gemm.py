@@ -66,11 +66,17 @@ class HopperGemm:
         launch("tn", left_RN, right_RK, flat, plan.offsets_E)
         return out
 
-    def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
-        """Add `transposed_times_rows` to an fp32 sum, unrounded, while the next products are computed."""
+    def add_transposed_times_rows(
+        self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor, *, fresh: bool
+    ) -> None:
+        """Add `transposed_times_rows` to an fp32 sum, unrounded, inside the product; overwrite it where it is fresh."""
         num_experts, num_n, num_k = total_ENK.shape
         if not _fits(plan, num_n, num_k):
-            total_ENK += self.transposed_times_rows(left_RN, right_RK, plan)
+            product = self.transposed_times_rows(left_RN, right_RK, plan)
+            if fresh:
+                total_ENK.copy_(product)
+            else:
+                total_ENK += product
             return
         flat = total_ENK.view(num_experts * num_n, num_k)
-        launch("tn", left_RN, right_RK, flat, plan.offsets_E)
+        launch("tn", left_RN, right_RK, flat, plan.offsets_E, add=not fresh)

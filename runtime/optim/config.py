@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from runtime.errors import require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with fp32 master weights and moments."""
+    """AdamW with fp32 master weights."""
 
     lr: float = 1e-4
     """Peak learning rate; the trainer's schedule sets the rate of each step."""
@@ -18,6 +19,8 @@ class OptimConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 halves the moments: 4 bytes a parameter less, rounded stochastically."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 doesn't clip."""
     skip_nonfinite: bool = False

@@ -5,11 +5,11 @@
 #include "hopper.cuh"
 
 enum { NT, NN, TN };          // rows times transposed matrices; rows times matrices; transposed rows times rows
-enum { STORE, ADD, SWIGLU };  // what becomes of a tile
+enum { STORE, ADD, SWIGLU, STORE_FP32 };  // what becomes of a tile
 
 struct Arguments {
     TensorMap left, right;
-    char* out;             // bf16, or with ADD fp32
+    char* out;             // bf16, or with ADD and STORE_FP32 fp32
     char* act;             // with SWIGLU: [R, F] bf16
     const float* weights;  // with SWIGLU: [T, K] routing weights
     const int* slots;      // with SWIGLU: [R] which of them a row takes, -1 for padding

@@ -10,10 +10,10 @@ import torch
 
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.engine import Engine
-from runtime.model import loss as model_loss
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.support import check_supported
 from runtime.moe.config import MoEConfig
+from runtime.ops import cross_entropy as ops
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
@@ -135,14 +135,14 @@ def test_recompute_changes_nothing(granularity: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_cross_entropy_in_chunks_equals_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_loss, "_CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 40)
     logits = torch.randn(7, 2, 13, dtype=dtype, requires_grad=True)
     labels = torch.randint(13, (7, 2))
     labels[2, 1] = IGNORED_LABEL
     weight = torch.rand(7, 2)
     want = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), labels.flatten(), reduction="none")
     (expected,) = torch.autograd.grad((want * weight.flatten()).sum(), logits)
-    got = model_loss.cross_entropy(logits, labels, 0, None)
+    got = ops.cross_entropy(logits, labels, 0, None)
     (grad,) = torch.autograd.grad((got * weight).sum(), logits)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-2
     assert relative(got.flatten(), want) < min(tolerance, 1e-6)

@@ -35,7 +35,13 @@ class _Twice(Exception):
 
 
 def parse_json(
-    raw: bytes, where: str, *, max_bytes: int = MAX_SMALL_BYTES, max_values: int = MAX_VALUES, deep: bool = False
+    raw: bytes,
+    where: str,
+    *,
+    max_bytes: int = MAX_SMALL_BYTES,
+    max_values: int = MAX_VALUES,
+    deep: bool = False,
+    finite: bool = False,
 ) -> dict[str, Any]:
     """Parse a JSON object strictly: UTF-8, each key once, no more of anything than a checkpoint has.
 
@@ -45,6 +51,7 @@ def parse_json(
         max_bytes: the most bytes that are parsed.
         max_values: the most values, keys not counted, that it may hold, so that memory stays in proportion.
         deep: leave its depth to a `typed` that follows, rather than refuse more than 64 levels.
+        finite: refuse NaN and infinities, which JSON has not, but Python writes.
 
     Returns:
         The object.
@@ -58,7 +65,12 @@ def parse_json(
         raise SourceError(f"{where}: holds more than {max_values:,} values; no checkpoint has so many")
     try:
         text = raw.decode()
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_int if b"-0" in raw else None)
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_int=_int if b"-0" in raw else None,
+            parse_constant=_no_number if finite else None,
+        )
         if not deep:
             _check_depth(value, MAX_DEPTH)
         if _SURROGATE.search(text):
@@ -107,7 +119,7 @@ class _Brief(reprlib.Repr):
         super().__init__()
         self.maxlevel, self.maxstring, self.maxother = 3, 200, 200
 
-    def repr_OrderedTable(self, value: dict[Any, Any], level: int) -> str:  # noqa: N802  (reprlib looks for the class's name)
+    def repr_OrderedTable(self, value: dict[Any, Any], level: int) -> str:
         """Show the dict that an OrderedDict in a pickle becomes."""
         return self.repr_dict(value, level)
 
@@ -134,6 +146,10 @@ def _int(text: str) -> int:
     if text == "-0":  # a whole number for Python, a fraction for the readers of other languages
         raise ValueError("-0 is no whole number")
     return int(text)
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
 
 
 def _check_depth(value: Any, left: int) -> None:

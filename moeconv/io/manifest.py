@@ -206,9 +206,9 @@ def _check_names(found: _Manifest, where: str) -> None:
             )
     if CONFIG not in found.carried:
         raise SourceError(f"{where}: does not carry {CONFIG}; the manifest is damaged")
-    for names in (found.files, {*found.source, *found.carried}):
-        folders = {name[:at] for name in names for at, letter in enumerate(name) if letter == "/"}
-        if clash := sorted(folders & set(names)):
+    for together in (set(found.files), {*found.source, *found.carried}):
+        folders = {name[:at] for name in together for at, letter in enumerate(name) if letter == "/"}
+        if clash := sorted(folders & together):
             raise SourceError(f"{where}: names {clash[0]!r} both as a file and as a folder; the manifest is damaged")
 
 

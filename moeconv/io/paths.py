@@ -91,7 +91,16 @@ def check_inside(root: Path, name: str) -> Path:
     Raises:
         SourceError: the name is none, or the file is missing, a link to elsewhere, or no regular file.
     """
-    path = root / check_name(name, str(root))
+    return check_file(root, check_name(name, str(root)))
+
+
+def check_file(root: Path, name: str) -> Path:
+    """Check a file inside a folder, as `check_inside`, whose name is a format's own and may begin with a dot.
+
+    Raises:
+        SourceError: the file is missing, a link to elsewhere, or no regular file.
+    """
+    path = root / name
     try:
         real, base = Path(os.path.realpath(path)), Path(os.path.realpath(root))
         allowed = [base]

@@ -98,7 +98,15 @@ def _records(path: Path, raw: BinaryIO, offset: int, length: int) -> dict[str, Z
         with zipfile.ZipFile(cast(BinaryIO, _Window(raw, offset, length))) as archive:
             infos = archive.infolist()
     # What zipfile raises for damaged directories, besides its own error: it reads them field by field.
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, RuntimeError, KeyError, EOFError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        struct.error,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        EOFError,
+    ) as error:
         raise SourceError(
             f"{path}: is no archive that torch.save writes ({str(error)[:200]}); it is truncated, damaged, or of the form "
             "before torch 1.6, which torch.save(torch.load(FILE, weights_only=True), FILE) renews"
@@ -108,11 +116,11 @@ def _records(path: Path, raw: BinaryIO, offset: int, length: int) -> dict[str, Z
     for info in infos:
         name = info.orig_filename
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-            raise SourceError(
-                f"{path}: {brief(name)} is compressed or encrypted; torch.save stores records plainly"
-            )
+            raise SourceError(f"{path}: {brief(name)} is compressed or encrypted; torch.save stores records plainly")
         if name in found or len(name) > MAX_NAME_CHARS or "\0" in name:
-            raise SourceError(f"{path}: its directory names {brief(name)} twice, or what is no name; the file is damaged")
+            raise SourceError(
+                f"{path}: its directory names {brief(name)} twice, or what is no name; the file is damaged"
+            )
         header = offset + info.header_offset
         begin = _data_begin(path, raw, header, name)
         spans.append((header, begin + info.file_size, name))

@@ -22,7 +22,18 @@ __all__ = ["Opaque", "StorageRef", "Symbol", "TensorRef", "load_pickle"]
 # The pickles of real checkpoints have some MB, the `.metadata` of the largest some hundred.
 MAX_PICKLE_BYTES = 512 << 20
 MAX_OBJECTS, _SMALL = 50_000_000, 16 << 20
-_MAKERS = (b"]", b"}", b"(", b"R", b"t", b"\x81", b"\x85", b"\x86", b"\x87", b"\x8f")  # opcodes of a byte that make objects
+_MAKERS = (
+    b"]",
+    b"}",
+    b"(",
+    b"R",
+    b"t",
+    b"\x81",
+    b"\x85",
+    b"\x86",
+    b"\x87",
+    b"\x8f",
+)  # opcodes of a byte that make objects
 _MAX_LEVELS = 128
 _MAX_COUNT = 1 << 62
 

@@ -39,7 +39,9 @@ class Degrees:
             object.__setattr__(self, "etp", self.tp)
         for name in _NAMES:
             if not 1 <= getattr(self, name) <= MAX_DEGREE:
-                raise LayoutError(f"--{name} {str(getattr(self, name))[:40]}: a degree is from 1 to {MAX_DEGREE:,}")
+                raise LayoutError(
+                    f"--{name} {str(getattr(self, name))[:40]}: a degree is at least 1 and at most {MAX_DEGREE:,}"
+                )
         if self.vpp > 1 and self.pp == 1:
             raise LayoutError(
                 f"--vpp {self.vpp} with --pp 1: virtual stages need a pipeline; give --pp 2 or more, or --vpp 1"
@@ -69,7 +71,9 @@ class Degrees:
         listed = layers if isinstance(layers, list) else []
         known = value.keys() <= {*_NAMES, "pp_layers"} and (layers is None or listed)
         if not known or not all(type(n) is int and n >= 1 for n in (*numbers.values(), *listed)):
-            raise LayoutError(f"degrees {str(value)[:200]} can't be read; expected whole numbers for {', '.join(_NAMES)}")
+            raise LayoutError(
+                f"degrees {str(value)[:200]} can't be read; expected whole numbers for {', '.join(_NAMES)}"
+            )
         return cls(**numbers, pp_layers=tuple(listed) if listed else None)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -106,9 +110,7 @@ def chunk_layers(num_layers: int, degrees: Degrees) -> list[range]:
             )
         counts = (num_layers // chunks,) * chunks
     elif sum(counts) != num_layers:
-        raise LayoutError(
-            f"--pp-layers {_shown(counts)} adds up to {sum(counts)}; the model has {num_layers} layers"
-        )
+        raise LayoutError(f"--pp-layers {_shown(counts)} adds up to {sum(counts)}; the model has {num_layers} layers")
     return [range(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]
 
 

@@ -15,6 +15,7 @@ from moeconv.describe import describe
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import MappingError, RecipeError
 from moeconv.families.base import Family, Model
+from moeconv.io.carried import Content
 from moeconv.io.hf_folder import CONFIG
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece, TensorInfo
@@ -51,9 +52,9 @@ class Planned(Checkpoint):
         return sorted(str((s.root / name).absolute()) for s in self.sources for name in s.files)
 
     @cached_property
-    def carried_bytes(self) -> dict[str, bytes]:
+    def carried_files(self) -> dict[str, Content]:
         """The source's small files, the carrier's config.json, and the report."""
-        held = {name: data for name, data in self.sources[0].carried_bytes.items() if name != REPORT}
+        held = {name: content for name, content in self.sources[0].carried_files.items() if name != REPORT}
         held[CONFIG] = (json.dumps(self.config, indent=2) + "\n").encode()
         held[REPORT] = (json.dumps(self.report, indent=2) + "\n").encode()
         return held

@@ -11,7 +11,7 @@ import torch
 
 from moeconv.checkpoint import open_checkpoint
 from moeconv.errors import MoeconvError
-from moeconv.logits import fixed_tokens, relative_difference, transformers_logits
+from moeconv.forward import fixed_tokens, relative_difference, transformers_logits
 from runtime.engine import Engine
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.support import check_supported

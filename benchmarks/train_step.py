@@ -72,7 +72,7 @@ def make_engine(
     optim, recompute = OptimConfig(lr=lr, **optim_options), RecomputeConfig(granularity=granularity)
     engine = Engine(model, dtype, parallel, moe, optim, recompute, ParallelMesh(parallel), device)
     if not on_device:
-        engine.load_state(random_weights(), with_optimizer=False)
+        engine.load_state(random_weights())
         return engine
     for shard in engine.store.shards:
         if shard.topology.decay:

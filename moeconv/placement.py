@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from moeconv.layout.degrees import Degrees, chunk_layers, stage_of_layers
 from moeconv.layout.rect import Rect
 from moeconv.layout.shard import divisors, split_ceil, split_even, split_units
 
-OPTIMIZER_STATES = ("master", "exp_avg", "exp_avg_sq")
+_OPTIMIZER = re.compile(r"optimizer\.([a-z][a-z0-9_]*)\.(.+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,8 @@ def split_optimizer_name(name: str) -> tuple[str | None, str]:
     Returns:
         `(state, model tensor's name)`; the state is None for a model's tensor.
     """
-    for state in OPTIMIZER_STATES:
-        prefix = f"optimizer.{state}."
-        if name.startswith(prefix):
-            return state, name[len(prefix) :]
-    return None, name
+    found = _OPTIMIZER.fullmatch(name)
+    return (found[1], found[2]) if found is not None else (None, name)
 
 
 def check_degrees(model: Model, degrees: Degrees) -> None:

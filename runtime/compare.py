@@ -42,7 +42,7 @@ def runtime_logits(path: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     mesh = ParallelMesh(parallel)
     cpu = torch.device("cpu")
     engine = Engine(model, torch.float32, parallel, moe, OptimConfig(), RecomputeConfig(), mesh, cpu)
-    engine.load_state(checkpoint.read, with_optimizer=False)
+    engine.load_state(checkpoint.read)
     engine.module.eval()
     with torch.no_grad():
         logits_SBV: torch.Tensor = engine.module[0](tokens_BS)

@@ -6,7 +6,7 @@ up over micro-batches and ranks gives the gradient of the mean, whatever the lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,9 +30,10 @@ from runtime.moe.config import MoEConfig
 from runtime.moe.layer import moe_layers, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
 from runtime.ops.cross_entropy import cross_entropy
-from runtime.optim.adamw import AdamW, squared_norm
+from runtime.optim.adamw import squared_norm
 from runtime.optim.config import OptimConfig
 from runtime.optim.loss_scale import LossScale
+from runtime.optim.protocol import OPTIMIZERS
 from runtime.parallel.buckets import BucketStore
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
@@ -81,7 +82,7 @@ class Engine:
             dtype: of weights and activations.
             parallel: the degrees.
             moe: the MoE layer's options; None for a dense model.
-            optim: AdamW's settings.
+            optim: the optimizer's settings.
             recompute: what is computed again in the backward pass.
             mesh: the ranks.
             device: where to compute.
@@ -103,7 +104,7 @@ class Engine:
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.zeros_like(buffer, device=device)
-        self.optimizer = AdamW(optim, self.store.shards)
+        self.optimizer = OPTIMIZERS[optim.optimizer](optim, self.store.shards)
         self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
         self._metrics = RouterMetrics(self._context, self.module)
         self._runner = self._make_runner(stages)
@@ -190,30 +191,26 @@ class Engine:
         items = states.gradients(self.store.shards)
         return [item if divisor is None else replace(item, tensor=item.tensor / divisor) for item in items]
 
-    def load_state(self, read: states.Read, with_optimizer: bool) -> None:
+    def load_state(self, read: states.Read, stored: Container[str] | None = None) -> None:
         """Fill the model, and the optimizer.
 
         Args:
             read: gives a rectangle of a tensor by its name on disk; only what this rank holds is asked for.
-            with_optimizer: master weights and moments, too; without, moments are left as they are.
+            stored: the names on disk, for master weights and the optimizer's states, too; None leaves these as they are.
+
+        Raises:
+            MoeconvError: a tensor is missing, or can't be read.
         """
         states.load_weights(self.store.shards, read)
         for name, tensor in self._buffers():
             tensor.copy_(states.to_tensor(read(name, Rect.whole(tuple(tensor.shape)))))
-        if with_optimizer:
-            states.load_optimizer(self.store.shards, self.optimizer, read)
+        if stored is not None:
+            states.load_optimizer(self.store.shards, self.optimizer, read, stored)
             self.store.weights_from_masters()
 
     def scalars(self) -> dict[str, Any]:
         """Give what a checkpoint must keep besides tensors, as JSON; the same on every rank. Collective."""
-        optim = self._optim
-        out: dict[str, Any] = {"num_steps": self.optimizer.num_steps}
-        # Here a run's flags decide; a program that the run is exported to needs them from the checkpoint.
-        out |= {
-            "betas": [optim.adam_beta1, optim.adam_beta2],
-            "eps": optim.adam_eps,
-            "weight_decay": optim.weight_decay,
-        }
+        out = self.optimizer.scalars()
         if self._context.dtype == torch.float16:
             out |= {"loss_scale": self.loss_scale.scale, "good_steps": self.loss_scale.good_steps}
         if self._moe is not None and self._moe.enable_expert_bias and not self._moe.router.bias:
@@ -222,7 +219,7 @@ class Engine:
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Take back what `scalars` gave; what is missing stays as it is."""
-        self.optimizer.set_num_steps(int(scalars.get("num_steps", 0)))
+        self.optimizer.load_scalars(scalars)
         if self._context.dtype == torch.float16 and "loss_scale" in scalars:
             self.loss_scale = LossScale(float(scalars["loss_scale"]), int(scalars.get("good_steps", 0)))
         if "expert_bias" in scalars:

@@ -200,7 +200,7 @@ def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
     checkpoint, options = origin.checkpoint, run.checkpoint
     has_state = any(name.startswith("optimizer.") for name in checkpoint.tensors)
     with_optimizer = has_state and (origin.own or options.load_optim)
-    engine.load_state(checkpoint.read, with_optimizer=with_optimizer)
+    engine.load_state(checkpoint.read, checkpoint.tensors if with_optimizer else None)
     path = origin.path / TRAINER_FILE
     if not path.is_file() or (options.finetune and not origin.own):
         return None

@@ -94,7 +94,7 @@ def resume(task: Task, job: Job) -> dict[str, Any]:
     job.synchronize()
     start = time.perf_counter()
     checkpoint = open_checkpoint(path)
-    engine.load_state(checkpoint.read, with_optimizer=True)
+    engine.load_state(checkpoint.read, checkpoint.tensors)
     job.synchronize()
     seconds = _slowest(time.perf_counter() - start, job)
     engine.load_scalars(TrainerState.from_json((path / TRAINER_FILE).read_text(), path).optimizer)

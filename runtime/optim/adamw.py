@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,12 @@ class AdamW:
         self._moments = [{name: torch.zeros_like(shard.master, dtype=dtype) for name in MOMENTS} for shard in shards]
         self._places = {id(shard): place for place, shard in enumerate(shards)}
 
-    def moment(self, shard: Shard, name: str) -> Tensor:
+    @property
+    def states(self) -> Sequence[str]:
+        """The two moments."""
+        return MOMENTS
+
+    def state(self, shard: Shard, name: str) -> Tensor:
         """A moment of a shard, [N] as its master; `name` is exp_avg or exp_avg_sq."""
         return self._moments[self._places[id(shard)]][name]
 
@@ -41,9 +47,23 @@ class AdamW:
         """Set the learning rate of the next step."""
         self._lr = lr
 
-    def set_num_steps(self, num_steps: int) -> None:
-        """Say how many updates the moments have seen, for their bias correction."""
-        self.num_steps = num_steps
+    def scalars(self) -> dict[str, Any]:
+        """Give the number of updates, on which the bias correction depends, and the settings.
+
+        In the trainer a run's flags decide; a program that the run is exported to needs them from the checkpoint.
+        """
+        config = self._config
+        betas = [config.adam_beta1, config.adam_beta2]
+        return {
+            "num_steps": self.num_steps,
+            "betas": betas,
+            "eps": config.adam_eps,
+            "weight_decay": config.weight_decay,
+        }
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        """Take the number of updates that the moments have seen."""
+        self.num_steps = int(scalars.get("num_steps", 0))
 
     def step(self, grad_divisor: Tensor, skip: Tensor) -> None:
         """Update the masters, and the weights that are rounded from them.
@@ -101,5 +121,6 @@ def squared_norm(shards: Iterable[Shard], device: torch.device) -> Tensor:
         from runtime.kernels.adamw import square_sum
 
         return torch.stack([square_sum(grad) for grad in grads]).sum()
-    norms: list[Tensor] = torch._foreach_norm(grads)  # type: ignore[assignment]
-    return torch.stack(list(norms)).double().square().sum()
+    # In fp64, since an fp32 sum of squares loses more the more elements there are.
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+    return torch.stack(norms).square().sum()

@@ -12,6 +12,8 @@ from runtime.errors import require
 class OptimConfig:
     """AdamW with fp32 master weights."""
 
+    optimizer: str = "adam"
+    """adam: AdamW, whose weight decay is decoupled."""
     lr: float = 1e-4
     """Peak learning rate; the trainer's schedule sets the rate of each step."""
     weight_decay: float = 0.01

@@ -43,7 +43,7 @@ def make_engine(dtype: Any, device: str, granularity: Any = "none", **moe: Any) 
         ParallelMesh(parallel),
         torch.device(device),
     )
-    engine.load_state(initial_reader(model), with_optimizer=False)
+    engine.load_state(initial_reader(model))
     return engine
 
 

@@ -80,7 +80,7 @@ def make_engine(model: Any, aux_loss_coeff: float = 0.0, granularity: Any = "non
         ParallelMesh(parallel),
         torch.device("cpu"),
     )
-    engine.load_state(reader(hub_tensors(model, lambda p: p)), with_optimizer=False)
+    engine.load_state(reader(hub_tensors(model, lambda p: p)))
     return engine
 
 

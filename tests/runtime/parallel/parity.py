@@ -118,7 +118,7 @@ def make_engine(case: Case, **optim: Any) -> tuple[Engine, ParallelMesh]:
         mesh,
         device,
     )
-    engine.load_state(initial_reader(model), with_optimizer=False)
+    engine.load_state(initial_reader(model))
     return engine, mesh
 
 

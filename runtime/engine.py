@@ -19,7 +19,6 @@ from moeconv.layout.degrees import chunk_layers
 from moeconv.layout.rect import Rect
 from runtime.checkpoint import rectangles as states
 from runtime.data.batch import IGNORED_LABEL, Batch
-from runtime.errors import require
 from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
@@ -86,11 +85,8 @@ class Engine:
             recompute: what is computed again in the backward pass.
             mesh: the ranks.
             device: where to compute.
-
-        Raises:
-            ConfigError: options that exclude each other.
         """
-        check_combinations(parallel, moe)
+        _assert_combination(parallel, moe)
         mesh.share_heads(model.sizes["kv_heads"])
         self.mesh, self.device, self._optim, self._moe = mesh, device, optim, moe
         self._context = ModelContext(
@@ -207,6 +203,25 @@ class Engine:
         if stored is not None:
             states.load_optimizer(self.store.shards, self.optimizer, read, stored)
             self.store.weights_from_masters()
+
+    @torch.no_grad()
+    def params_norm(self) -> float:
+        """Give the L2 norm of all weights, each element counted once. Collective."""
+        masters = [shard.master for shard in self.store.shards if shard.counted and shard.master.numel()]
+        squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in masters]
+        return float(self._sum(squares).sqrt())
+
+    @torch.no_grad()
+    def num_zeros(self) -> int:
+        """Count the elements of the last step's gradient that are exactly zero. Collective."""
+        return int(self._sum([(x.tensor == 0).sum().double() for x in states.gradients(self.store.shards)]))
+
+    def _sum(self, summands: list[Tensor]) -> Tensor:
+        """Sum 0-dim fp64 numbers over this rank and all others."""
+        total = torch.stack([torch.zeros((), dtype=torch.float64, device=self.device), *summands]).sum()
+        if self.mesh.world_size > 1:
+            dist.all_reduce(total)
+        return total
 
     def scalars(self) -> dict[str, Any]:
         """Give what a checkpoint must keep besides tensors, as JSON; the same on every rank. Collective."""
@@ -346,7 +361,7 @@ class Engine:
                 layer.finish_step()
             return
         overflow = self._context.dtype == torch.float16 and self.loss_scale.overflow(self._optim)
-        if not (overflow or self._optim.skip_nonfinite):
+        if not (overflow or self._optim.on_nonfinite == "skip"):
             raise diagnose(self.module, self.store, self.mesh, lambda: self._again(tokens, labels), result.lm_loss)
 
     @torch.no_grad()
@@ -354,25 +369,12 @@ class Engine:
         self._runner.run(tokens, labels, backward=False)
 
 
-def check_combinations(parallel: ParallelConfig, moe: MoEConfig | None) -> None:
-    """Refuse what the engine doesn't compute.
-
-    Raises:
-        ConfigError: names the options.
-    """
-    require(
-        parallel.tp == 1 or parallel.ep == 1 or parallel.sp,
-        f"expert parallelism ({parallel.ep}) and tensor parallelism ({parallel.tp}) together need --sequence-parallel",
+def _assert_combination(parallel: ParallelConfig, moe: MoEConfig | None) -> None:
+    """What `runtime.settings.check` refuses in words; here it is an error of the program that built the engine."""
+    assert parallel.tp == 1 or parallel.ep == 1 or parallel.sp, "ep and tp need sp"
+    assert not parallel.fully_shard or parallel.pp == 1 or parallel.pp_schedule != "zero-bubble", "fsdp, zero-bubble"
+    assert parallel.pp > 1 or parallel.vpp == 1, "vpp needs pp"
+    whole = parallel.pp * parallel.tp * parallel.cp == 1
+    assert whole or moe is None or moe.aux_loss_mode != "hf" or not moe.aux_losses, (
+        "aux_loss_mode hf needs pp, tp, cp 1"
     )
-    require(
-        not parallel.fully_shard or parallel.pp == 1 or parallel.pp_schedule != "zero-bubble",
-        "full sharding doesn't work with the zero-bubble schedule, whose weight gradients come outside of its hooks: "
-        "take 1f1b or interleaved",
-    )
-    require(parallel.pp > 1 or parallel.vpp == 1, f"{parallel.vpp} virtual stages need a pipeline of at least 2 ranks")
-    if moe is not None and moe.aux_loss_mode == "hf" and moe.aux_losses:
-        require(
-            parallel.pp * parallel.tp * parallel.cp == 1,
-            "aux_loss_mode hf pools the layers of whole sequences: it needs pp, tp and cp 1; "
-            "aux_loss_mode megatron has no such limit",
-        )

@@ -1,83 +1,17 @@
-"""`torchrun [...] -m runtime.train`: continue the training of a checkpoint."""
+"""`torchrun [...] -m runtime.train`: read the command line, then train.
+
+Nothing heavy is imported before the command line has been read: help and a misspelt flag answer at once.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
-import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import MoeconvError
-from runtime.checkpoint import folder as folders
-from runtime.checkpoint.position import TRAINER_FILE, TrainerState
-from runtime.data.loader import DataSource
-from runtime.engine import Engine
-from runtime.job.processes import Process, connect, one_first, start
-from runtime.job.watchdog import Progress, StopRequest, Watchdog
-from runtime.log.metrics import MetricLog
-from runtime.model.context import TORCH_DTYPES
-from runtime.moe.grouped_gemm import describe_backend
-from runtime.parallel.mesh import ParallelMesh
-from runtime.settings.check import check_run, data_parallel_size
-from runtime.settings.flags import parse_flags, without_effect
-from runtime.settings.run import RunConfig, make_run
-from runtime.trainer import Trainer, check_splits
-
-USER_ERROR = 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
-    """Where a run starts."""
-
-    path: Path
-    checkpoint: Checkpoint
-    own: bool
-    """The run itself wrote it earlier: everything is taken from it, whatever the flags leave out of --load."""
-
-
-def find_origin(load: Path, save: Path | None) -> Origin:
-    """Find the checkpoint that a run starts from: its own latest one if it has saved already, else what it is told.
-
-    Args:
-        load: what --load says.
-        save: what --save says.
-
-    Returns:
-        The checkpoint, opened; no tensor has been read.
-
-    Raises:
-        MoeconvError: there is none, or it can't be read.
-    """
-    mine = folders.latest(save) if save is not None else None
-    path = mine or folders.resolve(load)
-    return Origin(path=path, checkpoint=open_checkpoint(path), own=mine is not None)
-
-
-def prepare(arguments: Sequence[str], process: Process) -> tuple[RunConfig, Origin, list[str]]:
-    """Do everything that needs no other process: parse, open, check.
-
-    Args:
-        arguments: the command line.
-        process: this process's place in the job.
-
-    Returns:
-        The settings, where to start, and notes for the log.
-
-    Raises:
-        MoeconvError: the run can't work; nothing has been allocated or written.
-    """
-    flags = parse_flags(arguments)
-    origin = find_origin(flags.load, flags.save)
-    run = make_run(flags, origin.checkpoint.model, origin.path)
-    check_run(run, process.world_size)
-    return run, origin, without_effect(flags)
+from runtime.job.failure import USER_ERROR, end_with
+from runtime.settings.flags import parse_flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,134 +23,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 when the run came to its end or was asked to stop, 2 for an error of the user's.
     """
-    process = Process.from_environment()
-    watchdog: Watchdog | None = None
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    first = os.environ.get("RANK", "0") == "0"
+    if not first and {"-h", "--help"} & set(words):
+        return 0
     try:
-        run, origin, notes = prepare(sys.argv[1:] if arguments is None else arguments, process)
-        # A connection of its own: nothing that the process groups wait for can block it.
-        store = connect(process, "health")
-        watchdog = Watchdog(store, process.rank, process.world_size, stall_seconds=run.hang_timeout)
-        watchdog.start()
-        stop = StopRequest()
-        watchdog.progress("joining the job", limited=False)
-        # The watchdog comes first: it knows which rank stands still and where.
-        device = start(process, connect(process, "groups"), 2 * run.hang_timeout + 60)
-        run_job(run, origin, notes, process, device, watchdog.progress, lambda: stop.received)
+        given = parse_flags(words)
     except MoeconvError as error:
-        # What is wrong before the ranks meet is wrong on each of them: one says it.
-        if watchdog.fail(error) if watchdog is not None else process.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        end_with(error)
         return USER_ERROR
-    except BaseException as error:
-        if watchdog is not None:
-            watchdog.fail(error)
-        raise
-    watchdog.stop()
-    dist.destroy_process_group()
-    return 0
+    from torch.distributed.elastic.multiprocessing.errors import record
 
+    from runtime.start import start_run
 
-def run_job(
-    run: RunConfig,
-    origin: Origin,
-    notes: list[str],
-    process: Process,
-    device: torch.device,
-    progress: Progress,
-    stop_requested: Callable[[], bool],
-) -> None:
-    """Do what needs all processes, which have met: load, train or evaluate, save.
-
-    Args:
-        run: the settings.
-        origin: where to start.
-        notes: lines for the log.
-        process: this process's place in the job.
-        device: what to compute on.
-        progress: told what happens next, for the watchdog.
-        stop_requested: whether this process was asked to stop.
-
-    Raises:
-        MoeconvError: data or checkpoint can't be used, a loss is not finite, or the last save failed.
-    """
-    lines = [*notes, describe(run, origin, process)]
-    if run.moe is not None:
-        lines.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype]))
-    log = _open_log(run, process)
-    if log is not None:
-        log.note("\n".join(lines))
-    data = DataSource(run.data, origin.path)
-    progress("opening the data", limited=False)
-    one_first(process.local_rank == 0, lambda: check_splits(run, data))
-    progress("loading the checkpoint", limited=False)
-    mesh = ParallelMesh(run.parallel, process.world_size)
-    engine = Engine(run.model, TORCH_DTYPES[run.dtype], run.parallel, run.moe, run.optim, run.recompute, mesh, device)
-    state = load(engine, run, origin)
-    trainer = Trainer(run, engine, mesh, origin.checkpoint, data, log, progress)
-    if state is not None:
-        trainer.resume(state, own=origin.own)
-    stopped = False if run.skip_train else trainer.train(stop_requested)
-    if run.train.eval_iters and not stopped:
-        for split in ("valid", "test") if data.has("test") else ("valid",):
-            trainer.evaluate(split)
-    if log is not None:
-        log.close()
-
-
-def describe(run: RunConfig, origin: Origin, process: Process) -> str:
-    """Say in one line what is trained, on how many ranks, and in what steps.
-
-    Args:
-        run: the settings.
-        origin: where it starts.
-        process: this process's place in the job.
-
-    Returns:
-        The line.
-    """
-    parallel, train = run.parallel, run.train
-    size = sum(math.prod(t.shape) for t in origin.checkpoint.tensors.values() if not t.name.startswith("optimizer."))
-    dp = data_parallel_size(parallel, process.world_size)
-    degrees = {"dp": dp} | {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp", "ep", "etp")}
-    batch = train.num_microbatches(dp) * train.micro_batch_size * dp
-    return (
-        f"{origin.path}: {run.model.family.name}, {size / 1e6:.1f} M parameters, {run.dtype} | "
-        f"{process.world_size} ranks: {' '.join(f'{axis}{degree}' for axis, degree in degrees.items() if degree > 1)} | "
-        f"{batch} sequences of {train.seq_length} tokens a step"
-    )
-
-
-def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
-    """Load this rank's rectangles, and the optimizer's where they are wanted and there.
-
-    Args:
-        engine: takes them.
-        run: the settings.
-        origin: the checkpoint.
-
-    Returns:
-        The position that the run goes on from; None starts anew.
-    """
-    checkpoint, options = origin.checkpoint, run.checkpoint
-    has_state = any(name.startswith("optimizer.") for name in checkpoint.tensors)
-    with_optimizer = has_state and (origin.own or options.load_optim)
-    engine.load_state(checkpoint.read, checkpoint.tensors if with_optimizer else None)
-    path = origin.path / TRAINER_FILE
-    if not path.is_file() or (options.finetune and not origin.own):
-        return None
-    state = TrainerState.from_json(path.read_text(), path)
-    if not (origin.own or options.load_rng):
-        state = dataclasses.replace(state, seed=run.train.seed)
-    return state if with_optimizer else dataclasses.replace(state, optimizer={})
-
-
-def _open_log(run: RunConfig, process: Process) -> MetricLog | None:
-    if process.rank != 0:
-        return None
-    train = run.train
-    settings = dataclasses.asdict(run)
-    return MetricLog(run.log, train_iters=train.train_iters, interval=train.log_interval, settings=settings)
+    status: int | None = record(start_run)(given)
+    return status or 0
 
 
 if __name__ == "__main__":
-    sys.exit(record(main)())
+    sys.exit(main())

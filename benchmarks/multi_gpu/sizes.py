@@ -10,7 +10,7 @@ import torch
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
 from runtime.data.batch import Batch
-from runtime.model.context import DtypeName
+from runtime.model.dtypes import DtypeName
 from runtime.parallel.degrees import ParallelConfig
 
 MIXTRAL_LAYERS = 32

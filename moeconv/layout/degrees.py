@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -11,6 +12,31 @@ from moeconv.errors import LayoutError
 
 MAX_DEGREE = 1_000_000  # more ranks than any machine has
 _NAMES = ("tp", "pp", "vpp", "ep", "etp")
+
+
+# What a program calls the degrees; the command line of the converter is the default.
+OPTIONS = {axis: f"--{axis}" for axis in ("tp", "pp", "vpp", "ep", "etp")} | {"pp_layers": "--pp-layers"}
+
+
+class DegreesError(LayoutError):
+    """Degrees that don't fit, said in the option names of whichever program was called."""
+
+    def __init__(self, template: str) -> None:
+        """Keep the message.
+
+        Args:
+            template: the message, in which `<tp>`, `<pp_layers>` and so on stand for the options' names.
+        """
+        self.template = template
+        super().__init__(self.say(OPTIONS))
+
+    def say(self, options: Mapping[str, str]) -> str:
+        """Give the message in a program's own words.
+
+        Args:
+            options: tp, pp, vpp, ep, etp and pp_layers -> the option's name.
+        """
+        return re.sub(r"<(tp|pp|vpp|ep|etp|pp_layers)>", lambda found: options[found[1]], self.template)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +65,16 @@ class Degrees:
             object.__setattr__(self, "etp", self.tp)
         for name in _NAMES:
             if not 1 <= getattr(self, name) <= MAX_DEGREE:
-                raise LayoutError(
-                    f"--{name} {str(getattr(self, name))[:40]}: a degree is at least 1 and at most {MAX_DEGREE:,}"
+                raise DegreesError(
+                    f"<{name}> {str(getattr(self, name))[:40]}: a degree is at least 1 and at most {MAX_DEGREE:,}"
                 )
         if self.vpp > 1 and self.pp == 1:
-            raise LayoutError(
-                f"--vpp {self.vpp} with --pp 1: virtual stages need a pipeline; give --pp 2 or more, or --vpp 1"
+            raise DegreesError(
+                f"<vpp> {self.vpp} with <pp> 1: virtual stages need a pipeline; give <pp> 2 or more, or <vpp> 1"
             )
         if self.pp_layers is not None and (len(self.pp_layers) != self.pp * self.vpp or min(self.pp_layers) < 1):
-            raise LayoutError(
-                f"--pp-layers {_shown(self.pp_layers)}: expected {self.pp * self.vpp} numbers of at least 1 "
+            raise DegreesError(
+                f"<pp_layers> {_shown(self.pp_layers)}: expected {self.pp * self.vpp} numbers of at least 1 "
                 f"(pp {self.pp} x vpp {self.vpp}), got {len(self.pp_layers)}"
             )
 
@@ -104,13 +130,11 @@ def chunk_layers(num_layers: int, degrees: Degrees) -> list[range]:
         if num_layers % chunks:
             low, more = divmod(num_layers, chunks)
             example = ",".join(str(low + (i < more)) for i in range(chunks))
-            raise LayoutError(
-                f"{num_layers} layers don't divide over pp {degrees.pp} x vpp {degrees.vpp}: say how with --pp-layers, "
-                f"for example {example}"
-            )
+            hint = f"say how with <pp_layers>, for example {example}" if low else f"at most {num_layers} stages fit"
+            raise DegreesError(f"{num_layers} layers don't divide over pp {degrees.pp} x vpp {degrees.vpp}: {hint}")
         counts = (num_layers // chunks,) * chunks
     elif sum(counts) != num_layers:
-        raise LayoutError(f"--pp-layers {_shown(counts)} adds up to {sum(counts)}; the model has {num_layers} layers")
+        raise DegreesError(f"<pp_layers> {_shown(counts)} adds up to {sum(counts)}; the model has {num_layers} layers")
     return [range(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]
 
 

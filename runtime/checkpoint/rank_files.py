@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -73,7 +73,12 @@ def file_names(mesh: ParallelMesh) -> dict[bool, str]:
 
 
 def commit_checkpoint(
-    folder: Path, records: list[FileRecord], source: Checkpoint, parallel: ParallelConfig, state: TrainerState
+    folder: Path,
+    records: list[FileRecord],
+    source: Checkpoint,
+    parallel: ParallelConfig,
+    state: TrainerState,
+    settings: Mapping[str, str] | None = None,
 ) -> None:
     """Make a checkpoint of a folder that has all ranks' files in it.
 
@@ -83,6 +88,10 @@ def commit_checkpoint(
         source: the checkpoint that the run started from; config, tokenizer and shard map come from it.
         parallel: the layout of the run.
         state: the run's position.
+        settings: name -> text of the file that starts the run again; one that the source carries under this name stays.
     """
+    for name, text in (settings or {}).items():
+        if name not in source.carried:
+            (folder / name).write_text(text, encoding="utf8")
     (folder / TRAINER_FILE).write_text(state.to_json())
     finish_checkpoint(folder, source, parallel.layout, records)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -36,6 +36,8 @@ class StepRecord:
     tokens_per_second: float
     expert_load: list[list[int]]
     """[layers with experts][experts]: tokens sent to each expert in the step; empty for a dense model."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """What was measured beside the step, by name: params_norm, num_zeros."""
 
     @property
     def load_max_over_mean(self) -> float:
@@ -45,7 +47,7 @@ class StepRecord:
 
     def as_json(self) -> dict[str, Any]:
         """Give the record as the log file has it; numbers that JSON lacks become null."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
+        fields = {name: getattr(self, name) for name in self.__slots__ if name != "measured"} | self.measured
         fields["expert_load_max_over_mean"] = self.load_max_over_mean
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
@@ -53,7 +55,8 @@ class StepRecord:
         """Give the record as named curves."""
         names = ("lm_loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens_per_second")
         return {f"train/{name}": getattr(self, name) for name in names} | {
-            "train/expert_load_max_over_mean": self.load_max_over_mean
+            "train/expert_load_max_over_mean": self.load_max_over_mean,
+            **{f"train/{name}": value for name, value in self.measured.items()},
         }
 
 
@@ -217,6 +220,7 @@ class MetricLog:
         if last.expert_load:
             parts.insert(2, f"aux loss {mean('aux_loss'):.4f}")
             parts.append(f"expert load max/mean {last.load_max_over_mean:.2f}")
+        parts += [f"{name.replace('_', ' ')} {value:.8g}" for name, value in last.measured.items()]
         if len(done) < len(records):
             parts.append(f"skipped {len(records) - len(done)}")
         self.note(" | ".join(parts))

@@ -7,7 +7,8 @@ from typing import cast
 
 from moeconv.families.base import Model
 from runtime.errors import require
-from runtime.model.context import TORCH_DTYPES, DtypeName
+from runtime.model.context import TORCH_DTYPES
+from runtime.model.dtypes import DtypeName
 
 
 def check_supported(model: Model, where: Path) -> None:

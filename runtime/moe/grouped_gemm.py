@@ -171,13 +171,15 @@ def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype)
             return "hopper" if _suits_hopper(device, dtype) and not _missing("hopper") else "torch"
     if name in _PACKAGES:
         if missing := _missing(name):
-            raise MoEConfigError(f"gemm_backend {name} needs {' and '.join(missing)}, not installed: {_INSTALL}")
+            raise MoEConfigError(
+                f"--moe-grouped-gemm-backend {name} needs {' and '.join(missing)}, not installed: {_INSTALL}"
+            )
         if device.type != "cuda":
-            raise MoEConfigError(f"gemm_backend {name} runs on a GPU; on {device.type} use torch or loop")
+            raise MoEConfigError(f"--moe-grouped-gemm-backend {name} runs on a GPU; on {device.type} use torch or loop")
         if name != "te" and dtype != torch.bfloat16:
-            raise MoEConfigError(f"gemm_backend {name} computes in bfloat16, got {dtype}; use torch")
+            raise MoEConfigError(f"--moe-grouped-gemm-backend {name} computes in bfloat16, got {dtype}; use torch")
     if name == "torch" and dtype == torch.float64:
-        raise MoEConfigError("gemm_backend torch knows no float64; use loop")
+        raise MoEConfigError("--moe-grouped-gemm-backend torch knows no float64; use loop")
     return name
 
 

@@ -148,19 +148,19 @@ def test_few_tokens_and_all_experts(num_tokens: int, balancing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "field"),
+    ("options", "flag"),
     [
-        ({"load_balancing": ("sinkhorn",), "aux_loss_coeff": (0.1,)}, "aux_loss_coeff"),
-        ({"load_balancing": ("sinkhorn",), "capacity_factor": 1.0}, "capacity_factor"),
-        ({"load_balancing": ("aux_loss", "none")}, "load_balancing"),
-        ({"load_balancing": ("magic",)}, "load_balancing"),
-        ({"enable_expert_bias": True}, "enable_expert_bias"),
-        ({"pad_to_capacity": True}, "capacity_factor"),
-        ({"fp8_format": "hybrid", "gemm_backend": "torch"}, "fp8_format"),
-        ({"aux_loss_mode": "hf", "load_balancing": ("seq_aux_loss",)}, "aux_loss_mode"),
-        ({"capacity_factor": float("nan")}, "capacity_factor"),
+        ({"load_balancing": ("sinkhorn",), "aux_loss_coeff": (0.1,)}, "--moe-aux-loss-coeff"),
+        ({"load_balancing": ("sinkhorn",), "capacity_factor": 1.0}, "--moe-expert-capacity-factor"),
+        ({"load_balancing": ("aux_loss", "none")}, "--moe-router-load-balancing-type"),
+        ({"load_balancing": ("magic",)}, "--moe-router-load-balancing-type"),
+        ({"enable_expert_bias": True}, "--moe-router-enable-expert-bias"),
+        ({"pad_to_capacity": True}, "--moe-expert-capacity-factor"),
+        ({"fp8_format": "hybrid", "gemm_backend": "torch"}, "--fp8-format"),
+        ({"aux_loss_mode": "hf", "load_balancing": ("seq_aux_loss",)}, "--moe-aux-loss-mode"),
+        ({"capacity_factor": float("nan")}, "--moe-expert-capacity-factor"),
     ],
 )
-def test_bad_options_are_refused_by_name(options: dict, field: str) -> None:
-    with pytest.raises(MoEConfigError, match=field):
+def test_bad_options_are_refused_by_name(options: dict, flag: str) -> None:
+    with pytest.raises(MoEConfigError, match=flag):
         moe_config(num_experts=8, **options)

@@ -91,7 +91,7 @@ def test_nan_is_traced_to_its_weight_and_rank(pool: RankPool) -> None:
 def test_nan_steps_can_be_skipped(pool: RankPool) -> None:
     case = Case(name="nan", num_ranks=2, parallel={"ep": 2})
     name = "model.layers.1.block_sparse_moe.experts.7.w2.weight"
-    for message, same, skipped in pool.run(2, spoiled, case, 1, name, {"skip_nonfinite": True}):
+    for message, same, skipped in pool.run(2, spoiled, case, 1, name, {"on_nonfinite": "skip"}):
         assert (message, same, skipped) == ("", True, True)
 
 

@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe-all": ("glm4_moe", {"attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 0}),
     "glm4_moe-groups": ("glm4_moe", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}),
     "glm4_moe-no-shared": ("glm4_moe", {"n_shared_experts": 0, "norm_topk_prob": False, "partial_rotary_factor": 1.0}),
+    "olmoe-bias": ("olmoe", {"attention_bias": True, "norm_topk_prob": True}),
     "dots1-bias": ("dots1", {"attention_bias": True, "norm_topk_prob": False, "sliding_window": 5, "max_window_layers": 1}),
 }  # fmt: skip
 
@@ -100,7 +101,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 def test_logits_and_gradients_equal_transformers(name: str) -> None:
     model_type, options = CASES[name]
     model = make_model(model_type, **options)
-    coeff = 0.02 if model_type in ("mixtral", "qwen2_moe", "qwen3_moe") else 0.0
+    coeff = 0.02 if model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe") else 0.0
     engine, batch = make_engine(model, coeff), make_batch()
     more = {"output_router_logits": True} if coeff else {}
     out = model(batch.tokens, **more)

@@ -103,4 +103,6 @@ CASES = (
     case("tp2 sp groups of experts", 2, {"tp": 2} | SP, model=GLM | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}),
     case("cp2 windows on some layers", 2, {"cp": 2}, model=QWEN2 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     case("cp2 tp2 sp ep2 etp1 head norms", 4, {"cp": 2, "tp": 2, "ep": 2, "etp": 1} | SP, model={"model_type": "qwen3_moe", "norm_topk_prob": False}),
+    case("tp2 sp ep2 norms over all heads", 4, {"tp": 2, "ep": 2, "etp": 1} | SP, model={"model_type": "olmoe"}),
+    case("tp4 norms over all heads, two kv heads", 4, {"tp": 4}, model={"model_type": "olmoe"}),
 )  # fmt: skip

@@ -25,7 +25,7 @@ def check_supported(model: Model, where: Path) -> None:
     compute = model.compute
     require(
         compute.act == "silu",
-        f"{where}: hidden_act is {compute.act!r}; the trainer computes 'silu' (SwiGLU)",
+        f"{where}: {model.family.compute.act.name} is {compute.act!r}; the trainer computes 'silu' (SwiGLU)",
     )
     for key, value in compute.others.items():
         require(False, f"{where}: config.json says {key} = {value!r}, which the trainer doesn't compute")

@@ -191,7 +191,7 @@ def optimizer_cases(size: int = 2**28) -> list[Case]:
         if dtype == torch.float32:
             parameter = torch.nn.Parameter(master)
             parameter.grad = grad
-            torchs = torch.optim.AdamW([parameter], fused=True)
+            torchs = torch.optim.AdamW([parameter], fused=True, capturable=True)
 
             def plain(torchs: torch.optim.AdamW = torchs) -> None:
                 torchs.step()

@@ -47,6 +47,7 @@ class _GroupedMLP(torch.autograd.Function):
             act = passes.swiglu(hidden, weights_TK, plan, fused=fused)
         del rows
         out = gemm.rows_times_transposed(act, w2_EDF, plan)
+        del act
         kept = Kept.of(x_TD)
         ctx.save_for_backward(hidden, weights_TK, w13_EGD, w2_EDF, *kept.tensors)
         ctx.plan, ctx.gemm, ctx.fused, ctx.source = plan, gemm, fused, kept.source

@@ -167,13 +167,14 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, fused: bool | None = No
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor, weight_D: Tensor, eps: float, *, fused: bool | None = None
+    x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float, *, fused: bool | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual, and normalise the sum, in one pass.
 
     Args:
         x: [..., D] residual.
-        delta: [..., D] what a branch of the layer gave.
+        delta: [..., D] what a branch of the layer gave; None for nothing to add. The backward pass adds the gradients of
+            norm and sum in any case.
         weight_D: [D] factor of the norm.
         eps: added to the mean square.
         fused: use the kernel; None: on a GPU.

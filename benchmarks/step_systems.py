@@ -11,7 +11,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import statistics
 import sys
 import time
 import types
@@ -217,17 +216,15 @@ def version(package: str) -> str | None:
 
 
 def seconds_of(step: Step, repeats: int) -> float:
-    """Median time of a step, after three that aren't counted."""
+    """Mean time of a step in a row of them, as training runs them, after three that aren't counted."""
     for _ in range(3):
         step()
-    times = []
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
         step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
 
 
 def write_profile(step: Step, path: Path, title: str) -> None:
@@ -260,7 +257,7 @@ def main() -> None:
     for num in args.numbers:
         step = make(num)
         torch.cuda.reset_peak_memory_stats()
-        seconds, tokens = seconds_of(step, 8 if num == 1 else 4), num * BATCH * POSITIONS
+        seconds, tokens = seconds_of(step, 20 if num == 1 else 5), num * BATCH * POSITIONS
         peak = torch.cuda.max_memory_allocated()
         line = {
             "system": args.system, "microbatches": num, "ms": seconds * 1e3, "tokens_per_second": tokens / seconds,

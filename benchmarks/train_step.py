@@ -118,18 +118,22 @@ def text_batch(vocab: int, batch: int, positions: int, step: int) -> Batch:
 
 
 def compare(device: torch.device, num_steps: int) -> None:
-    """Print loss curves of bf16 on the device and fp32 on the CPU."""
+    """Print loss curves of fp32 on the CPU, and of bf16 on the device with moments in fp32 and in bf16."""
     curves = []
     model = mixtral(hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, ffn=512, vocab=512)
-    for dtype, where in ((torch.float32, torch.device("cpu")), (torch.bfloat16, device)):
-        engine = make_engine(model, dtype, where, lr=1e-3)
+    cpu = torch.device("cpu")
+    kinds = ((torch.float32, cpu, "float32"), (torch.bfloat16, device, "float32"), (torch.bfloat16, device, "bfloat16"))
+    for dtype, where, moments in kinds:
+        engine = make_engine(model, dtype, where, lr=1e-3, moments_dtype=moments)
         curves.append([engine.train_step([text_batch(512, 8, 128, s)]).lm_loss for s in range(num_steps)])
-    print("step   fp32 cpu   bf16 device   relative")
+    print("step   fp32 cpu   bf16 device   with bf16 moments   relative")
+    exact, *others = curves
+    differences = [[abs(b - a) / a for a, b in zip(exact, curve, strict=True)] for curve in others]
     for step in range(0, num_steps, max(1, num_steps // 10)):
-        a, b = curves[0][step], curves[1][step]
-        print(f"{step:4} {a:10.4f} {b:13.4f} {abs(a - b) / a:10.4f}")
-    worst = max(abs(a - b) / a for a, b in zip(*curves, strict=True))
-    print(f"largest relative difference over {num_steps} steps: {worst:.4f}\n")
+        a, b, c = (curve[step] for curve in curves)
+        print(f"{step:4} {a:10.4f} {b:13.4f} {c:19.4f}   {differences[0][step]:.4f} {differences[1][step]:.4f}")
+    worst = " and ".join(f"{max(curve):.4f}" for curve in differences)
+    print(f"largest relative differences over {num_steps} steps: {worst}\n")
 
 
 def measure(model: Model, args: argparse.Namespace, device: torch.device) -> None:

@@ -29,6 +29,7 @@ from runtime.moe.config import MoEConfig
 from runtime.moe.layer import moe_layers, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
 from runtime.ops.cross_entropy import cross_entropy
+from runtime.ops.reading import Reading
 from runtime.optim.adamw import squared_norm
 from runtime.optim.config import OptimConfig
 from runtime.optim.loss_scale import LossScale
@@ -136,8 +137,10 @@ class Engine:
         self._runner.run(tokens, labels, backward=True)
         self.store.finish()
         sums = self._sum_over_ranks(num_tokens)
+        read = Reading(sums)
         self._update(sums)
-        result = self._report(sums.cpu(), len(tokens) * self.mesh.size("dp"))
+        # The optimizer is still at work: the host goes on with the next step meanwhile.
+        result = self._report(read.wait(), len(tokens) * self.mesh.size("dp"))
         self._conclude(result, tokens, labels)
         return result
 

@@ -63,18 +63,20 @@ def _crossing_kernel(
     begin = chunk * CHUNK
     after = begin + CHUNK
     run = tl.load(tokens + tl.minimum(after, num_tokens) - 1)
-    goes_on = tl.load(tokens + after, mask=after < num_tokens, other=-1) == run
+    following = tl.load(tokens + after, mask=after < num_tokens, other=-1)
     begins = (tl.load(tokens + begin) != run) | (tl.load(tokens + begin - 1, mask=begin > 0, other=-1) != run)
-    if goes_on & begins & (run < num_rows):
+    if (following == run) & begins & (run < num_rows):
         sums = tl.load(parts + (chunk.to(tl.int64) * 2 + 1) * width + column, mask=inside, other=0.0)
-        while goes_on:
+        while following == run:
             chunk += 1
             sums += tl.load(parts + chunk.to(tl.int64) * 2 * width + column, mask=inside, other=0.0)
             after += CHUNK
-            goes_on = tl.load(tokens + after, mask=after < num_tokens, other=-1) == run
+            following = tl.load(tokens + after, mask=after < num_tokens, other=-1)
         target = total + run.to(tl.int64) * width + column
-        before = tl.load(target, mask=inside, other=0.0)
-        tl.store(target, (before.to(ACC) + sums).to(total.dtype.element_ty), mask=inside)
+        # Always so, but the compiler (triton 3.6) fails on a loop whose last value nobody uses.
+        written = inside & (following != run)
+        before = tl.load(target, mask=written, other=0.0)
+        tl.store(target, (before.to(ACC) + sums).to(total.dtype.element_ty), mask=written)
 
 
 def add_embedding_gradient(grad_TD: Tensor, tokens_T: Tensor, total_VD: Tensor) -> None:

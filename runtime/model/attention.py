@@ -70,7 +70,9 @@ class Attention(nn.Module):
     def _core(self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         k, v = kv.chunk(2, dim=-1)
         q_SBHK, k_SBGK = rotary(self._heads(q, self.q_norm), self._heads(k, self.k_norm), cos, sin)
-        return causal_attention(q_SBHK, k_SBGK, self._heads(v, None), self._context.mesh.group("cp"), self._window)
+        # A copy, so that the backward pass doesn't keep the keys as they were before.
+        v_SBGK = self._heads(v.contiguous(), None)
+        return causal_attention(q_SBHK, k_SBGK, v_SBGK, self._context.mesh.group("cp"), self._window)
 
     def _heads(self, x: Tensor, norm: RMSNorm | SharedRMSNorm | None) -> Tensor:
         """Cut the last dim into heads, with the norm before or after."""

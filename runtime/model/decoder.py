@@ -35,19 +35,22 @@ class DecoderLayer(nn.Module):
             self.mlp = GatedMLP(context, "mlp", layer)
         self._recompute_norms = context.recomputes("layernorm")
 
-    def forward(self, x_SBD: Tensor, delta_SBD: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, summands_SBD: list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the layer.
 
         Args:
-            x_SBD: [S, B, D] residual, split over tp with sequence parallelism.
-            delta_SBD: [S, B, D] what the layer before adds to it: the norm does, in one pass; None before the first.
+            summands_SBD: the residual [S, B, D], split over tp with sequence parallelism, and what the layer before
+                adds to it, if there is one: the norm does, in one pass. The list is emptied, so that what nobody keeps
+                for the backward pass is freed.
             cos: table of the positions.
             sin: table of the positions.
 
         Returns:
             The residual, and what this layer adds to it.
         """
-        normed, x_SBD = self._norm(self.attention_norm, x_SBD, delta_SBD)
+        delta_SBD = summands_SBD.pop() if len(summands_SBD) > 1 else None
+        normed, x_SBD = self._norm(self.attention_norm, summands_SBD.pop(), delta_SBD)
+        del delta_SBD
         normed, x_SBD = self._norm(self.mlp_norm, x_SBD, self.attention(normed, cos, sin))
         return x_SBD, self.mlp(normed)
 
@@ -64,6 +67,10 @@ def _norm(context: ModelContext, role: str, layer: int | None = None) -> Residua
     """Make a norm over the hidden dim; with sequence parallelism the ranks of tp see different tokens."""
     weight = context.parameters.take(role, layer=layer, partial=context.sp)
     return ResidualNorm(weight, context.model.compute.norm_eps)
+
+
+def _sum(summands: list[Tensor]) -> Tensor:
+    return summands[0] if len(summands) == 1 else summands[0] + summands[1]
 
 
 def _again(function: Callable[..., tuple[Tensor, Tensor]], *args: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -114,16 +121,20 @@ class DecoderStage(nn.Module):
             shares = context.mesh.size("cp") * (context.mesh.size("tp") if context.sp else 1)
             num_positions = x.shape[0] * shares
         cos, sin = self.rotary(num_positions)
-        delta: Tensor | None = None
+        summands = [x]
+        del x
         for place, layer in enumerate(self.layers):
             if torch.is_grad_enabled() and self._recomputed(place):
                 # Kept for the second run: the sum alone, not both summands.
-                x, delta = _again(layer, x if delta is None else x + delta, None, cos, sin)
+                out = _again(lambda x, layer=layer: layer([x], cos, sin), _sum(summands))
             else:
-                x, delta = layer(x, delta, cos, sin)
+                out = layer(summands, cos, sin)
+            summands = list(out)
+            del out
         if self.head is not None and self.norm is not None:
-            x, delta = self.head(self.norm(x, delta)[0]), None
-        return x if delta is None else x + delta
+            logits: Tensor = self.head(self.norm(*summands)[0])
+            return logits
+        return _sum(summands)
 
     def _recomputed(self, place: int) -> bool:
         recompute = self._context.recompute

@@ -40,7 +40,7 @@ class Embedding(nn.Module):
         mine = (tokens_SB >= begin) & (tokens_SB < end)
         # Another rank's tokens get a row that is no one's.
         ids_SB = torch.where(mine, tokens_SB - begin, self.weight.shape[0])
-        return context.leave(embedding(ids_SB, self.weight, sinks=sinks))
+        return context.leave(embedding(ids_SB, self.weight, sinks=sinks, partial=True))
 
 
 def take_positions(values_BS: Tensor, context: ModelContext) -> Tensor:

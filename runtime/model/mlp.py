@@ -13,6 +13,7 @@ from runtime.model.context import ModelContext
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import MoEGroups, MoELayer
 from runtime.ops.linear import linear
+from runtime.ops.norm import as_tokens
 
 
 class GatedMLP(nn.Module):
@@ -95,8 +96,8 @@ class MoEMLP(nn.Module):
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
-        positions, batch, hidden = x_SBD.shape
+        positions, batch, _ = x_SBD.shape
         # Tokens lie position-major, so that the tp ranks' pieces of the sequence follow each other.
         sequences = torch.arange(batch, device=x_SBD.device).repeat(positions) if self._sequences else None
-        out: Tensor = self.moe(x_SBD.reshape(-1, hidden), sequences, batch).view_as(x_SBD)
+        out: Tensor = self.moe(as_tokens(x_SBD), sequences, batch).view_as(x_SBD)
         return out if self.shared is None else out + self.shared(x_SBD)

@@ -38,8 +38,6 @@ class ResidualNorm(nn.Module):
         Returns:
             The norm and the sum, each as x_SBD.
         """
-        if delta_SBD is None:
-            return rms_norm(x_SBD, self.weight, self.eps), x_SBD
         return add_rms_norm(x_SBD, delta_SBD, self.weight, self.eps)
 
 

@@ -17,6 +17,7 @@ from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.te_experts import TransformerEngineExperts
+from runtime.ops.norm import Kept, restore
 from runtime.parallel.gradient_sink import GradientSink, sink_of
 
 
@@ -46,14 +47,16 @@ class _GroupedMLP(torch.autograd.Function):
             act = passes.swiglu(hidden, weights_TK, plan, fused=fused)
         del rows
         out = gemm.rows_times_transposed(act, w2_EDF, plan)
-        ctx.save_for_backward(x_TD, hidden, weights_TK, w13_EGD, w2_EDF)
-        ctx.plan, ctx.gemm, ctx.fused = plan, gemm, fused
+        del act
+        kept = Kept.of(x_TD)
+        ctx.save_for_backward(hidden, weights_TK, w13_EGD, w2_EDF, *kept.tensors)
+        ctx.plan, ctx.gemm, ctx.fused, ctx.source = plan, gemm, fused, kept.source
         ctx.sinks = sink_of(w13_EGD), sink_of(w2_EDF)
         return passes.sum_rows(out, plan, fused=fused)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, hidden, weights_TK, w13_EGD, w2_EDF = ctx.saved_tensors
+        hidden, weights_TK, w13_EGD, w2_EDF, *saved = ctx.saved_tensors
         plan, gemm, fused = ctx.plan, ctx.gemm, ctx.fused
         w13_sink, w2_sink = ctx.sinks
         grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
@@ -66,7 +69,7 @@ class _GroupedMLP(torch.autograd.Function):
         del grad_rows, act
         grad_w13 = None
         if ctx.needs_input_grad[2]:
-            rows = passes.gather_rows(x_TD, plan, fused=fused)
+            rows = passes.gather_rows(restore(saved, ctx.source), plan, fused=fused)
             grad_w13 = _weight_gradient(gemm, grad_hidden, rows, plan, w13_sink)
             del rows
         grad_x = None

@@ -34,37 +34,40 @@ def add_gradient(grad_TD: Tensor, tokens_T: Tensor, total_VD: Tensor, *, fused: 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight_VD: Tensor, sinks: bool) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, weight_VD: Tensor, sinks: bool, partial: bool) -> Tensor:
         ctx.save_for_backward(tokens)
         ctx.shape, ctx.dtype = weight_VD.shape, weight_VD.dtype
         ctx.sink = sink_of(weight_VD) if sinks else None
+        if not partial:
+            return F.embedding(tokens, weight_VD)
         known = tokens < weight_VD.shape[0]
         out = F.embedding(torch.where(known, tokens, 0), weight_VD)
         return out.masked_fill_(~known.unsqueeze(-1), 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
         (tokens,) = ctx.saved_tensors
         opened = None if ctx.sink is None else ctx.sink.open()
         wide = torch.float64 if ctx.dtype == torch.float64 else torch.float32
         total = torch.zeros(ctx.shape, dtype=wide, device=grad.device) if opened is None else opened.zeroed()
         add_gradient(grad.reshape(-1, grad.shape[-1]), tokens.reshape(-1), total)
         if opened is None:
-            return None, total.to(ctx.dtype), None
+            return None, total.to(ctx.dtype), None, None
         ctx.sink.close()
-        return None, None, None
+        return None, None, None, None
 
 
-def embedding(tokens: Tensor, weight_VD: Tensor, *, sinks: bool = True) -> Tensor:
+def embedding(tokens: Tensor, weight_VD: Tensor, *, sinks: bool = True, partial: bool = False) -> Tensor:
     """Look up rows.
 
     Args:
-        tokens: integer, any shape; V and above give 0.
+        tokens: integer, any shape.
         weight_VD: [V, D].
         sinks: let the gradient go straight to its sum where the weight has one. Off for a weight that a backward pass
             meets more than once.
+        partial: some tokens are not of these rows: V and above give 0.
 
     Returns:
         [*tokens, D].
     """
-    return cast(Tensor, _Embedding.apply(tokens, weight_VD, sinks))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Embedding.apply(tokens, weight_VD, sinks, partial))  # type: ignore[no-untyped-call]

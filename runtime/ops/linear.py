@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.ops.norm import Kept, restore
 from runtime.parallel.gradient_sink import GradientSink, deliver, sink_of
 
 
@@ -60,28 +61,30 @@ def _weight_gradient(left_TN: Tensor, right_TD: Tensor, sink: GradientSink | Non
 
 
 class _Linears(torch.autograd.Function):
-    """One input, several maps: keeps the input once, and sums its gradients inside the products."""
+    """One input, several maps: keeps the input, or what it was made of, and sums its gradients inside the products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, sinks: bool, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases = parameters[:count], parameters[count:]
-        ctx.save_for_backward(x, *weights)
-        ctx.count = count
+        kept = Kept.of(x)
+        ctx.save_for_backward(*weights, *kept.tensors)
+        ctx.count, ctx.source, ctx.shape = count, kept.source, x.shape
         ctx.biases = biases
         ctx.sinks = [sink_of(p) if sinks and p is not None else None for p in parameters]
         return tuple(F.linear(x, w, b) for w, b in zip(cast("tuple[Tensor, ...]", weights), biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
+        tensors = ctx.saved_tensors  # once: a checkpointed function's can't be taken twice
+        weights, saved = tensors[: ctx.count], tensors[ctx.count :]
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             for grad, weight in zip(flat, weights, strict=True):
                 grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
             assert grad_x is not None
-            grad_x = grad_x.view(x.shape)
-        rows = x.reshape(-1, x.shape[-1])
+            grad_x = grad_x.view(ctx.shape)
+        rows = restore(saved, ctx.source).reshape(-1, ctx.shape[-1])
         left: list[Tensor | None] = []
         for place, grad in enumerate(flat):
             wanted = ctx.needs_input_grad[3 + place]

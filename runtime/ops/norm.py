@@ -5,6 +5,8 @@ Legend: D width of a row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -37,6 +39,76 @@ def _plain_backward(
     return grad_x.to(x.dtype), (incoming * normed).flatten(0, -2).sum(0)
 
 
+def _forward(
+    x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float, fused: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm, the sum, the reciprocal root mean squares."""
+    if not fused:
+        return _plain_forward(x, delta, weight_D, eps)
+    from runtime.kernels.rms_norm import rms_norm_forward
+
+    return rms_norm_forward(x, None if delta is None else delta.contiguous(), weight_D, eps)
+
+
+class _Source:
+    """How a norm's output is made again, and that once for all who need it; holds it no longer than they do."""
+
+    def __init__(self, eps: float, fused: bool) -> None:
+        self._eps, self._fused = eps, fused
+        self.uses = 0
+        self._made: Tensor | None = None
+
+    def take(self, total: Tensor, weight_D: Tensor) -> Tensor:
+        """The output, for one of the uses."""
+        made = self._made if self._made is not None else _forward(total, None, weight_D, self._eps, self._fused)[0]
+        self.uses -= 1
+        self._made = made if self.uses > 0 else None
+        return made.view(total.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a function keeps of an input for its backward pass: the input, or what a norm made it of.
+
+    A norm keeps its input in any case. Where the function that uses its output keeps that too, a tensor more is alive
+    until the backward pass; a pass over memory makes it again.
+    """
+
+    tensors: tuple[Tensor, ...]
+    """For `save_for_backward`."""
+    source: _Source | None
+
+    @property
+    def count(self) -> int:
+        """Number of tensors."""
+        return len(self.tensors)
+
+    @staticmethod
+    def of(x: Tensor) -> Kept:
+        """Decide what to keep of an input."""
+        made_of = getattr(x, "made_of", None)
+        if made_of is None:
+            return Kept((x,), None)
+        total, weight_D, source = made_of
+        source.uses += 1
+        return Kept((total, weight_D), source)
+
+
+def restore(saved: Sequence[Tensor], source: _Source | None) -> Tensor:
+    """The input again, from the tensors of a `Kept` and its source."""
+    return saved[0] if source is None else source.take(saved[0], saved[1])
+
+
+def as_tokens(x_SBD: Tensor) -> Tensor:
+    """[S, B, D] to [T, D], still known as a norm's output if it is one."""
+    tokens_TD = x_SBD.reshape(-1, x_SBD.shape[-1])
+    made_of = getattr(x_SBD, "made_of", None)
+    if made_of is not None:
+        total, weight_D, source = made_of
+        tokens_TD.made_of = (total.view(tokens_TD.shape), weight_D, source)  # type: ignore[attr-defined]
+    return tokens_TD
+
+
 class _RMSNorm(torch.autograd.Function):
     """Keeps what was normalised and one number a row."""
 
@@ -44,12 +116,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float, fused: bool
     ) -> tuple[Tensor, Tensor]:
-        if fused:
-            from runtime.kernels.rms_norm import rms_norm_forward
-
-            out, total, rstd = rms_norm_forward(x, None if delta is None else delta.contiguous(), weight_D, eps)
-        else:
-            out, total, rstd = _plain_forward(x, delta, weight_D, eps)
+        out, total, rstd = _forward(x, delta, weight_D, eps, fused)
         ctx.save_for_backward(total, weight_D, rstd)
         ctx.fused, ctx.adds, ctx.sink = fused, delta is not None, sink_of(weight_D)
         ctx.set_materialize_grads(False)
@@ -78,7 +145,10 @@ def _apply(x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float, fused:
     if x.stride(-1) != 1 or (x.dim() > 3 and not x.is_contiguous() and not x.flatten(0, -3)._is_view()):
         x = x.contiguous()
     out = _RMSNorm.apply(x, delta, weight_D, eps, fused)  # type: ignore[no-untyped-call]
-    return cast("tuple[Tensor, Tensor]", out)
+    normed, total = cast("tuple[Tensor, Tensor]", out)
+    if normed.requires_grad and total.is_contiguous():
+        normed.made_of = (total.detach(), weight_D, _Source(eps, fused))  # type: ignore[attr-defined]
+    return normed, total
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, fused: bool | None = None) -> Tensor:
@@ -97,13 +167,14 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, fused: bool | None = No
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor, weight_D: Tensor, eps: float, *, fused: bool | None = None
+    x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float, *, fused: bool | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual, and normalise the sum, in one pass.
 
     Args:
         x: [..., D] residual.
-        delta: [..., D] what a branch of the layer gave.
+        delta: [..., D] what a branch of the layer gave; None for nothing to add. The backward pass adds the gradients of
+            norm and sum in any case.
         weight_D: [D] factor of the norm.
         eps: added to the mean square.
         fused: use the kernel; None: on a GPU.

@@ -61,9 +61,9 @@ def test_bf16_follows_fp32_on_the_cpu() -> None:
         assert got.grad_norm == pytest.approx(want.grad_norm, rel=0.1)
 
 
-def test_the_host_waits_once_a_step_and_not_in_layers() -> None:
+def test_the_host_waits_for_no_kernel_but_those_whose_numbers_it_reads() -> None:
     engine = make_engine("bfloat16", "cuda")
-    engine.train_step([batch(0)])
+    engine.train_step([batch(0), batch(1)])  # kernels are compiled when they are first used
     counts = []
     for num in (1, 3):
         batches = [batch(step) for step in range(num)]
@@ -75,8 +75,7 @@ def test_the_host_waits_once_a_step_and_not_in_layers() -> None:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         counts.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
-    assert counts[0] > 0, "the numbers of the step are read"
-    assert counts[1] == counts[0]
+    assert counts == [0, 0], "the numbers of a step are read while the optimizer works, at an event"
 
 
 @pytest.mark.parametrize("granularity", ["selective", "full"])

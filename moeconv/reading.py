@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from moeconv.io.checksum import new
 from moeconv.io.paths import open_regular
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece, TensorInfo
-
-if TYPE_CHECKING:
-    from moeconv.checkpoint import Checkpoint
 
 _SLICE = 1 << 20  # bytes that are read, then hashed while they are in a core's cache
 
@@ -103,6 +100,26 @@ def check_sum(root: Path, piece: Piece, checksums: Mapping[tuple[str, str], str]
         )
 
 
+class Stored(Protocol):
+    """A checkpoint on disk, as far as reading goes."""
+
+    @property
+    def root(self) -> Path:
+        """The folder of its files."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Its tensors by name."""
+
+    @property
+    def pieces(self) -> Mapping[str, Sequence[Piece]]:
+        """Where each tensor is."""
+
+    @property
+    def checksums(self) -> Mapping[tuple[str, str], str]:
+        """Recorded checksums by file and tensor."""
+
+
 class VerifiedReader:
     """Reads a checkpoint's tensors and compares each stored piece that is read whole with its checksum, on the way.
 
@@ -110,7 +127,7 @@ class VerifiedReader:
     Hashing costs a third to a half of the speed of reading from memory and little of a disk's: COST.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Stored) -> None:
         self._checkpoint = checkpoint
         self._whole: set[tuple[str, str]] = set()
         self._parts: set[tuple[str, str]] = set()

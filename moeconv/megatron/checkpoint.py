@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
+from moeconv.checkpoint import TRAINER, Checkpoint
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import IntegrityError, SourceError
 from moeconv.io.carried import Content, carried_files, read_content
@@ -20,7 +20,7 @@ from moeconv.io.paths import check_inside
 from moeconv.io.torch_archive import check_archive
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
-from moeconv.megatron.source import TRACKER, MegatronSource, is_megatron
+from moeconv.megatron.source import TRACKER, MegatronSource
 from moeconv.pieces import Piece, TensorInfo
 from moeconv.sweep import Sweep, open_strips
 
@@ -132,24 +132,6 @@ def as_checkpoint(source: MegatronSource) -> MegatronCheckpoint:
         carried=tuple(_beside(source.root)),
         megatron=source,
     )
-
-
-def open_any(path: Path, **options: Any) -> Checkpoint:
-    """Open a checkpoint of any kind: Megatron's, a sharded one, or a Hugging Face folder.
-
-    Args:
-        path: the folder.
-        options: what `open_megatron` takes, for a Megatron checkpoint.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        MoeconvError: as `open_megatron` and `open_checkpoint`.
-    """
-    from moeconv.megatron.convert import open_megatron
-
-    return as_checkpoint(open_megatron(path, **options)) if is_megatron(path) else open_checkpoint(path)
 
 
 def _state(name: str) -> str:

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from runtime.model.context import ModelContext
 from runtime.model.norm import RMSNorm, SharedRMSNorm
+from runtime.ops.context_attention import causal_attention
 from runtime.ops.linear import linear, linears
 from runtime.ops.rotary import rotary
-from runtime.parallel.context_attention import causal_attention
 
 
 class Attention(nn.Module):

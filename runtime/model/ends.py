@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from runtime.model.context import ModelContext
+from runtime.ops.context_attention import local_positions
 from runtime.ops.embedding import embedding
 from runtime.ops.linear import linear
-from runtime.parallel.context_attention import local_positions
 
 
 class Embedding(nn.Module):

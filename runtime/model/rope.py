@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moeconv.families.rope import Rope
 from runtime.model.context import ModelContext
-from runtime.parallel.context_attention import local_positions
+from runtime.ops.context_attention import local_positions
 
 
 def frequencies(rope: Rope, num_positions: int, max_positions: int) -> tuple[Tensor, float]:

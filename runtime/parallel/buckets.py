@@ -110,6 +110,11 @@ class Bucket:
         self.pending.untouched.discard(slot.start)
         return first
 
+    @property
+    def by_autograd(self) -> bool:
+        """Whether autograd must have every gradient of this backward pass: how many there are is not known."""
+        return self.pending.count is None
+
     def open_sum(self, slot: Slot) -> OpenSum:
         """A parameter's accumulated gradient, and whether the first summand of a step is to overwrite it."""
         return OpenSum(self.grad_view(slot), self._touch(slot))

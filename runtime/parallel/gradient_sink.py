@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from runtime.parallel.buckets import Bucket
-    from runtime.parallel.shards import Slot
+from runtime.parallel.shards import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +25,23 @@ class OpenSum:
         return self.total.zero_() if self.fresh else self.total
 
 
+class Sums(Protocol):
+    """Where the sums of several parameters' gradients lie."""
+
+    @property
+    def by_autograd(self) -> bool:
+        """Whether autograd must have every gradient of this backward pass."""
+
+    def open_sum(self, slot: Slot) -> OpenSum:
+        """A parameter's accumulated gradient."""
+
+    def accumulate(self, slot: Slot, parameter: Tensor) -> None:
+        """Add the gradient that autograd has left at a parameter."""
+
+    def arrived(self) -> None:
+        """Count a gradient that has been added."""
+
+
 class GradientSink:
     """Takes the gradients of one parameter, in each backward pass in one of two ways.
 
@@ -35,13 +50,13 @@ class GradientSink:
     bytes, and no rounding to bf16), says `close` and gives autograd nothing.
     """
 
-    def __init__(self, bucket: Bucket, slot: Slot) -> None:
+    def __init__(self, bucket: Sums, slot: Slot) -> None:
         """Take the gradients of a bucket's slot."""
         # A tensor's hooks are invisible to the garbage collector: one that held its bucket would keep both for good.
         self._bucket, self._slot, self._closed = weakref.ref(bucket), slot, False
 
     @property
-    def bucket(self) -> Bucket:
+    def bucket(self) -> Sums:
         """Where the sum lies."""
         bucket = self._bucket()
         assert bucket is not None, "a store outlives the backward passes of its parameters"
@@ -50,7 +65,7 @@ class GradientSink:
     def open(self) -> OpenSum | None:
         """The sum so far, to be added to or overwritten; None where autograd must have the gradient."""
         bucket = self.bucket
-        return None if bucket.pending.count is None else bucket.open_sum(self._slot)
+        return None if bucket.by_autograd else bucket.open_sum(self._slot)
 
     def close(self) -> None:
         """Say that the gradient of this backward pass has been added to the sum."""

@@ -19,8 +19,8 @@ from moeconv import sweep
 from moeconv.convert import Options
 from moeconv.errors import IntegrityError, MappingError, SourceError, WriteError
 from moeconv.layout.degrees import Degrees
-from moeconv.megatron.checkpoint import open_any
 from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
+from moeconv.open import open_any
 from tests.megatron.conftest import assert_same, tensors_of
 from tests.megatron.test_round_trips import bring_back, export
 

@@ -29,6 +29,7 @@ from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.assemble import make_run
 from runtime.settings.check import check_run, data_parallel_size
 from runtime.settings.flags import Given
+from runtime.settings.override import override_router
 from runtime.settings.resolved import RUN_FILE, run_file, summary
 from runtime.settings.run import RunConfig
 from runtime.trainer import Trainer, check_splits
@@ -125,6 +126,12 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     if load is None:
         raise ConfigError("--load is missing: name the checkpoint to start from (an example: --help)")
     origin = find_origin(load, save)
+    if given.values.get(("checkpoint", "override_router")):
+        model = override_router(given.stated, origin.checkpoint.model, origin.path)
+        note = f"--override-router: {model.compute.router}"
+        origin = dataclasses.replace(
+            origin, checkpoint=origin.checkpoint.with_model(model), notes=(*origin.notes, note)
+        )
     run = make_run(given, origin.checkpoint.model, origin.path)
     check_run(run, process.world_size)
     tokenizer = run.data.tokenizer

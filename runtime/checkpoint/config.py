@@ -20,6 +20,8 @@ class CheckpointConfig:
     """Iterations between saves; 0 saves at the end only."""
     keep_last: int = flag(0, at_least=0)
     """Checkpoints that are kept; 0 keeps all."""
+    override_router: bool = False
+    """Let the --moe-router flags change what the model's router computes, on purpose: config.json says so from then on."""
     finetune: bool = False
     """Take only the weights from --load: the run starts at iteration 0 with new optimizer states."""
     load_optim: bool = flag(True, off="--no-load-optim")

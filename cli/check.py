@@ -11,9 +11,9 @@ from cli.main import ExitCode
 from cli.options import amount, progress_bar, show
 from moeconv.describe import describe, rank_tensors
 from moeconv.errors import LayoutError
+from moeconv.formats import open_any
 from moeconv.hub import local_folder
 from moeconv.megatron.checkpoint import MegatronCheckpoint
-from moeconv.open import open_any
 
 _LOGITS_TOLERANCE = 1e-5
 

@@ -18,9 +18,9 @@ from cli.main import main
 from moeconv import sweep
 from moeconv.convert import Options
 from moeconv.errors import IntegrityError, MappingError, SourceError, WriteError
+from moeconv.formats import open_any
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
-from moeconv.open import open_any
 from tests.megatron.conftest import assert_same, tensors_of
 from tests.megatron.test_round_trips import bring_back, export
 

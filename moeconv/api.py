@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moeconv.checking import verify as verify_checkpoint
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.convert import Options, write_hf, write_sharded
 from moeconv.errors import SourceError
 from moeconv.formats import open_any
 from moeconv.hub import local_folder
 from moeconv.layout.degrees import Degrees
-from moeconv.verify import verify as verify_checkpoint
 
 
 def open(source: str | Path) -> Checkpoint:

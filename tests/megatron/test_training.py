@@ -17,13 +17,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cli.main import main
+from moeconv.checking import compare
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.convert import Options
 from moeconv.errors import MappingError
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron.checkpoint import as_checkpoint
 from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
-from moeconv.verify import compare
 from runtime.checkpoint.position import TrainerState
 from tests.megatron.conftest import make_model, tensors_of
 from tests.megatron.mcore_ranks import Case

@@ -58,6 +58,7 @@ def make_run(given: Given, model: Model, where: Path) -> RunConfig:
         data=DataConfig(**given.of("data"), **shared),
         checkpoint=CheckpointConfig(**given.of("checkpoint")),
         log=LogConfig(**given.of("log")),
+        stated=dict(given.stated),
     )
     return dataclasses.replace(run, notes=(*given.notes, *check_idle(given, run)))
 

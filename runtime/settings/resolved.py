@@ -33,6 +33,8 @@ def run_file(run: RunConfig) -> str:
         shown = [(s, value) for s, value in _values(run, group.name) if value is not None and value != ()]
         lines += [f"{group.name}:"] if shown else []
         lines += [f"  {setting.name[2:]}: {inline(_plain(_shown(setting, value)))}" for setting, value in shown]
+    lines += ["architecture:"] if run.stated else []
+    lines += [f"  {name[2:]}: {inline(value)}" for name, value in run.stated.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -80,7 +80,7 @@ def test_a_file_that_is_not_there() -> None:
 def test_a_runs_own_file_starts_it_again(tmp_path: Path, line: str) -> None:
     run = make(line)
     again = make(f"--config {write(tmp_path, run_file(run))}")
-    for name in ("parallel", "moe", "optim", "learning_rate", "schedule", "recompute", "train", "dtype"):
+    for name in ("parallel", "moe", "optim", "learning_rate", "schedule", "recompute", "train", "dtype", "stated"):
         assert getattr(again, name) == getattr(run, name), name
     # Paths are absolute in the file.
     checkpoint = dataclasses.replace(run.checkpoint, load=run.checkpoint.load.absolute(), save=again.checkpoint.save)

@@ -15,10 +15,11 @@ from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.families.base import Model
 from runtime.checkpoint import folder as folders
+from runtime.checkpoint.config import CheckpointConfig
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
 from runtime.data.loader import DataSource
 from runtime.engine import Engine
-from runtime.errors import ConfigError, require
+from runtime.errors import require
 from runtime.job.failure import USER_ERROR, end_with, tell_launcher
 from runtime.job.processes import Process, connect, one_first, start
 from runtime.job.watchdog import Progress, StopRequest, Watchdog
@@ -122,16 +123,15 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     Raises:
         MoeconvError: the run can't work; nothing has been allocated or written.
     """
-    load, save = given.values.get(("checkpoint", "load")), given.values.get(("checkpoint", "save"))
-    if load is None:
-        raise ConfigError("--load is missing: name the checkpoint to start from (an example: --help)")
-    origin = find_origin(load, save)
-    if given.values.get(("checkpoint", "override_router")):
+    where = given.of("checkpoint")
+    require("load" in where, "--load is missing: name the checkpoint to start from (an example: --help)")
+    places = CheckpointConfig(**where)
+    origin = find_origin(places.load, places.save)
+    if places.override_router:
         model = override_router(given.stated, origin.checkpoint.model, origin.path)
         note = f"--override-router: {model.compute.router}"
-        origin = dataclasses.replace(
-            origin, checkpoint=origin.checkpoint.with_model(model), notes=(*origin.notes, note)
-        )
+        checkpoint = origin.checkpoint.with_model(model)
+        origin = dataclasses.replace(origin, checkpoint=checkpoint, notes=(*origin.notes, note))
     run = make_run(given, origin.checkpoint.model, origin.path)
     check_run(run, process.world_size)
     tokenizer = run.data.tokenizer
@@ -140,7 +140,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     if run.moe is not None:
         device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype]))
-    if save is None and not run.train.skip_train:
+    if places.save is None and not run.train.skip_train:
         notes.append("WARNING: without --save, nothing of this run is kept")
     if origin.own and not (run.checkpoint.load_optim and run.checkpoint.load_rng):
         notes.append(

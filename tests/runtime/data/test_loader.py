@@ -27,6 +27,8 @@ from runtime.data.prefetch import Prefetcher
 from runtime.data.prepare import PrepareProgress
 from runtime.data.summary import describe_data, describe_progress
 from runtime.errors import ConfigError
+from runtime.settings.check import check_documents
+from runtime.settings.flags import parse_flags
 from tests.runtime.data.files import json_lines
 from tests.runtime.words import VOCAB_SIZE
 
@@ -163,7 +165,7 @@ def test_files_of_arguments(corpora: dict[str, str], tmp_path: Path) -> None:
         ({"data_path": ("a",), "split": (1, 1, 1, 1)}, "up to three numbers"),
         ({"data_path": ("a",), "multiple_validation_sets": True}, "--valid-data-path"),
         ({"data_path": ("a",), "skip_bad_lines": -1}, "--skip-bad-lines is -1"),
-        ({"data_path": ("a",), "bare_dtype": "float32"}, "--bare-dtype is float32"),
+        ({"data_path": ("a",), "bare_dtype": "float32"}, "--bare-dtype is 'float32'"),
     ],
 )
 def test_settings_that_disagree(settings: dict[str, Any], message: str) -> None:
@@ -417,3 +419,33 @@ def test_fingerprint_follows_what_training_sees(corpora: dict[str, str]) -> None
         fingerprint("1", "a", "1", "b"), fingerprint("1", "a", "2", "b"),
     ]  # fmt: skip
     assert len(set(ways)) == len(ways)
+
+
+def test_flags_of_the_trainer() -> None:
+    """Each field is a flag; weights and paths stay words in their order."""
+    line = (
+        "--load ckpt --train-iters 1 --data-path 0.3 a 0.7 b --split 9,1 --no-append-eod --text-key body --skip-bad-lines 5 "
+        "--bare-dtype uint16 --num-workers 0 --data-order megatron --eod-mask-loss --eod-token-id 3"
+    )
+    values = parse_flags(line.split()).of("data")
+    made = DataConfig(**values, seq_length=8, vocab_size=9)
+    assert made.blends()[1] == Blend(("a", "b"), (0.3, 0.7))
+    assert (made.append_eod, made.text_key, made.skip_bad_lines, made.num_workers) == (False, "body", 5, 0)
+    assert (made.bare_dtype, made.data_order, made.split, made.needs_eod, made.eod_token_id) == (
+        "uint16", "megatron", (9.0, 1.0), True, 3,
+    )  # fmt: skip
+
+
+def test_what_the_model_does_not_compute_is_refused() -> None:
+    for flag in ("reset_position_ids", "reset_attention_mask"):
+        with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')}: the model attends to whole samples"):
+            check_documents(config(data_path=("a",), **{flag: True}))
+    check_documents(config(data_path=("a",), eod_mask_loss=True))
+
+
+def test_made_up_tokens() -> None:
+    data = source(mock_data=True)
+    samples = data.samples("train")
+    assert samples.num_tokens > 4_000_000
+    assert samples.sample(0).max() < VOCAB
+    assert data.has("valid")

@@ -48,6 +48,7 @@ _COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Train": {
         "train": ("cli.train:train", "Train a checkpoint on the GPUs of this machine, or of several."),
+        "prepare-data": ("cli.data:prepare_data", "Tokenize text for training, on all cores."),
     },
     "Look and check": {
         "inspect": ("cli.check:inspect", "Show a checkpoint's model, layout and ranks."),

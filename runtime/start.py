@@ -17,7 +17,9 @@ from moeconv.families.base import Model
 from runtime.checkpoint import folder as folders
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
+from runtime.data.job import prepare_data
 from runtime.data.loader import DataSource
+from runtime.data.summary import describe_data
 from runtime.engine import Engine
 from runtime.errors import require
 from runtime.job.failure import USER_ERROR, end_with, tell_launcher
@@ -134,7 +136,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
         origin = dataclasses.replace(origin, checkpoint=checkpoint, notes=(*origin.notes, note))
     run = make_run(given, origin.checkpoint.model, origin.path)
     check_run(run, process.world_size)
-    tokenizer = run.data.tokenizer
+    tokenizer = run.data.tokenizer_model
     require(tokenizer is None or tokenizer.exists(), f"--tokenizer-model {tokenizer}: no such file or folder")
     notes = [*run.notes, *origin.notes, *summary(run)]
     if run.moe is not None:
@@ -216,9 +218,14 @@ def run_job(
         log.note("\n".join([*run.notes, describe(run, origin, process)]))
     progress("trying the --save folder", limited=False)
     one_first(process.rank == 0, lambda: _try_save(run, origin, process))
-    data = DataSource(run.data, origin.path)
+    dp = data_parallel_size(run.parallel, process.world_size)
+    data = DataSource(run.data, origin.path, run.train.num_samples(dp))
+    progress("preparing the data", limited=False)
+    prepare_data(data, connect(process, "data"), process.world_size, log.note if log is not None else None)
     progress("opening the data", limited=False)
     one_first(process.local_rank == 0, lambda: check_splits(run, data))
+    if log is not None:
+        log.note(describe_run_data(run, data, dp))
     progress("loading the checkpoint", limited=False)
     mesh = ParallelMesh(run.parallel, process.world_size)
     dtype = TORCH_DTYPES[run.dtype]
@@ -270,6 +277,25 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
         f"{process.world_size} ranks: {' '.join(f'{axis}{degree}' for axis, degree in degrees.items() if degree > 1)} | "
         f"{batch} sequences of {train.seq_length} tokens a step"
     )
+
+
+def describe_run_data(run: RunConfig, data: DataSource, dp: int) -> str:
+    """Say what data a run has: documents, tokens, samples, epochs, tokens a step, and what was left out.
+
+    Args:
+        run: the settings.
+        data: the opened data.
+        dp: data-parallel degree.
+
+    Returns:
+        A line for each part.
+    """
+    train = run.train
+    splits = [] if train.skip_train else ["train"]
+    if train.eval_iters:
+        splits += [split for split in ("valid", "test") if split == "valid" or data.has(split)]
+    batch = train.num_microbatches(dp) * train.micro_batch_size * dp
+    return describe_data(data, splits, train_samples=train.num_steps * batch, global_batch_size=batch)
 
 
 def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:

@@ -85,7 +85,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--dist-ckpt-strictness": NoEffect("a tensor that is missing or left over is always an error", 1),
     "--exit-signal-handler": NoEffect("SIGTERM always saves and leaves"),
     "--distributed-backend": NoEffect("NCCL on GPUs, gloo on CPUs", 1),
-    "--num-workers": NoEffect("token files are mapped into memory", 1),
     "--no-mmap-bin-files": NoEffect("token files are mapped into memory"),
     "--log-throughput": NoEffect(_LOGGED),
     "--log-timers-to-tensorboard": NoEffect("the curves have the throughput"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,7 +123,7 @@ def test_switches_shorthands_and_lists() -> None:
     )
     assert given.values["train", "dtype"] == "bfloat16"
     assert given.values["checkpoint", "load_optim"] is False
-    assert given.values["data", "paths"] == (Path("c"),)
+    assert given.values["data", "data_path"] == ("c",)
     assert given.values["data", "split"] == (9.0, 1.0)
     assert given.values["moe", "capacity_factor"] == 1.0
     for line in (

@@ -26,8 +26,8 @@ _COMMON = {
     "qkv": "self_attention.linear_qkv.weight",
     "qkv_bias": "self_attention.linear_qkv.bias",
     "proj": "self_attention.linear_proj.weight",
-    "q_norm": "self_attention.q_layernorm.weight",
-    "k_norm": "self_attention.k_layernorm.weight",
+    "q_layernorm": "self_attention.q_layernorm.weight",
+    "k_layernorm": "self_attention.k_layernorm.weight",
     "router": "mlp.router.weight",
     "router_bias": "mlp.router.expert_bias",
     "fc1": "mlp.linear_fc1.weight",
@@ -180,7 +180,7 @@ def _extra_modules(kinds: set[str], spec: Spec) -> list[str]:
     names = ["self_attention.linear_proj", "self_attention.linear_qkv"]
     if spec == "te":
         names += ["pre_mlp_layernorm"] if "router" in kinds else []
-        names += [f"self_attention.{n}_layernorm" for n in "qk" if f"{n}_norm" in kinds]
+        names += [f"self_attention.{n}_layernorm" for n in "qk" if f"{n}_layernorm" in kinds]
     names += ["mlp.linear_fc1", "mlp.linear_fc2"] if "fc1" in kinds else []
     return names + (["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"] if "shared_fc1" in kinds else [])
 

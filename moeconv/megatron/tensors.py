@@ -23,8 +23,8 @@ _ENDS = (("embedding", "embedding"), ("final_norm", "final_norm"), ("output", "h
 _ATTENTION = (
     ("input_norm", "attention_norm"),
     ("proj", "attention.o"),
-    ("q_norm", "attention.q_norm"),
-    ("k_norm", "attention.k_norm"),
+    ("q_layernorm", "attention.q_norm"),
+    ("k_layernorm", "attention.k_norm"),
 )
 _ROUTER = (("router", "router"), ("router_bias", "router.bias"), ("shared_gate", "shared.router"))
 

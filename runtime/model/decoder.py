@@ -33,7 +33,6 @@ class DecoderLayer(nn.Module):
             self.mlp: nn.Module = MoEMLP(context, context.moe, layer)
         else:
             self.mlp = GatedMLP(context, "mlp", layer)
-        self._recompute_norms = context.recomputes("layernorm")
 
     def forward(self, summands_SBD: list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the layer.
@@ -49,18 +48,10 @@ class DecoderLayer(nn.Module):
             The residual, and what this layer adds to it.
         """
         delta_SBD = summands_SBD.pop() if len(summands_SBD) > 1 else None
-        normed, x_SBD = self._norm(self.attention_norm, summands_SBD.pop(), delta_SBD)
+        normed, x_SBD = self.attention_norm(summands_SBD.pop(), delta_SBD)
         del delta_SBD
-        normed, x_SBD = self._norm(self.mlp_norm, x_SBD, self.attention(normed, cos, sin))
+        normed, x_SBD = self.mlp_norm(x_SBD, self.attention(normed, cos, sin))
         return x_SBD, self.mlp(normed)
-
-    def _norm(self, norm: ResidualNorm, x_SBD: Tensor, delta_SBD: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self._recompute_norms and torch.is_grad_enabled():
-            # What is computed again must not be the sum, which the norm would keep: the norm alone is.
-            x_SBD = x_SBD if delta_SBD is None else x_SBD + delta_SBD
-            return _again(norm, x_SBD)[0], x_SBD
-        out: tuple[Tensor, Tensor] = norm(x_SBD, delta_SBD)
-        return out
 
 
 def _norm(context: ModelContext, role: str, layer: int | None = None) -> ResidualNorm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from runtime.moe.tape import active_tape
 from runtime.ops.norm import add_rms_norm, rms_norm
 from runtime.parallel.collectives import Group, copy_to, group_size, reduce_from
 
@@ -38,7 +39,8 @@ class ResidualNorm(nn.Module):
         Returns:
             The norm and the sum, each as x_SBD.
         """
-        return add_rms_norm(x_SBD, delta_SBD, self.weight, self.eps)
+        # A tape runs where a layer is checkpointed.
+        return add_rms_norm(x_SBD, delta_SBD, self.weight, self.eps, remade=active_tape() is None)
 
 
 class SharedRMSNorm(nn.Module):

@@ -21,7 +21,8 @@ class RecomputeConfig:
     )
     """selective: the parts that --recompute-modules names; full: whole layers, of which only the input is kept."""
     modules: tuple[RecomputeModule, ...] = flag(("moe_act", "layernorm", "core_attn"), "--recompute-modules")
-    """selective only: the parts that are computed again."""
+    """selective only: the parts that are computed again. Norms ("layernorm") always are, outside of whole layers that
+    are: no output of theirs is kept."""
     method: Literal["uniform", "block"] = flag("uniform", "--recompute-method")
     """full only: uniform recomputes every layer on its own, block the first --recompute-num-layers of each stage."""
     num_layers: int = flag(0, "--recompute-num-layers", at_least=0)

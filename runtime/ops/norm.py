@@ -138,7 +138,9 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_x if ctx.adds else None, left, None, None
 
 
-def _apply(x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float, fused: bool | None) -> tuple[Tensor, Tensor]:
+def _apply(
+    x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float, remade: bool, fused: bool | None
+) -> tuple[Tensor, Tensor]:
     if fused is None:
         fused = x.is_cuda
     fused = fused and x.shape[-1] <= MAX_FUSED_WIDTH
@@ -146,7 +148,7 @@ def _apply(x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float, fused:
         x = x.contiguous()
     out = _RMSNorm.apply(x, delta, weight_D, eps, fused)  # type: ignore[no-untyped-call]
     normed, total = cast("tuple[Tensor, Tensor]", out)
-    if normed.requires_grad and total.is_contiguous():
+    if remade and normed.requires_grad and total.is_contiguous():
         normed.made_of = (total.detach(), weight_D, _Source(eps, fused))  # type: ignore[attr-defined]
     return normed, total
 
@@ -163,11 +165,11 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, fused: bool | None = No
     Returns:
         As x; computed in fp32 (fp64 for fp64) and rounded once. The weight's gradient is summed in fp32.
     """
-    return _apply(x, None, weight_D, eps, fused)[0]
+    return _apply(x, None, weight_D, eps, False, fused)[0]
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float, *, fused: bool | None = None
+    x: Tensor, delta: Tensor | None, weight_D: Tensor, eps: float, *, remade: bool = False, fused: bool | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual, and normalise the sum, in one pass.
 
@@ -177,9 +179,12 @@ def add_rms_norm(
             norm and sum in any case.
         weight_D: [D] factor of the norm.
         eps: added to the mean square.
+        remade: let functions that need the norm in their backward pass make it again (see `Kept`). Off in a function
+            that is checkpointed: both its runs must keep the same tensors, and a wrapper (FSDP's) that is there in one
+            of them alone hides what a tensor was made of.
         fused: use the kernel; None: on a GPU.
 
     Returns:
         The norm and the sum, each as x.
     """
-    return _apply(x, delta, weight_D, eps, fused)
+    return _apply(x, delta, weight_D, eps, remade, fused)

@@ -236,7 +236,7 @@ def test_a_norms_output_is_made_again_where_it_is_needed() -> None:
     results = []
     for again in (True, False):
         leaves = [leaf.clone().requires_grad_() for leaf in (x, delta, norm, first, second)]
-        normed, total = add_rms_norm(leaves[0], leaves[1], leaves[2], 1e-5)
+        normed, total = add_rms_norm(leaves[0], leaves[1], leaves[2], 1e-5, remade=True)
         tokens = as_tokens(normed) if again else normed.flatten(0, 1)
         outs = (*linears(tokens, [leaves[3]]), *linears(tokens, [leaves[4]]))
         for out in outs:

@@ -97,7 +97,9 @@ class Gate:
     act: Tensor
     """[R, F] bf16, contiguous: becomes silu(gate) * up * weight."""
     weights_TK: Tensor
-    """[T, K] fp32 routing weights, contiguous; a row takes that of its slot."""
+    """[T, K] fp32 routing weights, contiguous."""
+    slot_of_row_R: Tensor
+    """[R] int32 which weight a row takes, -1 for padding."""
 
 
 def launch(
@@ -105,7 +107,6 @@ def launch(
     left: Tensor,
     right: Tensor,
     out: Tensor,
-    slot_of_row_R: Tensor,
     offsets_E: Tensor,
     gate: Gate | None = None,
     *,
@@ -118,7 +119,6 @@ def launch(
         left: [R, depth] (tn: [R, N]) bf16 rows, contiguous, like the others.
         right: [E * N, depth] for nt, [E * depth, columns] for nn, [R, columns] for tn.
         out: [R, columns] (tn: [E * N, columns]) bf16; with tn also fp32.
-        slot_of_row_R: [R] int32 slot of each row, -1 for the padding at the end of an expert's rows.
         offsets_E: [E] int32 ends of the experts' rows, multiples of ROW_ALIGNMENT; sizes are multiples of 128.
         gate: with nt, where the product is pre-activations, gate then up: write their SwiGLU too.
         add: add the product to what an fp32 `out` holds; otherwise overwrite it.
@@ -128,14 +128,15 @@ def launch(
     epilogue = "store" if gate is None else "swiglu"
     if out.dtype == torch.float32:
         epilogue = "add" if add else "store_fp32"
-    beside = (0, 0) if gate is None else (gate.act.data_ptr(), gate.weights_TK.data_ptr())
+    beside = (0, 0, 0)
+    if gate is not None:
+        beside = (gate.act.data_ptr(), gate.weights_TK.data_ptr(), gate.slot_of_row_R.data_ptr())
     arguments = struct.pack(
         "128s128sPPPPPiiii8x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
         _tensor_map(left.data_ptr(), *left.shape, 64),
         _tensor_map(right.data_ptr(), *right.shape, block_n // 2 if kind == "nt" else 64),
         out.data_ptr(),
         *beside,
-        slot_of_row_R.data_ptr(),
         offsets_E.data_ptr(),
         columns // block_n,
         left.shape[1],  # the depth; tn has each expert's number of rows instead

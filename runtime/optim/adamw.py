@@ -96,10 +96,30 @@ class AdamW:
         denominator = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(config.adam_eps)
         updated = master * (1 - self._lr * decay)
         updated.addcdiv_(first, denominator, value=-self._lr / (1 - beta1**step))
+        if exp_avg.dtype == torch.bfloat16:
+            first, second = (round_stochastically(new, 2 * step + i) for i, new in enumerate((first, second)))
         for old, new in ((exp_avg, first), (exp_avg_sq, second), (master, updated)):
             old.copy_(torch.where(skip, old.to(new.dtype), new))
         if shard.rounded is not None:
             shard.rounded.copy_(master)
+
+
+def round_stochastically(values: Tensor, seed: int) -> Tensor:
+    """Round to what bf16 can hold: up with the probability of what is cut off.
+
+    Args:
+        values: any shape; computed in fp32.
+        seed: of the choices.
+
+    Returns:
+        In the dtype of values.
+    """
+    raw = values.float().view(torch.int32)
+    generator = torch.Generator(values.device).manual_seed(seed)
+    bits = torch.randint(2**16, raw.shape, generator=generator, dtype=torch.int32, device=values.device)
+    rounded = ((raw + bits) & -(2**16)).view(torch.float32)
+    # Infinity and NaN keep their bits: a carry would turn one into the other.
+    return torch.where(torch.isfinite(values), rounded, values).to(values.dtype)
 
 
 def squared_norm(shards: Iterable[Shard], device: torch.device) -> Tensor:

@@ -309,6 +309,18 @@ def test_moments_in_bf16_are_rounded_without_bias() -> None:
     assert float(v.double().std()) > 0  # the places are rounded differently
 
 
+def test_rounding_is_stochastic_where_there_is_no_kernel() -> None:
+    from runtime.optim.adamw import round_stochastically
+
+    values = torch.full((20_000,), 1.0 + 2**-9, device=DEVICE)  # a quarter of bf16's spacing above 1
+    rounded = round_stochastically(values, 3)
+    assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}
+    assert float((rounded > 1).double().mean()) == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    odd = torch.tensor([float("inf"), float("nan"), -2.0, 0.0], device=DEVICE)
+    torch.testing.assert_close(round_stochastically(odd, 1), odd, equal_nan=True)
+
+
 @pytest.mark.parametrize("size", [0, 1, 70_001])
 def test_square_sum(size: int) -> None:
     from runtime.kernels.adamw import square_sum

@@ -17,6 +17,7 @@ from moeconv.hub import local_folder, push_folder
 from moeconv.io.staging import check_free
 from moeconv.layout.degrees import Degrees
 from moeconv.plan import Plan
+from moeconv.quant import FP8, PLAIN
 
 
 @click.command("import-hf")
@@ -24,6 +25,17 @@ from moeconv.plan import Plan
 @click.argument("out", type=click.Path(path_type=Path))
 @degree_options
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@click.option(
+    "--carry",
+    metavar="GLOB",
+    multiple=True,
+    help="Have tensors of these names, which the family doesn't know, go along unread; may be given several times.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice([*PLAIN, FP8]),
+    help="Cast weights on the way: quantised ones (MXFP4, FP8) to plain numbers, plain ones to fp8 blocks.",
+)
 @run_options
 def import_hf(src: str, out: Path, **options: Any) -> None:
     """Turn the Hugging Face checkpoint SRC (a folder, or a hub repository's id) into the sharded checkpoint OUT.
@@ -31,9 +43,13 @@ def import_hf(src: str, out: Path, **options: Any) -> None:
     Example: moeconv import-hf mistralai/Mixtral-8x7B-v0.1 ckpt --tp 4 --ep 4
     """
     check_free(out.absolute())
-    source = open_checkpoint(local_folder(src, options["revision"]))
+    source = open_checkpoint(local_folder(src, options["revision"]), options["carry"])
     if source.kind == "sharded":
         raise SourceError(f"{src}: is sharded already; change its layout with `moeconv reshard`")
+    if options["dtype"] is not None:
+        from moeconv.quant.cast import cast
+
+        source = cast(source, options["dtype"])
     _sharded(source, out, degrees(options), options, "import")
 
 
@@ -59,6 +75,11 @@ def reshard(ckpt: Path, out: Path, **options: Any) -> None:
 @click.option(
     "--max-shard-size", type=ByteSize(), help="Cut files anew, such as 5GB; by default the source's own files."
 )
+@click.option(
+    "--names",
+    type=click.Choice(["hub", "fused"]),
+    help="Cut files anew under these names: those of published checkpoints, or with experts fused as transformers 5 keeps them.",
+)
 @click.option("--push-to-hub", metavar="REPO", help="Upload the result to this hub repository.")
 @click.option("--private", is_flag=True, help="Create the hub repository as a private one.")
 @run_options
@@ -75,25 +96,26 @@ def export_hf(ckpt: Path, out: Path, **options: Any) -> None:
         raise WriteError("--private: says how --push-to-hub creates a repository; give --push-to-hub REPO too")
     if options["dry_run"]:
         check_free(out.absolute())
-        _report("export", plan_hf(source, limit)[0], out, 0.0, options)
+        _report("export", plan_hf(source, limit, options["names"])[0], out, 0.0, options)
         return
     begin = time.perf_counter()
     with progress_bar("export") as progress:
-        plan = write_hf(source, out, limit, conversion(options, progress))
+        plan = write_hf(source, out, limit, conversion(options, progress), options["names"])
     seconds = time.perf_counter() - begin
     pushed = push_folder(out, options["push_to_hub"], private=options["private"]) if options["push_to_hub"] else None
     _report("export", plan, out, seconds, options, pushed)
 
 
 def _sharded(source: Checkpoint, out: Path, layout: Degrees, options: dict[str, Any], title: str) -> None:
+    notes: Sequence[str] = getattr(source, "notes", ())  # of a cast
     if options["dry_run"]:
         check_free(out.absolute())
-        _report(title, plan_sharded(source, layout), out, 0.0, options, dropped=source.dropped)
+        _report(title, plan_sharded(source, layout), out, 0.0, options, dropped=source.dropped, cast=notes)
         return
     begin = time.perf_counter()
     with progress_bar(title) as progress:
         plan = write_sharded(source, out, layout, conversion(options, progress))
-    _report(title, plan, out, time.perf_counter() - begin, options, dropped=source.dropped)
+    _report(title, plan, out, time.perf_counter() - begin, options, dropped=source.dropped, cast=notes)
 
 
 def _report(
@@ -104,6 +126,7 @@ def _report(
     options: dict[str, Any],
     pushed: str | None = None,
     dropped: Sequence[str] = (),
+    cast: Sequence[str] = (),
 ) -> None:
     dry = options["dry_run"]
     value = {
@@ -115,10 +138,12 @@ def _report(
         "bytes": plan.nbytes,
         "seconds": round(seconds, 3),
         "dropped": list(dropped),
+        "cast": list(cast),
         "pushed": pushed,
     }
     lines = [f"{file.name:<40} {amount(file.size):>10}" for file in plan.files] if dry else []
     lines += [f"not converted: {what}" for what in dropped]
+    lines += [f"cast: {what}" for what in cast]
     what = f"{len(plan.jobs)} tensors in {len(plan.files)} files, {amount(plan.nbytes)}"
     lines.append(
         f"{out}: would hold {what}"

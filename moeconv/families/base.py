@@ -238,7 +238,7 @@ class Model:
         """Say whether the family marks a tensor that is none of the model's as one to carry along."""
         if any(fnmatchcase(name, pattern) for pattern in self.family.carried):
             return True
-        further = layer_of(name)
+        further = self._layer_of(name)
         count = next((self.config[key] for key in self.family.mtp if self.config.get(key) is not None), None)
         first = self.sizes["layers"]
         return isinstance(count, int) and further is not None and first <= further < first + count
@@ -323,9 +323,12 @@ class Model:
                 )
         return out
 
+    def _layer_of(self, name: str) -> int | None:
+        return layer_of(name, self.family.template("attention_norm") or "")
+
     def _carried(self, name: str, shape: tuple[int, ...]) -> GlobalTensor:
         """Carried tensors of a layer are stored with it, those of layers past the last with the last one, others with the first."""
-        layer = layer_of(name)
+        layer = self._layer_of(name)
         here = layer if layer is not None and layer < self.sizes["layers"] else None
         late = "mtp" in name.lower() or (layer is not None and here is None)
         where: Where = "layers" if here is not None else "last" if late else "first"

@@ -27,7 +27,7 @@ GPT_OSS = Family(
         **SIZES,
         "ffn": "intermediate_size",
         "experts": ("num_local_experts", "num_experts"),
-        "top_k": ("num_experts_per_tok", "experts_per_token"),
+        "top_k": "num_experts_per_tok",
     },
     defaults={"head_dim": "64"},
     flags={"tied": "tie_word_embeddings", "attention_bias": ("attention_bias", True)},

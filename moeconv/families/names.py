@@ -22,9 +22,9 @@ def evaluate(term: str, sizes: Mapping[str, int]) -> int:
     )
 
 
-def layer_of(name: str) -> int | None:
-    """Give the number of the layer that a tensor's name speaks of, whatever its family; None where it speaks of none."""
-    found = re.search(r"(?:^|\.)layers\.(0|[1-9]\d{0,8})\.", name)
+def layer_of(name: str, template: str) -> int | None:
+    """Give the number of the layer that a name speaks of, by a name with `{layer}` that begins alike; None where it speaks of none."""
+    found = re.match(re.escape(template.split(LAYER, 1)[0]) + r"(0|[1-9]\d{0,8})\.", name)
     return int(found[1]) if found is not None else None
 
 

@@ -28,6 +28,7 @@ ALSO = {
     "input_layernorm",  # Megatron's tensors, too
     "qkv_bias",
     "shared_experts",  # a recipe's key, too
+    "final_layernorm",  # Megatron's tensor, too
 }
 
 
@@ -71,7 +72,7 @@ FILES = [
     path
     for top in ("moeconv", "runtime", "cli")
     for path in sorted((ROOT / top).rglob("*.py"))
-    if "families" not in path.parts
+    if "families" not in path.relative_to(ROOT).parts
 ]
 
 

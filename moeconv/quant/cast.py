@@ -1,0 +1,241 @@
+"""A checkpoint whose weights are cast on the way: quantised ones to plain numbers, plain ones to FP8 blocks. Nothing is written here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from moeconv.checkpoint import Checkpoint
+from moeconv.dtypes import numpy_dtype
+from moeconv.errors import MappingError
+from moeconv.families.base import GlobalTensor, Model
+from moeconv.families.quantised import Scheme
+from moeconv.io.carried import Content
+from moeconv.io.hf_folder import CONFIG
+from moeconv.layout.rect import Rect
+from moeconv.pieces import TensorInfo
+from moeconv.plan import RowOp
+from moeconv.quant import FP8, PLAIN
+from moeconv.quant.numbers import Array, fp8_blocks, mxfp4_to_bf16, scale_values, spread
+
+_BLOCK = (128, 128)
+# Roles of matrices that stay plain in FP8 checkpoints: they are small, or precision counts.
+_PLAIN_ROLES = ("embedding", "head", "router", "shared.router")
+
+
+@dataclass(frozen=True)
+class CastCheckpoint(Checkpoint):
+    """A Hugging Face folder with weights of another type, as if it were on disk; `notes` say what is exact and what is rounded."""
+
+    notes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def files(self) -> list[str]:
+        """The files that hold tensors, those that are read for a cast included."""
+        return sorted({*super().files, *self.reads})
+
+    @cached_property
+    def carried_files(self) -> dict[str, Content]:
+        """As of the source, with the config that names the new types."""
+        config = (json.dumps(self.config, indent=2, ensure_ascii=False) + "\n").encode()
+        return super().carried_files | {CONFIG: config}
+
+
+def cast(source: Checkpoint, dtype: str) -> CastCheckpoint:
+    """Plan a checkpoint with its weights cast.
+
+    Args:
+        source: a Hugging Face folder.
+        dtype: `bfloat16`, `float16` or `float32` for a quantised checkpoint, `fp8` for a plain one.
+
+    Returns:
+        The cast checkpoint; reading its source happens when it is written.
+
+    Raises:
+        MappingError: there is nothing to cast, or no such cast.
+    """
+    model = source.model
+    if dtype == FP8:
+        return _to_fp8(source)
+    if not model.quantised or model.scheme is None:
+        kinds = ", ".join(sorted({info.dtype for info in source.tensors.values()}))
+        raise MappingError(f"{source.root}: --dtype {dtype}: holds no quantised weights but {kinds}; leave --dtype out")
+    how = _dequantiser(model.scheme)
+    if how is None:
+        raise MappingError(
+            f"{source.root}: --dtype {dtype}: no cast of {model.scheme.name} is known; MXFP4 and FP8 with scales can be cast"
+        )
+    plain = replace(model, quantised=frozenset(), config=_plain_config(source.config, dtype))
+    ops: dict[str, RowOp] = {}
+    made: dict[str, TensorInfo] = {}
+    for name in sorted(model.quantised):
+        weight = model.plain[name]
+        parts = {t.part.role: t for t in model.parts(weight) if t.part is not None}
+        ops[name] = _Rows(how(source, weight, parts, model.scheme), numpy_dtype(PLAIN[dtype]))
+        made[name] = TensorInfo(name, PLAIN[dtype], weight.shape)
+    exact = _exact(source, dtype)
+    note = f"{len(made)} weights of {model.scheme.name} become {dtype}: " + (
+        "exactly" if exact else "rounded once, as transformers rounds them"
+    )
+    return _as_cast(source, plain, made, ops, note)
+
+
+def _exact(source: Checkpoint, dtype: str) -> bool:
+    """Say whether a cast loses nothing: numbers of few bits times powers of two."""
+    scales = [t for t in source.model.tensors.values() if t.part is not None and t.part.role == "scale"]
+    powers = all(source.tensors[t.name].dtype in ("F8_E8M0", "U8") for t in scales if t.name in source.tensors)
+    return powers and dtype != "float16"
+
+
+def _plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    out = {key: value for key, value in config.items() if key != "quantization_config"}
+    keys = [key for key in ("dtype", "torch_dtype") if key in out] or ["dtype"]
+    return out | dict.fromkeys(keys, dtype)
+
+
+def _as_cast(
+    source: Checkpoint, model: Model, made: dict[str, TensorInfo], ops: dict[str, RowOp], note: str
+) -> CastCheckpoint:
+    kept = {name: info for name, info in source.tensors.items() if name in model.tensors and name not in made}
+    tensors = {name: info for name in model.tensors if (info := made.get(name) or kept.get(name)) is not None}
+    values = {f.name: getattr(source, f.name) for f in fields(Checkpoint)}
+    values |= {
+        "model": model,
+        "config": dict(model.config),
+        "tensors": tensors,
+        "pieces": {name: source.pieces[name] if name in kept else [] for name in tensors},
+        "folder": None,  # its files' headers are of other types, so an export cuts files of its own
+        "ops": ops,
+    }
+    return CastCheckpoint(**values, notes=(note,), reads=tuple(source.files))
+
+
+# Gives rows `first` to `last` of a weight as it is stored, in any float type.
+Rows = Callable[[int, int], Array]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Rows:
+    """Fills a band with what a function gives, rounded to a type."""
+
+    rows: Rows
+    dtype: np.dtype[Any]
+
+    def __call__(self, band: np.ndarray[Any, np.dtype[np.uint8]], first: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        values = np.ascontiguousarray(self.rows(first, first + len(band)).astype(self.dtype, copy=False))
+        return values.view(np.uint8).reshape(len(band), -1)
+
+
+Dequantiser = Callable[[Checkpoint, GlobalTensor, dict[str, GlobalTensor], Scheme], Rows]
+
+
+def _dequantiser(scheme: Scheme) -> Dequantiser | None:
+    roles = {part.role: part for part in scheme.parts}
+    if scheme.name == "MXFP4":
+        return _mxfp4
+    if scheme.name.startswith("FP8") and {"weight", "scale"} <= roles.keys():
+        return _fp8
+    return None
+
+
+def _mxfp4(source: Checkpoint, weight: GlobalTensor, parts: dict[str, GlobalTensor], scheme: Scheme) -> Rows:
+    blocks, scales = parts["weight"], parts["scale"]
+
+    def rows(first: int, last: int) -> Array:
+        if not weight.rule.transposed:
+            return mxfp4_to_bf16(_read_rows(source, blocks, first, last), _read_rows(source, scales, first, last))
+        # Rows of a transposed weight are columns of the blocks: whole groups of 32 are read.
+        begin, end = first // 32, -(-last // 32)
+        held = (source.read(t.name, Rect.slab(t.shape, 1, begin, end)) for t in (blocks, scales))
+        return mxfp4_to_bf16(*held).T[first - begin * 32 : last - begin * 32]
+
+    return rows
+
+
+def _fp8(source: Checkpoint, weight: GlobalTensor, parts: dict[str, GlobalTensor], scheme: Scheme) -> Rows:
+    numbers, scales = parts["weight"], parts["scale"]
+
+    def rows(first: int, last: int) -> Array:
+        values = _read_rows(source, numbers, first, last).astype(np.float32)
+        if scheme.block is None:
+            scale = scale_values(source.read(scales.name))
+            return values * (scale if scale.size == 1 else scale.reshape(-1, 1)[first:last])
+        down = scheme.block[0]
+        of_blocks = scale_values(_read_rows(source, scales, first // down, -(-last // down)))
+        return values * spread(of_blocks, scheme.block, first, (last - first, values.shape[1]))
+
+    return rows
+
+
+def _read_rows(source: Checkpoint, tensor: GlobalTensor, first: int, last: int) -> Array:
+    return source.read(tensor.name, Rect.slab(tensor.shape, 0, first, last))
+
+
+def _to_fp8(source: Checkpoint) -> CastCheckpoint:
+    model = source.model
+    if model.quantised:
+        said = model.scheme.name if model.scheme is not None else "quantised"
+        raise MappingError(f"{source.root}: --dtype {FP8}: its weights are {said} already; leave --dtype out")
+    chosen = [t for t in model.plain.values() if _to_quantise(t) and t.name in source.tensors]
+    if not chosen or any(source.tensors[t.name].dtype not in PLAIN.values() for t in chosen):
+        raise MappingError(f"{source.root}: --dtype {FP8}: casts weights of {', '.join(PLAIN)}, which this lacks")
+    left = [t.name for t in model.plain.values() if len(t.shape) == 2 and not _to_quantise(t)]
+    config = dict(source.config) | {
+        "quantization_config": {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(_BLOCK),
+            "modules_to_not_convert": [name.removesuffix(".weight") for name in left],
+        }
+    }
+    quantised = replace(model, config=config).stored_as((t.name for t in chosen), model.carried)
+    ops: dict[str, RowOp] = {}
+    made: dict[str, TensorInfo] = {}
+    for weight in chosen:
+        for tensor in quantised.parts(weight):
+            scale = tensor.part is not None and tensor.part.role == "scale"
+            kind = "F32" if scale else "F8_E4M3"
+            rows = _scales(source, weight) if scale else _numbers(source, weight)
+            ops[tensor.name] = _Rows(rows, numpy_dtype(kind))
+            made[tensor.name] = TensorInfo(tensor.name, kind, tensor.shape)
+    note = f"{len(chosen)} weights become FP8 with {_BLOCK[0]}x{_BLOCK[1]} block scales: rounded to 4 significant bits"
+    return _as_cast(source, quantised, made, ops, note)
+
+
+def _to_quantise(tensor: GlobalTensor) -> bool:
+    rule = tensor.rule
+    return (
+        len(tensor.shape) == 2
+        and tensor.layer is not None
+        and rule.role not in _PLAIN_ROLES
+        and not (rule.transposed or rule.buffer or rule.role.startswith("linear."))
+    )
+
+
+def _numbers(source: Checkpoint, weight: GlobalTensor) -> Rows:
+    def rows(first: int, last: int) -> Array:
+        begin, end = first // _BLOCK[0] * _BLOCK[0], min(-(-last // _BLOCK[0]) * _BLOCK[0], weight.shape[0])
+        values = _read_rows(source, weight, begin, end).astype(np.float32)
+        return fp8_blocks(values, _BLOCK, exponents=False)[0][first - begin : last - begin]
+
+    return rows
+
+
+def _scales(source: Checkpoint, weight: GlobalTensor) -> Rows:
+    def rows(first: int, last: int) -> Array:
+        # A row of blocks at a time: the whole weight need not be in memory.
+        ends = [min((row + 1) * _BLOCK[0], weight.shape[0]) for row in range(first, last)]
+        bands = (
+            _read_rows(source, weight, row * _BLOCK[0], end).astype(np.float32)
+            for row, end in zip(range(first, last), ends, strict=True)
+        )
+        return np.concatenate([fp8_blocks(band, _BLOCK, exponents=False)[1] for band in bands])
+
+    return rows

@@ -91,7 +91,7 @@ def _choices(model: Model, path: Path) -> dict[str, dict[str, tuple[Any, str]]]:
     }
     groups: dict[str, dict[str, tuple[Any, str]]] = {
         "checkpoint": checkpoint,
-        "data": {"paths": (("text.jsonl",), ""), "split": ((98, 2, 0), ""), "tokenizer": (None, "")},
+        "data": {"data_path": (("text.jsonl",), ""), "split": ((98, 2, 0), ""), "tokenizer_model": (None, "")},
         "train": train,
         "optim": {"lr": ("1e-5", ""), "weight_decay": (0.1, ""), "clip_grad": (None, "")},
         "learning_rate": schedule,

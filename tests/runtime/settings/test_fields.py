@@ -76,11 +76,20 @@ def test_every_field_has_a_reader_outside_its_class() -> None:
             for cls in (c for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and c.name == owner):
                 for method in (m for m in cls.body if isinstance(m, ast.FunctionDef) and m.name in read):
                     read |= {n.attr for n in ast.walk(method) if isinstance(n, ast.Attribute)}
+                    ends = _computed_names(method)
+                    read |= {f.name for f in dataclasses.fields(group.owner) if f.name.endswith(ends)}
                 for method in (m for m in cls.body if isinstance(m, ast.FunctionDef) and m.name == "__post_init__"):
                     # A field that another is derived from in the class counts where that one is read.
                     read |= _sources(method, read)
         unread |= {f"{owner}.{f.name}" for f in dataclasses.fields(group.owner) if f.name not in read}
     assert unread <= AWAITED, f"nobody reads {sorted(unread - AWAITED)}"
+
+
+def _computed_names(method: ast.FunctionDef) -> tuple[str, ...]:
+    """The ends of the names that `getattr(self, f"{...}_end")` reads."""
+    calls = [n for n in ast.walk(method) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "getattr"]
+    texts = [call.args[1].values[-1] for call in calls if isinstance(call.args[1], ast.JoinedStr)]
+    return tuple(text.value for text in texts if isinstance(text, ast.Constant) and isinstance(text.value, str))
 
 
 def _sources(method: ast.FunctionDef, read: set[str]) -> set[str]:

@@ -109,7 +109,7 @@ def run(name: str, corpus: Path, seed: int, first: int, last: int, state: Path) 
             if not index % 500:
                 gc.collect()
         faulthandler.cancel_dump_traceback_later()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        peak = _resident("VmHWM") - before
         escapes = {what: [first, count] for what, count in watch.escapes.items()}
     os.close(fd)
     return found | kinds | {"escapes": escapes, "peak": peak}
@@ -143,10 +143,17 @@ def _where(error: BaseException) -> str:
 
 
 def _limit() -> int:
-    """Bound this process's address space; give its resident memory now, in bytes."""
-    pages = [int(n) * os.sysconf("SC_PAGE_SIZE") for n in Path("/proc/self/statm").read_text().split()[:2]]
-    resource.setrlimit(resource.RLIMIT_AS, (pages[0] + MEMORY_BYTES, resource.RLIM_INFINITY))
-    return max(pages[1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    """Bound this process's address space, and begin a new peak of resident memory; give what is resident now, in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + MEMORY_BYTES, resource.RLIM_INFINITY))
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def _resident(kind: str) -> int:
+    """Read resident memory, or its peak, in bytes; the peak that getrusage gives begins with that of the parent."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) * 1024
 
 
 def _hung(number: int, frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import safetensors
 
+from moeconv.checking import verify
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.convert import Options, plan_hf, plan_sharded, write_sharded
 from moeconv.describe import describe
@@ -35,7 +36,6 @@ from moeconv.megatron.convert import export_megatron, open_megatron
 from moeconv.megatron.source import TRACKER, find_iteration
 from moeconv.upcycle.planned import plan_upcycle
 from moeconv.upcycle.recipe import Recipe
-from moeconv.verify import verify
 from tests.fuzz.mutate import (
     encode_json,
     flip_bytes,

@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
+from moeconv.checking import verify
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf, write_sharded
 from moeconv.describe import describe
 from moeconv.errors import DamageError, IntegrityError, LayoutError, MoeconvError, SourceError, WriteError
 from moeconv.io.carried import CarriedFile
+from moeconv.io.checksum import checksum, combined
 from moeconv.io.decode import parse_json
 from moeconv.io.manifest import MANIFEST, Manifest
 from moeconv.io.safetensors import parse_header, read_header
@@ -29,7 +31,6 @@ from moeconv.layout.degrees import Degrees, chunk_layers
 from moeconv.layout.rect import Rect, check_cover
 from moeconv.layout.shard import divisors
 from moeconv.reading import VerifiedReader
-from moeconv.verify import verify
 from tests.moeconv.models import Spec, digests, make_folder
 from tests.moeconv.test_names import change
 
@@ -220,7 +221,7 @@ def test_large_files_beside_the_weights_are_streamed(source: Path, tmp_path: Pat
     program = (
         "import sys, resource\nfrom pathlib import Path\n"
         "from moeconv.checkpoint import open_checkpoint\nfrom moeconv.convert import Options, write_hf, write_sharded\n"
-        "from moeconv.layout.degrees import Degrees\nfrom moeconv.verify import verify\n"
+        "from moeconv.layout.degrees import Degrees\nfrom moeconv.checking import verify\n"
         "source, ck, hf = map(Path, sys.argv[1:])\noptions = Options(sync=False)\n"
         "write_sharded(open_checkpoint(source), ck, Degrees(tp=2), options)\n"
         "write_hf(open_checkpoint(ck), hf, None, options)\nverify(open_checkpoint(ck))\n"
@@ -378,3 +379,20 @@ def test_names_too_long_for_an_output(made: Path, tmp_path: Path, length: int) -
 
 def test_a_described_checkpoint_says_what_the_files_say(shards: Path) -> None:
     assert describe(open_checkpoint(shards))["stages"] == [[0], [1]]
+
+
+def test_a_shard_that_tells_torch_other_offsets_is_found_by_verify(shards: Path) -> None:
+    path = shards / "dense-tp1-pp0.safetensors"
+    header = read_header(path)
+    changed = header.raw.replace(b'\\"saved_offsets\\":[8,', b'\\"saved_offsets\\":[0,')
+    assert changed != header.raw
+    path.write_bytes(changed + path.read_bytes()[len(changed) :])
+
+    def sign(value: dict[str, Any]) -> None:
+        entry = value["files"][path.name]
+        entry["header"] = checksum(changed)
+        entry["checksum"] = combined([entry["header"], *(t["checksum"] for t in entry["tensors"])])
+
+    change(shards, sign)
+    with pytest.raises(IntegrityError, match="elsewhere in their tensors"):
+        verify(open_checkpoint(shards))

@@ -18,7 +18,9 @@ from moeconv.errors import IntegrityError
 from moeconv.execute import Progress
 from moeconv.io.carried import write_content
 from moeconv.io.checksum import new
-from moeconv.io.manifest import MANIFEST
+from moeconv.io.decode import parse_json
+from moeconv.io.manifest import MANIFEST, FileRecord
+from moeconv.io.safetensors import MAX_HEADER_BYTES, read_header
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece
 from moeconv.reading import check_sum
@@ -79,9 +81,21 @@ def _check_folder(checkpoint: Checkpoint) -> None:
     for path in sorted(checkpoint.root.glob("*.safetensors")):
         if path.name not in known:
             raise IntegrityError(f"{path}: is not in {MANIFEST}, yet other readers would load it; move it away")
+    for name, record in checkpoint.manifest.files.items():
+        _check_offsets(checkpoint.root / name, record)
     for content in checkpoint.carried_files.values():
         write_content(content, lambda _: None)  # compared with its checksum on the way
     plan_hf(checkpoint, None)  # the source's headers and index, by which an export is made
+
+
+def _check_offsets(path: Path, record: FileRecord) -> None:
+    """Check that a file says to torch's reader what the manifest says of it: where each rectangle begins in its tensor."""
+    said = read_header(path).metadata.get("DCP_SHARDING_INFO")
+    expected = {t.name: {"saved_offsets": list(t.offsets)} for t in record.tensors}
+    if said is not None and parse_json(said.encode(), str(path), max_bytes=MAX_HEADER_BYTES) != expected:
+        raise IntegrityError(
+            f"{path}: its header puts rectangles elsewhere in their tensors than the manifest; restore it"
+        )
 
 
 def compare(a: Checkpoint, b: Checkpoint, progress: Progress | None = None) -> Iterator[Difference]:

@@ -145,7 +145,8 @@ class VerifiedReader:
     """Reads a checkpoint's tensors and compares each stored piece that is read whole with its checksum, on the way.
 
     What is read in part can't be compared; `unverified` says which pieces that were. Threads may read at once.
-    Hashing costs a third to a half of the speed of reading from memory and little of a disk's: COST.
+    The hash runs at 20 GB/s, on bytes that a core's cache still holds: on one core, files in the page cache are read at
+    3.8 GB/s instead of 4.7 GB/s, and a disk's or a network's speed is not lowered.
     """
 
     def __init__(self, checkpoint: Stored) -> None:

@@ -83,6 +83,8 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     Raises:
         SourceError: the header is malformed, or its tensors don't fill the file exactly.
     """
+    if int.from_bytes(raw[:_PREFIX], "little") != len(raw) - _PREFIX:
+        raise SourceError(f"{where}: the header is not as long as it says; the file is damaged")
     if raw[_PREFIX : _PREFIX + 1] != b"{":
         raise SourceError(f"{where}: the header is no JSON object; the file is damaged or no safetensors file")
     table = parse_json(raw[_PREFIX:], f"{where}: its header", max_bytes=MAX_HEADER_BYTES, deep=True)

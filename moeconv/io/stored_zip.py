@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -126,7 +127,7 @@ def _records(path: Path, raw: BinaryIO, offset: int, length: int) -> dict[str, Z
         spans.append((header, begin + info.file_size, name))
         found[name] = ZipRecord(name, info.CRC, begin, begin + info.file_size)
     spans.sort()
-    for (_, end, name), (after, _, _) in zip(spans, [*spans[1:], (offset + length, 0, "")], strict=True):
+    for (_, end, name), (after, _, _) in pairwise([*spans, (offset + length, 0, "")]):
         if end > after:
             raise SourceError(f"{path}: {brief(name)} reaches into what comes after it; the file is damaged")
     return found

@@ -234,8 +234,8 @@ class _Measure:
         self._limit = limit
         self._known: dict[int, tuple[int, int] | None] = {}
 
-    def of(self, value: Any) -> tuple[int, int]:
-        """Give the number of items below a value, and of levels.
+    def of(self, value: Any, depth: int = 0) -> tuple[int, int]:
+        """Give the number of items below a value, and of levels; `depth` levels are above it.
 
         Raises:
             RefusedError: there are too many, or the value holds itself.
@@ -256,18 +256,21 @@ class _Measure:
             found = self._known[key]
             if found is None and not isinstance(value, Opaque):
                 raise RefusedError("a list, tuple or dict holds itself")
-            return found or (1, 1)  # a record may refer to itself: nothing looks through records
-        self._known[key] = None
-        levels = 0
-        for inner in below:
-            inner_size, inner_levels = self.of(inner)
-            size, levels = size + inner_size, max(levels, inner_levels)
-            if size > self._limit:
-                raise RefusedError("it repeats itself without bound")
-        if levels >= _MAX_LEVELS:
+            size, levels = found or (1, 1)  # a record may refer to itself: nothing looks through records
+        else:
+            self._known[key] = None
+            levels = 0
+            for inner in below:
+                if depth >= _MAX_LEVELS:
+                    raise RefusedError(f"it is more than {_MAX_LEVELS} levels deep")
+                inner_size, inner_levels = self.of(inner, depth + 1)
+                size, levels = size + inner_size, max(levels, inner_levels)
+                if size > self._limit:
+                    raise RefusedError("it repeats itself without bound")
+            size, levels = self._known[key] = 1 + size, 1 + levels
+        if depth + levels > _MAX_LEVELS:
             raise RefusedError(f"it is more than {_MAX_LEVELS} levels deep")
-        self._known[key] = 1 + size, 1 + levels
-        return 1 + size, 1 + levels
+        return size, levels
 
 
 _NESTED = (dict, list, tuple, Opaque)

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from moeconv.errors import SourceError
+from moeconv.io.trainer_file import TRAINER_VERSION, parse_trainer
 
 TRAINER_FILE = "trainer.json"
-_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +34,7 @@ class TrainerState:
 
     def to_json(self) -> str:
         """Give the text of trainer.json."""
-        return json.dumps({"version": _VERSION} | dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps({"version": TRAINER_VERSION} | dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> TrainerState:
@@ -49,16 +48,11 @@ class TrainerState:
             The state.
 
         Raises:
-            SourceError: the text is malformed or of another version.
+            SourceError: the text is malformed, of another version, or a number is of another type or range than it can be.
         """
-        try:
-            fields = json.loads(text)
-            version = fields.pop("version")
-            if version != _VERSION:
-                raise SourceError(f"{where}: version {version}; this program reads version {_VERSION}")
-            return cls(**fields)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(f"{where}: not the state of a training run ({type(error).__name__}: {error})") from None
+        fields = parse_trainer(text.encode("utf-8", "surrogatepass"), str(where))
+        fields.pop("version")
+        return cls(**fields)
 
 
 def seed_step(seed: int, iteration: int, *coordinates: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,3 +88,19 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub, tmp_path: Path) -> None:
         assert "hf auth login" in result.stderr
         assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_sharded_checkpoint_comes_with_all_that_its_manifest_names(hub: Hub, mixtral: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(mixtral, tmp_path / "source"))
+    (source / "extra" / "deep").mkdir(parents=True)
+    (source / "extra" / "deep" / "[notes]*.txt").write_text("a name that is a pattern")
+    assert call(hub, tmp_path / "home", "import-hf", source, tmp_path / "ckpt", "--ep", 2).returncode == 0
+    stored = {p.relative_to(tmp_path / "ckpt").as_posix(): p.read_bytes() for p in (tmp_path / "ckpt").rglob("*.*")}
+    hub.files["me/shards"] = stored | {"extra/other.txt": b"not of the checkpoint", "pytorch_model.bin": b"x"}
+    for command in ("verify", "inspect"):
+        result = call(hub, tmp_path / "home", command, "me/shards")
+        assert result.returncode == 0, result.stderr
+    assert set(hub.served) == set(stored)
+    hub.files["me/evil"] = stored | {"moeconv.json": stored["moeconv.json"].replace(b"xxh3", b"xxh4")}
+    result = call(hub, tmp_path / "home", "verify", "me/evil")
+    assert (result.returncode, "moeconv.json: differs from the checksum" in result.stderr) == (1, True)

@@ -235,7 +235,7 @@ def locate(
             collector.add(piece)
     pieces = collectors.pop("").finish(model, str(root / iteration))
     for state, collector in collectors.items():
-        found = collector.finish(model, f"{root / iteration} (optimizer state {state})")
+        found = collector.finish(model, f"{root / iteration} (optimizer state {state})", buffers=False)
         pieces += [Piece(f"optimizer.{state}.{p.tensor}", p.dtype, p.rect, p.file, p.begin, p.strides) for p in found]
     trainer = read_trainer(reader.common, reader.args, str(root / iteration)) if collectors else None
     spec = "te" if any(key.endswith("pre_mlp_layernorm.weight") for key in reader.tensors) else "local"

@@ -134,7 +134,8 @@ def _chunks(target: Target, writer: _Writer, tensor: MegatronTensor, index: int,
     half = shape[tensor.dim] // tensor.halves
     share = half // count
     key = dist_key(tensor, target.spec, by_layer=by_layer)
-    for prefix, sources in _states(target, tensor.parts):
+    buffer = any(target.model.tensors[part.tensor].rule.buffer for part in tensor.parts)
+    for prefix, sources in [("", tensor.parts)] if buffer else _states(target, tensor.parts):
         kind = parts_dtype(prefix + key, sources, target.dtypes)
         last = last_row(sources, tensor.shape) if tensor.padded else None
         for number in range(tensor.halves):

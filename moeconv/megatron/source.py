@@ -122,8 +122,13 @@ class Collector:
             )
         self.replicas.append((first, piece))
 
-    def finish(self, model: Model, where: str) -> list[Piece]:
+    def finish(self, model: Model, where: str, *, buffers: bool = True) -> list[Piece]:
         """Check that every tensor of the model is there exactly once.
+
+        Args:
+            model: the model.
+            where: the checkpoint, for messages.
+            buffers: whether tensors that are no parameters must be there; an optimizer has no state of them.
 
         Returns:
             The pieces, in the order of the model's tensors.
@@ -139,7 +144,8 @@ class Collector:
             if not tensor.size:  # a part of width 0, which Megatron does not store
                 like = next(iter(self._first.values()))
                 found[tensor.name] = [Piece(tensor.name, like.dtype, Rect.whole(tensor.shape), like.file, like.begin)]
-        check_complete(model, found, where)
+        spared = () if buffers else (t.name for t in model.tensors.values() if t.rule.buffer)
+        check_complete(model, {*found, *spared}, where)
         out = []
         for tensor in model.tensors.values():
             pieces = found.get(tensor.name, [])

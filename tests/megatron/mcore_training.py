@@ -74,11 +74,13 @@ def _rank(rank: int, work: str) -> None:
     torch.set_num_threads(1)
     _allow_cpu()
     _keep_steps()
-    for number, fields in enumerate(json.loads((Path(work) / "runs.json").read_text())):
-        run = Run(**{**fields, "case": Case(**fields["case"])})
-        with groups(rank, Path(work) / f"rendezvous{number}", run.case), Cpu():
-            held = _run(run)
-        torch.save(held, Path(work) / f"held{number}-{rank}.pt")
+    fields = json.loads((Path(work) / "runs.json").read_text())
+    runs = {number: Run(**{**values, "case": Case(**values["case"])}) for number, values in enumerate(fields)}
+    for turn, layout in enumerate(sorted({run.case.layout for run in runs.values()}, key=str)):
+        same = {number: run for number, run in runs.items() if run.case.layout == layout}
+        with groups(rank, Path(work) / f"rendezvous{turn}", next(iter(same.values())).case), Cpu():
+            for number, run in same.items():
+                torch.save(_run(run), Path(work) / f"held{number}-{rank}.pt")
 
 
 def _keep_steps() -> None:
@@ -161,7 +163,9 @@ def _save(run: Run, base: argparse.Namespace, models: list[Any], optimizer: Any,
         folder.mkdir(parents=True)
     dist.barrier()
     args = _args(run.case, base)
-    args.__dict__.update(iteration=STEPS, consumed_train_samples=STEPS * BATCH, global_batch_size=BATCH, seed=SEED)
+    args.__dict__.update(
+        no_save_optim=False, iteration=STEPS, consumed_train_samples=STEPS * BATCH, global_batch_size=BATCH, seed=SEED
+    )
     state: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": STEPS, **_sharded(models, metadata)}
     state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=metadata)
     state["opt_param_scheduler"] = scheduler.state_dict()

@@ -120,6 +120,7 @@ class Family:
     `carried` are shell-style patterns of tensors that are no part of this (`mtp.*`), `mtp` the keys of a number of further layers for
     predicting more tokens: they go along unread. `tokens` has the special tokens that transformers takes where a config is silent, `stated`
     what a config made for this family says besides.
+    With `sentencepiece` a `tokenizer.model` alone is a tokenizer as Llama's. `mergekit` is what mergekit-moe calls an output of this family.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Family:
     tokens: Mapping[str, int] = field(default_factory=dict)
     stated: Mapping[str, Any] = field(default_factory=dict)
     mergekit: str | None = None
+    sentencepiece: bool = False
     source: str = ""
 
     def template(self, role: str) -> str | None:

@@ -36,5 +36,6 @@ LLAMA = Family(
         norm_eps=Key("rms_norm_eps", 1e-6), max_positions=Key("max_position_embeddings", 2048), rope=RopeRule()
     ),
     tokens=BOS_EOS,
+    sentencepiece=True,
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/llama/modeling_llama.py",
 )

@@ -22,5 +22,6 @@ MISTRAL = Family(
         window=WindowRule(pattern="all", size=Key("sliding_window", 4096)),
     ),
     tokens=BOS_EOS,
+    sentencepiece=True,
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mistral/modeling_mistral.py",
 )

@@ -49,5 +49,6 @@ MIXTRAL = Family(
     aliases=(Alias(MLP + "gate.weight", (SPARSE + "gate.weight",)), *FUSED_W132),
     tokens=BOS_EOS,
     mergekit="mixtral",
+    sentencepiece=True,
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mixtral/modeling_mixtral.py",
 )

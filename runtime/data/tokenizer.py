@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import xxhash
 
+from moeconv.families import family_of
 from runtime.data.errors import DataError, need
 
 _FILES = (
@@ -22,7 +23,6 @@ _FILES = (
     "vocab.*",
     "merges.txt",
 )
-_LLAMA_LIKE = ("llama", "mistral", "mixtral")
 _PROBES = (
     "Hello world",
     " two  spaces\nand a line\t",
@@ -79,7 +79,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     model = path if path.suffix == ".model" else folder / "tokenizer.model"
     described = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    bare = model.is_file() and not described and _model_type(folder) in (None, *_LLAMA_LIKE)
+    bare = model.is_file() and not described and _is_llama_like(folder)
     if bare:
         _check_sentencepiece(model)
     try:
@@ -97,12 +97,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ) from error
 
 
-def _model_type(folder: Path) -> str | None:
-    """The family that a config.json beside the tokenizer names."""
+def _is_llama_like(folder: Path) -> bool:
+    """Whether a bare `tokenizer.model` is to be read as Llama's: the config.json beside it says so, or there is none."""
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf8"))["model_type"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+        return family_of(config).sentencepiece
+    except (OSError, ValueError, TypeError, AttributeError):
+        return not (folder / "config.json").is_file()
 
 
 def _check_sentencepiece(model: Path) -> None:
@@ -134,8 +135,8 @@ def digest_files(path: Path) -> str:
         for part in sorted(folder.glob(pattern)):
             if part.is_file():
                 digest.update(part.name.encode() + part.read_bytes())
-    # The family chooses the class; nothing else of the model's configuration matters.
-    digest.update(str(_model_type(folder)).encode())
+    # What the family says chooses the class; nothing else of the model's configuration matters.
+    digest.update(str(_is_llama_like(folder)).encode())
     return str(digest.hexdigest())
 
 

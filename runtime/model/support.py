@@ -15,7 +15,8 @@ from runtime.model.dtypes import DtypeName
 TAKES = frozenset(
     (
         *("embedding", "final_norm", "head", "attention_norm", "mlp_norm", "router", "router.bias", "shared.router"),
-        *(f"attention.{name}" for name in ("q", "k", "v", "o", "q_norm", "k_norm")),
+        *(f"attention.{name}" for name in ("q", "k", "v", "o")),
+        *("attention.q_norm", "attention.k_norm"),
         *(f"attention.{name}.bias" for name in ("q", "k", "v", "o")),
         *(f"{part}.{name}" for part in ("mlp", "expert", "shared") for name in ("gate", "up", "down")),
         *(f"{part}.{name}.bias" for part in ("mlp", "shared") for name in ("gate", "up", "down")),
@@ -57,6 +58,8 @@ def check_supported(model: Model, where: Path) -> None:
     ]
     if compute.router is not None and (compute.router.score not in ("softmax", "sigmoid") or compute.router.jitter):
         strange.append(f"a router that scores by {compute.router.score}")
+    if compute.router is not None and compute.router.bias and compute.router.score != "sigmoid":
+        strange.append(f"a bias in the choice of a {compute.router.score} router")
     require(
         not strange,
         f"{where}: the trainer doesn't compute {model.family.name}: {', '.join(strange)}; it converts, and trains elsewhere",

@@ -28,6 +28,7 @@ ALSO = {
     "input_layernorm",  # Megatron's tensors, too
     "qkv_bias",
     "shared_experts",  # a recipe's key, too
+    "experts_per_token",
     "final_layernorm",  # Megatron's tensor, too
 }
 

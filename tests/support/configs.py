@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
+from runtime.errors import ConfigError
+from runtime.model.support import check_supported
 
 # The keys of all families; each config takes those that its family reads.
 _KEYS: dict[str, Any] = {
@@ -13,9 +16,16 @@ _KEYS: dict[str, Any] = {
     "intermediate_size": 32, "moe_intermediate_size": 32, "vocab_size": 64, "rms_norm_eps": 1e-5,
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
     "n_shared_experts": 1, "shared_expert_intermediate_size": 32, "first_k_dense_replace": 0, "norm_topk_prob": True,
-    "sliding_window": None, "max_position_embeddings": 128,
+    "sliding_window": None, "max_position_embeddings": 128, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8,
+    "moe_num_experts": 8, "moe_k": 2, "moe_topk": 2, "moe_num_shared_experts": 1, "intermediate_size_mlp": 32,
+    "linear_key_head_dim": 4, "linear_value_head_dim": 6, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_conv_kernel_dim": 4, "mamba_d_state": 4, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": 3,
 }  # fmt: skip
-_ALWAYS = {"rms_norm_eps", "norm_topk_prob", "sliding_window", "max_position_embeddings", "first_k_dense_replace"}
+_ALWAYS = {
+    "rms_norm_eps", "norm_topk_prob", "sliding_window", "max_position_embeddings", "first_k_dense_replace", "n_group",
+    "topk_group",
+}  # fmt: skip
 
 
 def tiny_config(model_type: str = "mixtral", **options: Any) -> dict[str, Any]:
@@ -37,3 +47,16 @@ def tiny_config(model_type: str = "mixtral", **options: Any) -> dict[str, Any]:
 def tiny_model(model_type: str = "mixtral", **options: Any) -> Model:
     """Give the model of `tiny_config`."""
     return Model.from_config(FAMILIES[model_type], tiny_config(model_type, **options))
+
+
+def trained_families() -> list[str]:
+    """Give the families that the trainer computes."""
+    return [name for name in FAMILIES if _is_trained(name)]
+
+
+def _is_trained(name: str) -> bool:
+    try:
+        check_supported(tiny_model(name), Path(name))
+    except ConfigError:
+        return False
+    return True

@@ -7,19 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from moeconv.families import FAMILIES
 from moeconv.layout.degrees import chunk_layers
 from moeconv.layout.rect import Rect
 from moeconv.placement import Placement
 from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.recompute import RecomputeConfig
-from runtime.model.support import TAKES
 from runtime.moe.config import MoEConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.topology import topology_of
-from tests.support.configs import tiny_model
+from tests.support.configs import tiny_model, trained_families
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
@@ -30,7 +28,6 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {"pp": 2, "vpp": 2, "cp": 2}),
     (4, {"ep": 4, "pp_layers": None}),
 ]
-TRAINED = [name for name, family in FAMILIES.items() if {rule.role for rule in family.rules} <= TAKES]
 OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "glm4_moe": {"attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 1},
@@ -48,7 +45,7 @@ def taken(context: ModelContext, layers: range) -> set[tuple[str, Rect]]:
 
 
 @pytest.mark.parametrize(("world", "degrees"), LAYOUTS)
-@pytest.mark.parametrize("family", TRAINED)
+@pytest.mark.parametrize("family", trained_families())
 def test_a_rank_holds_what_the_placement_says(family: str, world: int, degrees: dict[str, Any]) -> None:
     model = tiny_model(family, **OPTIONS.get(family, {}))
     if "experts" not in model.sizes:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from moeconv.families import FAMILIES
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.engine import Engine
+from runtime.errors import ConfigError
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.support import check_supported
 from runtime.moe.config import MoEConfig
@@ -18,7 +20,7 @@ from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from tests.runtime.model.hub import hub_tensors, model_of, reader
-from tests.upcycle.hub import FAMILIES
+from tests.support.configs import tiny_model, trained_families
 from tests.upcycle.hub import make_model as make_random
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -30,7 +32,7 @@ ROPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "max_position_embeddings": 64}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in FAMILIES},
+    **{family: (family, {}) for family in trained_families()},
     "mixtral-tied": ("mixtral", {"tie_word_embeddings": True}),
     "mixtral-window": ("mixtral", {"sliding_window": 5}),
     "mixtral-heads": ("mixtral", {"head_dim": 16, "num_key_value_heads": 1}),
@@ -156,3 +158,9 @@ def test_evaluate_is_the_mean_over_tokens() -> None:
     loss = torch.nn.functional.cross_entropy(model(batch.tokens).logits.flatten(0, 1), batch.labels.flatten())
     empty = Batch(tokens=batch.tokens, labels=torch.full_like(batch.labels, IGNORED_LABEL))
     assert make_engine(model).evaluate([batch, empty]) == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(trained_families())))
+def test_what_is_not_computed_is_refused_by_name(family: str) -> None:
+    with pytest.raises(ConfigError, match=f"doesn't compute {FAMILIES[family].name}: "):
+        check_supported(tiny_model(family), Path("ckpt"))

@@ -71,6 +71,15 @@ def parse_blend(words: Sequence[str], flag: str) -> Blend | None:
     return Blend(tuple(words[1::2]), tuple(weights))
 
 
+def absolute_words(words: Sequence[str]) -> tuple[str, ...]:
+    """Make the paths of a flag's words absolute; weights and datasets of the hub stay as they are."""
+    weighted = parse_blend(words, "") is not None and len(words) % 2 == 0 and _number(words[0]) is not None
+    return tuple(
+        word if (weighted and place % 2 == 0) or "://" in word else str(Path(word).absolute())
+        for place, word in enumerate(words)
+    )
+
+
 def _number(word: str) -> float | None:
     try:
         return float(word)

@@ -136,7 +136,9 @@ class DataConfig:
             return blend, blend, blend
         if self.per_split_data_args_path is not None:
             return _per_split(self.per_split_data_args_path)
-        train, valid, test = (parse_blend(getattr(self, f"{name}_data_path"), f"--{name}-data-path") for name in SPLITS)
+        train = parse_blend(self.train_data_path, "--train-data-path")
+        valid = parse_blend(self.valid_data_path, "--valid-data-path")
+        test = parse_blend(self.test_data_path, "--test-data-path")
         return train, valid, test
 
 

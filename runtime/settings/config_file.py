@@ -76,7 +76,7 @@ def _events(
         name = f"--{str(key).removeprefix('--').replace('_', '-')}"
         # Megatron has flags with an underscore in them.
         name = next((flag for flag in known if flag.replace("_", "-") == name), name)
-        if isinstance(value, dict):
+        if isinstance(value, dict):  # a group; it may have the name of a flag, as `data` has
             yield from _events(value, path, known, (*groups, str(key)))
             continue
         if name not in known:

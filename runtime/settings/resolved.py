@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.errors import MoeconvError
+from runtime.data.blend import absolute_words
 from runtime.settings.fields import GROUPS, Setting, settings
 from runtime.settings.parser import word
 from runtime.settings.run import RunConfig
@@ -80,6 +81,8 @@ def _as_given(owner: Any, setting: Setting) -> Any:
 
 def _shown(setting: Setting, value: Any) -> Any:
     """A value as its flag says it: a switch that has only an off form says that it is off."""
+    if setting.group == "data" and setting.field.endswith("data_path"):
+        return absolute_words(value)
     return not value if setting.kind is bool and not setting.names else value
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.data.batch import Batch, cu_seqlens
-from runtime.data.blend import Blend, parse_blend
+from runtime.data.blend import Blend, absolute_words, parse_blend
 from runtime.data.blended import BlendedSamples
 from runtime.data.config import DataConfig
 from runtime.data.errors import DataError
@@ -436,6 +436,13 @@ def test_flags_of_the_trainer() -> None:
     )  # fmt: skip
 
 
+def test_words_as_a_settings_file_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_words(("a", "hf://x/y")) == (f"{tmp_path}/a", "hf://x/y")
+    assert absolute_words(("3", "a", "1", "/b")) == ("3", f"{tmp_path}/a", "1", "/b")
+    assert absolute_words(()) == ()
+
+
 def test_what_the_model_does_not_compute_is_refused() -> None:
     for flag in ("reset_position_ids", "reset_attention_mask"):
         with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')}: the model attends to whole samples"):
@@ -449,3 +456,29 @@ def test_made_up_tokens() -> None:
     assert samples.num_tokens > 4_000_000
     assert samples.sample(0).max() < VOCAB
     assert data.has("valid")
+
+
+def test_the_group_of_data_in_a_settings_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data:\n  data-path: [0.3, a, 0.7, b]\n  no-append-eod: true\n")
+    values = parse_flags(["--config", str(tmp_path / "run.yaml")]).of("data")
+    assert values == {"data_path": ("0.3", "a", "0.7", "b"), "append_eod": False}
+    (tmp_path / "flat.yaml").write_text("data: [a, b]\n")
+    assert parse_flags(["--config", str(tmp_path / "flat.yaml")]).of("data") == {"data_path": ("a", "b")}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_batches_come_in_page_locked_memory(corpora: dict[str, str]) -> None:
+    data = source(data_path=(corpora["a"],), split=(1,), eod_mask_loss=True, reset_attention_mask=True, eod_token_id=7)
+    loader = Loader(
+        samples=data.samples("train"), micro_batch_size=2, dp_rank=0, dp_size=1, eod=7, reset_attention_mask=True, eod_mask_loss=True
+    )  # fmt: skip
+    prefetcher = Prefetcher(loader, num_workers=2, pin=True)
+    for step in range(5):
+        pinned, plain = prefetcher.global_batch(4 * step, 4), loader.global_batch(4 * step, 4)
+        assert all(batch.tokens.is_pinned() and batch.labels.is_pinned() for batch in pinned)
+        there = [batch.to(torch.device("cuda")) for batch in pinned]
+        assert there[0].document_ids is not None
+        assert there[0].document_ids.is_cuda
+        assert batches_equal([batch.to(torch.device("cpu")) for batch in there], plain)
+    prefetcher.close()

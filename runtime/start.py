@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import MoeconvError
@@ -177,7 +178,7 @@ def start_run(given: Given) -> int:
         watchdog.progress("joining the job", limited=False)
         # The watchdog comes first: it knows which rank stands still and where.
         device = start(process, connect(process, "groups"), 2 * hang_timeout + 60)
-        run_job(run, origin, process, device, watchdog.progress, lambda: stop.received)
+        run_job(run, origin, process, device, connect(process, "data"), watchdog.progress, lambda: stop.received)
     except MoeconvError as error:
         if watchdog is None or watchdog.fail(error):
             tell_launcher(error)
@@ -197,6 +198,7 @@ def run_job(
     origin: Origin,
     process: Process,
     device: torch.device,
+    store: Store,
     progress: Progress,
     stop_requested: Callable[[], bool],
 ) -> None:
@@ -207,6 +209,7 @@ def run_job(
         origin: where to start.
         process: this process's place in the job.
         device: what to compute on.
+        store: of this job, for what is no collective.
         progress: told what happens next, for the watchdog.
         stop_requested: whether this process was asked to stop.
 
@@ -221,7 +224,7 @@ def run_job(
     dp = data_parallel_size(run.parallel, process.world_size)
     data = DataSource(run.data, origin.path, run.train.num_samples(dp))
     progress("preparing the data", limited=False)
-    prepare_data(data, connect(process, "data"), process.world_size, log.note if log is not None else None)
+    prepare_data(data, store, process.world_size, log.note if log is not None else None)
     progress("opening the data", limited=False)
     one_first(process.local_rank == 0, lambda: check_splits(run, data))
     if log is not None:

@@ -42,5 +42,6 @@ def _run(arguments: tuple[str, ...]) -> None:
     rank = dist.get_rank()
     process = Process(rank=rank, local_rank=rank, world_size=dist.get_world_size())
     run, origin = prepare(parse_flags(arguments), process)
+    store = dist.PrefixStore("data", dist.distributed_c10d._get_default_store())
     with contextlib.redirect_stdout(io.StringIO()):
-        run_job(run, origin, process, torch.device("cpu"), lambda doing, **_: None, lambda: False)
+        run_job(run, origin, process, torch.device("cpu"), store, lambda doing, **_: None, lambda: False)

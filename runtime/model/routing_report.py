@@ -15,16 +15,59 @@ from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderLayer
 from runtime.moe.layer import MoELayer, moe_layers
 
-_NUM_LOSSES = 2  # balancing loss, z-loss
+_COLUMNS = ("aux_loss", "z_loss", "entropy", "nonfinite", "dropped")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingReport:
-    """Losses without their coefficients, mean over layers, and the load of each expert."""
+    """What the routers of a model did with a global batch; the same on every rank, on the CPU.
 
-    aux_loss: float
-    z_loss: float
-    load: Tensor | None
+    Legend: L layers, E experts. A layer without experts has 0 tokens.
+    """
+
+    aux_loss_L: Tensor
+    """[L] fp64 balancing loss without its coefficient, mean over micro-batches; 1 is balanced."""
+    z_loss_L: Tensor
+    """[L] fp64 router z-loss without its coefficient, mean over micro-batches."""
+    entropy_L: Tensor
+    """[L] fp64 entropy of the router's distribution, nats, mean over tokens; ln(E) is no preference at all."""
+    dropped_L: Tensor
+    """[L] int64 choices that no expert computed."""
+    nonfinite_L: Tensor
+    """[L] int64 tokens with a NaN or infinite router logit."""
+    tokens_L: Tensor
+    """[L] int64 tokens that the router saw."""
+    load_LE: Tensor
+    """[L, E] int64 choices of each expert, before any drop."""
+
+    @property
+    def aux_loss(self) -> float:
+        """Balancing loss, mean over the layers with experts; 0 for a dense model."""
+        return self._mean(self.aux_loss_L)
+
+    @property
+    def z_loss(self) -> float:
+        """Router z-loss, mean over the layers with experts; 0 for a dense model."""
+        return self._mean(self.z_loss_L)
+
+    @property
+    def entropy(self) -> float:
+        """Router entropy in nats, mean over the layers with experts; 0 for a dense model."""
+        return self._mean(self.entropy_L)
+
+    @property
+    def dropped_share(self) -> float:
+        """Dropped choices over all choices; 0 for a dense model."""
+        return int(self.dropped_L.sum()) / max(int(self.load_LE.sum()), 1)
+
+    @property
+    def nonfinite(self) -> int:
+        """Tokens with a NaN or infinite router logit, summed over layers."""
+        return int(self.nonfinite_L.sum())
+
+    def _mean(self, values_L: Tensor) -> float:
+        active = self.tokens_L > 0
+        return float(values_L[active].mean()) if bool(active.any()) else 0.0
 
 
 class RouterMetrics:
@@ -44,21 +87,25 @@ class RouterMetrics:
         return model.num_layers, (model.num_experts if self._context.moe is not None else 0)
 
     def pack(self) -> Tensor:
-        """Give this rank's summands: [L * (2 + E)] fp64 on the device, no synchronisation."""
+        """Give this rank's summands: [L * (5 + E)] fp64 on the device, no synchronisation; [0] for a dense model."""
         num_layers, num_experts = self._shape
+        device = self._context.device
         if num_experts == 0:
-            return torch.zeros(0, dtype=torch.float64, device=self._context.device)
-        table = torch.zeros(num_layers, _NUM_LOSSES + num_experts, dtype=torch.float64, device=self._context.device)
-        for index, layer in self._layers.items():
-            balancing = [value for name, value in layer.stats.losses.items() if name != "z_loss"]
-            if balancing:
-                table[index, 0] = torch.stack(balancing).mean()
-            if "z_loss" in layer.stats.losses:
-                table[index, 1] = layer.stats.losses["z_loss"]
-            table[index, _NUM_LOSSES:] = layer.stats.load_E
-        return table.flatten()
+            return torch.zeros(0, dtype=torch.float64, device=device)
+        width = len(_COLUMNS) + num_experts
+        rows = {index: self._row(layer) for index, layer in self._layers.items()}
+        empty = torch.zeros(width, dtype=torch.float64, device=device)
+        return torch.cat([rows.get(index, empty) for index in range(num_layers)])
 
-    def unpack(self, total: Tensor, num_microbatches: int) -> RoutingReport:
+    def _row(self, layer: MoELayer) -> Tensor:
+        stats = layer.stats
+        zero = torch.zeros_like(stats.entropy)
+        balancing = [value for name, value in stats.losses.items() if name != "z_loss"]
+        aux_loss = torch.stack(balancing).mean() if balancing else zero
+        columns = (aux_loss, stats.losses.get("z_loss", zero), stats.entropy, stats.nonfinite, stats.dropped)
+        return torch.cat([torch.stack([value.double() for value in columns]), stats.load_E.double()])
+
+    def unpack(self, total: Tensor, num_microbatches: int) -> RoutingReport | None:
         """Read the sum over all ranks.
 
         Args:
@@ -66,14 +113,24 @@ class RouterMetrics:
             num_microbatches: of the global batch.
 
         Returns:
-            The report.
+            The report; None for a dense model.
         """
         num_layers, num_experts = self._shape
         if num_experts == 0:
-            return RoutingReport(0.0, 0.0, None)
-        table = total.view(num_layers, _NUM_LOSSES + num_experts)
-        means = table[:, :_NUM_LOSSES].mean(0) / num_microbatches
-        return RoutingReport(float(means[0]), float(means[1]), table[:, _NUM_LOSSES:].round().to(torch.int64))
+            return None
+        table = total.view(num_layers, len(_COLUMNS) + num_experts)
+        column = {name: table[:, place] for place, name in enumerate(_COLUMNS)}
+        load_LE = table[:, len(_COLUMNS) :].round().to(torch.int64)
+        tokens_L = load_LE.sum(1) // max(self._context.model.topk, 1)
+        return RoutingReport(
+            aux_loss_L=column["aux_loss"] / num_microbatches,
+            z_loss_L=column["z_loss"] / num_microbatches,
+            entropy_L=column["entropy"] / tokens_L.clamp(min=1),
+            dropped_L=column["dropped"].round().to(torch.int64),
+            nonfinite_L=column["nonfinite"].round().to(torch.int64),
+            tokens_L=tokens_L,
+            load_LE=load_LE,
+        )
 
     def expert_bias(self) -> Tensor:
         """Gather the expert biases of all layers: [L, E] fp32 on the CPU, on every rank. Collective over pp."""

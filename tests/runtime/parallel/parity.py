@@ -182,20 +182,22 @@ def copies(items: Iterable[StateTensor]) -> list[tuple[str, tuple[int, ...], Rec
     return [(i.name, i.global_shape, i.rect, i.tensor.detach().float().cpu().numpy().copy()) for i in items]
 
 
-def _mlp(case: Case, context: ModelContext, config: MoEConfig, layer: int) -> nn.Module:
+def choose_mlp(case: Case, context: ModelContext, config: MoEConfig, layer: int) -> nn.Module:
+    """Give a layer's feed-forward part: dense in the case's dense layers."""
     return DenseMLP(context, layer) if layer in case.dense_layers else SparseMLP(context, config, layer)
 
 
 def run_rank(case: Case) -> dict[str, Any]:
     """Two steps and an evaluation on this rank."""
-    with mock.patch.object(decoder, "SparseMLP", partial(_mlp, case)):
+    with mock.patch.object(decoder, "SparseMLP", partial(choose_mlp, case)):
         engine, mesh = make_engine(case)
-    numbers: dict[str, list[float]] = {"lm_loss": [], "aux_loss": [], "z_loss": [], "grad_norm": []}
+    numbers: dict[str, list[float]] = {"lm_loss": [], "aux_loss": [], "z_loss": [], "grad_norm": [], "entropy": []}
     load, gradients = [], []
     for step in range(2):
         result = engine.train_step(own_share(global_batch(case, step), mesh))
-        for name, values in numbers.items():
-            values.append(getattr(result, name))
+        for name in ("lm_loss", "aux_loss", "z_loss", "grad_norm"):
+            numbers[name].append(getattr(result, name))
+        numbers["entropy"].append(result.routing.entropy if result.routing is not None else 0.0)
         if result.expert_load is not None:
             load.append(result.expert_load.numpy())
         if step == 0:

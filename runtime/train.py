@@ -20,7 +20,10 @@ from runtime.data.loader import DataSource
 from runtime.engine import Engine
 from runtime.job.processes import Process, connect, one_first, start
 from runtime.job.watchdog import Progress, StopRequest, Watchdog
+from runtime.log.config import LOG_NAME
+from runtime.log.flops import device_peak, training_flops
 from runtime.log.metrics import MetricLog
+from runtime.log.records import Speed
 from runtime.model.context import TORCH_DTYPES
 from runtime.moe.grouped_gemm import describe_backend
 from runtime.parallel.mesh import ParallelMesh
@@ -142,7 +145,7 @@ def run_job(
     lines = [*notes, describe(run, origin, process)]
     if run.moe is not None:
         lines.append(describe_backend(run.moe, device, TORCH_DTYPES[run.model.dtype]))
-    log = _open_log(run, process)
+    log = _open_log(run, origin, process, device)
     if log is not None:
         log.note("\n".join(lines))
     data = DataSource(run.data, origin.path)
@@ -210,12 +213,24 @@ def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
     return state if with_optimizer else dataclasses.replace(state, optimizer={})
 
 
-def _open_log(run: RunConfig, process: Process) -> MetricLog | None:
+def _open_log(run: RunConfig, origin: Origin, process: Process, device: torch.device) -> MetricLog | None:
     if process.rank != 0:
         return None
-    train = run.train
-    settings = dataclasses.asdict(run)
-    return MetricLog(run.log, train_iters=train.train_iters, interval=train.log_interval, settings=settings)
+    train, log, save = run.train, run.log, run.checkpoint.save
+    if log.file is None and save is not None:
+        log = dataclasses.replace(log, file=save / LOG_NAME)
+    speed = Speed(
+        flops_per_token=training_flops(origin.checkpoint.model, train.seq_length),
+        num_gpus=process.world_size,
+        peak_flops=device_peak(device, TORCH_DTYPES[run.model.dtype]),
+    )
+    job = {
+        "world_size": process.world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "start": str(origin.path),
+    }
+    settings = {"job": job} | dataclasses.asdict(run)
+    return MetricLog(log, train_iters=train.train_iters, interval=train.log_interval, settings=settings, speed=speed)
 
 
 if __name__ == "__main__":

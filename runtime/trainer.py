@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from moeconv.checkpoint import Checkpoint
@@ -18,9 +17,10 @@ from runtime.checkpoint.writer import Outcome, Saver, check
 from runtime.data.loader import DataSource, Loader
 from runtime.engine import Engine, StepResult
 from runtime.errors import require
-from runtime.job.processes import any_rank
+from runtime.job.processes import STARTED, max_over_ranks, peak_memory
 from runtime.job.watchdog import Progress
-from runtime.log.metrics import EvalRecord, MetricLog, StepRecord
+from runtime.log.metrics import MetricLog
+from runtime.log.records import EvalRecord, StepRecord
 from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.run import RunConfig
 
@@ -99,11 +99,10 @@ class Trainer:
             self.state, data_fingerprint=fingerprint, schedule=dataclasses.asdict(self.run.schedule)
         )
         loader = self._loader("train", config.micro_batch_size)
-        stopped = False
-        while self.state.iteration < config.train_iters and not stopped:
-            self._step(loader)
-            iteration = self.state.iteration
-            stopped = any_rank(stop_requested(), self._control)
+        reason = ""
+        while self.state.iteration < config.train_iters and not reason:
+            reason = self._step(loader, stop_requested)
+            iteration, stopped = self.state.iteration, bool(reason)
             due = config.eval_iters and config.eval_interval and iteration % config.eval_interval == 0
             if due and not stopped and iteration < config.train_iters:
                 self.evaluate("valid")
@@ -111,10 +110,13 @@ class Trainer:
                 self._save()
             elif self._saver is not None and self._saver.finished():
                 self._report(self._saver.wait())
-        if stopped:
-            self._note(f"asked to stop: saving after iteration {self.state.iteration} and leaving")
+        if self._log is not None:
+            self._log.flush()
+        if reason:
+            what = "saving" if self._saver is not None else "nothing is saved without --save:"
+            self._note(f"{reason}: {what} after iteration {self.state.iteration} and leaving")
         self._finish()
-        return stopped
+        return bool(reason)
 
     def evaluate(self, split: str) -> float:
         """Measure the loss on a split; collective.
@@ -156,40 +158,58 @@ class Trainer:
             dp_size=self.mesh.size("dp"),
         )
 
-    def _step(self, loader: Loader) -> None:
+    def _step(self, loader: Loader, stop_requested: Callable[[], bool]) -> str:
+        """Do a step.
+
+        Returns:
+            Why the run is to leave after it, the same on every rank; empty where it goes on.
+        """
         iteration = self.state.iteration + 1
         self._progress(f"iteration {iteration}")
         start = time.perf_counter()
         batches = loader.global_batch(self.state.consumed_train_samples, self._global_batch_size)
+        waited = time.perf_counter() - start
         learning_rate = self.run.schedule.lr(self.state.iteration)
         self.engine.set_lr(learning_rate)
         axes = ("dp", "cp", "pp", "tp") if self.run.parallel.sp else ("dp", "cp", "pp")
         seed_step(self.state.seed, iteration, *(self.mesh.rank(axis) for axis in axes))
-        result = self.engine.train_step(batches)
+        result = self.engine.train_step(batches)  # waits for the device: the time below is the whole step's
+        seconds = time.perf_counter() - start
         consumed = self.state.consumed_train_samples + self._global_batch_size
         self.state = dataclasses.replace(self.state, iteration=iteration, consumed_train_samples=consumed)
-        self._record(result, learning_rate, start)
+        config, minutes = self.run.train, (time.monotonic() - STARTED) / 60
+        late = float(0 < config.exit_duration_in_mins <= minutes)
+        mine = (stop_requested(), late, peak_memory(self.engine.device), waited)
+        asked, late, memory, waited = max_over_ranks(mine, self._control)
+        self._record(result, learning_rate, seconds, waited, int(memory))
+        if asked:
+            return "asked to stop"
+        if late:
+            return f"--exit-duration-in-mins {config.exit_duration_in_mins:g}"
+        if config.exit_interval and iteration % config.exit_interval == 0 and iteration < config.train_iters:
+            return f"--exit-interval {config.exit_interval}"
+        return ""
 
-    def _record(self, result: StepResult, learning_rate: float, start: float) -> None:
+    def _record(
+        self, result: StepResult, learning_rate: float, seconds: float, data_seconds: float, memory: int
+    ) -> None:
         if self._log is None:
             return
-        load = result.expert_load
-        lm_loss = float(result.lm_loss)  # waits for the device: the time below is the whole step's
-        seconds = time.perf_counter() - start
-        tokens = self._global_batch_size * self.run.train.seq_length
+        seq_length = self.run.train.seq_length
         self._log.step(
             StepRecord(
                 iteration=self.state.iteration,
-                consumed_train_samples=self.state.consumed_train_samples,
-                lm_loss=lm_loss,
-                aux_loss=float(result.aux_loss),
-                z_loss=float(result.z_loss),
-                grad_norm=float(result.grad_norm),
+                consumed_samples=self.state.consumed_train_samples,
+                consumed_tokens=self.state.consumed_train_samples * seq_length,
+                num_tokens=self._global_batch_size * seq_length,
+                lm_loss=result.lm_loss,
+                grad_norm=result.grad_norm,
                 learning_rate=learning_rate,
                 skipped=result.skipped,
                 seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                expert_load=[] if load is None else load.to(torch.int64).tolist(),
+                data_seconds=data_seconds,
+                memory_bytes=memory,
+                routing=result.routing,
             )
         )
 

@@ -15,7 +15,7 @@ from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderLayer
 from runtime.moe.layer import MoELayer, moe_layers
 
-_COLUMNS = ("aux_loss", "z_loss", "entropy", "nonfinite", "dropped")
+_COLUMNS = ("aux_loss", "z_loss", "added", "entropy", "nonfinite", "dropped")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +29,8 @@ class RoutingReport:
     """[L] fp64 balancing loss without its coefficient, mean over micro-batches; 1 is balanced."""
     z_loss_L: Tensor
     """[L] fp64 router z-loss without its coefficient, mean over micro-batches."""
+    added_L: Tensor
+    """[L] fp64 what the layer's losses, with their coefficients, add to the loss that is minimised."""
     entropy_L: Tensor
     """[L] fp64 entropy of the router's distribution, nats, mean over tokens; ln(E) is no preference at all."""
     dropped_L: Tensor
@@ -49,6 +51,11 @@ class RoutingReport:
     def z_loss(self) -> float:
         """Router z-loss, mean over the layers with experts; 0 for a dense model."""
         return self._mean(self.z_loss_L)
+
+    @property
+    def added_loss(self) -> float:
+        """What all layers' losses, with their coefficients, add to the cross entropy."""
+        return float(self.added_L.sum())
 
     @property
     def entropy(self) -> float:
@@ -87,7 +94,7 @@ class RouterMetrics:
         return model.num_layers, (model.num_experts if self._context.moe is not None else 0)
 
     def pack(self) -> Tensor:
-        """Give this rank's summands: [L * (5 + E)] fp64 on the device, no synchronisation; [0] for a dense model."""
+        """Give this rank's summands: [L * (6 + E)] fp64 on the device, no synchronisation; [0] for a dense model."""
         num_layers, num_experts = self._shape
         device = self._context.device
         if num_experts == 0:
@@ -102,8 +109,21 @@ class RouterMetrics:
         zero = torch.zeros_like(stats.entropy)
         balancing = [value for name, value in stats.losses.items() if name != "z_loss"]
         aux_loss = torch.stack(balancing).mean() if balancing else zero
-        columns = (aux_loss, stats.losses.get("z_loss", zero), stats.entropy, stats.nonfinite, stats.dropped)
+        z_loss = stats.losses.get("z_loss", zero)
+        columns = (aux_loss, z_loss, self._added(layer, zero), stats.entropy, stats.nonfinite, stats.dropped)
         return torch.cat([torch.stack([value.double() for value in columns]), stats.load_E.double()])
+
+    def _added(self, layer: MoELayer, zero: Tensor) -> Tensor:
+        config, losses = layer.config, layer.stats.losses
+        # The pooled loss of mode hf is the model's and stands in each of its layers.
+        share = 1 / len(self._layers) if config.aux_loss_mode == "hf" else 1.0
+        names = dict(config.aux_losses)
+        if config.aux_loss_mode == "hf" and names:
+            names = {"aux_loss": next(iter(names.values()))}
+        terms = [losses[name].double() * (coeff * share) for name, coeff in names.items() if name in losses]
+        if "z_loss" in losses:
+            terms.append(losses["z_loss"].double() * config.z_loss_coeff)
+        return torch.stack(terms).sum() if terms else zero
 
     def unpack(self, total: Tensor, num_microbatches: int) -> RoutingReport | None:
         """Read the sum over all ranks.
@@ -125,6 +145,7 @@ class RouterMetrics:
         return RoutingReport(
             aux_loss_L=column["aux_loss"] / num_microbatches,
             z_loss_L=column["z_loss"] / num_microbatches,
+            added_L=column["added"] / num_microbatches,
             entropy_L=column["entropy"] / tokens_L.clamp(min=1),
             dropped_L=column["dropped"].round().to(torch.int64),
             nonfinite_L=column["nonfinite"].round().to(torch.int64),

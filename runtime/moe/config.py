@@ -88,8 +88,6 @@ class MoEConfig:
     """Multiply the shared expert by a sigmoid gate of the token."""
     recompute_layer: bool = False
     """Recompute dispatch and experts in the backward pass; the routing is kept, not recomputed."""
-    per_layer_logging: bool = False
-    """Log losses and load of each layer, not only their means."""
     fp8_format: str | None = None
     """FP8 of the te backend: e4m3 or hybrid; None: no FP8."""
     fp8_recipe: str = "delayed"

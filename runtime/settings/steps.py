@@ -25,13 +25,24 @@ class TrainConfig:
     save_interval: int = 0
     """Iterations between saves; 0 saves at the end only."""
     log_interval: int = 1
+    exit_interval: int = 0
+    """Save and leave after the next iteration that is a multiple of it (--exit-interval); 0 goes on to the end."""
+    exit_duration_in_mins: float = 0.0
+    """Save and leave after the first step that ends so many minutes after the start (--exit-duration-in-mins); 0: never."""
 
     def __post_init__(self) -> None:
         require(self.seq_length >= 1, f"--seq-length is {self.seq_length}; expected at least 1")
         require(self.micro_batch_size >= 1, f"--micro-batch-size is {self.micro_batch_size}; expected at least 1")
         require(self.log_interval >= 1, f"--log-interval is {self.log_interval}; expected at least 1")
         require(self.eval_iters >= -1, f"--eval-iters is {self.eval_iters}; expected -1 (the whole split) or more")
-        for name in ("global_batch_size", "train_iters", "eval_interval", "save_interval"):
+        for name in (
+            "global_batch_size",
+            "train_iters",
+            "eval_interval",
+            "save_interval",
+            "exit_interval",
+            "exit_duration_in_mins",
+        ):
             value = getattr(self, name)
             require(value >= 0, f"--{name.replace('_', '-')} is {value}; expected at least 0")
 

@@ -84,9 +84,10 @@ def run_rank(case: Case, bad_token: int | None) -> tuple[dict[int, Any], dict[st
             stage.embedding.weight.data[bad_token] = torch.inf
     report = engine.train_step(own_share(global_batch(case, 0), mesh)).routing
     assert report is not None
-    names = ("tokens_L", "dropped_L", "nonfinite_L", "entropy_L")
+    names = ("tokens_L", "dropped_L", "nonfinite_L", "entropy_L", "aux_loss_L", "z_loss_L")
     got: dict[str, Any] = {name: getattr(report, name).tolist() for name in names}
     got |= {"share": report.dropped_share, "entropy": report.entropy, "nonfinite": report.nonfinite}
+    got["added"] = report.added_loss
     return count.rows, got
 
 
@@ -116,6 +117,16 @@ def test_shares_and_entropy_are_those_counted_by_hand(case: Case, pool: RankPool
     np.testing.assert_allclose(np.array(got["entropy_L"])[active], entropies, rtol=1e-5)
     assert got["entropy"] == pytest.approx(entropies.mean(), rel=1e-5)
     assert 0 < got["entropy"] < np.log(NUM_EXPERTS)
+    # The coefficients are those of make_engine.
+    assert got["added"] == pytest.approx(0.02 * sum(got["aux_loss_L"]) + 1e-3 * sum(got["z_loss_L"]), rel=1e-6)
+    assert got["added"] > 0.05
+
+
+def test_the_loss_of_pooled_layers_is_added_once(pool: RankPool) -> None:
+    options: dict[str, Any] = {"aux_loss_mode": "hf", "aux_loss_coeff": (0.5,), "z_loss_coeff": 0.0}
+    [(_, got)] = pool.run(1, run_rank, case("hf", 1, moe=options), None)
+    assert len(set(got["aux_loss_L"])) == 1
+    assert got["added"] == pytest.approx(0.5 * got["aux_loss_L"][0])
 
 
 @pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"tp": 2}], ids=str)

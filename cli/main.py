@@ -41,6 +41,9 @@ _COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Upcycle": {
         "upcycle": ("cli.upcycle:upcycle", "Turn a dense checkpoint into a mixture of experts."),
     },
+    "Train": {
+        "report": ("cli.report:report", "Show training runs side by side in one page."),
+    },
     "Look and check": {
         "inspect": ("cli.check:inspect", "Show a checkpoint's model, layout and ranks."),
         "verify": ("cli.check:verify", "Check every checksum, or compare byte for byte."),

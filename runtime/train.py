@@ -178,7 +178,7 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
         The line.
     """
     parallel, train = run.parallel, run.train
-    size = sum(math.prod(t.shape) for t in origin.checkpoint.tensors.values() if not t.name.startswith("optimizer."))
+    size = num_parameters(origin.checkpoint)
     dp = data_parallel_size(parallel, process.world_size)
     degrees = {"dp": dp} | {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp", "ep", "etp")}
     batch = train.num_microbatches(dp) * train.micro_batch_size * dp
@@ -187,6 +187,11 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
         f"{process.world_size} ranks: {' '.join(f'{axis}{degree}' for axis, degree in degrees.items() if degree > 1)} | "
         f"{batch} sequences of {train.seq_length} tokens a step"
     )
+
+
+def num_parameters(checkpoint: Checkpoint) -> int:
+    """Count the weights of a checkpoint, without the optimizer's state."""
+    return sum(math.prod(t.shape) for t in checkpoint.tensors.values() if not t.name.startswith("optimizer."))
 
 
 def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
@@ -225,6 +230,7 @@ def _open_log(run: RunConfig, origin: Origin, process: Process, device: torch.de
         peak_flops=device_peak(device, TORCH_DTYPES[run.model.dtype]),
     )
     job = {
+        "parameters": num_parameters(origin.checkpoint),
         "world_size": process.world_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "start": str(origin.path),

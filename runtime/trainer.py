@@ -143,6 +143,7 @@ class Trainer:
                 EvalRecord(
                     iteration=self.state.iteration,
                     split=split,
+                    consumed_tokens=self.state.consumed_train_samples * config.seq_length,
                     lm_loss=loss,
                     tokens=samples * config.seq_length,
                     seconds=time.perf_counter() - start,

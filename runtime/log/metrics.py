@@ -98,7 +98,8 @@ class MetricLog:
             record: the evaluation's numbers.
         """
         self._screen.line(evaluation_line(record))
-        self._write("eval", iteration=record.iteration, split=record.split, **record.scalars())
+        place = {"iteration": record.iteration, "consumed_train_tokens": record.consumed_tokens}
+        self._write("eval", split=record.split, **place, **record.scalars())
         for sink in self._sinks:
             sink.add({f"{record.split}/{name}": value for name, value in record.scalars().items()}, record.iteration)
 
@@ -114,7 +115,9 @@ class MetricLog:
     def _keep(self, record: IntervalRecord) -> None:
         layers: dict[str, Any] = {}
         if record.expert_load:
-            layers = {"layers": record.layers, "expert_load": record.expert_load}
+            # Five digits are enough for a picture, and the file grows by layers x steps.
+            short = {name: [float(f"{v:.5g}") for v in values] for name, values in record.layers.items()}
+            layers = {"layers": short, "expert_load": record.expert_load}
             layers["dead"] = [[layer, expert] for layer, experts in record.dead_experts.items() for expert in experts]
         known = {"iteration": record.iteration, "num_steps": record.num_steps}
         self._write("train", **known, **record.scalars, **layers)

@@ -59,6 +59,8 @@ class EvalRecord:
     iteration: int
     split: str
     """The set's name: valid, test, or what several validation sets are called."""
+    consumed_tokens: int = 0
+    """Training tokens of all steps before it."""
     lm_loss: float
     """Mean cross entropy, nats a token."""
     tokens: int

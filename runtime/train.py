@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from runtime.checkpoint.position import TRAINER_FILE, TrainerState
 from runtime.data.loader import DataSource
 from runtime.engine import Engine
 from runtime.job.processes import Process, connect, one_first, start
-from runtime.job.watchdog import Progress, StopRequest, Watchdog
+from runtime.job.signals import StopRequest
+from runtime.job.watchdog import FAILURE_STATUS, Progress, Watchdog
 from runtime.log.config import LOG_NAME
 from runtime.log.flops import device_peak, training_flops
 from runtime.log.metrics import MetricLog
@@ -100,19 +101,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         store = connect(process, "health")
         watchdog = Watchdog(store, process.rank, process.world_size, stall_seconds=run.hang_timeout)
         watchdog.start()
-        stop = StopRequest()
+        stop = StopRequest(speaks=process.rank == 0)
         watchdog.progress("joining the job", limited=False)
         # The watchdog comes first: it knows which rank stands still and where.
         device = start(process, connect(process, "groups"), 2 * run.hang_timeout + 60)
-        run_job(run, origin, notes, process, device, watchdog.progress, lambda: stop.received)
+        run_job(run, origin, notes, process, device, watchdog.progress, stop)
     except MoeconvError as error:
         # What is wrong before the ranks meet is wrong on each of them: one says it.
         if watchdog.fail(error) if watchdog is not None else process.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     except BaseException as error:
-        if watchdog is not None:
-            watchdog.fail(error)
+        if watchdog is None:
+            raise
+        if not watchdog.fail(error):
+            return FAILURE_STATUS
+        sys.excepthook = lambda *_: None  # the traceback stands above already, before those of the others
         raise
     watchdog.stop()
     dist.destroy_process_group()
@@ -126,7 +130,7 @@ def run_job(
     process: Process,
     device: torch.device,
     progress: Progress,
-    stop_requested: Callable[[], bool],
+    stop: StopRequest | None = None,
 ) -> None:
     """Do what needs all processes, which have met: load, train or evaluate, save.
 
@@ -137,7 +141,7 @@ def run_job(
         process: this process's place in the job.
         device: what to compute on.
         progress: told what happens next, for the watchdog.
-        stop_requested: whether this process was asked to stop.
+        stop: whether this process was asked to stop; None: nobody asks.
 
     Raises:
         MoeconvError: data or checkpoint can't be used, a loss is not finite, or the last save failed.
@@ -158,7 +162,7 @@ def run_job(
     trainer = Trainer(run, engine, mesh, origin.checkpoint, data, log, progress)
     if state is not None:
         trainer.resume(state, own=origin.own)
-    stopped = False if run.skip_train else trainer.train(stop_requested)
+    stopped = False if run.skip_train else trainer.train(stop)
     if run.train.eval_iters and not stopped:
         for split in ("valid", "test") if data.has("test") else ("valid",):
             trainer.evaluate(split)

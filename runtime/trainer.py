@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from runtime.data.loader import DataSource, Loader
 from runtime.engine import Engine, StepResult
 from runtime.errors import require
 from runtime.job.processes import STARTED, max_over_ranks, peak_memory
+from runtime.job.signals import StopRequest
 from runtime.job.watchdog import Progress
 from runtime.log.metrics import MetricLog
 from runtime.log.records import EvalRecord, StepRecord
@@ -81,11 +81,11 @@ class Trainer:
         if changed:
             self._note(f"the learning rate's schedule changes: {', '.join(changed)}")
 
-    def train(self, stop_requested: Callable[[], bool]) -> bool:
+    def train(self, stop: StopRequest | None = None) -> bool:
         """Train to the last iteration, or until somebody asks to stop; then save.
 
         Args:
-            stop_requested: whether this rank was asked to stop.
+            stop: whether this rank was asked to stop; None: nobody asks.
 
         Returns:
             Whether the run was stopped early.
@@ -100,8 +100,10 @@ class Trainer:
         )
         loader = self._loader("train", config.micro_batch_size)
         reason = ""
+        if stop is not None:
+            stop.begin_training()
         while self.state.iteration < config.train_iters and not reason:
-            reason = self._step(loader, stop_requested)
+            reason = self._step(loader, stop)
             iteration, stopped = self.state.iteration, bool(reason)
             due = config.eval_iters and config.eval_interval and iteration % config.eval_interval == 0
             if due and not stopped and iteration < config.train_iters:
@@ -159,7 +161,7 @@ class Trainer:
             dp_size=self.mesh.size("dp"),
         )
 
-    def _step(self, loader: Loader, stop_requested: Callable[[], bool]) -> str:
+    def _step(self, loader: Loader, stop: StopRequest | None) -> str:
         """Do a step.
 
         Returns:
@@ -180,7 +182,7 @@ class Trainer:
         self.state = dataclasses.replace(self.state, iteration=iteration, consumed_train_samples=consumed)
         config, minutes = self.run.train, (time.monotonic() - STARTED) / 60
         late = float(0 < config.exit_duration_in_mins <= minutes)
-        mine = (stop_requested(), late, peak_memory(self.engine.device), waited)
+        mine = (stop is not None and stop.received, late, peak_memory(self.engine.device), waited)
         asked, late, memory, waited = max_over_ranks(mine, self._control)
         self._record(result, learning_rate, seconds, waited, int(memory))
         if asked:

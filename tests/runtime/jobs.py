@@ -42,4 +42,4 @@ def _run(arguments: tuple[str, ...]) -> None:
     process = Process(rank=rank, local_rank=rank, world_size=dist.get_world_size())
     run, origin, notes = prepare(arguments, process)
     with contextlib.redirect_stdout(io.StringIO()):
-        run_job(run, origin, notes, process, torch.device("cpu"), lambda doing, **_: None, lambda: False)
+        run_job(run, origin, notes, process, torch.device("cpu"), lambda doing, **_: None)

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import MoeconvError
+from moeconv.io.manifest import MANIFEST
 from runtime.checkpoint import folder as folders
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
 from runtime.data.loader import DataSource
@@ -46,12 +47,13 @@ class Origin:
     """The run itself wrote it earlier: everything is taken from it, whatever the flags leave out of --load."""
 
 
-def find_origin(load: Path, save: Path | None) -> Origin:
+def find_origin(load: Path, save: Path | None, step: int | None = None) -> Origin:
     """Find the checkpoint that a run starts from: its own latest one if it has saved already, else what it is told.
 
     Args:
         load: what --load says.
         save: what --save says.
+        step: what --ckpt-step says: the iteration, instead of the latest.
 
     Returns:
         The checkpoint, opened; no tensor has been read.
@@ -60,8 +62,17 @@ def find_origin(load: Path, save: Path | None) -> Origin:
         MoeconvError: there is none, or it can't be read.
     """
     mine = folders.latest(save) if save is not None else None
-    path = mine or folders.resolve(load)
-    return Origin(path=path, checkpoint=open_checkpoint(path), own=mine is not None)
+    if step is not None:
+        path = folders.at_step(save if save is not None and mine is not None else load, step).resolve()
+    else:
+        path = mine or folders.resolve(load)
+    try:
+        checkpoint = open_checkpoint(path)
+        if (path / TRAINER_FILE).is_file():
+            TrainerState.from_json((path / TRAINER_FILE).read_text(), path / TRAINER_FILE)
+    except MoeconvError as error:
+        raise type(error)(f"{error}{folders.way_back(path, open_checkpoint)}") from None
+    return Origin(path=path, checkpoint=checkpoint, own=mine is not None)
 
 
 def prepare(arguments: Sequence[str], process: Process) -> tuple[RunConfig, Origin, list[str]]:
@@ -78,7 +89,7 @@ def prepare(arguments: Sequence[str], process: Process) -> tuple[RunConfig, Orig
         MoeconvError: the run can't work; nothing has been allocated or written.
     """
     flags = parse_flags(arguments)
-    origin = find_origin(flags.load, flags.save)
+    origin = find_origin(flags.load, flags.save, flags.ckpt_step if process.attempt == 0 else None)
     run = make_run(flags, origin.checkpoint.config, origin.path)
     check_run(run, process.world_size)
     return run, origin, without_effect(flags)
@@ -152,13 +163,23 @@ def run_job(
     log = _open_log(run, origin, process, device)
     if log is not None:
         log.note("\n".join(lines))
+    claims: list[folders.Claim] = []
+    one_first(process.rank == 0, lambda: _claim(run, origin, process, claims))
+    if log is not None and run.checkpoint.save is not None:
+        for path in folders.incomplete(run.checkpoint.save):
+            log.note(
+                f"{path}: no complete checkpoint (it has no {MANIFEST}) and never read; remove it if it is a save's remains"
+            )
     data = DataSource(run.data, origin.path)
     progress("opening the data", limited=False)
     one_first(process.local_rank == 0, lambda: check_splits(run, data))
     progress("loading the checkpoint", limited=False)
     mesh = ParallelMesh(run.parallel, process.world_size)
     engine = Engine(run.model, run.parallel, run.moe, run.optim, run.recompute, mesh, device)
-    state = load(engine, run, origin)
+    try:
+        state = load(engine, run, origin)
+    except MoeconvError as error:
+        raise type(error)(f"{error}{folders.way_back(origin.path, open_checkpoint)}") from None
     trainer = Trainer(run, engine, mesh, origin.checkpoint, data, log, progress)
     if state is not None:
         trainer.resume(state, own=origin.own)
@@ -168,6 +189,16 @@ def run_job(
             trainer.evaluate(split)
     if log is not None:
         log.close()
+    for claim in claims:
+        claim.release()
+
+
+def _claim(run: RunConfig, origin: Origin, process: Process, claims: list[folders.Claim]) -> None:
+    """Keep other runs from the --save folder, and go back in it where that is asked for; one rank does it for all."""
+    if process.rank == 0 and run.checkpoint.save is not None and not run.skip_train:
+        claims.append(folders.Claim(run.checkpoint.save))
+        if origin.own and run.checkpoint.ckpt_step is not None:
+            folders.point_latest(origin.path)
 
 
 def describe(run: RunConfig, origin: Origin, process: Process) -> str:

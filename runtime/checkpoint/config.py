@@ -16,6 +16,9 @@ class CheckpointConfig:
     save: Path | None = None
     keep_last: int = 0
     """Checkpoints that are kept; 0 keeps all."""
+    ckpt_step: int | None = None
+    """Go on from the checkpoint of this iteration instead of the latest, of --save or --load (--ckpt-step). Of a run's
+    own saves it becomes the latest at once, so that a restart goes on from what is saved after it."""
     finetune: bool = False
     """Take only the weights from `load`."""
     load_optim: bool = True

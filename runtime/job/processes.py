@@ -27,11 +27,14 @@ class Process:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    attempt: int = 0
+    """How often the launcher has started the job again."""
 
     @classmethod
     def from_environment(cls) -> Process:
         """Read the place from torchrun's variables."""
         names = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
+        names["attempt"] = "TORCHELASTIC_RESTART_COUNT"
         return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
 
 

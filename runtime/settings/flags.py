@@ -166,6 +166,7 @@ def _checkpoints_and_logs(parser: argparse.ArgumentParser) -> None:
     add("--save", type=Path, help="folder for checkpoints; where it has one, the run goes on from the latest")
     add("--save-interval", type=int, default=0, help="0 saves at the end only")
     add("--keep-last", type=int, default=0, help="checkpoints that are kept; 0 keeps all")
+    add("--ckpt-step", type=int, help="go on from the checkpoint of this iteration instead of the latest")
     _switch(group, "--finetune", text="take only the weights from --load")
     _switch(group, "--no-load-optim", text="don't take the optimizer's state from --load")
     _switch(group, "--no-load-rng", text="don't take the seed from --load")

@@ -131,6 +131,7 @@ def make_run(flags: argparse.Namespace, hf_config: Mapping[str, Any], where: Pat
             load=flags.load,
             save=flags.save,
             keep_last=flags.keep_last,
+            ckpt_step=flags.ckpt_step,
             finetune=flags.finetune,
             load_optim=not (flags.no_load_optim or flags.finetune),
             load_rng=not (flags.no_load_rng or flags.finetune),

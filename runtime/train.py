@@ -67,12 +67,18 @@ def find_origin(load: Path, save: Path | None, step: int | None = None) -> Origi
     else:
         path = mine or folders.resolve(load)
     try:
-        checkpoint = open_checkpoint(path)
-        if (path / TRAINER_FILE).is_file():
-            TrainerState.from_json((path / TRAINER_FILE).read_text(), path / TRAINER_FILE)
+        checkpoint = _open(path)
     except MoeconvError as error:
-        raise type(error)(f"{error}{folders.way_back(path, open_checkpoint)}") from None
+        raise type(error)(f"{error}{folders.way_back(path, _open)}") from None
     return Origin(path=path, checkpoint=checkpoint, own=mine is not None)
+
+
+def _open(path: Path) -> Checkpoint:
+    """Open a checkpoint, and make sure that its position in a run, if it has one, can be read."""
+    checkpoint = open_checkpoint(path)
+    if (path / TRAINER_FILE).is_file():
+        TrainerState.from_json((path / TRAINER_FILE).read_text(), path / TRAINER_FILE)
+    return checkpoint
 
 
 def prepare(arguments: Sequence[str], process: Process) -> tuple[RunConfig, Origin, list[str]]:
@@ -179,7 +185,7 @@ def run_job(
     try:
         state = load(engine, run, origin)
     except MoeconvError as error:
-        raise type(error)(f"{error}{folders.way_back(origin.path, open_checkpoint)}") from None
+        raise type(error)(f"{error}{folders.way_back(origin.path, _open)}") from None
     trainer = Trainer(run, engine, mesh, origin.checkpoint, data, log, progress)
     if state is not None:
         trainer.resume(state, own=origin.own)

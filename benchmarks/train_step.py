@@ -7,7 +7,10 @@ curve in bf16 on the device beside fp32 on the CPU, of a smaller model on the sa
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.step_systems import MODELS, SYSTEMS, packages_of, version
+from moeconv.families import FAMILIES
+from moeconv.families.base import Model
 from moeconv.layout.rect import Rect
 from runtime.data.batch import Batch
 from runtime.engine import Engine
-from runtime.model.config import ModelConfig
+from runtime.model.context import TORCH_DTYPES
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
@@ -28,17 +34,56 @@ from runtime.parallel.mesh import ParallelMesh
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 
 
-def make_engine(config: ModelConfig, device: torch.device, lr: float, granularity: Any = "none") -> Engine:
-    """Build an engine of one rank with random weights that depend on names alone."""
+def mixtral(
+    *,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    ffn: int,
+    vocab: int,
+    experts: int = 8,
+    topk: int = 2,
+) -> Model:
+    """A Mixtral with these sizes."""
+    config = {
+        "model_type": "mixtral", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": head_dim, "intermediate_size": ffn, "vocab_size": vocab,
+        "num_local_experts": experts, "num_experts_per_tok": topk,
+    }  # fmt: skip
+    return Model.from_config(FAMILIES["mixtral"], config)
+
+
+def make_engine(
+    model: Model,
+    dtype: torch.dtype,
+    device: torch.device,
+    lr: float,
+    granularity: Any = "none",
+    *,
+    on_device: bool = False,
+    **optim_options: Any,
+) -> Engine:
+    """Build an engine of one rank with random weights: such that depend on names alone, or quickly on the device."""
     parallel = ParallelConfig()
-    moe = MoEConfig(num_experts=config.num_experts, topk=config.topk, aux_loss_coeff=(0.01,))
-    optim, recompute = OptimConfig(lr=lr), RecomputeConfig(granularity=granularity)
-    engine = Engine(config, parallel, moe, optim, recompute, ParallelMesh(parallel), device)
-    engine.load_state(random_weights(config), with_optimizer=False)
+    assert model.compute.router is not None
+    moe = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,))
+    optim, recompute = OptimConfig(lr=lr, **optim_options), RecomputeConfig(granularity=granularity)
+    engine = Engine(model, dtype, parallel, moe, optim, recompute, ParallelMesh(parallel), device)
+    if not on_device:
+        engine.load_state(random_weights())
+        return engine
+    for shard in engine.store.shards:
+        if shard.topology.decay:
+            shard.master.normal_(std=0.02)
+        else:
+            shard.master.fill_(1.0)
+    engine.store.weights_from_masters()
     return engine
 
 
-def random_weights(config: ModelConfig) -> Callable[[str, Rect], np.ndarray[Any, Any]]:
+def random_weights() -> Callable[[str, Rect], np.ndarray[Any, Any]]:
     """Read rectangles of weights that are made when asked for; norms are 1."""
     pool = np.random.default_rng(0).standard_normal(1_000_003, np.float32) * np.float32(0.02)
 
@@ -51,50 +96,51 @@ def random_weights(config: ModelConfig) -> Callable[[str, Rect], np.ndarray[Any,
     return read
 
 
-def flops_per_token(config: ModelConfig, positions: int) -> float:
+def flops_per_token(model: Model, positions: int) -> float:
     """Forward and backward, without recomputation: 6 for each active weight, and causal attention."""
-    hidden, attention = config.hidden_size, config.num_heads * config.head_dim
-    kv = config.num_kv_heads * config.head_dim
-    layer = hidden * (2 * attention + 2 * kv) + 3 * config.topk * hidden * config.ffn_hidden_size
-    layer += hidden * config.num_experts
-    weights = config.num_layers * layer + hidden * config.vocab_size
-    return 6.0 * weights + 6.0 * config.num_layers * positions * attention
+    sizes = model.sizes
+    hidden, attention = sizes["hidden"], sizes["heads"] * sizes["head_dim"]
+    layer = hidden * (2 * attention + 2 * sizes["kv_heads"] * sizes["head_dim"])
+    layer += 3 * sizes["top_k"] * hidden * sizes["ffn"] + hidden * sizes["experts"]
+    weights = sizes["layers"] * layer + hidden * sizes["vocab"]
+    return 6.0 * weights + 6.0 * sizes["layers"] * positions * attention
 
 
-def text_batch(config: ModelConfig, batch: int, positions: int, step: int) -> Batch:
+def text_batch(vocab: int, batch: int, positions: int, step: int) -> Batch:
     """Sequences with structure to learn: each token follows from the two before it, with some noise."""
     rng = np.random.default_rng(step)
-    tokens = rng.integers(config.vocab_size, size=(batch, positions + 1))
+    tokens = rng.integers(vocab, size=(batch, positions + 1))
     for place in range(2, positions + 1):
-        rule = (tokens[:, place - 1] * 3 + tokens[:, place - 2]) % min(config.vocab_size, 97)
+        rule = (tokens[:, place - 1] * 3 + tokens[:, place - 2]) % min(vocab, 97)
         tokens[:, place] = np.where(rng.random(batch) < 0.9, rule, tokens[:, place])
     data = torch.from_numpy(tokens)
     return Batch(tokens=data[:, :-1].contiguous(), labels=data[:, 1:].contiguous())
 
 
 def compare(device: torch.device, num_steps: int) -> None:
-    """Print loss curves of bf16 on the device and fp32 on the CPU."""
+    """Print loss curves of fp32 on the CPU, and of bf16 on the device with moments in fp32 and in bf16."""
     curves = []
-    for dtype, where in (("float32", torch.device("cpu")), ("bfloat16", device)):
-        config = ModelConfig(
-            model_type="mixtral", hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64,
-            ffn_hidden_size=512, vocab_size=512, num_experts=8, topk=2, dtype=dtype,
-        )  # fmt: skip
-        engine = make_engine(config, where, lr=1e-3)
-        curves.append([engine.train_step([text_batch(config, 8, 128, s)]).lm_loss for s in range(num_steps)])
-    print("step   fp32 cpu   bf16 device   relative")
+    model = mixtral(hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, ffn=512, vocab=512)
+    cpu = torch.device("cpu")
+    kinds = ((torch.float32, cpu, "float32"), (torch.bfloat16, device, "float32"), (torch.bfloat16, device, "bfloat16"))
+    for dtype, where, moments in kinds:
+        engine = make_engine(model, dtype, where, lr=1e-3, moments_dtype=moments)
+        curves.append([engine.train_step([text_batch(512, 8, 128, s)]).lm_loss for s in range(num_steps)])
+    print("step   fp32 cpu   bf16 device   with bf16 moments   relative")
+    exact, *others = curves
+    differences = [[abs(b - a) / a for a, b in zip(exact, curve, strict=True)] for curve in others]
     for step in range(0, num_steps, max(1, num_steps // 10)):
-        a, b = curves[0][step], curves[1][step]
-        print(f"{step:4} {a:10.4f} {b:13.4f} {abs(a - b) / a:10.4f}")
-    worst = max(abs(a - b) / a for a, b in zip(*curves, strict=True))
-    print(f"largest relative difference over {num_steps} steps: {worst:.4f}\n")
+        a, b, c = (curve[step] for curve in curves)
+        print(f"{step:4} {a:10.4f} {b:13.4f} {c:19.4f}   {differences[0][step]:.4f} {differences[1][step]:.4f}")
+    worst = " and ".join(f"{max(curve):.4f}" for curve in differences)
+    print(f"largest relative differences over {num_steps} steps: {worst}\n")
 
 
-def measure(config: ModelConfig, args: argparse.Namespace, device: torch.device) -> None:
+def measure(model: Model, args: argparse.Namespace, device: torch.device) -> None:
     """Print speed, memory and profile of one model."""
     cuda = device.type == "cuda"
-    engine = make_engine(config, device, lr=1e-4, granularity=args.recompute)
-    batches = [text_batch(config, args.batch, args.positions, s) for s in range(args.microbatches)]
+    engine = make_engine(model, TORCH_DTYPES[args.dtype], device, lr=1e-4, granularity=args.recompute)
+    batches = [text_batch(model.sizes["vocab"], args.batch, args.positions, s) for s in range(args.microbatches)]
     times = []
     for step in range(args.steps + 2):
         if cuda:
@@ -108,11 +154,11 @@ def measure(config: ModelConfig, args: argparse.Namespace, device: torch.device)
             times.append(time.perf_counter() - start)
     seconds = statistics.median(times)
     tokens = args.batch * args.positions * args.microbatches
-    tflops = flops_per_token(config, args.positions) * tokens / seconds / 1e12
+    tflops = flops_per_token(model, args.positions) * tokens / seconds / 1e12
     name = torch.cuda.get_device_name() if cuda else "CPU"
     peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
     share = f" ({tflops / peak:.1%} of {peak:.0f} dense bf16)" if peak else ""
-    print(f"{name}: {config.num_layers} layers, {config.dtype}, {tokens} tokens a step, loss {result.lm_loss:.3f}")
+    print(f"{name}: {model.sizes['layers']} layers, {args.dtype}, {tokens} tokens a step, loss {result.lm_loss:.3f}")
     print(f"{seconds * 1e3:.1f} ms a step (spread {min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}), "
           f"{tokens / seconds:,.0f} tokens/s, {tflops:.0f} model TFLOP/s{share}")  # fmt: skip
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory_by_kind(engine).items())
@@ -155,6 +201,45 @@ def profile(engine: Engine, batches: list[Batch], cuda: bool) -> None:
         print(f"{time_us / 1e3:8.2f} ms {time_us / total:6.1%} {event.count:5} x  {event.key[:100]}")
 
 
+def compare_systems(args: argparse.Namespace) -> None:
+    """Measure this project's step and those of its peers that are installed, each in a process of its own, in turns."""
+    results: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    systems = [name for name in SYSTEMS if name in args.peers] if args.peers else list(SYSTEMS)
+    for name in list(systems):
+        missing = [package for package in packages_of(name) if version(package) is None]
+        if missing:
+            print(f"{name} is left out: {', '.join(missing)} not installed")
+            systems.remove(name)
+    for place in range(args.rounds):
+        for name in systems:
+            command = [sys.executable, "-m", "benchmarks.step_systems", name, args.model, *map(str, args.numbers)]
+            if args.profile_to is not None and place == 0:
+                command += ["--profile", str(args.profile_to)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            for line in done.stdout.splitlines():
+                if line.startswith("{"):
+                    found = json.loads(line)
+                    results.setdefault((name, found["microbatches"]), []).append(found)
+                    print(f"round {place + 1}: {line}", flush=True)
+            if done.returncode:
+                print(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
+    names = ["torch", "triton", *sorted({package for name in systems for package in packages_of(name)})]
+    print(f"{torch.cuda.get_device_name()}; {', '.join(f'{name} {version(name)}' for name in names)}")
+    print(
+        "| micro-batches | system | ms | TFLOP/s | peak GiB | runtime is faster by |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for num in args.numbers:
+        ours = [found["ms"] for found in results.get(("runtime", num), [])]
+        for name in systems:
+            rounds = results.get((name, num), [])
+            if rounds:
+                # The median of the rounds' ratios: the card's temperature is alike within a round.
+                ratio = statistics.median(a["ms"] / b for a, b in zip(rounds, ours, strict=False)) if ours else 0.0
+                ms, tflops = (statistics.median(found[key] for found in rounds) for key in ("ms", "tflops"))
+                peak = max(found["peak_gib"] for found in rounds)
+                print(f"| {num} | {name} | {ms:.1f} | {tflops:.0f} | {peak:.1f} | {ratio:.3f} |")
+
+
 def main() -> None:
     """Parse the options and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -165,17 +250,24 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--compare", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--peers", nargs="*", choices=SYSTEMS, help="set systems beside each other; none named: all")
+    parser.add_argument("--model", default="mixtral", choices=MODELS, help="with --peers: layers of which model")
+    parser.add_argument("--rounds", type=int, default=3, help="with --peers")
+    parser.add_argument("--numbers", type=int, nargs="+", default=[8, 1], help="with --peers: micro-batches of a step")
+    parser.add_argument("--profile-to", metavar="FOLDER", help="with --peers: write the kernels of a step there")
     args = parser.parse_args()
+    if args.peers is not None:
+        compare_systems(args)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.compare:
         compare(device, args.compare)
-    config = ModelConfig(
-        model_type="mixtral", hidden_size=args.hidden, num_layers=args.layers, num_heads=args.hidden // 128 or 1,
-        num_kv_heads=max(1, args.hidden // 512), head_dim=128, ffn_hidden_size=args.ffn, vocab_size=32000,
-        num_experts=8, topk=2, dtype=args.dtype,
-    )  # fmt: skip
+    heads, kv_heads = args.hidden // 128 or 1, max(1, args.hidden // 512)
+    model = mixtral(
+        hidden=args.hidden, layers=args.layers, heads=heads, kv_heads=kv_heads, head_dim=128, ffn=args.ffn, vocab=32000
+    )
     if args.steps:
-        measure(config, args, device)
+        measure(model, args, device)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from cli.options import amount, progress_bar, show
 from moeconv.describe import describe, rank_tensors
 from moeconv.errors import LayoutError
 from moeconv.hub import local_folder
-from moeconv.megatron.checkpoint import MegatronCheckpoint, open_any
+from moeconv.megatron.checkpoint import MegatronCheckpoint
+from moeconv.open import open_any
 
 _LOGITS_TOLERANCE = 1e-5
 
@@ -45,7 +46,7 @@ def inspect(path: str, rank: str | None, pattern: str | None, as_json: bool) -> 
 @click.argument("path")
 @click.option("--against", metavar="OTHER", help="Compare byte for byte with this checkpoint, of any layout.")
 @click.option(
-    "--logits", is_flag=True, help="With --against: compare transformers' logits in fp32 too (loads both models)."
+    "--logits", is_flag=True, help="With --against: compare transformers' logits in fp32 too, layer by layer."
 )
 @click.option("--workers", type=click.IntRange(1), help="Threads; by default one a core, at most 8.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
@@ -94,7 +95,7 @@ def verify(path: str, against: str | None, logits: bool, workers: int | None, as
         )
         different = found is not None
         if logits:
-            from moeconv.logits import logits_difference
+            from moeconv.forward import logits_difference
 
             gap = value["logits_difference"] = logits_difference(checkpoint, other)
             lines.append(f"{against}: logits differ by {gap:.2e} of the largest")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import IntEnum
+from types import FrameType
 from typing import Any
 
 import click
@@ -24,6 +27,8 @@ class ExitCode(IntEnum):
     FAILED = 1  # an error; no output was finished
     USAGE = 2  # click's own: the command line is wrong
     DIFFERENT = 3  # verify or diff found a difference
+    UNPRINTED = 4  # everything was done, but the result could not be printed
+    INTERRUPTED = 130  # by Ctrl-C, or 128 and the number of another signal
 
 
 # section -> command -> (module, one line of help)
@@ -79,8 +84,39 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except MoeconvError as error:
-            click.echo(f"error: {error}", err=True)
+            _tell(f"error: {error}")
             ctx.exit(ExitCode.FAILED)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):  # whoever reads the output has seen enough
+                raise
+            _tell(f"error: {error.filename or 'the system'}: {error.strerror or error}; nothing was finished")
+            ctx.exit(ExitCode.FAILED)
+        except MemoryError:
+            _tell("error: there is not enough memory; nothing was finished")
+            ctx.exit(ExitCode.FAILED)
+        except KeyboardInterrupt as stopped:
+            notes = getattr(stopped, "__notes__", ["nothing was finished"])
+            _tell(f"interrupted: {'; '.join(notes)}")
+            ctx.exit(stopped.code if isinstance(stopped, Stopped) else ExitCode.INTERRUPTED)
+
+
+class Stopped(KeyboardInterrupt):
+    """Another signal than Ctrl-C asks the program to end; it cleans up the same way."""
+
+    def __init__(self, number: int) -> None:
+        """Keep the exit code that says which signal it was."""
+        super().__init__()
+        self.code = 128 + number
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def _tell(message: str) -> None:
+    """Print a line on stderr; where it can't be printed, the exit code must do."""
+    with suppress(OSError):
+        click.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -96,6 +132,9 @@ def main() -> None:
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the program with the given command line words, by default those of the process."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # temporary folders are removed, and what can be resumed says so
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
     main(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="moeconv")
 
 

@@ -9,19 +9,22 @@ from typing import Any
 
 import click
 
-from cli.options import amount, conversion, progress_bar, run_options, show
+from cli.options import LayerCounts, amount, conversion, progress_bar, run_options, show
 from moeconv.layout.degrees import Degrees
 
 
 def _degree_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the degrees of the layout to be written."""
+    """Add the degrees of the layout to be written; those of the source are the default of an import."""
+    degree = click.IntRange(1)
     for option in (
-        click.option("--pp-layers", help="Layers of each stage, as 9,8,8,7, where they don't divide."),
-        click.option("--etp", type=int, help="Tensor parallel degree of experts; by default that of --tp."),
-        click.option("--ep", type=int, help="Expert parallel degree."),
-        click.option("--vpp", type=int, help="Virtual pipeline stages a rank."),
-        click.option("--pp", type=int, help="Pipeline parallel degree."),
-        click.option("--tp", type=int, help="Tensor parallel degree."),
+        click.option(
+            "--pp-layers", type=LayerCounts(), help="Layers of each stage, as 9,8,8,7, where they don't divide."
+        ),
+        click.option("--etp", type=degree, help="Tensor parallel degree of experts; by default that of --tp."),
+        click.option("--ep", type=degree, help="Expert parallel degree."),
+        click.option("--vpp", type=degree, help="Virtual pipeline stages a rank."),
+        click.option("--pp", type=degree, help="Pipeline parallel degree."),
+        click.option("--tp", type=degree, help="Tensor parallel degree."),
     ):
         command = option(command)
     return command
@@ -114,17 +117,8 @@ COMMANDS = (import_megatron, export_megatron)
 def _degrees(options: dict[str, Any], default: Degrees) -> Degrees:
     """Give the degrees that were asked for, or the default where none was."""
     given = {n: options[n] for n in ("tp", "pp", "vpp", "ep", "etp") if options[n] is not None}
-    layers = _numbers(options["pp_layers"])
+    layers = options["pp_layers"]
     return Degrees(**given, pp_layers=layers) if given or layers else default
-
-
-def _numbers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r}: expected numbers such as 9,8,8,7", param_hint="--pp-layers") from None
 
 
 def _report(summary: Any, out: Path, options: dict[str, Any]) -> None:

@@ -7,11 +7,12 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
 
+from cli.main import ExitCode
 from moeconv.convert import Options
 from moeconv.execute import Progress
 from moeconv.layout.degrees import Degrees
@@ -48,10 +49,13 @@ class ByteSize(click.ParamType[int]):
         """
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value)
+        found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)", value)
         if found is None or found[2].upper() not in _UNITS:
-            self.fail(f"{value!r} is no size; give for example 5GB or 512MiB", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2].upper()])
+            self.fail(f"{value[:40]!r} is no size; give for example 5GB or 512MiB", param, ctx)
+        size = int(float(found[1]) * _UNITS[found[2].upper()])
+        if size < 1:
+            self.fail(f"{value[:40]!r} is less than a byte", param, ctx)
+        return size
 
 
 class LayerCounts(click.ParamType[tuple[int, ...]]):
@@ -72,8 +76,8 @@ class LayerCounts(click.ParamType[tuple[int, ...]]):
         """
         if isinstance(value, tuple):
             return value
-        if not re.fullmatch(r"\d+(,\d+)*", value):
-            self.fail(f"{value!r} is no list of layer counts; give for example 9,8,8,7", param, ctx)
+        if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", value):
+            self.fail(f"{value[:40]!r} is no list of layer counts; give for example 9,8,8,7", param, ctx)
         return tuple(map(int, value.split(",")))
 
 
@@ -123,8 +127,22 @@ def conversion(options: dict[str, Any], progress: Callable[[int], Progress]) -> 
 
 
 def show(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    """Print a result: as JSON for a script, else as lines for a person."""
-    click.echo(json.dumps(value, indent=1) if as_json else "\n".join(lines))
+    """Print a result: as JSON for a script, else as lines for a person.
+
+    What can't be printed any more (a full disk behind stdout) does not undo what was done: the exit code says which it is.
+    """
+    text = json.dumps(value, indent=1) if as_json else "\n".join(lines)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        with suppress(OSError):
+            click.echo(f"error: the result can't be printed: {error.strerror}; everything was done", err=True)
+        with suppress(OSError):
+            sys.stdout.close()  # else the interpreter tries once more at its end
+        raise SystemExit(ExitCode.UNPRINTED) from None
 
 
 def amount(number: float) -> str:
@@ -146,7 +164,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int], Callable[[int], None]]]
     Yields:
         A function that takes the total of bytes and gives the function to call with each number of bytes done.
     """
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield lambda total: lambda done: None
         return
     from rich.console import Console

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from cli.main import ExitCode
 from cli.options import ByteSize, amount, conversion, degree_options, degrees, progress_bar, run_options, show
-from moeconv.checkpoint import Checkpoint, open_checkpoint
-from moeconv.convert import plan_hf, plan_sharded, write_hf, write_sharded
+from moeconv.checkpoint import open_checkpoint
 from moeconv.errors import RecipeError
 from moeconv.hub import local_folder
 from moeconv.io.staging import check_free
 from moeconv.layout.degrees import Degrees
 from moeconv.upcycle.carriers import CARRIERS
-from moeconv.upcycle.expand import plan_expand
+from moeconv.upcycle.check import FunctionError
 from moeconv.upcycle.files import load_yaml, recipe_table
-from moeconv.upcycle.planned import Planned, plan_upcycle
+from moeconv.upcycle.make import Target
+from moeconv.upcycle.make import upcycle as make
 from moeconv.upcycle.recipe import METHODS, PARTITIONS, PLACEMENTS, ROUTERS, Recipe, from_table, read_prompts
-
-if TYPE_CHECKING:
-    import torch
-
-_TOLERANCE = 1e-5
-_ROUNDED_TOLERANCE = 5e-2
-_TEXT_TOKENS = (8, 512)
 
 
 class Layers(click.ParamType[tuple[int, ...]]):
@@ -123,35 +115,24 @@ def upcycle(src: str, out: Path, **options: Any) -> None:
 
     Example: moeconv upcycle mistralai/Mistral-7B-v0.1 moe --method virtual-group --experts 32 --granularity 4 --ep 8
     """
-    check_free(out.absolute())
     layout = degrees(options)
     if options["hf"] and layout != Degrees():
         raise RecipeError(f"--hf writes no shards; leave out --hf, or the degrees ({layout})")
+    check_free(out.absolute())
     recipe, dtype = _recipe(src, options)
     source = open_checkpoint(local_folder(src, options["revision"]))
-    planned = _plan(source, recipe)
     if dtype is not None and {info.dtype for info in source.tensors.values()} != {dtype}:
         raise RecipeError(f"{options['recipe']}: asks for dtype {dtype}, which SRC's weights don't have; leave it out")
-    plan = plan_hf(planned, options["max_shard_size"])[0] if options["hf"] else plan_sharded(planned, layout)
-    checked = _check(source, planned, options)
-    begin = time.perf_counter()
-    if not options["dry_run"]:
-        with progress_bar("upcycle") as progress:
-            run = conversion(options, progress)
-            if options["hf"]:
-                write_hf(planned, out, options["max_shard_size"], run)
-            else:
-                write_sharded(planned, out, layout, run)
-    seconds = 0.0 if options["dry_run"] else time.perf_counter() - begin
-    value = {
-        "out": str(out),
-        "dry_run": options["dry_run"],
-        "files": {file.name: file.size for file in plan.files},
-        "bytes": plan.nbytes,
-        "seconds": round(seconds, 3),
-        **checked,
-        **planned.report,
-    }
+    target = Target(degrees=None if options["hf"] else layout, max_shard_size=options["max_shard_size"])
+    with progress_bar("upcycle") as progress:
+        run, dry_run = conversion(options, progress), options["dry_run"]
+        try:
+            value = make(
+                source, out, recipe, target, run, logits=options["check"], text=options["text"], dry_run=dry_run
+            )
+        except FunctionError as error:
+            click.echo(f"error: {error}", err=True)
+            raise SystemExit(ExitCode.DIFFERENT) from None
     show(value, options["as_json"], _screen(value))
 
 
@@ -171,71 +152,6 @@ def _recipe(src: str, options: dict[str, Any]) -> tuple[Recipe, str | None]:
             {"positive_prompts": list(t.positive), "negative_prompts": list(t.negative)} for t in texts
         ]
     return from_table(recipe_fields, str(options["recipe"] or "command line")), dtype
-
-
-def _plan(source: Checkpoint, recipe: Recipe) -> Planned:
-    if recipe.method == "expand":
-        return plan_expand(source, recipe)
-    others = [open_checkpoint(local_folder(branch)) for branch in recipe.branches]
-    planned = plan_upcycle(source, recipe, others)
-    if recipe.router != "hidden":
-        return planned
-    copies = planned.model.sizes["experts"] // recipe.granularity
-    if len(recipe.prompts) != copies:
-        raise RecipeError(f"--prompts: {len(recipe.prompts)} entries for {copies} router rows; give one for each")
-    from moeconv.upcycle.forward import rows_from_texts
-
-    return plan_upcycle(source, recipe, others, rows_from_texts(source, recipe))
-
-
-def _check(source: Checkpoint, planned: Planned, options: dict[str, Any]) -> dict[str, Any]:
-    """Compare what the source and the planned mixture compute, before anything is written."""
-    out: dict[str, Any] = {"logits_error": None, "source_loss": None, "loss": None, "check": "left out"}
-    if options["check"] is False and options["text"] is None:
-        return out
-    from moeconv.upcycle import forward
-
-    needed, free = forward.layer_bytes(planned), _free_memory()
-    if options["check"] is None and options["text"] is None and needed > free:
-        return out | {"check": f"left out: a layer in fp32 takes {amount(needed)}, and {amount(free)} are free"}
-    tokens = _text_tokens(source, options["text"]) if options["text"] is not None else None
-    if tokens is not None:
-        out["source_loss"], out["loss"] = forward.loss(source, tokens), forward.loss(planned, tokens)
-    if options["check"] is False:
-        return out
-    out["logits_error"] = error = forward.relative_error(source, planned)
-    out["check"] = "done"
-    tolerance = _TOLERANCE if planned.lossless else _ROUNDED_TOLERANCE
-    if not planned.inexact and not error <= tolerance:
-        click.echo(
-            f"error: logits differ from {source.root}'s by {error:.1e} of the largest, and {tolerance:.0e} is expected of this method; "
-            "nothing was written",
-            err=True,
-        )
-        raise SystemExit(ExitCode.DIFFERENT)
-    return out
-
-
-def _free_memory() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 2**63
-
-
-def _text_tokens(source: Checkpoint, path: Path) -> torch.Tensor:
-    from moeconv.upcycle.forward import text_tokens
-
-    try:
-        tokens = text_tokens(source.root, path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"--text {path}: can't be read: {str(error).splitlines()[0]}") from None
-    rows, length = _TEXT_TOKENS
-    length = min(length, len(tokens))
-    rows = min(rows, len(tokens) // max(length, 1))
-    if length < 2:
-        raise RecipeError(f"--text {path}: {len(tokens)} tokens are too few to predict one from another")
-    return tokens[: rows * length].reshape(rows, length)
 
 
 def _screen(value: dict[str, Any]) -> list[str]:

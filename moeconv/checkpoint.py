@@ -12,23 +12,27 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moeconv.dtypes import numpy_dtype
+from moeconv.agreement import check_manifest, stage_layers
 from moeconv.errors import IntegrityError, MappingError, SourceError, WriteError
 from moeconv.families import family_of
 from moeconv.families.base import Family, Model
+from moeconv.io.carried import Content, carried_files, read_content
 from moeconv.io.checksum import checksum
-from moeconv.io.hf_folder import CONFIG, HFFolder, parse_json, read_hf_folder
-from moeconv.io.manifest import MANIFEST, FileRecord, Manifest
-from moeconv.io.paths import check_inside, read_inside
+from moeconv.io.decode import brief, parse_json
+from moeconv.io.hf_folder import CONFIG, HFFolder, read_hf_folder
+from moeconv.io.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
+from moeconv.io.paths import check_folder, check_inside, read_inside
 from moeconv.io.safetensors import Header, read_header
 from moeconv.io.staging import write_beneath
-from moeconv.layout.degrees import Degrees, chunk_layers
+from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect, check_cover
 from moeconv.pieces import NameMap, Piece, TensorInfo, check_complete
 from moeconv.placement import split_optimizer_name
 from moeconv.plan import RowOp
+from moeconv.reading import read_rect
 
 TRAINER = "trainer.json"
+MAX_LAYERS, MAX_BLOCKS = 10_000, 200_000  # layers, or experts of a layer; experts of a model: several times the largest
 
 
 @dataclass(frozen=True)
@@ -77,16 +81,17 @@ class Checkpoint:
         return sorted({piece.file for pieces in self.pieces.values() for piece in pieces})
 
     @cached_property
+    def carried_files(self) -> dict[str, Content]:
+        """What goes along unchanged, by name: files that are there, those of a sharded checkpoint with the manifest's checksums."""
+        return carried_files(self.root, self.manifest.carried if self.manifest else None, self.carried)
+
+    @cached_property
     def carried_bytes(self) -> dict[str, bytes]:
-        """The carried files' contents, those of a sharded checkpoint as the manifest records them; once read, they stay when the folder goes."""
-        found = {name: read_inside(self.root, name) for name in self.carried}
-        for name, (size, digest) in self.manifest.carried.items() if self.manifest else ():
-            if len(found[name]) != size or checksum(found[name]) != digest:
-                raise IntegrityError(f"{self.root / name}: differs from its checksum in {MANIFEST}; restore the file")
-        return found
+        """The contents of `carried_files`, checked; once read, they stay when the folder goes."""
+        return {name: read_content(content) for name, content in self.carried_files.items()}
 
     def read(self, name: str, rect: Rect | None = None) -> np.ndarray[Any, Any]:
-        """Read a part of a tensor from whatever files hold it, and only that.
+        """Read a part of a tensor from whatever files hold it, and only that; `VerifiedReader` also compares checksums.
 
         Args:
             name: the tensor's hub name.
@@ -100,42 +105,7 @@ class Checkpoint:
         """
         if name not in self.tensors:
             raise SourceError(f"{self.root}: holds no tensor {name}")
-        info = self.tensors[name]
-        wanted = rect or Rect.whole(info.shape)
-        out = np.empty(wanted.shape, numpy_dtype(info.dtype))
-        for piece in self.pieces[name]:
-            part = piece.rect.intersect(wanted)
-            if part is None:
-                continue
-            # Rows of dim 0 are contiguous in the file: read just those, and where they are wanted whole, into their place.
-            inner = part.within(piece.rect)
-            first, rows = (inner.offsets[0], inner.shape[0]) if inner.shape else (0, 1)
-            width = piece.rect.size // max(piece.rect.shape[0], 1) if piece.rect.shape else 1
-            offset = piece.begin + first * width * out.dtype.itemsize
-            place: tuple[Any, ...] = (*part.within(wanted).slices(), ...)  # without the dots, 0 dims give no view
-            target = out[place]
-            if inner.shape[1:] == piece.rect.shape[1:] and target.flags.c_contiguous:
-                _read_into(self.root / piece.file, offset, target)
-            else:
-                whole = np.empty((rows, *piece.rect.shape[1:]), out.dtype)
-                _read_into(self.root / piece.file, offset, whole)
-                target[...] = whole[(slice(None), *inner.slices()[1:])]
-        return out
-
-
-def _read_into(path: Path, offset: int, target: np.ndarray[Any, Any]) -> None:
-    """Fill a contiguous array with a file's bytes from an offset on."""
-    left = target.reshape(-1).view(np.uint8).data
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            while left:
-                count = file.readinto(left)
-                if not count:
-                    raise SourceError(f"{path}: ends {len(left)} bytes early; it was cut off after it was opened")
-                left = left[count:]
-    except OSError as error:
-        raise SourceError(f"{path}: can't be read: {error.strerror or error}") from None
+        return read_rect(self.root, self.tensors[name], self.pieces[name], rect)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -153,8 +123,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         IntegrityError: the manifest and the files disagree.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise SourceError(f"{root}: no such folder")
+    check_folder(root)
     if (root / MANIFEST).exists():
         return _open_sharded(root)
     if list(root.glob("*-pp[0-9]*.safetensors")) or root.name.endswith(".partial"):
@@ -166,7 +135,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 def _open_hf(root: Path) -> Checkpoint:
     folder = read_hf_folder(root)
-    model = Model.from_config(family_of(folder.config), folder.config)
+    model = model_of(folder.config, str(root / CONFIG))
     names = NameMap(model)
     pieces: dict[str, list[Piece]] = {}
     for file, header in folder.headers.items():
@@ -185,9 +154,9 @@ def _open_hf(root: Path) -> Checkpoint:
 
 
 def _open_sharded(root: Path) -> Checkpoint:
-    manifest = Manifest.decode(read_inside(root, MANIFEST), str(root / MANIFEST))
+    manifest = Manifest.decode(read_inside(root, MANIFEST, MAX_MANIFEST_BYTES), str(root / MANIFEST))
     config = parse_json(read_inside(root, CONFIG), str(root / CONFIG))
-    model = Model.from_config(family_of(config), config)
+    model = model_of(config, str(root / CONFIG))
     pieces: dict[str, list[Piece]] = {}
     tensors: dict[str, TensorInfo] = {}
     checksums: dict[tuple[str, str], str] = {}
@@ -210,6 +179,7 @@ def _open_sharded(root: Path) -> Checkpoint:
             )
         check_cover(tensor, info.shape, [(p.rect, p.file) for p in pieces[tensor]])
     check_complete(model, tensors, str(root))
+    check_manifest(manifest, model, root)
     ordered = sorted(tensors, key=_order(model))
     return Checkpoint(
         root,
@@ -222,6 +192,34 @@ def _open_sharded(root: Path) -> Checkpoint:
         tuple(manifest.carried),
         manifest,
     )
+
+
+def model_of(config: dict[str, Any], where: str) -> Model:
+    """Make the model that a config describes, if its tensors can be listed.
+
+    Args:
+        config: config.json as parsed.
+        where: the file's name, for messages.
+
+    Returns:
+        The model.
+
+    Raises:
+        MappingError: the family is unknown, a size is missing, or there are more layers and experts than any model has.
+    """
+    family = family_of(config)
+    for size in ("layers", "experts"):
+        keys = family.sizes.get(size, ())
+        for key in (keys,) if isinstance(keys, str) else keys:
+            if isinstance(config.get(key), int) and config[key] > MAX_LAYERS:
+                raise MappingError(f"{where}: {key} is {brief(config[key])}; no model has more than {MAX_LAYERS:,}")
+    model = Model.from_config(family, config)
+    layers, experts = model.sizes["layers"], model.sizes.get("experts", 0)
+    if layers * (experts + 1) > MAX_BLOCKS:
+        raise MappingError(
+            f"{where}: {layers} layers of {experts} experts; no model has more than {MAX_BLOCKS:,} in all"
+        )
+    return model
 
 
 def _order(model: Model) -> Any:
@@ -316,10 +314,6 @@ def make_manifest(
     """
     from moeconv.io.manifest import SourceFile
 
-    chunks = chunk_layers(source.model.sizes["layers"], degrees)
-    stages = [
-        [layer for c in range(stage, len(chunks), degrees.pp) for layer in chunks[c]] for stage in range(degrees.pp)
-    ]
     if source.manifest is not None:
         files, index = source.manifest.source, source.manifest.index
     elif source.folder is not None and all(h.raw for h in source.folder.headers.values()):
@@ -330,7 +324,7 @@ def make_manifest(
     return Manifest(
         family=source.family.model_type,
         degrees=degrees.as_json(),
-        stages=stages,
+        stages=stage_layers(source.model.sizes["layers"], degrees),
         files={r.name: r for r in sorted(records, key=lambda r: natural(r.name))},
         carried=dict(sorted(carried.items())),
         source=files,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 from moeconv.checkpoint import TRAINER, Checkpoint, make_manifest, natural
 from moeconv.dtypes import dtype
 from moeconv.errors import LayoutError, SourceError, WriteError
-from moeconv.execute import Progress, execute
-from moeconv.io.checksum import checksum
+from moeconv.execute import Progress, check_done, execute
+from moeconv.io.carried import CarriedFile, Content, size_of
+from moeconv.io.checksum import checksum, new
 from moeconv.io.hf_folder import INDEX
 from moeconv.io.manifest import MANIFEST, FileRecord
 from moeconv.io.safetensors import encode_header, parse_header
-from moeconv.io.staging import Staging, check_free
+from moeconv.io.staging import Staging, check_free, check_space
 from moeconv.layout.degrees import Degrees
 from moeconv.pieces import NameMap
 from moeconv.placement import Placement, split_optimizer_name
@@ -73,11 +74,10 @@ def write_sharded(source: Checkpoint, out: Path, degrees: Degrees, options: Opti
         raise SourceError(f"{source.root / TRAINER}: training checkpoints keep their own file of this name; rename it")
     plan = plan_sharded(source, degrees)
 
-    def close(staging: Staging, records: dict[str, FileRecord]) -> None:
-        carried = {name: (len(data), checksum(data)) for name, data in source.carried_bytes.items()}
+    def close(staging: Staging, records: dict[str, FileRecord], carried: dict[str, tuple[int, str]]) -> None:
         staging.write(MANIFEST, make_manifest(source, degrees, list(records.values()), carried).encode())
 
-    write_plan(source, out, plan, source.carried_bytes, options, close)
+    write_plan(source, out, plan, source.carried_files, options, close)
     return plan
 
 
@@ -99,7 +99,9 @@ def plan_hf(source: Checkpoint, max_shard_size: int | None) -> tuple[Plan, bytes
     if max_shard_size is None and source.manifest is not None and source.manifest.source:
         files, index = _own_files(source)
     else:
-        files, index = _cut_files(source, list(tensors), max_shard_size or DEFAULT_SHARD_BYTES)
+        files, index = _cut_files(
+            source, list(tensors), DEFAULT_SHARD_BYTES if max_shard_size is None else max_shard_size
+        )
     return make_plan(tensors, pieces, files, ops=source.ops), index
 
 
@@ -121,10 +123,10 @@ def write_hf(source: Checkpoint, out: Path, max_shard_size: int | None, options:
     if source.folder is not None:
         raise SourceError(f"{source.root}: is a Hugging Face folder already")
     plan, index = plan_hf(source, max_shard_size)
-    small = {name: data for name, data in source.carried_bytes.items() if name != TRAINER}
+    beside = {name: content for name, content in source.carried_files.items() if name != TRAINER}
     if index is not None:
-        small[INDEX] = index
-    write_plan(source, out, plan, small, options, lambda staging, records: None)
+        beside[INDEX] = index
+    write_plan(source, out, plan, beside, options, lambda *_: None)
     return plan
 
 
@@ -183,13 +185,11 @@ def _cut_files(source: Checkpoint, order: list[str], max_bytes: int) -> tuple[li
     return files, (json.dumps(table, indent=2) + "\n").encode()
 
 
+Close = Callable[[Staging, dict[str, FileRecord], dict[str, tuple[int, str]]], object]
+
+
 def write_plan(
-    source: Checkpoint,
-    out: Path,
-    plan: Plan,
-    small: dict[str, bytes],
-    options: Options,
-    close: Callable[[Staging, dict[str, FileRecord]], None],
+    source: Checkpoint, out: Path, plan: Plan, beside: Mapping[str, Content], options: Options, close: Close
 ) -> None:
     """Carry out a plan, all or nothing.
 
@@ -197,9 +197,10 @@ def write_plan(
         source: where the bytes are.
         out: the folder to make.
         plan: its files.
-        small: further files by name, written after those, in this order.
+        beside: further files by name, written after those, in this order.
         options: how to run.
-        close: writes what comes last, into the staging that it is given, with the records of the plan's files.
+        close: writes what comes last, into the staging that it is given, with the records of the plan's files, and the
+            size in bytes and checksum of those beside them.
 
     Raises:
         MoeconvError: anything is wrong; then `out` does not exist.
@@ -210,9 +211,11 @@ def write_plan(
         raise WriteError(
             f"{out}: lies inside the source {source.root}, which is never changed; choose a folder elsewhere"
         )
-    before = _stats(source)
-    staging = Staging(out, _identity(source, before, plan, small), resume=options.resume, sync=options.sync)
+    before = _stats(source, beside)
+    staging = Staging(out, _identity(source, before, plan, beside), resume=options.resume, sync=options.sync)
     try:
+        check_done(plan, staging, workers=options.workers, progress=options.progress)
+        check_space(staging.folder, sum(map(size_of, beside.values())))
         progress = (
             options.progress(
                 sum(j.info.nbytes for j in plan.jobs if any(t.file not in staging.done for t in j.targets))
@@ -221,41 +224,53 @@ def write_plan(
             else None
         )
         records = execute(plan, source.root, staging, source.checksums, workers=options.workers, progress=progress)
-        changed = [name for name, stat in _stats(source).items() if stat != before[name]]
+        written = {name: staging.write(name, content) for name, content in beside.items()}
+        changed = [name for name, stat in _stats(source, beside).items() if stat != before[name]]
         if changed:
             raise SourceError(
                 f"{source.root}: {', '.join(changed)} changed while being read; nothing was finished, start again"
             )
-        for name, data in small.items():
-            staging.write(name, data)
-        close(staging, records)
+        close(staging, records, written)
         staging.commit()
     except OSError as error:
         raise WriteError(
             f"{staging.folder}: can't be written: {error.strerror or error}; free the cause and go on with --resume"
         ) from None
+    except KeyboardInterrupt as stopped:
+        stopped.add_note(f"{staging.folder} keeps what was finished; go on with --resume")
+        raise
     finally:
         staging.close()
 
 
-def _stats(source: Checkpoint) -> dict[str, list[int]]:
+def _stats(source: Checkpoint, beside: Mapping[str, Content]) -> dict[str, list[int]]:
+    """Give size and times of every file that is read, to notice a change while it is, or before a run goes on."""
+    paths = {name: source.root / name for name in source.files}
+    paths |= {f"{name} (carried)": c.path for name, c in beside.items() if isinstance(c, CarriedFile)}
     out = {}
-    for name in source.files:
-        stat = os.stat(source.root / name)
+    for name, path in paths.items():
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise SourceError(f"{path}: can't be read: {error.strerror or error}") from None
         out[name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     return out
 
 
-def _identity(source: Checkpoint, stats: dict[str, list[int]], plan: Plan, small: dict[str, bytes]) -> dict[str, Any]:
+def _identity(
+    source: Checkpoint, stats: dict[str, list[int]], plan: Plan, beside: Mapping[str, Content]
+) -> dict[str, Any]:
     targets = b"".join(
         part
         for f in plan.files
         for part in (f"{f.name}\0{f.size}\0{len(f.literals)}\0".encode(), *(data for _, data in f.literals))
     )
-    carried = b"".join(f"{name}\0{len(data)}\0".encode() + data for name, data in sorted(small.items()))
+    made = new()
+    for name, content in sorted(beside.items()):
+        made.update(f"{name}\0{size_of(content)}\0".encode() + (content if isinstance(content, bytes) else b""))
     return {
         "source files": stats,
         "options": checksum(targets),
-        "small files": checksum(carried),
+        "small files": made.hexdigest(),
         "source folder": str(source.root.resolve()),
     }

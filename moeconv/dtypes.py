@@ -60,7 +60,7 @@ def dtype(name: str) -> DType:
     try:
         return _TABLE[name]
     except KeyError:
-        raise SourceError(f"unknown dtype {name!r}; known are {', '.join(_TABLE)}") from None
+        raise SourceError(f"unknown dtype {name[:40]!r}; known are {', '.join(_TABLE)}") from None
 
 
 @cache

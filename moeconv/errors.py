@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class MoeconvError(ValueError):
     """The base of every error that the user's input or machine can cause; the command line prints it without a traceback."""
@@ -25,6 +27,15 @@ class RecipeError(MoeconvError):
 
 class IntegrityError(MoeconvError):
     """Bytes differ from their checksum, or rectangles don't cover a tensor exactly once."""
+
+
+class DamageError(IntegrityError):
+    """A stored piece of a tensor differs from its checksum; `file` and `tensor` say which."""
+
+    def __init__(self, message: str, *, file: Path, tensor: str) -> None:
+        """Keep what the message names, for a program that goes on without the file."""
+        super().__init__(message)
+        self.file, self.tensor = file, tensor
 
 
 class WriteError(MoeconvError):

@@ -6,21 +6,26 @@ import os
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from moeconv.errors import IntegrityError, MoeconvError, WriteError
+import msgspec
+from msgspec import Meta
+
+from moeconv.errors import MoeconvError, SourceError, WriteError
 from moeconv.io.checksum import Crc32, checksum, combined_crc32, new
+from moeconv.io.decode import Digest, typed
 from moeconv.io.manifest import FileRecord, TensorRecord
+from moeconv.io.paths import open_regular
 from moeconv.io.staging import Staging, check_space
 from moeconv.io.writeback import start_writeback
 from moeconv.layout.rect import Rect
-from moeconv.pieces import Piece
 from moeconv.plan import Job, Plan, TargetFile
-from moeconv.sweep import Sweep, open_strips
+from moeconv.reading import check_sum
+from moeconv.sweep import Sweep, open_strips, piece_digest
 
 Progress = Callable[[int], None]
 
@@ -45,8 +50,7 @@ class _Run:
     digests: dict[tuple[str, str, Rect], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Files that store CRC-32s of their own are checked by those.
-        self.archives = any(file.records for file in self.plan.files)
+        self.archives = _archives(self.plan)
         self.empty = (Crc32() if self.archives else new()).hexdigest()
 
     def job(self, job: Job) -> None:
@@ -80,7 +84,7 @@ class _Run:
                 start_writeback(out.fd, out.piece.begin, out.piece.nbytes)
             for source in sources:
                 hasher = source.hasher or hashers.get(source.piece.rect)
-                check_sum(self.root, source.piece, self.checksums, hasher)
+                check_sum(self.root, source.piece, self.checksums, hasher and hasher.hexdigest())
             for piece in targets:
                 digest = hashers[piece.rect].hexdigest() if piece.rect.size else self.empty
                 self.digests[piece.file, piece.tensor, piece.rect] = digest
@@ -96,27 +100,13 @@ class _Run:
     def finish(self, file: TargetFile) -> None:
         """Have a file completed whose pieces are all written."""
         digests = [self.digests[file.name, piece.tensor, piece.rect] for piece in file.pieces]
-        record = {"header": checksum(b"".join(data for _, data in file.literals)), "digests": digests}
+        record = {"header": _header_digest(file), "digests": digests}
         self.finishing.append(self.finisher.submit(self._complete, file, record))
 
     def _complete(self, file: TargetFile, record: dict[str, Any]) -> None:
         if file.records:
             _write_crcs(self.staging.open(file.name, os.O_RDWR), file, record["digests"])
         self.staging.finish(file.name, record)
-
-
-def check_sum(root: Path, piece: Piece, checksums: Mapping[tuple[str, str], str], hasher: Any) -> None:
-    """Compare what was read of a piece with its recorded checksum.
-
-    Raises:
-        IntegrityError: they differ.
-    """
-    expected = checksums.get((piece.file, piece.tensor))
-    if expected is not None and hasher is not None and hasher.hexdigest() != expected:
-        raise IntegrityError(
-            f"{root / piece.file}: {piece.tensor} {piece.rect} has checksum {hasher.hexdigest()}, the manifest says {expected}: "
-            "the file was changed or damaged; restore it"
-        )
 
 
 def execute(
@@ -223,21 +213,103 @@ def _create(fd: int, file: TargetFile) -> None:
 
 def _write_crcs(fd: int, file: TargetFile, digests: list[str]) -> None:
     """Store each record's CRC-32, made of those of its pieces."""
+    with open(fd, "r+b") as out:
+        for where, crc in _crcs(file, digests):
+            out.seek(where)
+            out.write(crc)
+
+
+def _crcs(file: TargetFile, digests: list[str]) -> Iterator[tuple[int, bytes]]:
+    """Give the CRC-32s that a file stores, with their positions, from those of its pieces."""
     parts = sorted(
         (piece.begin, piece.nbytes, int(digest, 16)) for piece, digest in zip(file.pieces, digests, strict=True)
     )
     index = 0
-    with open(fd, "r+b") as out:
-        for record in sorted(file.records, key=lambda r: r.begin):
-            position, held = record.begin, []
-            while position < record.begin + record.size:
-                begin, nbytes, crc = parts[index]
-                assert begin == position, f"{file.name}: a gap before byte {begin}"
-                held.append((crc, nbytes))
-                position, index = position + nbytes, index + 1
-            for where in record.crc_at:
-                out.seek(where)
-                out.write(struct.pack("<I", combined_crc32(held)))
+    for record in sorted(file.records, key=lambda r: r.begin):
+        position, held = record.begin, []
+        while position < record.begin + record.size:
+            begin, nbytes, crc = parts[index]
+            assert begin == position, f"{file.name}: a gap before byte {begin}"
+            held.append((crc, nbytes))
+            position, index = position + nbytes, index + 1
+        for where in record.crc_at:
+            yield where, struct.pack("<I", combined_crc32(held))
+
+
+def _archives(plan: Plan) -> bool:
+    """Say whether the files store CRC-32s of their own, by which they are then checked."""
+    return any(file.records for file in plan.files)
+
+
+def check_done(
+    plan: Plan, staging: Staging, *, workers: int | None = None, progress: Callable[[int], Progress] | None = None
+) -> list[str]:
+    """Check the files that a killed run finished, every byte against the journal; those that differ are written again.
+
+    A kill leaves finished files whole. A power failure under --no-sync, a bad disk or a copied folder may not.
+
+    Args:
+        plan: what was being written.
+        staging: the folder; files that are damaged no longer count as done.
+        workers: threads; by default one a core, at most 8.
+        progress: takes the bytes to be checked, and gives the function that is told of bytes checked.
+
+    Returns:
+        The names of the files that are written again.
+    """
+    done = [file for file in plan.files if file.name in staging.done]
+    if not done:
+        return []
+    told = progress(sum(file.size for file in done)) if progress else lambda _: None
+    with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
+        kind: Callable[[], Any] = Crc32 if _archives(plan) else new
+        right = list(pool.map(lambda file: _is_whole(file, staging, kind, told), done))
+    damaged = [file.name for file, whole in zip(done, right, strict=True) if not whole]
+    for name in damaged:
+        del staging.done[name]
+    return damaged
+
+
+def _is_whole(file: TargetFile, staging: Staging, kind: Callable[[], Any], told: Progress) -> bool:
+    """Say whether a finished file has the bytes that the journal recorded."""
+    path = staging.folder / file.name
+    try:
+        record = typed(staging.done[file.name], _Done, file.name)
+        if len(record.digests) != len(file.pieces) or os.stat(path).st_size != file.size:
+            return False
+        for piece, digest in zip(file.pieces, record.digests, strict=True):
+            if piece_digest(staging.folder, piece, kind(), told) != digest:
+                return False
+        with open_regular(path) as stored:
+            for position, data in _literals(file, record.digests):
+                stored.seek(position)
+                if stored.read(len(data)) != data:
+                    return False
+    except (SourceError, OSError):
+        return False
+    return record.header == _header_digest(file)
+
+
+class _Done(msgspec.Struct, forbid_unknown_fields=True):
+    """What the journal records of a finished file."""
+
+    header: Digest
+    digests: list[Annotated[str, Meta(pattern="^([0-9a-f]{8}|[0-9a-f]{32})$")]]
+
+
+def _literals(file: TargetFile, digests: list[str]) -> Iterator[tuple[int, bytes]]:
+    """Give the bytes of a finished file that are not its pieces', with their positions."""
+    crcs = sorted(_crcs(file, digests))
+    for position, data in file.literals:
+        patched = bytearray(data)
+        for where, crc in crcs:
+            if position <= where < position + len(data):
+                patched[where - position : where - position + len(crc)] = crc
+        yield position, bytes(patched)
+
+
+def _header_digest(file: TargetFile) -> str:
+    return checksum(b"".join(data for _, data in file.literals))
 
 
 def _record(file: TargetFile, done: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> FileRecord:

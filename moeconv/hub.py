@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 from pathlib import Path
 
-from moeconv.errors import SourceError, WriteError
+from moeconv.errors import MoeconvError, SourceError, WriteError
+from moeconv.io.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
+from moeconv.io.paths import brief_path, read_whole
 
 # Everything that could be a second copy of the weights stays where it is.
 _IGNORED = (
@@ -40,22 +44,46 @@ def local_folder(source: str, revision: str | None = None) -> Path:
         SourceError: there is neither such a folder nor such a repository, or the download failed.
     """
     path = Path(source)
-    if path.exists():
+    if os.path.lexists(path):
         if revision is not None:
             raise SourceError(f"{source}: is a local folder, which has no --revision {revision}")
         return path
     if not _REPOSITORY.fullmatch(source):
-        raise SourceError(f"{source}: no such folder, and no repository id (OWNER/NAME)")
+        raise SourceError(f"{brief_path(path)}: no such folder, and no repository id (OWNER/NAME)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, ignore_patterns=list(_IGNORED)))
+        manifest = _manifest(source, revision)
+        if manifest is None:
+            return Path(snapshot_download(source, revision=revision, ignore_patterns=list(_IGNORED)))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=_listed(manifest)))
+    except MoeconvError:
+        raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
             f"{source}: no such folder, and the hub can't give it: {reason}. Gated repositories need `hf auth login`"
         ) from None
+
+
+def _manifest(repository: str, revision: str | None) -> Path | None:
+    """Download the manifest of a sharded checkpoint; None where the repository is of another kind."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, MANIFEST, revision=revision))
+    except LocalEntryNotFoundError:  # no connection: the cache may hold the folder all the same
+        return None
+    except EntryNotFoundError:
+        return None
+
+
+def _listed(path: Path) -> list[str]:
+    """Give the names of a sharded checkpoint's files, in folders below too, as patterns that match nothing else."""
+    manifest = Manifest.decode(read_whole(path, MAX_MANIFEST_BYTES), str(path))
+    return [glob.escape(name) for name in (MANIFEST, *manifest.files, *manifest.carried)]
 
 
 def push_folder(folder: Path, repository: str, *, private: bool) -> str:

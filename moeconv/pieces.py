@@ -113,8 +113,9 @@ class NameMap:
         sizes = self.model.sizes
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer and int(layer[1]) >= sizes["layers"]:
+            key = self.model.family.sizes["layers"]
             return MappingError(
-                f"{name} in {file}: config.json has num_hidden_layers {sizes['layers']}, so layers end at {sizes['layers'] - 1}. Correct config.json"
+                f"{name} in {file}: config.json has {key} {sizes['layers']}, so layers end at {sizes['layers'] - 1}. Correct config.json"
             )
         expert = re.search(r"\.experts\.(\d+)\.", name)
         if expert and int(expert[1]) >= sizes.get("experts", 0):

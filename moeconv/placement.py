@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moeconv.errors import LayoutError
 from moeconv.families.base import GlobalTensor, Model
-from moeconv.layout.degrees import Degrees, chunk_layers, stage_of_layers
+from moeconv.layout.degrees import Degrees, DegreesError, chunk_layers, stage_of_layers
 from moeconv.layout.rect import Rect
 from moeconv.layout.shard import divisors, split_ceil, split_even, split_units
 
-OPTIMIZER_STATES = ("master", "exp_avg", "exp_avg_sq")
+_OPTIMIZER = re.compile(r"optimizer\.([a-z][a-z0-9_]*)\.(.+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,65 @@ def split_optimizer_name(name: str) -> tuple[str | None, str]:
     Returns:
         `(state, model tensor's name)`; the state is None for a model's tensor.
     """
-    for state in OPTIMIZER_STATES:
-        prefix = f"optimizer.{state}."
-        if name.startswith(prefix):
-            return state, name[len(prefix) :]
-    return None, name
+    found = _OPTIMIZER.fullmatch(name)
+    return (found[1], found[2]) if found is not None else (None, name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Misfit:
+    """A degree that doesn't divide what it splits."""
+
+    axis: str
+    """tp, pp, ep or etp."""
+    degree: int
+    what: str
+    """What is split, its size included."""
+    size: int
+    fits: tuple[int, ...]
+    """Degrees that divide it."""
+    note: str = ""
+    """What else helps, with options as `<tp>`."""
+
+    def error(self) -> DegreesError:
+        """Give it as an error."""
+        fits = ", ".join(map(str, self.fits[:12]))
+        text = f"{self.what} can't be shared by {self.degree} ranks; degrees that fit: {fits}"
+        return DegreesError(f"<{self.axis}> {self.degree}: {text}{self.note}")
+
+
+def misfits(model: Model, degrees: Degrees) -> Iterator[Misfit]:
+    """List what of a model can't be split by these degrees; whether the layers divide, `chunk_layers` knows.
+
+    Args:
+        model: the model.
+        degrees: the layout's degrees.
+
+    Yields:
+        Each degree that doesn't fit, with what would.
+    """
+    sizes, tp = model.sizes, degrees.tp
+    heads, kv_heads = sizes["heads"], sizes["kv_heads"]
+    if heads % tp or (kv_heads % tp and tp % kv_heads):
+        fits = tuple(d for d in divisors(heads) if kv_heads % d == 0 or d % kv_heads == 0)
+        what = f"{heads} attention heads and {kv_heads} key/value heads"
+        yield Misfit(axis="tp", degree=tp, what=what, size=heads, fits=fits)
+    experts = sizes.get("experts", 0)
+    if experts == 0 and degrees.ep > 1:
+        what = f"a {model.family.name} model has no experts, which"
+        yield Misfit(axis="ep", degree=degrees.ep, what=what, size=0, fits=(1,))
+    if experts % degrees.ep:
+        fits = tuple(divisors(experts))
+        yield Misfit(axis="ep", degree=degrees.ep, what=f"{experts} experts", size=experts, fits=fits)
+    if experts and sizes["ffn"] % degrees.etp:
+        width, note = sizes["ffn"], " (<etp> defaults to <tp>)"
+        what, fits = f"an expert's width of {width}", tuple(divisors(width))
+        yield Misfit(axis="etp", degree=degrees.etp, what=what, size=width, fits=fits, note=note)
+    for rule in model.rules:
+        if rule.split is not None and rule.split.axis == "tp" and rule.split.units is None and not rule.split.rounded:
+            size = model.shape(rule)[rule.split.dim]
+            if size % tp:
+                what = f"the {size} elements of {rule.name}"
+                yield Misfit(axis="tp", degree=tp, what=what, size=size, fits=tuple(divisors(size)))
 
 
 def check_degrees(model: Model, degrees: Degrees) -> None:
@@ -43,32 +98,12 @@ def check_degrees(model: Model, degrees: Degrees) -> None:
         degrees: the layout's degrees.
 
     Raises:
-        LayoutError: a degree doesn't divide what it splits; the message names the option, its value and what fits.
+        DegreesError: a degree doesn't divide what it splits, or the layers don't divide; names the option, its value
+            and what fits.
     """
-    sizes = model.sizes
-    heads, kv_heads = sizes["heads"], sizes["kv_heads"]
-    if heads % degrees.tp or (kv_heads % degrees.tp and degrees.tp % kv_heads):
-        fits = [d for d in divisors(heads) if kv_heads % d == 0 or d % kv_heads == 0]
-        raise LayoutError(
-            f"--tp {degrees.tp}: {heads} attention heads and {kv_heads} key/value heads can't be shared by {degrees.tp} ranks; {_fits(fits)}"
-        )
-    experts = sizes.get("experts", 0)
-    if experts == 0 and degrees.ep > 1:
-        raise LayoutError(f"--ep {degrees.ep}: a {model.family.name} model has no experts; give --ep 1")
-    if experts % degrees.ep:
-        raise LayoutError(f"--ep {degrees.ep}: {experts} experts can't be shared evenly; {_fits(divisors(experts))}")
-    if experts and sizes["ffn"] % degrees.etp:
-        raise LayoutError(
-            f"--etp {degrees.etp}: an expert's width of {sizes['ffn']} can't be shared evenly; {_fits(divisors(sizes['ffn'])[:12])} (--etp defaults to --tp)"
-        )
-    chunk_layers(sizes["layers"], degrees)
-    for rule in model.rules:
-        if rule.split is not None and rule.split.axis == "tp" and rule.split.units is None and not rule.split.rounded:
-            size = model.shape(rule)[rule.split.dim]
-            if size % degrees.tp:
-                raise LayoutError(
-                    f"--tp {degrees.tp}: {rule.name} has {size} elements to split; {_fits(divisors(size)[:12])}"
-                )
+    for misfit in misfits(model, degrees):
+        raise misfit.error()
+    chunk_layers(model.sizes["layers"], degrees)
 
 
 def rank_rects(tensor: GlobalTensor, degrees: Degrees) -> list[Rect]:
@@ -180,7 +215,3 @@ class Placement:
             rect = rects[0] if len(rects) == 1 else rects[etp if tensor.expert is not None else tp]
             if rect.size:
                 yield tensor, rect
-
-
-def _fits(degrees: list[int]) -> str:
-    return f"degrees that fit: {', '.join(map(str, degrees))}"

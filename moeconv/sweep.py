@@ -20,6 +20,8 @@ import numpy as np
 
 from moeconv.dtypes import dtype
 from moeconv.errors import SourceError
+from moeconv.io.paths import open_to_read
+from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece, TensorInfo
 
 BAND_BYTES = 1 << 20
@@ -194,7 +196,7 @@ def open_strips(
             if piece.file not in fds:
                 try:
                     fds[piece.file] = (
-                        open_file(piece.file) if open_file is not None else os.open(root / piece.file, os.O_RDONLY)
+                        open_file(piece.file) if open_file is not None else open_to_read(root / piece.file)
                     )
                 except OSError as error:
                     raise SourceError(f"{root / piece.file}: can't be opened: {error.strerror}") from None
@@ -202,3 +204,29 @@ def open_strips(
             if piece.rect.size:
                 strips.append(Strip.of(piece, shape, fds[piece.file]))
         yield strips
+
+
+def piece_digest(root: Path, piece: Piece, hasher: Any, told: Callable[[int], object] = lambda _: None) -> str:
+    """Compute the checksum of a piece's bytes, in the order of its elements.
+
+    Args:
+        root: the folder that its file is in.
+        piece: the piece.
+        hasher: a new running checksum.
+        told: called with the number of bytes as they are read.
+
+    Returns:
+        The checksum.
+
+    Raises:
+        SourceError: the file can't be read, or ends early.
+    """
+    # A piece by itself is a tensor: its rows are read front to back.
+    alone = Piece(piece.tensor, piece.dtype, Rect.whole(piece.rect.shape), piece.file, piece.begin, piece.strides)
+    sweep = Sweep(TensorInfo(piece.tensor, piece.dtype, piece.rect.shape))
+    with open_strips(root, [alone], piece.rect.shape) as strips:
+        for strip in strips:
+            strip.hasher = hasher
+        for first, last in sweep.bands() if piece.rect.size else ():
+            told(sweep.read(strips, first, last).nbytes)
+    return str(hasher.hexdigest())

@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 
 from moeconv.checkpoint import Checkpoint
+from moeconv.convert import plan_hf
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import IntegrityError
-from moeconv.execute import Progress, check_sum
+from moeconv.execute import Progress
+from moeconv.io.carried import write_content
 from moeconv.io.checksum import new
 from moeconv.io.manifest import MANIFEST
 from moeconv.layout.rect import Rect
-from moeconv.pieces import Piece, TensorInfo
-from moeconv.sweep import Sweep, open_strips
+from moeconv.pieces import Piece
+from moeconv.reading import check_sum
+from moeconv.sweep import Sweep, open_strips, piece_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +65,8 @@ def verify(checkpoint: Checkpoint, *, workers: int | None = None, progress: Prog
         _check_folder(checkpoint)
 
     def check(piece: Piece) -> int:
-        # A piece by itself is a tensor: its rows are read front to back.
-        alone = Piece(piece.tensor, piece.dtype, Rect.whole(piece.rect.shape), piece.file, piece.begin, piece.strides)
-        sweep = Sweep(TensorInfo(piece.tensor, piece.dtype, piece.rect.shape))
-        with open_strips(checkpoint.root, [alone], piece.rect.shape) as strips:
-            hasher = new()
-            for strip in strips:
-                strip.hasher = hasher
-            for first, last in sweep.bands() if piece.rect.size else ():
-                told(sweep.read(strips, first, last).nbytes)
-        check_sum(checkpoint.root, piece, checkpoint.checksums, hasher)
+        digest = piece_digest(checkpoint.root, piece, new(), told)
+        check_sum(checkpoint.root, piece, checkpoint.checksums, digest)
         return piece.nbytes
 
     with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
@@ -84,7 +79,9 @@ def _check_folder(checkpoint: Checkpoint) -> None:
     for path in sorted(checkpoint.root.glob("*.safetensors")):
         if path.name not in known:
             raise IntegrityError(f"{path}: is not in {MANIFEST}, yet other readers would load it; move it away")
-    _ = checkpoint.carried_bytes  # compared with their checksums as they are read
+    for content in checkpoint.carried_files.values():
+        write_content(content, lambda _: None)  # compared with its checksum on the way
+    plan_hf(checkpoint, None)  # the source's headers and index, by which an export is made
 
 
 def compare(a: Checkpoint, b: Checkpoint, progress: Progress | None = None) -> Iterator[Difference]:

@@ -11,10 +11,10 @@ import torch
 
 from moeconv.checkpoint import open_checkpoint
 from moeconv.errors import MoeconvError
-from moeconv.logits import fixed_tokens, relative_difference, transformers_logits
+from moeconv.forward import fixed_tokens, relative_difference, transformers_logits
 from runtime.engine import Engine
-from runtime.model.config import ModelConfig
 from runtime.model.recompute import RecomputeConfig
+from runtime.model.support import check_supported
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
@@ -35,16 +35,18 @@ def runtime_logits(path: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
         MoeconvError: the checkpoint can't be read, or the trainer can't hold its architecture.
     """
     checkpoint = open_checkpoint(path)
-    config = ModelConfig.from_hf(checkpoint.config, dtype="float32")
-    moe = MoEConfig(num_experts=config.num_experts, topk=config.topk) if config.num_experts else None
+    model = checkpoint.model
+    check_supported(model, path)
+    moe = MoEConfig(router=model.compute.router) if model.compute.router is not None else None
     parallel = ParallelConfig()
     mesh = ParallelMesh(parallel)
-    engine = Engine(config, parallel, moe, OptimConfig(), RecomputeConfig(), mesh, torch.device("cpu"))
-    engine.load_state(checkpoint.read, with_optimizer=False)
+    cpu = torch.device("cpu")
+    engine = Engine(model, torch.float32, parallel, moe, OptimConfig(), RecomputeConfig(), mesh, cpu)
+    engine.load_state(checkpoint.read)
     engine.module.eval()
     with torch.no_grad():
         logits_SBV: torch.Tensor = engine.module[0](tokens_BS)
-    return logits_SBV.transpose(0, 1)[..., : config.vocab_size].float()
+    return logits_SBV.transpose(0, 1)[..., : model.sizes["vocab"]].float()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

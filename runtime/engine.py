@@ -6,31 +6,34 @@ up over micro-batches and ranks gives the gradient of the mean, whatever the lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moeconv.layout.degrees import Degrees, chunk_layers
+from moeconv.families.base import Model
+from moeconv.layout.degrees import chunk_layers
+from moeconv.layout.rect import Rect
 from runtime.checkpoint import rectangles as states
 from runtime.data.batch import IGNORED_LABEL, Batch
-from runtime.errors import require
-from runtime.model.config import ModelConfig
 from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
-from runtime.model.embedding import cross_entropy, take_positions, vocabulary_range
+from runtime.model.ends import take_positions
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.routing_report import RouterMetrics, RoutingReport
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import moe_layers, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
-from runtime.optim.adamw import AdamW, squared_norm
+from runtime.ops.cross_entropy import cross_entropy
+from runtime.ops.reading import Reading
+from runtime.optim.adamw import squared_norm
 from runtime.optim.config import OptimConfig
 from runtime.optim.loss_scale import LossScale
+from runtime.optim.protocol import OPTIMIZERS
 from runtime.parallel.buckets import BucketStore
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
@@ -74,7 +77,8 @@ class Engine:
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: Model,
+        dtype: torch.dtype,
         parallel: ParallelConfig,
         moe: MoEConfig | None,
         optim: OptimConfig,
@@ -86,24 +90,21 @@ class Engine:
 
         Args:
             model: the architecture.
+            dtype: of weights and activations.
             parallel: the degrees.
             moe: the MoE layer's options; None for a dense model.
-            optim: AdamW's settings.
+            optim: the optimizer's settings.
             recompute: what is computed again in the backward pass.
             mesh: the ranks.
             device: where to compute.
-
-        Raises:
-            ConfigError: options that exclude each other.
         """
-        check_combinations(parallel, moe)
-        mesh.share_heads(model.num_kv_heads)
+        _assert_combination(parallel, moe)
+        mesh.share_heads(model.sizes["kv_heads"])
         self.mesh, self.device, self._optim, self._moe = mesh, device, optim, moe
         self._context = ModelContext(
-            model=model, parallel=parallel, moe=moe, recompute=recompute, mesh=mesh, device=device
+            model=model, dtype=dtype, parallel=parallel, moe=moe, recompute=recompute, mesh=mesh, device=device
         )
-        degrees = Degrees(pp=parallel.pp, vpp=parallel.vpp, pp_layers=parallel.pp_layers)
-        chunks = chunk_layers(model.num_layers, degrees)[mesh.rank("pp") :: parallel.pp]
+        chunks = chunk_layers(model.sizes["layers"], parallel.layout)[mesh.rank("pp") :: parallel.pp]
         stages = [DecoderStage(self._context, layers) for layers in chunks]
         self.module = nn.ModuleList(stages)
         self.store = self._make_store(stages)
@@ -111,7 +112,7 @@ class Engine:
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.zeros_like(buffer, device=device)
-        self.optimizer = AdamW(optim, self.store.shards)
+        self.optimizer = OPTIMIZERS[optim.optimizer](optim, self.store.shards)
         self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
         self._metrics = RouterMetrics(self._context, self.module)
         self._runner = self._make_runner(stages)
@@ -147,8 +148,10 @@ class Engine:
         self._runner.run(tokens, labels, backward=True)
         self.store.finish()
         sums = self._sum_over_ranks(num_tokens)
+        read = Reading(sums)
         self._update(sums)
-        result = self._report(sums.cpu(), len(tokens) * self.mesh.size("dp"))
+        # The optimizer is still at work: the host goes on with the next step meanwhile.
+        result = self._report(read.wait(), len(tokens) * self.mesh.size("dp"))
         self._conclude(result, tokens, labels)
         return result
 
@@ -186,49 +189,75 @@ class Engine:
             Views of live memory.
         """
         out = list(states.weights(self.store.shards))
+        if self.mesh.rank("tp") == 0 and self.mesh.rank("dp_cp") == 0:
+            out += [states.whole(name, tensor) for name, tensor in self._buffers()]
         if with_optimizer:
             out += states.optimizer_state(self.store.shards, self.optimizer)
         return out
 
     def gradients(self) -> list[states.StateTensor]:
         """Give the clipped gradients of the last step, each global element on one rank, under the weights' names."""
-        return list(states.gradients(self.store.shards))
+        divisor = self.optimizer.divisor
+        items = states.gradients(self.store.shards)
+        return [item if divisor is None else replace(item, tensor=item.tensor / divisor) for item in items]
 
-    def load_state(self, read: states.Read, with_optimizer: bool) -> None:
+    def load_state(self, read: states.Read, stored: Container[str] | None = None) -> None:
         """Fill the model, and the optimizer.
 
         Args:
             read: gives a rectangle of a tensor by its name on disk; only what this rank holds is asked for.
-            with_optimizer: master weights and moments, too; without, moments are left as they are.
+            stored: the names on disk, for master weights and the optimizer's states, too; None leaves these as they are.
+
+        Raises:
+            MoeconvError: a tensor is missing, or can't be read.
         """
         states.load_weights(self.store.shards, read)
-        if with_optimizer:
-            states.load_optimizer(self.store.shards, self.optimizer, read)
+        for name, tensor in self._buffers():
+            tensor.copy_(states.to_tensor(read(name, Rect.whole(tuple(tensor.shape)))))
+        if stored is not None:
+            states.load_optimizer(self.store.shards, self.optimizer, read, stored)
             self.store.weights_from_masters()
+
+    @torch.no_grad()
+    def params_norm(self) -> float:
+        """Give the L2 norm of all weights, each element counted once. Collective."""
+        masters = [shard.master for shard in self.store.shards if shard.counted and shard.master.numel()]
+        squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in masters]
+        return float(self._sum(squares).sqrt())
+
+    @torch.no_grad()
+    def num_zeros(self) -> int:
+        """Count the elements of the last step's gradient that are exactly zero. Collective."""
+        return int(self._sum([(x.tensor == 0).sum().double() for x in states.gradients(self.store.shards)]))
+
+    def _sum(self, summands: list[Tensor]) -> Tensor:
+        """Sum 0-dim fp64 numbers over this rank and all others."""
+        total = torch.stack([torch.zeros((), dtype=torch.float64, device=self.device), *summands]).sum()
+        if self.mesh.world_size > 1:
+            dist.all_reduce(total)
+        return total
 
     def scalars(self) -> dict[str, Any]:
         """Give what a checkpoint must keep besides tensors, as JSON; the same on every rank. Collective."""
-        optim = self._optim
-        out: dict[str, Any] = {"num_steps": self.optimizer.num_steps}
-        # Here a run's flags decide; a program that the run is exported to needs them from the checkpoint.
-        out |= {
-            "betas": [optim.adam_beta1, optim.adam_beta2],
-            "eps": optim.adam_eps,
-            "weight_decay": optim.weight_decay,
-        }
+        out = self.optimizer.scalars()
         if self._context.dtype == torch.float16:
             out |= {"loss_scale": self.loss_scale.scale, "good_steps": self.loss_scale.good_steps}
-        if self._moe is not None and self._moe.enable_expert_bias:
+        if self._moe is not None and self._moe.enable_expert_bias and not self._moe.router.bias:
             out["expert_bias"] = self._metrics.expert_bias().tolist()
         return out
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Take back what `scalars` gave; what is missing stays as it is."""
-        self.optimizer.set_num_steps(int(scalars.get("num_steps", 0)))
+        self.optimizer.load_scalars(scalars)
         if self._context.dtype == torch.float16 and "loss_scale" in scalars:
             self.loss_scale = LossScale(float(scalars["loss_scale"]), int(scalars.get("good_steps", 0)))
         if "expert_bias" in scalars:
             self._metrics.set_expert_bias(torch.tensor(scalars["expert_bias"]))
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers of this stage that checkpoints hold as tensors, by their names on the hub."""
+        for buffer in self._context.parameters.buffers:
+            yield buffer.name, getattr(buffer.module, buffer.attribute)
 
     @property
     def _wide(self) -> torch.dtype:
@@ -276,14 +305,16 @@ class Engine:
 
     def _activation_shape(self, batch: int, positions: int) -> tuple[int, ...]:
         shares = self.mesh.size("cp") * (self.mesh.size("tp") if self._context.sp else 1)
-        return positions // shares, batch, self._context.model.hidden_size
+        return positions // shares, batch, self._context.model.sizes["hidden"]
 
     def _loss(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
         """The summand of the global mean that this rank's gradient is taken of."""
         group = self.mesh.group("tp")
         labels_SB = take_positions(labels_BS, self._context)
-        begin, end = vocabulary_range(self._context)
-        total = cross_entropy(logits_SBV[..., : end - begin], labels_SB, begin, group).sum()
+        begin, end = self._context.parameters.vocabulary_range()
+        columns = end - begin
+        losses = cross_entropy(logits_SBV, labels_SB, begin, group, num_columns=columns, ignored=IGNORED_LABEL)
+        total = losses.sum()
         if self.mesh.rank("tp") == 0:
             self._loss_sum += total.detach()
         loss = total * self._scale
@@ -322,7 +353,7 @@ class Engine:
         coefficient = (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
         bad = ~torch.isfinite(sums[:2]).all()
         self.optimizer.step(scale / coefficient, bad)
-        self.store.weights_from_masters()
+        self.store.share_weights()
 
     def _report(self, sums: Tensor, num_microbatches: int) -> StepResult:
         return StepResult(
@@ -341,7 +372,7 @@ class Engine:
                 layer.finish_step()
             return
         overflow = self._context.dtype == torch.float16 and self.loss_scale.overflow(self._optim)
-        if not (overflow or self._optim.skip_nonfinite):
+        if not (overflow or self._optim.on_nonfinite == "skip"):
             raise diagnose(self.module, self.store, self.mesh, lambda: self._again(tokens, labels), result.lm_loss)
 
     @torch.no_grad()
@@ -349,25 +380,12 @@ class Engine:
         self._runner.run(tokens, labels, backward=False)
 
 
-def check_combinations(parallel: ParallelConfig, moe: MoEConfig | None) -> None:
-    """Refuse what the engine doesn't compute.
-
-    Raises:
-        ConfigError: names the options.
-    """
-    require(
-        parallel.tp == 1 or parallel.ep == 1 or parallel.sp,
-        f"expert parallelism ({parallel.ep}) and tensor parallelism ({parallel.tp}) together need --sequence-parallel",
+def _assert_combination(parallel: ParallelConfig, moe: MoEConfig | None) -> None:
+    """What `runtime.settings.check` refuses in words; here it is an error of the program that built the engine."""
+    assert parallel.tp == 1 or parallel.ep == 1 or parallel.sp, "ep and tp need sp"
+    assert not parallel.fully_shard or parallel.pp == 1 or parallel.pp_schedule != "zero-bubble", "fsdp, zero-bubble"
+    assert parallel.pp > 1 or parallel.vpp == 1, "vpp needs pp"
+    whole = parallel.pp * parallel.tp * parallel.cp == 1
+    assert whole or moe is None or moe.aux_loss_mode != "hf" or not moe.aux_losses, (
+        "aux_loss_mode hf needs pp, tp, cp 1"
     )
-    require(
-        not parallel.fully_shard or parallel.pp == 1 or parallel.pp_schedule != "zero-bubble",
-        "full sharding doesn't work with the zero-bubble schedule, whose weight gradients come outside of its hooks: "
-        "take 1f1b or interleaved",
-    )
-    require(parallel.pp > 1 or parallel.vpp == 1, f"{parallel.vpp} virtual stages need a pipeline of at least 2 ranks")
-    if moe is not None and moe.aux_loss_mode == "hf" and moe.aux_losses:
-        require(
-            parallel.pp * parallel.tp * parallel.cp == 1,
-            "aux_loss_mode hf pools the layers of whole sequences: it needs pp, tp and cp 1; "
-            "aux_loss_mode megatron has no such limit",
-        )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,7 +24,9 @@ from runtime.job.signals import StopRequest
 from runtime.job.watchdog import Progress
 from runtime.log.metrics import MetricLog
 from runtime.log.records import EvalRecord, StepRecord
+from runtime.optim.schedule import Schedule
 from runtime.parallel.mesh import ParallelMesh
+from runtime.settings.resolved import RUN_FILE, run_file
 from runtime.settings.run import RunConfig
 
 
@@ -52,6 +57,7 @@ class Trainer:
         self.run, self.engine, self.mesh, self.source, self.data = run, engine, mesh, source, data
         self._log, self._progress = log, progress
         self.state = TrainerState(seed=run.train.seed)
+        self._schedule = run.schedule
         dp_size = mesh.size("dp")
         self._global_batch_size = run.train.num_microbatches(dp_size) * run.train.micro_batch_size * dp_size
         self._control = dist.new_group(backend="gloo")
@@ -74,9 +80,16 @@ class Trainer:
         self.state = state
         self._saved_iteration = state.iteration if own else -1
         self._note(f"going on after iteration {state.iteration}, {state.consumed_train_samples} samples")
-        if state.data_fingerprint and not self.run.skip_train and state.data_fingerprint != self.data.fingerprint():
+        if (
+            state.data_fingerprint
+            and not self.run.train.skip_train
+            and state.data_fingerprint != self.data.fingerprint()
+        ):
             self._note("the training data, their split, --seq-length or --seed are not those of the checkpoint")
-        now = dataclasses.asdict(self.run.schedule)
+        if self.run.learning_rate.use_checkpoint_schedule:
+            known = {name: value for name, value in state.schedule.items() if name in Schedule.__slots__}
+            self._schedule = dataclasses.replace(self._schedule, **known)
+        now = dataclasses.asdict(self._schedule)
         changed = [f"{k} {state.schedule[k]} -> {v}" for k, v in now.items() if state.schedule.get(k, v) != v]
         if changed:
             self._note(f"the learning rate's schedule changes: {', '.join(changed)}")
@@ -94,31 +107,56 @@ class Trainer:
             WriteError: the last save failed.
         """
         config = self.run.train
-        fingerprint = self.data.fingerprint()
+        fingerprint, save_interval = self.data.fingerprint(), self.run.checkpoint.save_interval
         self.state = dataclasses.replace(
-            self.state, data_fingerprint=fingerprint, schedule=dataclasses.asdict(self.run.schedule)
+            self.state, data_fingerprint=fingerprint, schedule=dataclasses.asdict(self._schedule)
         )
         loader = self._loader("train", config.micro_batch_size)
+        if self.state.iteration >= config.num_steps:
+            flag = (
+                f"--train-iters {config.train_iters}"
+                if config.train_iters
+                else f"--train-samples {config.train_samples}"
+            )
+            self._note(f"{flag} is reached already, at iteration {self.state.iteration}: nothing is left to train")
         reason = ""
         if stop is not None:
             stop.begin_training()
-        while self.state.iteration < config.train_iters and not reason:
-            reason = self._step(loader, stop)
-            iteration, stopped = self.state.iteration, bool(reason)
-            due = config.eval_iters and config.eval_interval and iteration % config.eval_interval == 0
-            if due and not stopped and iteration < config.train_iters:
-                self.evaluate("valid")
-            if config.save_interval and iteration % config.save_interval == 0:
-                self._save()
-            elif self._saver is not None and self._saver.finished():
-                self._report(self._saver.wait())
-        if self._log is not None:
-            self._log.flush()
-        if reason:
-            what = "saving" if self._saver is not None else "nothing is saved without --save:"
-            self._note(f"{reason}: {what} after iteration {self.state.iteration} and leaving")
-        self._finish()
+        with _collecting_garbage(config.manual_gc):
+            while self.state.iteration < config.num_steps and not reason:
+                reason = self._step(loader, stop)
+                iteration = self.state.iteration
+                due = config.eval_iters and config.eval_interval and iteration % config.eval_interval == 0
+                save = save_interval and iteration % save_interval == 0
+                self._collect_garbage(bool(due or save))
+                if due and not reason and iteration < config.num_steps:
+                    self.evaluate("valid")
+                if save:
+                    self._save()
+                elif self._saver is not None and self._saver.finished():
+                    self._report(self._saver.wait())
+            if self._log is not None:
+                self._log.flush()
+            if reason:
+                what = "saving" if self._saver is not None else "nothing is saved without --save:"
+                self._note(f"{reason}: {what} after iteration {self.state.iteration} and leaving")
+            self._finish()
         return bool(reason)
+
+    def _reason_to_stop(self, asked: bool, late: bool) -> str:
+        """Say why the run is to be left after this step, the same on every rank; empty to go on."""
+        config = self.run.train
+        if asked:
+            return "asked to stop"
+        if config.exit_interval and self.state.iteration % config.exit_interval == 0:
+            return f"--exit-interval {config.exit_interval} divides the iteration"
+        return f"--exit-duration-in-mins {config.exit_duration_in_mins:g} are over" if late else ""
+
+    def _collect_garbage(self, pause: bool) -> None:
+        config = self.run.train
+        due = config.manual_gc_interval and self.state.iteration % config.manual_gc_interval == 0
+        if config.manual_gc and (pause or due):
+            gc.collect()
 
     def evaluate(self, split: str) -> float:
         """Measure the loss on a split; collective.
@@ -165,14 +203,15 @@ class Trainer:
         """Do a step.
 
         Returns:
-            Why the run is to leave after it, the same on every rank; empty where it goes on.
+            Why the run is to be left after it, the same on every rank; empty to go on.
         """
         iteration = self.state.iteration + 1
         self._progress(f"iteration {iteration}")
         start = time.perf_counter()
         batches = loader.global_batch(self.state.consumed_train_samples, self._global_batch_size)
         waited = time.perf_counter() - start
-        learning_rate = self.run.schedule.lr(self.state.iteration)
+        done = self.state.consumed_train_samples if self._schedule.unit == "samples" else self.state.iteration
+        learning_rate = self._schedule.lr(done)
         self.engine.set_lr(learning_rate)
         axes = ("dp", "cp", "pp", "tp") if self.run.parallel.sp else ("dp", "cp", "pp")
         seed_step(self.state.seed, iteration, *(self.mesh.rank(axis) for axis in axes))
@@ -180,22 +219,25 @@ class Trainer:
         seconds = time.perf_counter() - start
         consumed = self.state.consumed_train_samples + self._global_batch_size
         self.state = dataclasses.replace(self.state, iteration=iteration, consumed_train_samples=consumed)
-        config, minutes = self.run.train, (time.monotonic() - STARTED) / 60
-        late = float(0 < config.exit_duration_in_mins <= minutes)
+        # Clocks, memory and signals of ranks differ, so they agree.
+        late = 0 < self.run.train.exit_duration_in_mins <= (time.monotonic() - STARTED) / 60
         mine = (stop is not None and stop.received, late, peak_memory(self.engine.device), waited)
-        asked, late, memory, waited = max_over_ranks(mine, self._control)
-        self._record(result, learning_rate, seconds, waited, int(memory))
-        if asked:
-            return "asked to stop"
-        if late:
-            return f"--exit-duration-in-mins {config.exit_duration_in_mins:g}"
-        if config.exit_interval and iteration % config.exit_interval == 0 and iteration < config.train_iters:
-            return f"--exit-interval {config.exit_interval}"
-        return ""
+        asked, over, memory, longest = max_over_ranks(mine, self._control)
+        self._record(result, learning_rate, seconds, longest, int(memory))
+        return self._reason_to_stop(bool(asked), bool(over))
+
+    def _measure(self) -> dict[str, float]:
+        """Measure what is asked for beyond the step's own numbers, at the steps that the log has a line of; collective."""
+        config, iteration = self.run.log, self.state.iteration
+        if iteration % config.interval and iteration != self.run.train.num_steps:
+            return {}
+        out: dict[str, float] = {"params_norm": self.engine.params_norm()} if config.params_norm else {}
+        return out | ({"num_zeros": self.engine.num_zeros()} if config.num_zeros else {})
 
     def _record(
         self, result: StepResult, learning_rate: float, seconds: float, data_seconds: float, memory: int
     ) -> None:
+        measured = self._measure()
         if self._log is None:
             return
         seq_length = self.run.train.seq_length
@@ -213,6 +255,7 @@ class Trainer:
                 data_seconds=data_seconds,
                 memory_bytes=memory,
                 routing=result.routing,
+                measured=measured,
             )
         )
 
@@ -224,10 +267,11 @@ class Trainer:
         self._report(self._saver.wait())
         self.state = dataclasses.replace(self.state, optimizer=self.engine.scalars())
         with_optimizer = self.run.checkpoint.save_optim
-        files = collect_files(self.engine, self.mesh, self.source, self._saver.stage, with_optimizer=with_optimizer)
-        state, source, layout = self.state, self.source, self.run.parallel
+        items = self.engine.state(with_optimizer)
+        files = collect_files(items, self.mesh, self.source.model, self._saver.stage)
+        state, source, layout, settings = self.state, self.source, self.run.parallel, {RUN_FILE: run_file(self.run)}
         self._saver.save(
-            iteration, files, lambda path, records: commit_checkpoint(path, records, source, layout, state)
+            iteration, files, lambda path, records: commit_checkpoint(path, records, source, layout, state, settings)
         )
         self._saved_iteration = iteration
 
@@ -257,6 +301,20 @@ class Trainer:
             self._log.note(text)
 
 
+@contextlib.contextmanager
+def _collecting_garbage(manually: bool) -> Iterator[None]:
+    """Keep Python from collecting garbage by itself, so that no rank pauses while the others wait for it."""
+    if not manually:
+        yield
+        return
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def check_splits(run: RunConfig, data: DataSource) -> None:
     """Open every split that the run will need, so that what is missing is noticed before the first step.
 
@@ -268,13 +326,13 @@ def check_splits(run: RunConfig, data: DataSource) -> None:
         DataError: data can't be read or are too few.
         ConfigError: a split that is needed has no data.
     """
-    if not run.skip_train:
+    if not run.train.skip_train:
         data.samples("train")
     if run.train.eval_iters:
         data.samples("valid")
         if data.has("test"):
             data.samples("test")
     require(
-        not run.skip_train or run.train.eval_iters != 0,
+        not run.train.skip_train or run.train.eval_iters != 0,
         "--skip-train evaluates only: say on how many global batches with --eval-iters (-1: the whole split)",
     )

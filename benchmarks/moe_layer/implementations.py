@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.moe_layer.problem import Problem, route
+from moeconv.families.compute import Router
 from runtime.moe.config import MoEConfig
 from runtime.moe.dispatch import run_local
 from runtime.moe.layer import MoELayer
@@ -121,7 +122,8 @@ def transformer_engine(problem: Problem) -> Run:
 def our_layer(problem: Problem, backend: str) -> Run:
     """Give the layer of the runtime on the same weights, with a backend."""
     num_experts, double, hidden = problem.w13.shape
-    config = MoEConfig(num_experts=num_experts, topk=problem.topk, load_balancing=("none",), gemm_backend=backend)
+    router = Router(experts=num_experts, top_k=problem.topk, score="softmax", normalise=True)
+    config = MoEConfig(router=router, load_balancing=("none",), gemm_backend=backend)
     with torch.device("meta"):
         layer = MoELayer(config, hidden_size=hidden, ffn_hidden_size=double // 2, dtype=torch.bfloat16)
     layer.router.weight = torch.nn.Parameter(problem.router.detach())

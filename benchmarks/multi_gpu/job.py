@@ -12,6 +12,7 @@ import torch.distributed as dist
 from benchmarks.multi_gpu.sizes import Sizes
 from runtime.engine import Engine
 from runtime.job.processes import any_rank
+from runtime.model.context import TORCH_DTYPES
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
@@ -82,10 +83,12 @@ class Job:
         """Build the engine of a task's layout; its weights are zero."""
         parallel = ParallelConfig(**task.parallel)
         mesh = ParallelMesh(parallel) if self.control is not None else ParallelMesh(parallel, 1, 0)
-        config = self.sizes.model(num_layers)
-        moe = MoEConfig(num_experts=config.num_experts, topk=config.topk, aux_loss_coeff=(0.01,))
+        model = self.sizes.model(num_layers)
+        assert model.compute.router is not None
+        moe = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,))
+        dtype = TORCH_DTYPES[self.sizes.dtype]
         optim = OptimConfig(lr=1e-4)
-        return Engine(config, parallel, moe, optim, RecomputeConfig(), mesh, self.device), mesh
+        return Engine(model, dtype, parallel, moe, optim, RecomputeConfig(), mesh, self.device), mesh
 
 
 @torch.no_grad()

@@ -94,7 +94,7 @@ def resume(task: Task, job: Job) -> dict[str, Any]:
     job.synchronize()
     start = time.perf_counter()
     checkpoint = open_checkpoint(path)
-    engine.load_state(checkpoint.read, with_optimizer=True)
+    engine.load_state(checkpoint.read, checkpoint.tensors)
     job.synchronize()
     seconds = _slowest(time.perf_counter() - start, job)
     engine.load_scalars(TrainerState.from_json((path / TRAINER_FILE).read_text(), path).optimizer)
@@ -132,7 +132,7 @@ def _start(engine: Engine, mesh: ParallelMesh, source: Checkpoint, saver: Saver,
     """
     job.synchronize()
     begin = time.perf_counter()
-    files = collect_files(engine, mesh, source, saver.stage, with_optimizer=True)
+    files = collect_files(engine.state(with_optimizer=True), mesh, source.model, saver.stage)
     state = TrainerState(iteration=STEPS_BEFORE, optimizer=engine.scalars())
     parallel = ParallelConfig(**task.parallel)
     saver.save(STEPS_BEFORE, files, lambda path, records: commit_checkpoint(path, records, source, parallel, state))

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from moeconv.families import FAMILIES
+from moeconv.families.base import Model
 from runtime.data.batch import Batch
-from runtime.model.config import DtypeName, ModelConfig
+from runtime.model.dtypes import DtypeName
 from runtime.parallel.degrees import ParallelConfig
 
 MIXTRAL_LAYERS = 32
@@ -36,13 +38,9 @@ class Sizes:
     num_experts: int = 8
     topk: int = 2
 
-    def model(self, num_layers: int) -> ModelConfig:
+    def model(self, num_layers: int) -> Model:
         """The architecture with so many layers."""
-        return ModelConfig(
-            model_type="mixtral", hidden_size=self.hidden, num_layers=num_layers, num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, ffn_hidden_size=self.ffn, vocab_size=self.vocab,
-            num_experts=self.num_experts, topk=self.topk, dtype=self.dtype,
-        )  # fmt: skip
+        return Model.from_config(FAMILIES["mixtral"], self.hub_config(num_layers))
 
     def hub_config(self, num_layers: int) -> dict[str, Any]:
         """The same as a config.json of the hub."""

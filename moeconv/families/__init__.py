@@ -12,12 +12,14 @@ from moeconv.families.glm4_moe import GLM4_MOE
 from moeconv.families.llama import LLAMA
 from moeconv.families.mistral import MISTRAL
 from moeconv.families.mixtral import MIXTRAL
+from moeconv.families.olmoe import OLMOE
 from moeconv.families.qwen2 import QWEN2
 from moeconv.families.qwen2_moe import QWEN2_MOE
 from moeconv.families.qwen3 import QWEN3
 from moeconv.families.qwen3_moe import QWEN3_MOE
 
-_ALL = (MIXTRAL, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, DOTS1)
+# The order of preference where several could hold a model.
+_ALL = (MIXTRAL, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, DOTS1, GLM4_MOE, OLMOE)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 

@@ -93,6 +93,7 @@ class Family:
     `sizes` says which config key gives each size; a tuple gives alternatives, and a size that no key gives is a default product of others.
     `flags` says which config key gives each flag, with the value where the config is silent. `may_be_zero` names the sizes that need not be
     at least 1. `dense_layers` says how a config names layers without experts. `compute` says what is computed with the tensors.
+    `tokens` has the special tokens that transformers takes where a config is silent, `stated` what a config made for this family says besides.
     """
 
     name: str
@@ -106,11 +107,17 @@ class Family:
     may_be_zero: tuple[str, ...] = ()
     dense_layers: Literal["none", "listed", "first"] = "none"
     aliases: tuple[Alias, ...] = ()
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    stated: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 
     def template(self, role: str) -> str | None:
         """Give the name, with `{layer}` and `{expert}`, of the tensors with a role; None where the family has none."""
         return next((rule.name for rule in self.rules if rule.role == role), None)
+
+    def width(self, part: str) -> str | None:
+        """Give the formula of the neurons of a feed-forward part (`mlp`, `expert`, `shared`), as `shared*ffn`; None where the family has no such part."""
+        return next((rule.shape[0] for rule in self.rules if rule.role == f"{part}.gate"), None)
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,11 @@ class Model:
     def has(self, role: str) -> bool:
         """Say whether the model has tensors with a role."""
         return role in self._by_role
+
+    def width(self, part: str) -> int:
+        """Give the neurons of a feed-forward part (`mlp`, `expert`, `shared`); 0 where the family has no such part."""
+        term = self.family.width(part)
+        return evaluate(term, self.sizes) if term is not None else 0
 
     def rule(self, role: str) -> TensorRule:
         """Give the rule of a role that the model has."""

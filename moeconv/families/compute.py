@@ -48,6 +48,7 @@ class RouterRule:
     scale: Key | float = 1.0
     groups: Key | int = 1
     group_top_k: Key | int = 1
+    group_best: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ class Router:
     """What a router computes.
 
     The scores of all experts are a softmax or sigmoids of the logits. The `top_k` best are chosen, among those of the `group_top_k`
-    best of `groups` equal groups, whose value is the sum of their two best scores; a stored bias (role `router.bias`) counts in the
+    best of `groups` equal groups, whose value is the sum of their `group_best` best scores; a stored bias (role `router.bias`) counts in the
     choice alone. The chosen scores, divided by their sum where `normalise` is set and multiplied by `scale`, are the weights.
     """
 
@@ -66,6 +67,7 @@ class Router:
     scale: float = 1.0
     groups: int = 1
     group_top_k: int = 1
+    group_best: int = 2
     bias: bool = False
 
 
@@ -179,6 +181,7 @@ def _router(rule: RouterRule, config: Mapping[str, Any], sizes: Mapping[str, int
         scale=float(value(rule.scale, float)),
         groups=value(rule.groups, int),
         group_top_k=value(rule.group_top_k, int),
+        group_best=rule.group_best,
         bias=bias,
     )
     if router.top_k > router.experts:
@@ -189,9 +192,10 @@ def _router(rule: RouterRule, config: Mapping[str, Any], sizes: Mapping[str, int
             f"config.json: {router.group_top_k} of {router.groups} groups for {router.experts} experts; "
             "groups must be equal, and no more chosen than there are"
         )
-    if router.groups > 1 and (per_group < 2 or router.top_k > router.group_top_k * per_group):
+    if router.groups > 1 and (per_group < router.group_best or router.top_k > router.group_top_k * per_group):
         raise MappingError(
-            f"config.json: {router.group_top_k} groups of {per_group} experts; a group needs 2 experts and all chosen ones {router.top_k}"
+            f"config.json: {router.group_top_k} groups of {per_group} experts; a group needs {router.group_best} "
+            f"and all groups of a token {router.top_k}"
         )
     return router
 
@@ -209,28 +213,46 @@ def config_keys(rule: ComputeRule, compute: Compute) -> dict[str, Any]:
     Raises:
         MappingError: the family's config can't say it; names each thing.
     """
-    keys = {
-        rule.norm_eps.name: compute.norm_eps,
-        rule.max_positions.name: compute.max_positions,
-        rule.act.name: compute.act,
-        rule.init_std.name: compute.init_std,
-        **rule.rope.config_keys(compute.rope),
-    }
-    problems = [f"{name} = {value!r}" for name, value in compute.others.items()]
-    windows = _window_keys(rule.window, compute.windows)
-    if windows is None:
-        problems.append("its sliding windows")
-    keys |= windows or {}
-    if compute.router is not None and rule.router is not None:
-        found, wrong = router_keys(rule.router, compute.router)
-        keys |= found
-        problems += wrong
+    keys, problems = config_keys_and_problems(rule, compute)
     if problems:
         raise MappingError(f"no config of this family says {'; '.join(problems)}")
     return keys
 
 
-def _window_keys(rule: WindowRule | None, windows: tuple[int | None, ...]) -> dict[str, Any] | None:
+def config_keys_and_problems(rule: ComputeRule, compute: Compute) -> tuple[dict[str, Any], list[str]]:
+    """Write what is computed as the keys of a family's config, as far as it can say it.
+
+    Args:
+        rule: the family's rules.
+        compute: what a model computes.
+
+    Returns:
+        The keys, and in words what the family's config can't say.
+    """
+    keys = {
+        rule.norm_eps.name: compute.norm_eps,
+        rule.max_positions.name: compute.max_positions,
+        rule.act.name: compute.act,
+        rule.init_std.name: compute.init_std,
+    }
+    problems = [f"{name} = {value!r}" for name, value in compute.others.items()]
+    if rule.rope.share is None and compute.rope.share != 1.0:
+        problems.append(f"rotary positions that turn {compute.rope.share:g} of each head")
+    else:
+        keys |= rule.rope.config_keys(compute.rope)
+    windows = window_keys(rule.window, compute.windows)
+    if windows is None:
+        mixed = len(set(compute.windows)) > 1
+        problems.append("sliding windows that differ between layers" if mixed else "a sliding window")
+    keys |= windows or {}
+    if compute.router is not None and rule.router is not None:
+        found, wrong = router_keys(rule.router, compute.router)
+        keys |= found
+        problems += wrong
+    return keys, problems
+
+
+def window_keys(rule: WindowRule | None, windows: tuple[int | None, ...]) -> dict[str, Any] | None:
     """Give the keys that put windows on these layers; None where the family has none that do."""
     sizes = {size for size in windows if size is not None}
     if rule is None:
@@ -257,12 +279,12 @@ def router_keys(rule: RouterRule, router: Router) -> tuple[dict[str, Any], list[
     keys: dict[str, Any] = {}
     problems = []
     if rule.score != router.score:
-        problems.append(f"scores by {router.score}")
+        problems.append(f"a router that scores by {router.score}")
     pairs = (
         (
             rule.normalise,
             router.normalise,
-            "routing weights " + ("that sum to 1" if router.normalise else "not normalised"),
+            "routing weights " + ("that sum to 1" if router.normalise else "that are not renormalised"),
         ),
         (rule.scale, router.scale, f"routing weights times {router.scale:g}"),
         (rule.groups, router.groups, f"{router.groups} groups of experts"),

@@ -17,6 +17,9 @@ SIZES: dict[str, str | tuple[str, ...]] = {
     "vocab": "vocab_size",
 }
 
+# What transformers' Llama, Mistral and Mixtral take where a config names no special tokens.
+BOS_EOS = {"bos_token_id": 1, "eos_token_id": 2}
+
 ENDS = (
     TensorRule("embedding", "model.embed_tokens.weight", ("vocab", "hidden"), Split("tp", 0, rounded=True), "first"),
     TensorRule("final_norm", "model.norm.weight", ("hidden",), where="last"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moeconv.families.base import Family
 from moeconv.families.compute import ComputeRule, Key
-from moeconv.families.decoder import ENDS, MLP, MLP_BIASES, NORMS, PROJECTIONS, SIZES, biases, feed_forward
+from moeconv.families.decoder import BOS_EOS, ENDS, MLP, MLP_BIASES, NORMS, PROJECTIONS, SIZES, biases, feed_forward
 from moeconv.families.rope import RopeRule
 
 LLAMA = Family(
@@ -25,5 +25,6 @@ LLAMA = Family(
     compute=ComputeRule(
         norm_eps=Key("rms_norm_eps", 1e-6), max_positions=Key("max_position_embeddings", 2048), rope=RopeRule()
     ),
+    tokens=BOS_EOS,
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/llama/modeling_llama.py",
 )

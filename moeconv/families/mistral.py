@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moeconv.families.base import Family
 from moeconv.families.compute import ComputeRule, Key, WindowRule
-from moeconv.families.decoder import ENDS, MLP, NORMS, PROJECTIONS, SIZES, feed_forward
+from moeconv.families.decoder import BOS_EOS, ENDS, MLP, NORMS, PROJECTIONS, SIZES, feed_forward
 from moeconv.families.rope import RopeRule
 
 MISTRAL = Family(
@@ -21,5 +21,6 @@ MISTRAL = Family(
         rope=RopeRule(),
         window=WindowRule(pattern="all", size=Key("sliding_window", 4096)),
     ),
+    tokens=BOS_EOS,
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mistral/modeling_mistral.py",
 )

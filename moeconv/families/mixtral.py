@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moeconv.families.base import Alias, Family
 from moeconv.families.compute import ComputeRule, Key, RouterRule, WindowRule
-from moeconv.families.decoder import ENDS, NORMS, PROJECTIONS, SIZES, feed_forward, router
+from moeconv.families.decoder import BOS_EOS, ENDS, NORMS, PROJECTIONS, SIZES, feed_forward, router
 from moeconv.families.rope import RopeRule
 
 _MOE = "model.layers.{layer}.block_sparse_moe."
@@ -46,5 +46,6 @@ MIXTRAL = Family(
         ),
         Alias("model.layers.{layer}.mlp.experts.down_proj", (_MOE + "experts.{expert}.w2.weight",), stack=True),
     ),
+    tokens=BOS_EOS,
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mixtral/modeling_mixtral.py",
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.errors import SourceError
-from moeconv.io.paths import check_inside, check_name, read_inside
+from moeconv.io.decode import parse_json
+from moeconv.io.paths import check_folder, check_inside, check_name, read_inside
 from moeconv.io.safetensors import Header, read_header
 from moeconv.io.torch_bin import BIN_INDEX, bin_names, read_bin
 
@@ -64,8 +64,7 @@ def read_hf_folder(root: Path) -> HFFolder:
     Raises:
         SourceError: config or weights are missing, malformed, disagree, or lie outside the folder.
     """
-    if not root.is_dir():
-        raise SourceError(f"{root}: no such folder")
+    check_folder(root)
     config_bytes = read_inside(root, CONFIG)
     config = parse_json(config_bytes, f"{root / CONFIG}")
     present = sorted(p.name for p in root.glob("*.safetensors") if not p.name.startswith("consolidated"))
@@ -93,39 +92,6 @@ def read_hf_folder(root: Path) -> HFFolder:
     listed = {n: f for n, f in weight_map.items() if n not in computed} if weight_map is not None else None
     _check_index(root, headers, listed)
     return HFFolder(root, headers, index, config_bytes, config, tuple(_carried(root)), tuple(computed))
-
-
-def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object, refusing keys that appear twice.
-
-    Args:
-        raw: the file's bytes.
-        where: the file's name, for messages.
-
-    Returns:
-        The object.
-
-    Raises:
-        SourceError: it is no JSON object, or names a key twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in table:
-                raise SourceError(f"{where}: names {key!r} twice")
-            table[key] = value
-        return table
-
-    try:
-        value = json.loads(raw, object_pairs_hook=unique)
-    except SourceError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{where}: is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise SourceError(f"{where}: is no JSON object")
-    return value
 
 
 def _weight_map(root: Path, raw: bytes, index: str) -> dict[str, str]:
@@ -159,14 +125,25 @@ def _check_index(root: Path, headers: dict[str, Header], weight_map: dict[str, s
 
 
 def _carried(root: Path) -> Iterator[str]:
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=_refuse):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in folders:
+            if os.path.islink(path := os.path.join(folder, name)):
+                raise SourceError(
+                    f"{path}: is a link to a folder, whose files would be left out; copy the folder here, or remove the link"
+                )
         for file in sorted(files):
             name = (Path(folder) / file).relative_to(root).as_posix()
             if file.startswith(".") or file.endswith(WEIGHT_SUFFIXES) or file.endswith(".index.json"):
                 continue
             check_inside(root, name)
             yield name
+
+
+def _refuse(error: OSError) -> None:
+    raise SourceError(
+        f"{error.filename}: can't be read: {error.strerror}; its files would be left out. Make it readable, or move it away"
+    )
 
 
 def _no_weights(root: Path) -> str:

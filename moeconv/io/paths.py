@@ -6,14 +6,17 @@ import errno
 import os
 import re
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from moeconv.errors import SourceError, WriteError
 
 # What a file system takes, less what unfinished files carry behind their names.
 MAX_PART_BYTES = 240
 MAX_NAME_BYTES = 1024
+MAX_READ_BYTES = 64 << 20  # what is read whole and parsed
 _DEVICES = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 
 
@@ -88,7 +91,16 @@ def check_inside(root: Path, name: str) -> Path:
     Raises:
         SourceError: the name is none, or the file is missing, a link to elsewhere, or no regular file.
     """
-    path = root / check_name(name, str(root))
+    return check_file(root, check_name(name, str(root)))
+
+
+def check_file(root: Path, name: str) -> Path:
+    """Check a file inside a folder, as `check_inside`, whose name is a format's own and may begin with a dot.
+
+    Raises:
+        SourceError: the file is missing, a link to elsewhere, or no regular file.
+    """
+    path = root / name
     try:
         real, base = Path(os.path.realpath(path)), Path(os.path.realpath(root))
         allowed = [base]
@@ -106,17 +118,98 @@ def check_inside(root: Path, name: str) -> Path:
     return path
 
 
-def read_inside(root: Path, name: str) -> bytes:
+def read_inside(root: Path, name: str, max_bytes: int = MAX_READ_BYTES) -> bytes:
     """Read a small file of a checkpoint.
 
+    Args:
+        root: the checkpoint's folder.
+        name: the file's name relative to it.
+        max_bytes: the most bytes that such a file has.
+
+    Returns:
+        Its bytes.
+
     Raises:
-        SourceError: as `check_inside`, or it can't be read.
+        SourceError: as `check_inside`, or it can't be read, or is larger.
     """
-    path = check_inside(root, name)
+    return read_whole(check_inside(root, name), max_bytes)
+
+
+def read_whole(path: Path, max_bytes: int = MAX_READ_BYTES) -> bytes:
+    """Read a small file.
+
+    Args:
+        path: the file.
+        max_bytes: the most bytes that such a file has.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        SourceError: it is missing, no regular file, larger, or can't be read.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise SourceError(f"{path}: {size:,} bytes; such files have at most {max_bytes:,}")
+        return file.read(size)
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading, without waiting for what is no file (a pipe waits for its writer).
+
+    Args:
+        path: the file.
+
+    Yields:
+        The open file.
+
+    Raises:
+        SourceError: it is missing, no regular file, or can't be opened or read.
+    """
     try:
-        return path.read_bytes()
+        with open(open_to_read(path), "rb") as file:
+            yield file
     except OSError as error:
         raise SourceError(f"{path}: can't be read: {error.strerror or error}") from None
+
+
+def open_to_read(path: Path) -> int:
+    """Open a regular file for reading, as `open_regular`; the caller closes the file descriptor.
+
+    Raises:
+        SourceError: it is no regular file.
+        OSError: the system refuses.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:
+        raise SourceError(f"{brief_path(path)}: is no path") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise SourceError(f"{path}: is no regular file")
+    return fd
+
+
+def check_folder(path: Path) -> None:
+    """Check that a path is a folder that can be listed.
+
+    Raises:
+        SourceError: it is not.
+    """
+    try:
+        os.scandir(path).close()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise SourceError(f"{brief_path(path)}: no such folder") from None
+    except OSError as error:
+        raise SourceError(f"{brief_path(path)}: can't be read: {error.strerror or error}") from None
+
+
+def brief_path(path: Path) -> str:
+    """Show a path in a message, cut where no one would read on."""
+    text = str(path)
+    return text if len(text) <= 300 else text[:150] + "..." + text[-100:]
 
 
 def open_beneath(root: Path, name: str, flags: int, *, suffix: str = "") -> int:

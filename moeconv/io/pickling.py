@@ -112,7 +112,7 @@ class _Writer:
             self.out += b"J" + struct.pack("<i", value)
         else:
             raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-            self.out += b"\x8a" + bytes([len(raw)]) + raw
+            self.out += (b"\x8a" + bytes([len(raw)]) if len(raw) < 256 else b"\x8b" + struct.pack("<i", len(raw))) + raw
 
     def _short_tuple(self, value: tuple[Any, ...]) -> None:
         for item in value:

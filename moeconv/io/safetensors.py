@@ -12,10 +12,14 @@ from typing import Any
 
 from moeconv.dtypes import dtype
 from moeconv.errors import SourceError
+from moeconv.io.decode import MAX_DIMS, MAX_NAME_CHARS, brief, parse_json
+from moeconv.io.paths import open_regular
 
 # Source: https://github.com/huggingface/safetensors/blob/24b0b28/safetensors/src/tensor.rs (MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
 _PREFIX = 8
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_MAX_SIZE = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +55,17 @@ def read_header(path: Path) -> Header:
     Raises:
         SourceError: the file is missing, truncated or malformed; the message names the file and the tensor.
     """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(_PREFIX)
-            if len(prefix) < _PREFIX:
-                raise SourceError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
-            length = int.from_bytes(prefix, "little")
-            if length > MAX_HEADER_BYTES or length > size - _PREFIX:
-                raise SourceError(
-                    f"{path}: header length {length} in a file of {size} bytes; the file is truncated or no safetensors file"
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise SourceError(f"{path}: can't be read: {error.strerror or error}") from None
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(_PREFIX)
+        if len(prefix) < _PREFIX:
+            raise SourceError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES or length > size - _PREFIX:
+            raise SourceError(
+                f"{path}: header length {length} in a file of {size} bytes; the file is truncated or no safetensors file"
+            )
+        raw = file.read(length)
     return parse_header(prefix + raw, size, str(path))
 
 
@@ -82,14 +83,9 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     Raises:
         SourceError: the header is malformed, or its tensors don't fill the file exactly.
     """
-    try:
-        table = json.loads(raw[_PREFIX:], object_pairs_hook=_unique)
-    except _DuplicateKeyError as error:
-        raise SourceError(f"{where}: the header names {error} twice") from None
-    except (ValueError, RecursionError):
-        raise SourceError(f"{where}: the header is no JSON; the file is damaged or no safetensors file") from None
-    if not isinstance(table, dict):
-        raise SourceError(f"{where}: the header is no JSON object")
+    if raw[_PREFIX : _PREFIX + 1] != b"{":
+        raise SourceError(f"{where}: the header is no JSON object; the file is damaged or no safetensors file")
+    table = parse_json(raw[_PREFIX:], f"{where}: its header", max_bytes=MAX_HEADER_BYTES, deep=True)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise SourceError(f"{where}: __metadata__ must map strings to strings")
@@ -136,34 +132,24 @@ def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata:
     return parse_header(raw, len(raw) + position, "a new file")
 
 
-class _DuplicateKeyError(Exception):
-    """A JSON object names a key twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        seen: set[str] = set()
-        raise _DuplicateKeyError(next(repr(key) for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
-    return table
-
-
 def _entry(name: str, value: Any, data_begin: int, where: str) -> Entry:
-    try:
-        kind, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        numbers = [*shape, begin, end]
-        valid = set(value) == {"dtype", "shape", "data_offsets"} and isinstance(kind, str)
-        valid = valid and all(type(n) is int and n >= 0 for n in numbers)
-    except (KeyError, TypeError, ValueError):
-        valid = False
+    """Check one tensor's entry; by hand, since a header has many, and messages must name the tensor."""
+    shown, valid = brief(name), isinstance(value, dict) and value.keys() == _FIELDS and len(name) <= MAX_NAME_CHARS
+    if valid:
+        kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        valid = isinstance(kind, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+        valid = valid and len(shape) <= MAX_DIMS and all(type(n) is int and 0 <= n < _MAX_SIZE for n in shape + offsets)
     if not valid:
-        raise SourceError(f"{where}: the header's entry for {name!r} is malformed: {str(value)[:200]}")
+        raise SourceError(f"{where}: the header's entry for {shown} is malformed: {brief(value)}")
+    (begin, end), size = offsets, 1
+    for n in shape:
+        size *= n
     try:
-        expected = prod(shape) * dtype(kind).itemsize
+        expected = size * dtype(kind).itemsize
     except SourceError as error:
-        raise SourceError(f"{where}: {name}: {error}") from None
-    if end - begin != expected:
+        raise SourceError(f"{where}: {shown}: {error}") from None
+    if end - begin != expected or size >= _MAX_SIZE:
         raise SourceError(
-            f"{where}: {name} is {kind} {shape}, {expected} bytes, but its data_offsets [{begin}, {end}] hold {end - begin}"
+            f"{where}: {shown} is {kind} {shape}, {expected} bytes, but its data_offsets [{begin}, {end}] hold {end - begin}"
         )
     return Entry(name, kind, tuple(shape), data_begin + begin, data_begin + end)

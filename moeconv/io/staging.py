@@ -6,12 +6,15 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
-from moeconv.errors import WriteError
-from moeconv.io.paths import fault_of, open_beneath
+from moeconv.errors import SourceError, WriteError
+from moeconv.io.carried import Content, write_content
+from moeconv.io.decode import parse_json
+from moeconv.io.paths import brief_path, fault_of, open_beneath
 
 JOURNAL = ".moeconv-journal"
 PARTIAL, WRITING = ".partial", ".writing"  # what a folder, a file carries behind its name until it is whole
@@ -38,7 +41,7 @@ class Staging:
         self.out, self.folder = out, out.with_name(out.name + PARTIAL)
         self.done: dict[str, Any] = {}
         self.sync = sync
-        self._journal: IO[str] | None = None
+        self._journal: BinaryIO | None = None
         check_free(out)
         if self.folder.is_symlink():
             raise WriteError(f"{self.folder}: is a link, which is never written through; remove it")
@@ -46,7 +49,8 @@ class Staging:
             raise WriteError(f"{self.folder}: a run that did not finish left this; go on with --resume, or remove it")
         try:
             self.folder.mkdir(exist_ok=True)
-            self._open(json.loads(json.dumps(identity)))
+            self._journal = self._lock()
+            self._read(self._journal, json.loads(json.dumps(identity)))
         except WriteError:
             self.close()
             raise
@@ -54,36 +58,67 @@ class Staging:
             self.close()
             raise WriteError(f"{self.folder}: can't be written: {error.strerror or error}") from None
 
-    def _open(self, identity: dict[str, Any]) -> None:
-        self._journal = open(self.folder / JOURNAL, "a+", encoding="utf8")  # noqa: SIM115  (kept open: it holds the lock)
+    def _lock(self) -> BinaryIO:
+        """Open the journal and lock it; another run may take the folder away, finished, at any moment before."""
+        fd = open_beneath(self.folder, JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise WriteError(f"{self.folder / JOURNAL}: is no regular file; remove {self.folder} and start again")
+        journal = open(fd, "r+b")  # noqa: SIM115  (kept open: it holds the lock)
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            journal.close()
             raise WriteError(f"{self.folder}: another run is writing it") from None
-        self._journal.seek(0)
-        lines = self._journal.read().split("\n")
-        complete = lines[:-1]  # what follows the last newline was cut off by a kill
-        if not complete:
-            if lines[-1]:  # an empty file is not truncated: ext4 writes one that was to the disk when it is closed
-                self._journal.truncate(0)
-            self._append(identity)
+        try:
+            here = os.stat(self.folder / JOURNAL)
+            same = os.path.samestat(here, os.fstat(fd))
+        except FileNotFoundError:
+            same = False
+        if same and os.path.lexists(self.out) and not here.st_size:  # made after the other run had finished: ours
+            (self.folder / JOURNAL).unlink()
+            with suppress(OSError):
+                self.folder.rmdir()
+        if not same or os.path.lexists(self.out):
+            journal.close()
+            raise WriteError(f"{self.out}: exists; another run has just finished it")
+        return journal
+
+    def _read(self, journal: BinaryIO, now: dict[str, Any]) -> None:
+        """Take over what a killed run finished; what can't be read of its journal counts as not done."""
+        raw = journal.read()
+        head, newline, rest = raw.partition(b"\n")
+        begun = newline or len(os.listdir(self.folder)) > 1  # the first line comes before any file
+        before = _parsed(head, self.folder) if begun else None
+        if not begun:
+            if raw:  # an empty file is not truncated: ext4 writes one that was to the disk when it is closed
+                journal.truncate(0)
+            self._append(now)
             return
-        if lines[-1]:
-            self._journal.truncate(sum(len(line.encode()) + 1 for line in complete))
-        before = json.loads(complete[0])
-        if before != identity:
-            changed = sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k))
+        if before is None:
             raise WriteError(
-                f"{self.folder}: was begun with other {', '.join(changed)}; remove it and start again, or restore what it was begun with"
+                f"{self.folder}: its journal is damaged and does not say what was begun here; remove the folder and start again"
             )
-        for line in complete[1:]:
-            entry = json.loads(line)
-            if fault_of(entry["file"]) is None and (self.folder / entry["file"]).is_file():
-                self.done[entry["file"]] = entry["record"]
+        if before != now:
+            changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+            raise WriteError(
+                f"{self.folder}: was begun with other {', '.join(changed)[:500]}; remove it and start again, or restore what it was begun with"
+            )
+        good = len(head) + 1
+        for line in rest.split(b"\n")[:-1]:  # what follows the last newline was cut off by a kill
+            value = _parsed(line, self.folder)
+            name = None if value is None else value.get("file")
+            if value is None or set(value) != {"file", "record"} or fault_of(name) is not None:
+                break
+            good += len(line) + 1
+            self.done[str(name)] = value["record"]
+        if good < len(raw):
+            journal.truncate(good)
+        self.done = {name: record for name, record in self.done.items() if _is_file(self.folder / name)}
 
     def _append(self, value: Any) -> None:
         assert self._journal is not None
-        self._journal.write(json.dumps(value, separators=(",", ":")) + "\n")
+        self._journal.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
         self._journal.flush()
         if self.sync:
             os.fsync(self._journal.fileno())
@@ -118,14 +153,20 @@ class Staging:
         self._append({"file": name, "record": record})
         self.done[name] = record
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file whole.
+    def write(self, name: str, content: Content) -> tuple[int, str]:
+        """Write a file that goes along, whole.
 
         Args:
             name: the file's name in the folder.
-            data: its bytes.
+            content: its bytes, or the file that it is a copy of.
+
+        Returns:
+            Its size in bytes, and its checksum.
+
+        Raises:
+            SourceError, IntegrityError: the file can't be read, or is not what was recorded.
         """
-        write_beneath(self.folder, name, data, sync=self.sync)
+        return write_beneath(self.folder, name, content, sync=self.sync)
 
     def commit(self) -> None:
         """Give the folder its name; from here on readers accept it.
@@ -151,15 +192,23 @@ class Staging:
 
 
 def check_free(out: Path) -> None:
-    """Check that an output's name is free and its parent is a folder.
+    """Check that an output's name is free, fits with what is added to it until it is whole, and its parent is a folder.
 
     Raises:
         WriteError: it is not.
     """
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise WriteError(f"{out}: exists; choose another name, or remove it")
-    if not out.parent.is_dir():
-        raise WriteError(f"{out.parent}: no such folder to write {out.name} into; create it first")
+    if not os.path.isdir(out.parent):
+        raise WriteError(
+            f"{brief_path(out.parent)}: no such folder to write {brief_path(Path(out.name))} into; create it first"
+        )
+    try:
+        os.lstat(out.with_name(out.name + PARTIAL))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise WriteError(f"{brief_path(out)}: can't be an output: {getattr(error, 'strerror', error)}") from None
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -179,26 +228,46 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def write_beneath(root: Path, name: str, data: bytes, *, sync: bool = True) -> None:
-    """Write a small file of a folder whole or not at all: beside it, to the disk if `sync`, then renamed.
+def write_beneath(root: Path, name: str, content: Content, *, sync: bool = True) -> tuple[int, str]:
+    """Write a file of a folder whole or not at all: beside it, to the disk if `sync`, then renamed.
 
     Args:
         root: the folder.
         name: the file's name relative to it; folders on the way are made.
-        data: its bytes.
+        content: its bytes, or the file that it is a copy of.
         sync: whether to wait until the bytes are on the disk.
+
+    Returns:
+        Its size in bytes, and its checksum.
 
     Raises:
         WriteError: the name leads out of the folder, or a link is in the way.
+        SourceError, IntegrityError: the file can't be read, or is not what was recorded.
         OSError: the system refuses.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     with open(open_beneath(root, name, flags, suffix=WRITING), "wb") as file:
-        file.write(data)
+        written = write_content(content, file.write)
         file.flush()
         if sync:
             os.fsync(file.fileno())
     os.replace(root / (name + WRITING), root / name)
+    return written
+
+
+def _parsed(line: bytes, folder: Path) -> dict[str, Any] | None:
+    """Read a line of the journal; None where it is damaged, as after a power failure."""
+    try:
+        return parse_json(line, str(folder / JOURNAL))
+    except SourceError:
+        return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def sync_path(path: Path) -> None:

@@ -7,25 +7,23 @@ Source: https://github.com/pytorch/pytorch/blob/v2.10.0/caffe2/serialize/inline_
 
 from __future__ import annotations
 
-import os
 import struct
-import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 
 from moeconv.dtypes import dtype, numpy_dtype
 from moeconv.errors import IntegrityError, SourceError
+from moeconv.io.paths import open_regular
 from moeconv.io.pickling import Call, Persistent, dump_pickle
-from moeconv.io.unpickle import STORAGE_TYPES, StorageRef, Symbol, TensorRef, load_pickle
+from moeconv.io.stored_zip import CENTRAL, LOCAL, open_zip
+from moeconv.io.unpickle import MAX_PICKLE_BYTES, STORAGE_TYPES, StorageRef, Symbol, TensorRef, load_pickle
 
 ALIGNMENT = 64
-_LOCAL = struct.Struct("<4s5H3I2H")
-_CENTRAL = struct.Struct("<4s6H3I5H2I")
 _UTF8 = 0x800
 _DOS_DATE = 0x21  # 1 January 1980: the same bytes every time
 
@@ -42,7 +40,7 @@ class TorchArchive:
         """Give the position of a tensor's first element in the file, in bytes, after checking that it fits its storage.
 
         Raises:
-            SourceError: the storage is missing, or the tensor reaches outside it.
+            SourceError: the storage is missing or shorter than it is said to be, or the tensor reaches outside it.
         """
         where = self.storages.get(tensor.storage.key)
         if where is None:
@@ -50,8 +48,8 @@ class TorchArchive:
         begin, end = where
         itemsize = dtype(tensor.dtype).itemsize
         last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
-        empty = 0 in tensor.shape
-        if tensor.offset < 0 or min((*tensor.strides, 0)) < 0 or (not empty and (last + 1) * itemsize > end - begin):
+        fits = 0 in tensor.shape or (last + 1) * itemsize <= end - begin
+        if not fits or tensor.storage.numel * dtype(tensor.storage.dtype).itemsize > end - begin:
             raise SourceError(
                 f"{self.path}: a tensor of shape {list(tensor.shape)} does not fit its storage of {end - begin} bytes; "
                 "the file is damaged"
@@ -73,46 +71,20 @@ def read_archive(path: Path, offset: int = 0, length: int | None = None) -> Torc
     Raises:
         SourceError: the file is missing, damaged, of the old non-zip form, compressed, or its pickle is no data.
     """
-    try:
-        with open(path, "rb") as raw:
-            size = os.fstat(raw.fileno()).st_size
-            length = size - offset if length is None else length
-            if offset < 0 or length < 0 or offset + length > size:
-                raise SourceError(
-                    f"{path}: {size} bytes, but bytes {offset} to {offset + length} are needed: truncated"
-                )
-            window = cast(BinaryIO, _Window(raw, offset, length))
-            with zipfile.ZipFile(window) as archive:
-                return _read(path, raw, offset, length, archive)
-    except OSError as error:
-        raise SourceError(f"{path}: can't be read: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, RuntimeError, KeyError) as error:
-        if isinstance(error, SourceError):
-            raise
-        raise SourceError(
-            f"{path}: is no archive that torch.save writes ({error}); it is truncated, damaged, or of the form "
-            "before torch 1.6, which torch.save(torch.load(FILE, weights_only=True), FILE) renews"
-        ) from None
-
-
-def _read(path: Path, raw: BinaryIO, offset: int, length: int, archive: zipfile.ZipFile) -> TorchArchive:
-    pickles = [i for i in archive.infolist() if i.filename.rpartition("/")[2] == "data.pkl"]
-    if len(pickles) != 1:
-        raise SourceError(f"{path}: holds {len(pickles)} data.pkl records; expected a file that torch.save wrote")
-    prefix = pickles[0].filename[: -len("data.pkl")]
-    storages: dict[str, tuple[int, int]] = {}
-    for info in archive.infolist():
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise SourceError(f"{path}: {info.filename} is compressed or encrypted; torch.save stores records plainly")
-        if info.filename == prefix + "byteorder" and archive.read(info) != b"little":
+    with open_zip(path, offset, length) as archive:
+        pickles = [r for r in archive.records.values() if r.name.rpartition("/")[2] == "data.pkl"]
+        if len(pickles) != 1:
+            raise SourceError(f"{path}: holds {len(pickles)} data.pkl records; expected a file that torch.save wrote")
+        prefix = pickles[0].name[: -len("data.pkl")]
+        order = archive.records.get(prefix + "byteorder")
+        if order is not None and archive.read(order, 64) != b"little":
             raise SourceError(f"{path}: was written on a big-endian machine; save it again on a little-endian one")
-        if info.filename.startswith(prefix + "data/"):
-            key = info.filename[len(prefix) + 5 :]
-            begin = _data_begin(path, raw, offset + info.header_offset)
-            if key in storages or begin + info.file_size > offset + length:
-                raise SourceError(f"{path}: storage {key} appears twice or reaches past the end; the file is damaged")
-            storages[key] = (begin, begin + info.file_size)
-    root = load_pickle(archive.read(pickles[0]), str(path))
+        storages = {
+            r.name[len(prefix) + 5 :]: (r.begin, r.end)
+            for r in archive.records.values()
+            if r.name.startswith(prefix + "data/")
+        }
+        root = load_pickle(archive.read(pickles[0], MAX_PICKLE_BYTES), str(path))
     return TorchArchive(path, root, storages)
 
 
@@ -129,15 +101,22 @@ def with_numbers(archive: TorchArchive) -> Any:
         SourceError: a tensor reaches outside its storage.
     """
 
+    done: dict[int, Any] = {}  # what the pickle repeats is looked through once
+
     def resolve(value: Any) -> Any:
         if isinstance(value, TensorRef) and all(n == 1 for n in value.shape):
             kind = numpy_dtype(value.dtype)
-            return np.fromfile(archive.path, kind, 1, offset=archive.begin(value))[0].item()
-        if type(value) is dict:
-            return {key: resolve(inner) for key, inner in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(resolve(inner) for inner in value)
-        return value
+            with open_regular(archive.path) as file:
+                file.seek(archive.begin(value))
+                return np.frombuffer(file.read(kind.itemsize), kind, 1)[0].item()
+        if not isinstance(value, dict | list | tuple):
+            return value
+        if id(value) not in done:
+            if isinstance(value, dict):
+                done[id(value)] = {key: resolve(inner) for key, inner in value.items()}
+            else:
+                done[id(value)] = type(value)(resolve(inner) for inner in value)
+        return done[id(value)]
 
     return resolve(archive.root)
 
@@ -154,51 +133,12 @@ def check_archive(path: Path, offset: int = 0, length: int | None = None) -> Non
         IntegrityError: a record was changed.
         SourceError: the file can't be read.
     """
-    try:
-        with open(path, "rb") as raw:
-            length = os.fstat(raw.fileno()).st_size - offset if length is None else length
-            with zipfile.ZipFile(cast(BinaryIO, _Window(raw, offset, length))) as archive:
-                damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise SourceError(f"{path}: can't be read: {error}") from None
-    if damaged is not None:
-        raise IntegrityError(f"{path}: {damaged} differs from its CRC-32: the file was changed or damaged; restore it")
-
-
-def _data_begin(path: Path, raw: BinaryIO, header: int) -> int:
-    raw.seek(header)
-    fields = _LOCAL.unpack(raw.read(_LOCAL.size))
-    if fields[0] != b"PK\x03\x04":
-        raise SourceError(f"{path}: no record where the archive's directory says one is; the file is damaged")
-    return header + _LOCAL.size + int(fields[-2]) + int(fields[-1])
-
-
-class _Window:
-    """A part of a file as a file of its own, for zipfile."""
-
-    def __init__(self, raw: BinaryIO, begin: int, length: int) -> None:
-        self._raw, self._begin, self._length, self._position = raw, begin, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = (0, self._position, self._length)[whence]
-        if base + offset < 0:
-            raise OSError("seek before the start")
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self._length - self._position, 0)
-        size = left if size < 0 else min(size, left)
-        self._raw.seek(self._begin + self._position)
-        data = self._raw.read(size)
-        self._position += len(data)
-        return data
+    with open_zip(path, offset, length) as archive:
+        for record in archive.records.values():
+            if archive.crc32(record) != record.crc:
+                raise IntegrityError(
+                    f"{path}: {record.name} differs from its CRC-32: the file was changed or damaged; restore it"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,13 +206,13 @@ def _local_header(name: str, crc: int, size: int, position: int) -> bytes:
     """Make a record's header, padded with an extra field so that its data are aligned within the archive."""
     raw = name.encode()
     zip64 = struct.pack("<2HQQ", 1, 16, size, size) if size >= 0xFFFFFFFF else b""
-    begin = position + _LOCAL.size + len(raw) + len(zip64) + 4
+    begin = position + LOCAL.size + len(raw) + len(zip64) + 4
     padding = -begin % ALIGNMENT
     extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     field = min(size, 0xFFFFFFFF)
     version = 45 if zip64 else 20
     return (
-        _LOCAL.pack(b"PK\x03\x04", version, _UTF8, 0, 0, _DOS_DATE, crc, field, field, len(raw), len(extra))
+        LOCAL.pack(b"PK\x03\x04", version, _UTF8, 0, 0, _DOS_DATE, crc, field, field, len(raw), len(extra))
         + raw
         + extra
     )
@@ -289,7 +229,7 @@ def _central_directory(records: list[tuple[str, int, int, int]], position: int) 
         field, where = min(size, 0xFFFFFFFF), min(header, 0xFFFFFFFF)
         version = 45 if wide else 20
         fixed = (b"PK\x01\x02", version, version, _UTF8, 0, 0, _DOS_DATE, crc, field, field)
-        out += _CENTRAL.pack(*fixed, len(raw), len(extra), 0, 0, 0, 0, where) + raw + extra
+        out += CENTRAL.pack(*fixed, len(raw), len(extra), 0, 0, 0, 0, where) + raw + extra
     size, count = len(out), len(records)
     if position + size >= 0xFFFFFFFF or count >= 0xFFFF:
         out += struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, position)

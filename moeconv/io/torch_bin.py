@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moeconv.dtypes import dtype
 from moeconv.errors import SourceError
+from moeconv.io.decode import MAX_NAME_CHARS, brief
 from moeconv.io.safetensors import Entry, Header
 
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -39,8 +40,8 @@ def read_bin(path: Path) -> tuple[Header, list[str]]:
         raise SourceError(f"{path}: holds no state dict")
     entries, computed = [], []
     for name, value in archive.root.items():
-        if not isinstance(name, str) or not isinstance(value, TensorRef):
-            raise SourceError(f"{path}: {name!r} is no tensor; expected a model's state dict")
+        if not isinstance(name, str) or len(name) > MAX_NAME_CHARS or not isinstance(value, TensorRef):
+            raise SourceError(f"{path}: {brief(name)} is no tensor; expected a model's state dict")
         if name.endswith(_COMPUTED):
             computed.append(name)
             continue

@@ -1,20 +1,41 @@
 """Reading pickles as data: nothing in them is imported or called.
 
-A pickle is a program that names callables and calls them. Here a named callable becomes an inert object that only
-records what the pickle wanted: `torch.Size` gives a tuple, a torch tensor gives a `TensorRef`, an unknown class of a
-known project (an enum of Megatron in a genuine `args`) gives an `Opaque`, and a name outside those projects
-(`os.system`) is an error.
+A pickle is a program that names callables and calls them. Here a machine of our own runs it, which can do neither: a
+name stays a `Symbol`, and calling one records what the pickle wanted. `torch.Size` gives a tuple, a torch tensor gives a
+`TensorRef`, an unknown class of a known project (an enum of Megatron in a genuine `args`) gives an `Opaque`, and a name
+outside those projects (`os.system`) is an error.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moeconv.errors import SourceError
+from moeconv.io.decode import MAX_DIMS, MAX_NAME_CHARS, brief
+from moeconv.io.pickle_machine import Machine, Opaque, OrderedTable, RefusedError, Symbol, check_key
+from moeconv.io.pickle_opcodes import run
+
+__all__ = ["Opaque", "StorageRef", "Symbol", "TensorRef", "load_pickle"]
+
+# The pickles of real checkpoints have some MB, the `.metadata` of the largest some hundred.
+MAX_PICKLE_BYTES = 512 << 20
+MAX_OBJECTS, _SMALL = 50_000_000, 16 << 20
+_MAKERS = (
+    b"]",
+    b"}",
+    b"(",
+    b"R",
+    b"t",
+    b"\x81",
+    b"\x85",
+    b"\x86",
+    b"\x87",
+    b"\x8f",
+)  # opcodes of a byte that make objects
+_MAX_LEVELS = 128
+_MAX_COUNT = 1 << 62
 
 # Names that checkpoints hold besides tensors: dtypes and enums of these projects, records of the standard library.
 _INERT_ROOTS = {"torch", "megatron", "megatron_fsdp", "transformer_engine", "transformer_engine_torch", "apex", "numpy"}
@@ -78,139 +99,98 @@ class TensorRef:
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Symbol:
-    """The name of a class, function or constant that a pickle mentions without calling it, such as `torch.bfloat16`."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-class Opaque:
-    """What a pickle said to build from a class that is not imported here: its name, the arguments and the state."""
-
-    __slots__ = ("args", "items", "state")
-    module = name = "?"
-
-    args: tuple[Any, ...]
-    state: Any
-    items: dict[Any, Any] | None
-
-    def __new__(cls, *args: Any) -> Opaque:
-        """Take any arguments; pickles make objects both by calling a class and by its `__new__` alone."""
-        made = object.__new__(cls)
-        made.args, made.state, made.items = args, None, None
-        return made
-
-    def __init__(self, *args: Any) -> None:
-        """Take any arguments; `__new__` kept them."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.items = self.items or {}
-        self.items[key] = value
-
-    def append(self, value: Any) -> None:
-        """Keep an item of a list subclass; nothing reads it."""
-
-    def get(self, field: str, default: Any = None) -> Any:
-        """Give a field of the object's state, as `object.__dict__` would have it."""
-        return self.state.get(field, default) if isinstance(self.state, dict) else default
-
-    def __repr__(self) -> str:
-        return f"<{self.module}.{self.name}>"
+def _counts(value: Any) -> tuple[int, ...]:
+    """Check sizes, strides or positions, in elements."""
+    if not isinstance(value, tuple) or len(value) > MAX_DIMS:
+        raise RefusedError(f"a tensor has the sizes {brief(value)}")
+    for n in value:
+        if type(n) is not int or not 0 <= n <= _MAX_COUNT:
+            raise RefusedError(f"a tensor has the sizes {brief(value)}")
+    return value
 
 
-class _AttributeDict(dict[Any, Any]):
-    """An OrderedDict: torch hangs `_metadata` on it as an attribute."""
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_COUNT
 
 
-class _Function:
-    """A callable that find_class may hand out; it holds no state that a pickle's BUILD could change."""
-
-    __slots__ = ("_call", "symbol")
-
-    def __init__(self, symbol: Symbol, call: Callable[..., Any]) -> None:
-        self.symbol, self._call = symbol, call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError(f"state for the function {self.symbol}")
+def _tensor(*args: Any) -> TensorRef:
+    """`_rebuild_tensor_v2(storage, storage_offset, size, stride, ...)`."""
+    storage, offset, shape, strides = args[:4]
+    if not isinstance(storage, StorageRef) or not _is_count(offset) or len(_counts(shape)) != len(_counts(strides)):
+        raise RefusedError(f"a tensor is malformed: {brief(args)}")
+    return TensorRef(storage, storage.dtype, offset, shape, strides)
 
 
-Shape = tuple[int, ...]
+def _tensor_v3(*args: Any) -> TensorRef:
+    """`_rebuild_tensor_v3(storage, storage_offset, size, stride, requires_grad, hooks, dtype, ...)`: of an untyped storage."""
+    ref, kind = _tensor(*args), args[6]
+    if not isinstance(kind, Symbol) or kind.module != "torch" or kind.name not in TORCH_DTYPES:
+        raise RefusedError(f"a tensor has the dtype {brief(kind)}")
+    return replace(ref, dtype=TORCH_DTYPES[kind.name])
 
 
-def _tensor(storage: StorageRef, offset: int, shape: Shape, strides: Shape, *_: Any) -> TensorRef:
-    return TensorRef(storage, storage.dtype, offset, tuple(shape), tuple(strides))
+def _parameter(*args: Any) -> TensorRef:
+    if not isinstance(args[0], TensorRef):
+        raise RefusedError("a parameter holds no tensor")
+    return args[0]
 
 
-def _tensor_v3(
-    storage: StorageRef, offset: int, shape: Shape, strides: Shape, _grad: Any, _hooks: Any, dtype: Symbol, *_: Any
-) -> TensorRef:
-    return TensorRef(storage, TORCH_DTYPES[dtype.name], offset, tuple(shape), tuple(strides))
+def _size(*args: Any) -> tuple[int, ...]:
+    return _counts(args[0]) if args else ()
 
 
-def _encode(text: str, encoding: str = "latin1") -> bytes:
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    if not isinstance(text, str):
+        raise RefusedError("it encodes something that is no text")
     return text.encode("latin1" if encoding in ("latin1", "latin-1") else "utf-8")
+
+
+def _ordered(items: Any = ()) -> OrderedTable:
+    out = OrderedTable()
+    for pair in items if isinstance(items, list | tuple) else ():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RefusedError("an OrderedDict is made of something else than pairs")
+        check_key(pair[0])
+        out[pair[0]] = pair[1]
+    return out
 
 
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
-    ("torch", "Size"): lambda sizes=(): tuple(sizes),
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch", "Size"): _size,
     ("_codecs", "encode"): _encode,
-    ("collections", "OrderedDict"): lambda items=(): _AttributeDict(items),
+    ("collections", "OrderedDict"): _ordered,
 }
 
 
-class DataUnpickler(pickle.Unpickler):
-    """An unpickler that builds plain data and inert records only; see the module's docstring."""
+def _find(module: str, name: str) -> Symbol:
+    """Give the symbol of a name, if checkpoints hold such."""
+    if module == "torch.storage" and name in STORAGE_TYPES:
+        return Symbol("torch", name)
+    inert = (module, name) in _FUNCTIONS or module.partition(".")[0] in _INERT_ROOTS
+    inert = inert or (module in ("io", "_io") and name == "BytesIO")
+    if not inert and not (module in ("builtins", "__builtin__") and name in _INERT_BUILTINS):
+        raise RefusedError(f"it calls for {module[:100]}.{name[:100]}, which no checkpoint needs")
+    return Symbol(module, name)
 
-    def __init__(self, data: bytes, where: str) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._where = where
-        self._seen: dict[tuple[str, str], Any] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Hand out the inert stand-in of a name; the same one each time."""
-        key = (module, name)
-        if key not in self._seen:
-            self._seen[key] = self._stand_in(module, name)
-        return self._seen[key]
+def _call(symbol: Symbol, args: tuple[Any, ...]) -> Any:
+    function = _FUNCTIONS.get((symbol.module, symbol.name))
+    return None if function is None else function(*args)
 
-    def _stand_in(self, module: str, name: str) -> Any:
-        if (module, name) in _FUNCTIONS:
-            return _Function(Symbol(module, name), _FUNCTIONS[module, name])
-        if module == "torch" and (name in TORCH_DTYPES or name in STORAGE_TYPES):
-            return Symbol(module, name)
-        if module == "torch.storage" and name in STORAGE_TYPES:
-            return Symbol("torch", name)
-        root = module.partition(".")[0]
-        if (
-            (module in ("io", "_io") and name == "BytesIO")
-            or root in _INERT_ROOTS
-            or (module in ("builtins", "__builtin__") and name in _INERT_BUILTINS)
+
+def _persistent(pid: Any) -> StorageRef:
+    """Read a torch storage's persistent id: ("storage", type, key, device, number of elements)."""
+    match pid:
+        case ("storage", Symbol(module="torch", name=name), str(key), _, numel) if (
+            name in STORAGE_TYPES and _is_count(numel) and len(key) <= MAX_NAME_CHARS
         ):
-            return type(name.rpartition(".")[2], (Opaque,), {"__slots__": (), "module": module, "name": name})
-        raise pickle.UnpicklingError(f"it calls for {module}.{name}, which no checkpoint needs")
-
-    def persistent_load(self, pid: Any) -> StorageRef:
-        """Read a torch storage's persistent id: ("storage", type, key, device, number of elements)."""
-        match pid:
-            case ("storage", Symbol(module="torch", name=name), str(key), _, int(numel)) if name in STORAGE_TYPES:
-                return StorageRef(key, STORAGE_TYPES[name], numel)
-        raise pickle.UnpicklingError(f"its persistent id {str(pid)[:120]} is not that of a torch storage")
+            return StorageRef(key, STORAGE_TYPES[name], numel)
+    raise RefusedError(f"its persistent id {brief(pid)} is not that of a torch storage")
 
 
 def load_pickle(data: bytes, where: str) -> Any:
@@ -221,16 +201,73 @@ def load_pickle(data: bytes, where: str) -> Any:
         where: what it is part of, for messages.
 
     Returns:
-        Dicts, lists, tuples, numbers and strings; `TensorRef`, `Symbol` and `Opaque` for the rest.
+        Dicts, lists, tuples, numbers and strings; `TensorRef`, `Symbol` and `Opaque` for the rest. Dicts, lists and
+        tuples hold themselves nowhere, are at most 128 levels deep, and written out are not much larger than the pickle.
 
     Raises:
         SourceError: it is damaged, or asks for something outside the projects that write checkpoints.
     """
     try:
-        return DataUnpickler(data, where).load()
-    except (RecursionError, MemoryError):
-        raise SourceError(f"{where}: its pickle nests or grows without bound; it is not a checkpoint") from None
-    except Exception as error:  # a damaged pickle can raise anything; nothing of it was executed
-        raise SourceError(
-            f"{where}: its pickle can't be read as data: {error}; moeconv never executes a pickle"
-        ) from None
+        if len(data) > MAX_PICKLE_BYTES:
+            raise RefusedError(f"it has {len(data):,} bytes; such pickles have at most {MAX_PICKLE_BYTES:,}")
+        if len(data) > _SMALL and sum(map(data.count, _MAKERS)) > MAX_OBJECTS:
+            raise RefusedError(f"it makes more than {MAX_OBJECTS:,} objects")
+        root = run(Machine(data, _find, _call, _persistent))
+        _Measure(1_000_000 + 4 * len(data)).of(root)
+        return root
+    except RefusedError as error:
+        reason = str(error)
+    except MemoryError:
+        reason = "it takes more memory than there is"
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        reason = f"it is damaged ({type(error).__name__}: {str(error)[:200]})"
+    raise SourceError(f"{where}: its pickle can't be read as data: {reason}; moeconv never executes a pickle")
+
+
+class _Measure:
+    """Checks that what a pickle holds can be walked through: no collection inside itself, few levels, no endless repetition.
+
+    A list that holds another one twice, forty times over, is some hundred bytes of pickle and a tree of 2^40 items.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._known: dict[int, tuple[int, int] | None] = {}
+
+    def of(self, value: Any) -> tuple[int, int]:
+        """Give the number of items below a value, and of levels.
+
+        Raises:
+            RefusedError: there are too many, or the value holds itself.
+        """
+        if isinstance(value, dict):
+            below = [x for x in value.values() if isinstance(x, _NESTED)]
+            size = len(value)
+        elif isinstance(value, list | tuple):
+            below, size = [x for x in value if isinstance(x, _NESTED)], len(value)
+        elif isinstance(value, Opaque):
+            below, size = [x for x in (value.args, value.state, value.items) if isinstance(x, _NESTED)], 1
+        else:
+            return 1, 0
+        if not below:
+            return 1 + size, 1
+        key = id(value)
+        if key in self._known:
+            found = self._known[key]
+            if found is None and not isinstance(value, Opaque):
+                raise RefusedError("a list, tuple or dict holds itself")
+            return found or (1, 1)  # a record may refer to itself: nothing looks through records
+        self._known[key] = None
+        levels = 0
+        for inner in below:
+            inner_size, inner_levels = self.of(inner)
+            size, levels = size + inner_size, max(levels, inner_levels)
+            if size > self._limit:
+                raise RefusedError("it repeats itself without bound")
+        if levels >= _MAX_LEVELS:
+            raise RefusedError(f"it is more than {_MAX_LEVELS} levels deep")
+        self._known[key] = 1 + size, 1 + levels
+        return 1 + size, 1 + levels
+
+
+_NESTED = (dict, list, tuple, Opaque)

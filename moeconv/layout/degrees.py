@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from moeconv.errors import LayoutError
+
+MAX_DEGREE = 1_000_000  # more ranks than any machine has
+_NAMES = ("tp", "pp", "vpp", "ep", "etp")
+
+
+# What a program calls the degrees; the command line of the converter is the default.
+OPTIONS = {axis: f"--{axis}" for axis in ("tp", "pp", "vpp", "ep", "etp")} | {"pp_layers": "--pp-layers"}
+
+
+class DegreesError(LayoutError):
+    """Degrees that don't fit, said in the option names of whichever program was called."""
+
+    def __init__(self, template: str) -> None:
+        """Keep the message.
+
+        Args:
+            template: the message, in which `<tp>`, `<pp_layers>` and so on stand for the options' names.
+        """
+        self.template = template
+        super().__init__(self.say(OPTIONS))
+
+    def say(self, options: Mapping[str, str]) -> str:
+        """Give the message in a program's own words.
+
+        Args:
+            options: tp, pp, vpp, ep, etp and pp_layers -> the option's name.
+        """
+        return re.sub(r"<(tp|pp|vpp|ep|etp|pp_layers)>", lambda found: options[found[1]], self.template)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,22 +63,24 @@ class Degrees:
     def __post_init__(self) -> None:
         if self.etp == 0:
             object.__setattr__(self, "etp", self.tp)
-        for name in ("tp", "pp", "vpp", "ep", "etp"):
-            if getattr(self, name) < 1:
-                raise LayoutError(f"--{name} {getattr(self, name)}: a degree is at least 1")
+        for name in _NAMES:
+            if not 1 <= getattr(self, name) <= MAX_DEGREE:
+                raise DegreesError(
+                    f"<{name}> {str(getattr(self, name))[:40]}: a degree is at least 1 and at most {MAX_DEGREE:,}"
+                )
         if self.vpp > 1 and self.pp == 1:
-            raise LayoutError(
-                f"--vpp {self.vpp} with --pp 1: virtual stages need a pipeline; give --pp 2 or more, or --vpp 1"
+            raise DegreesError(
+                f"<vpp> {self.vpp} with <pp> 1: virtual stages need a pipeline; give <pp> 2 or more, or <vpp> 1"
             )
         if self.pp_layers is not None and (len(self.pp_layers) != self.pp * self.vpp or min(self.pp_layers) < 1):
-            raise LayoutError(
-                f"--pp-layers {','.join(map(str, self.pp_layers))}: expected {self.pp * self.vpp} numbers of at least 1 "
+            raise DegreesError(
+                f"<pp_layers> {_shown(self.pp_layers)}: expected {self.pp * self.vpp} numbers of at least 1 "
                 f"(pp {self.pp} x vpp {self.vpp}), got {len(self.pp_layers)}"
             )
 
     def as_json(self) -> dict[str, Any]:
         """Give the degrees as the manifest records them."""
-        out: dict[str, Any] = {name: getattr(self, name) for name in ("tp", "pp", "vpp", "ep", "etp")}
+        out: dict[str, Any] = {name: getattr(self, name) for name in _NAMES}
         if self.pp_layers is not None:
             out["pp_layers"] = list(self.pp_layers)
         return out
@@ -59,12 +92,15 @@ class Degrees:
         Raises:
             LayoutError: a degree is missing or not a number of at least 1.
         """
-        try:
-            numbers = {name: int(value[name]) for name in ("tp", "pp", "vpp", "ep", "etp")}
-            layers = tuple(map(int, value["pp_layers"])) if value.get("pp_layers") else None
-        except (KeyError, TypeError, ValueError) as error:
-            raise LayoutError(f"degrees {value!r} can't be read: {error!r}") from None
-        return cls(**numbers, pp_layers=layers)
+        layers = value.get("pp_layers")
+        numbers = {name: value.get(name) for name in _NAMES}
+        listed = layers if isinstance(layers, list) else []
+        known = value.keys() <= {*_NAMES, "pp_layers"} and (layers is None or listed)
+        if not known or not all(type(n) is int and n >= 1 for n in (*numbers.values(), *listed)):
+            raise LayoutError(
+                f"degrees {str(value)[:200]} can't be read; expected whole numbers for {', '.join(_NAMES)}"
+            )
+        return cls(**numbers, pp_layers=tuple(listed) if listed else None)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         text = f"tp{self.tp} pp{self.pp} ep{self.ep} etp{self.etp}"
@@ -86,19 +122,20 @@ def chunk_layers(num_layers: int, degrees: Degrees) -> list[range]:
     """
     chunks = degrees.pp * degrees.vpp
     counts = degrees.pp_layers
+    if chunks > num_layers:  # before anything is made for each of them
+        raise LayoutError(
+            f"{num_layers} layers don't divide over pp {degrees.pp} x vpp {degrees.vpp}: at most {num_layers} stages fit"
+        )
     if counts is None:
         if num_layers % chunks:
             low, more = divmod(num_layers, chunks)
             example = ",".join(str(low + (i < more)) for i in range(chunks))
-            hint = f"say how with --pp-layers, for example {example}" if low else f"at most {num_layers} stages fit"
-            raise LayoutError(f"{num_layers} layers don't divide over pp {degrees.pp} x vpp {degrees.vpp}: {hint}")
+            hint = f"say how with <pp_layers>, for example {example}" if low else f"at most {num_layers} stages fit"
+            raise DegreesError(f"{num_layers} layers don't divide over pp {degrees.pp} x vpp {degrees.vpp}: {hint}")
         counts = (num_layers // chunks,) * chunks
     elif sum(counts) != num_layers:
-        raise LayoutError(
-            f"--pp-layers {','.join(map(str, counts))} adds up to {sum(counts)}; the model has {num_layers} layers"
-        )
-    ends = [sum(counts[: i + 1]) for i in range(chunks)]
-    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        raise DegreesError(f"<pp_layers> {_shown(counts)} adds up to {sum(counts)}; the model has {num_layers} layers")
+    return [range(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]
 
 
 def stage_of_layers(num_layers: int, degrees: Degrees) -> list[int]:
@@ -112,3 +149,8 @@ def stage_of_layers(num_layers: int, degrees: Degrees) -> list[int]:
         for layer in layers:
             stages[layer] = chunk % degrees.pp
     return stages
+
+
+def _shown(counts: Sequence[int]) -> str:
+    """Write numbers of layers as the option takes them, not all of thousands."""
+    return ",".join(map(str, counts[:64])) + (",..." if len(counts) > 64 else "")

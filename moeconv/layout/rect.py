@@ -8,6 +8,8 @@ from math import prod
 
 from moeconv.errors import IntegrityError
 
+_MAX_COMPARISONS = 5_000_000  # of rectangles that begin in the same rows; a layout of thousands of ranks needs 300,000
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Rect:
@@ -73,13 +75,18 @@ def check_cover(name: str, shape: Sequence[int], parts: Iterable[tuple[Rect, str
     """
     whole = Rect.whole(shape)
     ordered = sorted(parts)
+    left = _MAX_COMPARISONS
     for rect, where in ordered:
-        if len(rect.shape) != len(shape) or (rect.size and rect.intersect(whole) != rect):
-            raise IntegrityError(f"{name}: {where} holds {rect}, which is outside the tensor's shape {list(shape)}")
+        if not len(rect.offsets) == len(rect.shape) == len(shape) or (rect.size and rect.intersect(whole) != rect):
+            held = f"offsets {list(rect.offsets)}, extent {list(rect.shape)}"
+            raise IntegrityError(f"{name}: {where} holds {held}, which is outside the tensor's shape {list(shape)}")
     for index, (rect, where) in enumerate(ordered):
         for other, elsewhere in ordered[index + 1 :]:
             if rect.ends and other.offsets[0] >= rect.ends[0]:
                 break  # sorted by the first offset: nothing later can reach back
+            left -= 1
+            if not left:
+                raise IntegrityError(f"{name}: is cut into {len(ordered)} rectangles, more than any layout makes of it")
             if rect.intersect(other):
                 raise IntegrityError(
                     f"{name}: {where} holds {rect} and {elsewhere} holds {other}, which overlap; expected each element once"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 from moeconv.errors import LayoutError
 
 
 def divisors(number: int) -> list[int]:
-    """List the divisors of a number, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    """List the divisors of a number, ascending; of a number beyond 10^12, those up to a million."""
+    small = [d for d in range(1, min(isqrt(number), 1_000_000) + 1) if number % d == 0]
+    large = [number // d for d in reversed(small) if d * d != number] if number <= 10**12 else []
+    return small + large
 
 
 def split_even(size: int, parts: int) -> list[tuple[int, int]]:

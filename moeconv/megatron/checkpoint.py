@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
+from moeconv.checkpoint import TRAINER, Checkpoint
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import IntegrityError, SourceError
+from moeconv.io.carried import Content, carried_files, read_content
+from moeconv.io.decode import parse_json
 from moeconv.io.hf_folder import CONFIG
-from moeconv.io.paths import read_inside
+from moeconv.io.paths import check_inside
 from moeconv.io.torch_archive import check_archive
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
-from moeconv.megatron.source import TRACKER, MegatronSource, is_megatron
+from moeconv.megatron.source import TRACKER, MegatronSource
 from moeconv.pieces import Piece, TensorInfo
 from moeconv.sweep import Sweep, open_strips
 
@@ -46,7 +48,7 @@ class MegatronCheckpoint(Checkpoint):
         """
         assert self.megatron is not None
         for file, offset, length in self.megatron.archives:
-            check_archive(self.root / file, offset, length)
+            check_archive(check_inside(self.root, file), offset, length)
         self.check_replicas()
 
     def check_replicas(self) -> None:
@@ -75,10 +77,10 @@ class MegatronCheckpoint(Checkpoint):
         return self.megatron.degrees
 
     @cached_property
-    def carried_bytes(self) -> dict[str, bytes]:
+    def carried_files(self) -> dict[str, Content]:
         """The config, as it lies beside the checkpoint or made from its args, and the tokenizer's files."""
-        out = {name: read_inside(self.root, name) for name in self.carried}
-        if CONFIG not in out or json.loads(out[CONFIG]) != self.config:
+        out = carried_files(self.root, None, self.carried)
+        if CONFIG not in out or parse_json(read_content(out[CONFIG]), str(self.root / CONFIG)) != self.config:
             out[CONFIG] = (json.dumps(self.config, indent=2) + "\n").encode()
         assert self.megatron is not None
         if self.megatron.trainer is not None:
@@ -132,30 +134,12 @@ def as_checkpoint(source: MegatronSource) -> MegatronCheckpoint:
     )
 
 
-def open_any(path: Path, **options: Any) -> Checkpoint:
-    """Open a checkpoint of any kind: Megatron's, a sharded one, or a Hugging Face folder.
-
-    Args:
-        path: the folder.
-        options: what `open_megatron` takes, for a Megatron checkpoint.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        MoeconvError: as `open_megatron` and `open_checkpoint`.
-    """
-    from moeconv.megatron.convert import open_megatron
-
-    return as_checkpoint(open_megatron(path, **options)) if is_megatron(path) else open_checkpoint(path)
-
-
 def _state(name: str) -> str:
     """Give the prefix of an optimizer's tensor, or nothing."""
     return ".".join(name.split(".")[:2]) + "." if name.startswith("optimizer.") else ""
 
 
 def _beside(root: Path) -> list[str]:
-    """List the small files that an export put beside the checkpoint: config and tokenizer."""
-    names = [p.name for p in sorted(root.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    return [n for n in names if n != TRACKER and not n.endswith(_SKIP) and (root / n).stat().st_size < 1 << 28]
+    """List the files that an export put beside the checkpoint: config and tokenizer."""
+    names = [p.name for p in sorted(root.iterdir()) if not p.is_dir() and not p.name.startswith(".")]
+    return [name for name in names if name != TRACKER and not name.endswith(_SKIP)]

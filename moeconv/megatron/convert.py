@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
+from moeconv.checkpoint import TRAINER, Checkpoint, model_of, open_checkpoint
 from moeconv.convert import Options, plan_sharded, write_plan, write_sharded
-from moeconv.errors import MappingError, SourceError
-from moeconv.families import family_of
-from moeconv.families.base import Model
-from moeconv.io.hf_folder import CONFIG, parse_json
+from moeconv.errors import MappingError
+from moeconv.io.carried import Content, read_content, size_of
+from moeconv.io.decode import parse_json
+from moeconv.io.hf_folder import CONFIG
+from moeconv.io.paths import check_inside, read_whole
 from moeconv.io.staging import check_free
+from moeconv.io.trainer_file import parse_trainer
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron import dist, legacy
 from moeconv.megatron.args import RunArgs, check_config, check_expressible, config_from_args
@@ -22,7 +25,6 @@ from moeconv.megatron.export import Target, torch_files
 from moeconv.megatron.export_dist import torch_dist_files
 from moeconv.megatron.names import Experts, Spec
 from moeconv.megatron.source import TRACKER, MegatronSource, find_iteration
-from moeconv.megatron.training import TRAINER_VERSION
 from moeconv.placement import check_degrees, split_optimizer_name
 from moeconv.plan import make_plan
 
@@ -66,9 +68,10 @@ def open_megatron(
     """
     root, name = find_iteration(path, iteration)
     folder = root / name
-    reader = dist.DistReader(folder) if (folder / dist.METADATA).is_file() else legacy.LegacyReader(folder)
+    kind = dist.DistReader if os.path.lexists(folder / dist.METADATA) else legacy.LegacyReader
+    reader = kind(folder)
     config = _config(root, reader.args, reader.dtype, hf_config, ignore_args)
-    model = Model.from_config(family_of(config), config)
+    model = model_of(config, f"{root}: its config")
     if reader.args and not ignore_args:
         check_config(reader.args, model, config)
     if isinstance(reader, dist.DistReader):
@@ -79,8 +82,8 @@ def open_megatron(
 def _config(
     root: Path, args: RunArgs, dtype: Callable[[], str], given: Path | None, ignore_args: bool
 ) -> dict[str, Any]:
-    if given is None and (root / CONFIG).is_file():
-        given = root / CONFIG
+    if given is None and os.path.lexists(root / CONFIG):
+        given = check_inside(root, CONFIG)
     if given is None:
         if not args:
             raise MappingError(f"{root}: the checkpoint has no args; give the model's config.json with --hf-config")
@@ -88,9 +91,7 @@ def _config(
     if not ignore_args:
         check_expressible(args)
     given = given / CONFIG if given.is_dir() else given
-    if not given.is_file():
-        raise SourceError(f"{given}: no such file")
-    return parse_json(given.read_bytes(), str(given))
+    return parse_json(read_whole(given), str(given))
 
 
 def export_megatron(
@@ -137,18 +138,20 @@ def export_megatron(
         experts=experts,
         trainer=trainer,
     )
-    files, small = (torch_files(target), {}) if fmt == "torch" else torch_dist_files(target)
-    small |= {name: raw for name, raw in found.carried_bytes.items() if name != TRAINER}
+    files, small = (torch_files(target), dict[str, Content]()) if fmt == "torch" else torch_dist_files(target)
+    beside = small | {name: content for name, content in found.carried_files.items() if name != TRAINER}
     tensors = {name: found.tensors[name] for name in names}
     plan = make_plan(tensors, {name: found.pieces[name] for name in names}, files, copies=True)
     if dry_run:
         check_free(out.absolute())
     else:
         tracker = target.iteration.encode()
-        write_plan(found, out, plan, small, options, lambda staging, _: staging.write(TRACKER, tracker))
+        write_plan(found, out, plan, beside, options, lambda staging, *_: staging.write(TRACKER, tracker))
     left = len(found.tensors) - len(names)
     dropped = (f"{left} tensors of optimizer state (--no-optimizer)",) if left else ()
-    return Summary(len(files) + len(small) + 1, plan.nbytes + sum(map(len, small.values())), dropped, str(degrees))
+    return Summary(
+        len(files) + len(beside) + 1, plan.nbytes + sum(map(size_of, beside.values())), dropped, str(degrees)
+    )
 
 
 def _trainer(found: Checkpoint, fmt: Format) -> dict[str, Any] | None:
@@ -170,11 +173,9 @@ def _trainer(found: Checkpoint, fmt: Format) -> dict[str, Any] | None:
     kinds = {info.dtype for name, info in found.tensors.items() if split_optimizer_name(name)[0] is None}
     if "master" not in states and kinds != {"F32"}:
         raise MappingError(f"{found.root}: holds moments but no fp32 weights (optimizer.master.*){remedy}")
-    trainer = parse_json(found.carried_bytes[TRAINER], str(found.root / TRAINER))
-    if trainer.get("version") != TRAINER_VERSION or "num_steps" not in trainer.get("optimizer", {}):
-        raise MappingError(
-            f"{found.root / TRAINER}: lacks the optimizer's step count, or is of another version{remedy}"
-        )
+    trainer = parse_trainer(read_content(found.carried_files[TRAINER]), str(found.root / TRAINER))
+    if "num_steps" not in trainer["optimizer"]:
+        raise MappingError(f"{found.root / TRAINER}: lacks the optimizer's step count{remedy}")
     if "expert_bias" in trainer["optimizer"]:
         raise MappingError(
             f"{found.root / TRAINER}: the router was trained with expert biases, which {found.family.name} has no tensor for{remedy}"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from moeconv.dtypes import dtype
 from moeconv.errors import MappingError, SourceError
 from moeconv.families.base import Model
-from moeconv.io.hf_folder import parse_json
-from moeconv.io.paths import check_inside
+from moeconv.io.decode import MAX_NAME_CHARS, Name, Shape, Size, brief, parse_json, typed
+from moeconv.io.paths import check_file, check_inside, read_inside, read_whole
 from moeconv.io.torch_archive import read_archive, with_numbers
-from moeconv.io.unpickle import TORCH_DTYPES, Opaque, Symbol, TensorRef, load_pickle
+from moeconv.io.unpickle import MAX_PICKLE_BYTES, TORCH_DTYPES, Opaque, Symbol, TensorRef, load_pickle
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
 from moeconv.megatron.args import RunArgs
@@ -35,6 +38,26 @@ _DROPPED = {
     "common_state": "read as the run's arguments",
     "content_metadata": "read as the run's arguments",
 }
+
+
+# What `.metadata` must hold, field by field: the state of torch's MetadataIndex, _StorageInfo and ChunkStorageMetadata.
+
+
+class _Index(msgspec.Struct):
+    fqn: Name
+    offset: Shape | None = None
+
+
+class _Item(msgspec.Struct):
+    relative_path: Name
+    offset: Size
+    length: Size
+    transform_descriptors: list[Any] | None = None
+
+
+class _Rect(msgspec.Struct):
+    offsets: Shape
+    sizes: Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,59 +90,80 @@ class DistReader:
             SourceError: a file is missing or damaged, or the save was never completed.
         """
         self.folder = folder
-        if not (folder / CONFIG).is_file():
+        if not os.path.lexists(folder / CONFIG):
             raise SourceError(f"{folder}: has no {CONFIG}, which Megatron writes last: its save was never completed")
-        config = parse_json((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+        config = parse_json(read_inside(folder, CONFIG), str(folder / CONFIG))
         if config.get("sharded_backend") != "torch_dist":
-            raise SourceError(f"{folder}: its backend is {config.get('sharded_backend')!r}; expected torch_dist")
-        raw = load_pickle((folder / METADATA).read_bytes(), str(folder / METADATA))
+            raise SourceError(f"{folder}: its backend is {brief(config.get('sharded_backend'))}; expected torch_dist")
+        where = str(folder / METADATA)
+        raw = load_pickle(read_whole(check_file(folder, METADATA), MAX_PICKLE_BYTES), where)
         entries = raw.get("state_dict_metadata") if isinstance(raw, Opaque) else None
         stored = raw.get("storage_data") if isinstance(raw, Opaque) else None
         if not isinstance(entries, dict) or not isinstance(stored, dict):
-            raise SourceError(f"{folder / METADATA}: holds no metadata of torch.distributed.checkpoint")
-        self._infos = self._storage(stored)
-        self.tensors = {k: self._tensor(k, v) for k, v in entries.items() if isinstance(v, Opaque) and v.get("size")}
+            raise SourceError(f"{where}: holds no metadata of torch.distributed.checkpoint")
+        if not all(isinstance(key, str) and len(key) <= MAX_NAME_CHARS for key in entries):
+            raise SourceError(f"{where}: holds something whose key is no name")
+        self._items = self._storage(stored, where)
+        self.tensors = {k: self._tensor(k, v, where) for k, v in entries.items() if _has_size(v)}
         self.objects = [k for k in entries if k not in self.tensors]
         self.common = self._common()
         self.args = RunArgs(self.common.get("args"))
 
-    def _storage(self, stored: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], Opaque]:
+    def _storage(self, stored: dict[Any, Any], where: str) -> dict[tuple[str, tuple[int, ...] | None], _Item]:
+        """Check where each item is; no two share a byte, or what one of them holds would be read twice and another never."""
         out = {}
         for index, info in stored.items():
-            if not isinstance(index, Opaque) or not isinstance(info, Opaque) or not isinstance(index.get("fqn"), str):
-                raise SourceError(f"{self.folder / METADATA}: an entry of its storage data is malformed")
-            if info.get("transform_descriptors"):
-                raise SourceError(
-                    f"{self.folder}: {index.get('fqn')} is compressed; save it without a stream transform"
-                )
-            offset = index.get("offset")
-            out[index.get("fqn"), tuple(offset) if offset is not None else None] = info
+            if not isinstance(index, Opaque) or not isinstance(info, Opaque):
+                raise SourceError(f"{where}: an entry of its storage data is malformed")
+            key = typed(index.state, _Index, where)
+            item = typed(info.state, _Item, where)
+            if item.transform_descriptors:
+                raise SourceError(f"{self.folder}: {key.fqn} is compressed; save it without a stream transform")
+            if (key.fqn, key.offset) in out:
+                raise SourceError(f"{where}: says twice where {key.fqn} {key.offset or ''} is stored")
+            out[key.fqn, key.offset] = item
+        end_of: dict[str, int] = {}
+        for item in sorted(out.values(), key=lambda i: (i.relative_path, i.offset)):
+            if item.offset < end_of.get(item.relative_path, 0):
+                raise SourceError(f"{where}: two items share bytes of {brief(item.relative_path)}; the file is damaged")
+            end_of[item.relative_path] = item.offset + item.length
+        for name in end_of:
+            check_inside(self.folder, name)
         return out
 
     def _chunk(self, key: str, rect: Rect | None) -> Chunk:
-        info = self._infos.get((key, rect.offsets if rect else None))
-        if info is None:
+        item = self._items.get((key, rect.offsets if rect else None))
+        if item is None:
             raise SourceError(f"{self.folder}: {METADATA} lists {key} {rect or ''} but not where it is stored")
-        file, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
-        if not isinstance(file, str) or not isinstance(offset, int) or not isinstance(length, int):
-            raise SourceError(f"{self.folder / METADATA}: {key} has a malformed position")
-        check_inside(self.folder, file)
-        return Chunk(rect or Rect((), ()), file, offset, length)
+        return Chunk(rect or Rect((), ()), item.relative_path, item.offset, item.length)
 
-    def _tensor(self, key: str, entry: Opaque) -> DistTensor:
-        try:
-            properties = entry.get("properties")
-            symbol = properties.state[0] if isinstance(properties.state, tuple) else properties.get("dtype")
-            assert isinstance(symbol, Symbol)
-            rects = [Rect(tuple(c.get("offsets")), tuple(c.get("sizes"))) for c in entry.get("chunks")]
-            chunks = tuple(self._chunk(key, rect) for rect in rects)
-            return DistTensor(key, TORCH_DTYPES[symbol.name], tuple(entry.get("size")), chunks)
-        except (AssertionError, AttributeError, KeyError, TypeError) as error:
-            raise SourceError(f"{self.folder / METADATA}: the entry of {key} is malformed ({error!r})") from None
+    def _tensor(self, key: str, entry: Opaque, where: str) -> DistTensor:
+        properties, chunks = entry.get("properties"), entry.get("chunks")
+        symbol = None
+        if isinstance(properties, Opaque):
+            first = properties.state[:1] if isinstance(properties.state, tuple) else (properties.get("dtype"),)
+            symbol = first[0] if first else None
+        known = isinstance(symbol, Symbol) and symbol.module == "torch" and symbol.name in TORCH_DTYPES
+        if not known or not isinstance(chunks, list) or not all(isinstance(c, Opaque) for c in chunks):
+            raise SourceError(f"{where}: the entry of {key} is malformed")
+        assert isinstance(symbol, Symbol)
+        size = typed(entry.get("size"), Shape, where)
+        rects = []
+        for chunk in chunks:
+            found = typed(chunk.state, _Rect, where)
+            rect = Rect(found.offsets, found.sizes)
+            inside = len(rect.offsets) == len(rect.shape) == len(size)
+            if not inside or any(end > n for end, n in zip(rect.ends, size, strict=True)):
+                raise SourceError(
+                    f"{where}: {key} of shape {list(size)} has a chunk outside it, at {list(found.offsets)}"
+                )
+            rects.append(rect)
+        found_chunks = tuple(self._chunk(key, rect) for rect in rects)
+        return DistTensor(key, TORCH_DTYPES[symbol.name], size, found_chunks)
 
     def _common(self) -> dict[str, Any]:
-        if (self.folder / COMMON).is_file():
-            root = with_numbers(read_archive(self.folder / COMMON))
+        if os.path.lexists(self.folder / COMMON):
+            root = with_numbers(read_archive(check_inside(self.folder, COMMON)))
         elif COMMON_STATE in self.objects:
             root = self.object(COMMON_STATE)
         else:
@@ -156,7 +200,8 @@ class DistReader:
         pp = args.degree("pipeline_model_parallel_size")
         vpp = args.degree("virtual_pipeline_model_parallel_size") if pp > 1 else 1
         tp, ep = args.degree("tensor_model_parallel_size"), args.degree("expert_model_parallel_size")
-        return Degrees(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=int(args.get("expert_tensor_parallel_size") or tp))
+        etp = args.degree("expert_tensor_parallel_size") if args.get("expert_tensor_parallel_size") else tp
+        return Degrees(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
 
 
 def locate(
@@ -213,6 +258,11 @@ def locate(
         trainer=trainer,
         archives=[(f"{iteration}/{c.file}", c.offset, c.length) for c in chunks],
     )
+
+
+def _has_size(entry: Any) -> bool:
+    """Tell a tensor's entry from that of a byte object."""
+    return isinstance(entry, Opaque) and bool(entry.get("size"))
 
 
 def _split_optimizer(key: str) -> tuple[str | None, str]:

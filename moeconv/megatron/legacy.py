@@ -10,6 +10,8 @@ from typing import Any
 from moeconv.dtypes import dtype
 from moeconv.errors import MappingError, SourceError
 from moeconv.families.base import Model
+from moeconv.io.decode import MAX_NAME_CHARS, brief
+from moeconv.io.paths import check_folder, check_inside
 from moeconv.io.torch_archive import TorchArchive, read_archive, row_major
 from moeconv.io.unpickle import TensorRef
 from moeconv.layout.degrees import Degrees, chunk_layers
@@ -20,6 +22,7 @@ from moeconv.megatron.source import Collector, MegatronSource
 from moeconv.megatron.tensors import MegatronTensor, megatron_tensors, place_parts
 
 FILE = "model_optim_rng.pt"
+_MAX_FOLDER = 64
 _NOT_WEIGHTS = {
     "optimizer": "optimizer state of the torch format is kept per rank; continue training from a torch_dist checkpoint",
     "opt_param_scheduler": "belongs to the optimizer state",
@@ -54,7 +57,8 @@ class LegacyReader:
             MappingError: a file holds no GPT model.
         """
         self.folder = folder
-        names = dict(parse_folders([p.name for p in folder.iterdir() if p.is_dir()]))
+        check_folder(folder)
+        names = dict(parse_folders([p.name for p in folder.iterdir() if p.is_dir() and len(p.name) < _MAX_FOLDER]))
         if not names:
             raise SourceError(f"{folder}: holds no mp_rank_* folder")
         self._files = {numbers: self._read(name) for name, numbers in names.items()}
@@ -65,18 +69,23 @@ class LegacyReader:
         self.dropped = [f"{key} ({why})" for key, why in _NOT_WEIGHTS.items() if key in first.archive.root]
 
     def _read(self, name: str) -> _RankFile:
-        archive = read_archive(self.folder / name / FILE)
+        archive = read_archive(check_inside(self.folder, f"{name}/{FILE}"))
         root = archive.root
-        if not isinstance(root, dict):
+        if not isinstance(root, dict) or not all(isinstance(key, str) for key in root):
             raise MappingError(f"{archive.path}: holds no checkpoint of Megatron's")
         chunks = [root["model"]] if "model" in root else []
         while not chunks or (chunks and f"model{len(chunks)}" in root and "model" not in root):
             if f"model{len(chunks)}" not in root:
                 raise MappingError(f"{archive.path}: holds no model; its keys are {', '.join(map(str, root))[:200]}")
             chunks.append(root[f"model{len(chunks)}"])
-        unknown = [k for k in root if k not in _KNOWN and k not in _NOT_WEIGHTS and not str(k).startswith("model")]
+        unknown = [k for k in root if k not in _KNOWN and k not in _NOT_WEIGHTS and not k.startswith("model")]
         if unknown or not all(isinstance(chunk, dict) for chunk in chunks):
-            raise MappingError(f"{archive.path}: has unknown entries {unknown}; expected a GPT model's checkpoint")
+            raise MappingError(
+                f"{archive.path}: has unknown entries {brief(unknown)}; expected a GPT model's checkpoint"
+            )
+        for key in (key for chunk in chunks for key in chunk):
+            if not isinstance(key, str) or len(key) > MAX_NAME_CHARS:
+                raise MappingError(f"{archive.path}: {brief(key)} is no tensor's name")
         return _RankFile(name, archive, chunks)
 
     def _degrees(self) -> Degrees:
@@ -89,6 +98,11 @@ class LegacyReader:
         pp = 1 + max(n[1] for n in numbers) if pipeline else 1
         ep = 1 + max(n[-1] for n in numbers) if length == {3} or (length == {2} and not pipeline) else 1
         etp = self.args.degree("expert_tensor_parallel_size") if self.args.get("expert_tensor_parallel_size") else tp
+        if max(tp, pp, ep) > len(numbers) or etp > tp:  # before anything is made for each rank
+            raise SourceError(
+                f"{self.folder}: tp {tp}, pp {pp}, ep {ep} and etp {etp} don't go with {len(numbers)} folders of ranks; "
+                "copy the whole folder"
+            )
         counts = self._layer_counts(pp, pipeline)
         even = len(set(counts)) == 1
         degrees = Degrees(tp=tp, pp=pp, vpp=self.chunks, ep=ep, etp=etp, pp_layers=None if even else tuple(counts))
@@ -107,20 +121,24 @@ class LegacyReader:
     def _second_is_stage(self) -> bool:
         """Tell mp_rank_TT_PPP from mp_rank_TT_EEE: without a pipeline every file holds the embedding."""
         said = self.args.get("pipeline_model_parallel_size")
-        if said is not None:
-            return int(said) > 1
+        if isinstance(said, int):
+            return said > 1
         return not all("embedding.word_embeddings.weight" in file.chunks[0] for file in self._files.values())
 
     def _layer_counts(self, pp: int, pipeline: bool) -> list[int]:
         counts = []
         for chunk in range(self.chunks):
             for stage in range(pp):
-                file = next(f for n, f in self._files.items() if not pipeline or n[1] == stage)
+                file = next((f for n, f in self._files.items() if not pipeline or n[1] == stage), None)
+                if file is None:
+                    raise SourceError(f"{self.folder}: has no folder of stage {stage}; copy the whole folder")
                 if len(file.chunks) != self.chunks:
                     raise MappingError(
                         f"{file.archive.path}: has {len(file.chunks)} model chunks; others {self.chunks}"
                     )
                 layers = {found.layer for found in map(parse, file.chunks[chunk]) if found and found.layer is not None}
+                if layers != set(range(len(layers))) or not layers:
+                    raise MappingError(f"{file.archive.path}: holds layers {brief(sorted(layers))}; expected 0 and on")
                 counts.append(len(layers))
         return counts
 
@@ -147,15 +165,21 @@ class LegacyReader:
             file = self._files[numbers]
             for chunk, entries in enumerate(file.chunks):
                 for name, value in entries.items():
-                    if str(name).endswith(EXTRA_STATE):
+                    if name.endswith(EXTRA_STATE):
                         continue
                     if not isinstance(value, TensorRef):
                         raise MappingError(f"{file.archive.path}: {name} is no tensor")
                     yield rank, chunk, name, value, file.archive
 
     def dtype(self) -> str:
-        """Give the dtype of the weights: that of the first one."""
-        return next(value.dtype for _, _, _, value, _ in self.tensors())
+        """Give the dtype of the weights: that of the first one.
+
+        Raises:
+            MappingError: there is none.
+        """
+        for _, _, _, value, _ in self.tensors():
+            return value.dtype
+        raise MappingError(f"{self.folder}: its files hold no tensor")
 
 
 def locate(reader: LegacyReader, root: Path, iteration: str, model: Model, config: Mapping[str, Any]) -> MegatronSource:

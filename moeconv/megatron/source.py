@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import Any
 
 from moeconv.errors import MappingError, SourceError
 from moeconv.families.base import Model
+from moeconv.io.paths import check_folder, read_inside
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect, check_cover
 from moeconv.megatron.args import RunArgs
 from moeconv.pieces import Piece, check_complete
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_MAX_TRACKER_BYTES = 1024
 
 
 @dataclass(slots=True)
@@ -61,37 +65,39 @@ def find_iteration(root: Path, iteration: int | None = None) -> tuple[Path, str]
     Raises:
         SourceError: there is no such folder, or no tracker file to choose one.
     """
-    if not root.is_dir():
-        raise SourceError(f"{root}: no such folder")
+    check_folder(root)
     if is_iteration(root):
-        return root.parent, root.name
-    if iteration is None:
-        try:
-            said = (root / TRACKER).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            raise SourceError(
-                f"{root}: holds no readable {TRACKER}; expected the folder that Megatron's --save named, or one of its "
-                "iter_* folders"
-            ) from None
-        if said != "release" and not said.isdecimal():
-            raise SourceError(f"{root / TRACKER}: says {said[:40]!r}; expected a number or release")
-        name = said if said == "release" else f"iter_{int(said):07d}"
-    else:
-        name = f"iter_{iteration:07d}"
-    if not (root / name).is_dir():
+        real = Path(os.path.realpath(root))
+        return real.parent, real.name
+    name = f"iter_{iteration:07d}" if iteration is not None else _tracked(root)
+    if not os.path.isdir(root / name):
         present = sorted(p.name for p in root.iterdir() if p.is_dir())[:8]
         raise SourceError(f"{root}: has no folder {name}; it has {', '.join(present) or 'none'}")
+    if os.path.islink(root / name):
+        raise SourceError(f"{root / name}: is a link; name the folder that it leads to instead")
     return root, name
+
+
+def _tracked(root: Path) -> str:
+    """Give the folder that the tracker file names."""
+    if not os.path.lexists(root / TRACKER):
+        raise SourceError(
+            f"{root}: holds no {TRACKER}; expected the folder that Megatron's --save named, or one of its iter_* folders"
+        )
+    said = read_inside(root, TRACKER, _MAX_TRACKER_BYTES).decode("ascii", "replace").strip()
+    if said != "release" and not re.fullmatch(r"[0-9]{1,18}", said):
+        raise SourceError(f"{root / TRACKER}: says {said[:40]!r}; expected a number or release")
+    return said if said == "release" else f"iter_{int(said):07d}"
 
 
 def is_iteration(folder: Path) -> bool:
     """Say whether a folder is that of one iteration, in either format."""
-    return (folder / ".metadata").is_file() or any(folder.glob("mp_rank_*/model_optim_rng.pt"))
+    return os.path.isfile(folder / ".metadata") or any(folder.glob("mp_rank_*/model_optim_rng.pt"))
 
 
 def is_megatron(folder: Path) -> bool:
     """Say whether a folder is a Megatron checkpoint: its root, or one iteration."""
-    return folder.is_dir() and ((folder / TRACKER).is_file() or is_iteration(folder))
+    return os.path.isdir(folder) and (os.path.lexists(folder / TRACKER) or is_iteration(folder))
 
 
 class Collector:

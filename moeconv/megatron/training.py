@@ -13,9 +13,9 @@ from typing import Any
 
 from moeconv.errors import MappingError, SourceError
 from moeconv.io.torch_archive import tensor_value, whole_tensor
+from moeconv.io.trainer_file import TRAINER_VERSION
 from moeconv.megatron.args import RunArgs
 
-TRAINER_VERSION = 1
 SHARDING = "fully_reshardable"
 _SCALE = "0"  # the key of the storage of the loss scale
 # What an optimizer is set to where trainer.json doesn't say: the runtime's and Megatron's defaults.

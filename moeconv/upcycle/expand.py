@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import RecipeError
 from moeconv.families.base import GlobalTensor, Model, fill
@@ -57,7 +54,7 @@ def plan_expand(source: Checkpoint, recipe: Recipe) -> Planned:
         config,
         model,
         made,
-        inexact=tuple(_why_inexact(recipe, source.config, top_k * before == sizes["top_k"] * experts)),
+        inexact=tuple(_why_inexact(recipe, source.model, top_k * before == sizes["top_k"] * experts)),
         lossless=True,
         notes=("optimizer state does not fit the copies: start it anew",),
     )
@@ -95,14 +92,15 @@ def _moved(piece: Piece, offsets: tuple[int, ...]) -> Piece:
     return Piece(piece.tensor, piece.dtype, piece.rect.shifted(offsets), piece.file, piece.begin, piece.strides)
 
 
-def _why_inexact(recipe: Recipe, config: Mapping[str, Any], proportional: bool) -> list[str]:
-    out = []
+def _why_inexact(recipe: Recipe, source: Model, proportional: bool) -> list[str]:
+    out, router = [], source.compute.router
+    assert router is not None
     if not proportional:
         out.append("a token's top experts are copies of fewer different ones, unless --top-k grows with --experts")
     if recipe.noise_std:
         out.append("noise changes the experts")
     if recipe.router_std != 0:
         out.append("noise on router rows changes the routing weights (give --router-std 0 for none)")
-    if config.get("n_group", 1) not in (None, 1) or ("n_routed_experts" in config and not config.get("norm_topk_prob")):
+    if router.groups > 1 or (router.score == "sigmoid" and not router.normalise):
         out.append("groups of experts, or sigmoid weights that are not renormalised, count copies otherwise")
     return out

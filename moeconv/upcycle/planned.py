@@ -15,12 +15,13 @@ from moeconv.describe import describe
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import MappingError, RecipeError
 from moeconv.families.base import Family, Model
+from moeconv.io.carried import Content
 from moeconv.io.hf_folder import CONFIG
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece, TensorInfo
 from moeconv.sweep import Sweep, open_strips
 from moeconv.upcycle.build import Builder, Made
-from moeconv.upcycle.carriers import SOURCES, choose, left_out, make_config
+from moeconv.upcycle.carriers import SOURCES, choose, left_out
 from moeconv.upcycle.draws import Floats
 from moeconv.upcycle.recipe import Recipe
 from moeconv.upcycle.shapes import FORMULAS, advice, dense_shape, lossless, why_inexact
@@ -51,9 +52,9 @@ class Planned(Checkpoint):
         return sorted(str((s.root / name).absolute()) for s in self.sources for name in s.files)
 
     @cached_property
-    def carried_bytes(self) -> dict[str, bytes]:
+    def carried_files(self) -> dict[str, Content]:
         """The source's small files, the carrier's config.json, and the report."""
-        held = {name: data for name, data in self.sources[0].carried_bytes.items() if name != REPORT}
+        held = {name: content for name, content in self.sources[0].carried_files.items() if name != REPORT}
         held[CONFIG] = (json.dumps(self.config, indent=2) + "\n").encode()
         held[REPORT] = (json.dumps(self.report, indent=2) + "\n").encode()
         return held
@@ -73,7 +74,7 @@ class Planned(Checkpoint):
             "carrier": self.family.model_type,
             "experts": sizes["experts"],
             "top_k": sizes["top_k"],
-            "expert_width": sizes["ffn"],
+            "expert_width": self.model.width("expert"),
             "parameters": counts["parameters"],
             "active_parameters": counts["active_parameters"],
             "bytes_by_kind": dict(self.kinds),
@@ -126,22 +127,19 @@ def plan_upcycle(
         raise RecipeError(f"{source.root}: is {source.family.name}; dense sources are {', '.join(SOURCES)}{hint}")
     _check_alike(source, others)
     shape = dense_shape(recipe, source.model)
-    carrier = choose(recipe.carrier, source.model, source.config, shape)
-    lost = left_out(source.config)
-    config = make_config(carrier, source.model, source.config, shape)
-    model = Model.from_config(carrier.family, config)
+    carrier, config = choose(recipe.carrier, source.model, shape)
+    lost = left_out(source.model)
+    model = Model.from_config(carrier, config)
     builder = Builder(source, others, recipe, shape, model, hidden or {})
     made = {name: m for name, tensor in model.tensors.items() if (m := builder.make(tensor)) is not None}
     unused = set(source.tensors) - {name for m in made.values() for name in m.uses}
     if unused:
-        raise MappingError(
-            f"{source.root}: {sorted(unused)[0]} would be lost: {carrier.family.name} has no place for it"
-        )
+        raise MappingError(f"{source.root}: {sorted(unused)[0]} would be lost: {carrier.name} has no place for it")
     factors = builder.factors()
     inexact = why_inexact(recipe, shape, factors)
     notes = advice(recipe, shape, not inexact)
     if lost:
-        notes.append(f"config.json: {', '.join(lost)}: {carrier.family.name} has no such field; left out")
+        notes.append(f"config.json: {', '.join(lost)}: {carrier.name} has no such field; left out")
     return assemble(
         (source, *others),
         recipe,

@@ -35,7 +35,8 @@ def dense_shape(recipe: Recipe, source: Model) -> Shape:
     Raises:
         RecipeError: they don't fit each other or the model; the message says what does.
     """
-    f, num_layers, granularity, method = source.sizes["ffn"], source.sizes["layers"], recipe.granularity, recipe.method
+    f, num_layers = source.width("mlp"), source.sizes["layers"]
+    granularity, method = recipe.granularity, recipe.method
     default = 1 + len(recipe.branches) if method == "mix" else 8 * granularity
     experts = recipe.experts or default
     if experts % granularity:

@@ -19,7 +19,7 @@ def similarity(mixture: Checkpoint) -> dict[int, float]:
     Returns:
         By layer, rounded to 4 digits; 1 for a layer of one expert.
     """
-    experts, width = mixture.model.sizes["experts"], mixture.model.sizes["ffn"]
+    experts, width = mixture.model.sizes["experts"], mixture.model.width("expert")
     rows = min(width, max(4, _SAMPLED_ROWS // experts))
     out = {}
     for layer in sorted(mixture.model.moe_layers):

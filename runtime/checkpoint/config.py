@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import require
+from runtime.flag import check_fields, flag
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,17 +13,27 @@ class CheckpointConfig:
     """Where checkpoints come from and go to."""
 
     load: Path
+    """A checkpoint of any layout to start from: sharded, Hugging Face, or the --save folder of a run."""
     save: Path | None = None
-    keep_last: int = 0
+    """Folder for checkpoints; where it has one, the run goes on from the latest, whatever --load says."""
+    save_interval: int = flag(0, at_least=0)
+    """Iterations between saves; 0 saves at the end only."""
+    keep_last: int = flag(0, at_least=0)
     """Checkpoints that are kept; 0 keeps all."""
     ckpt_step: int | None = None
     """Go on from the checkpoint of this iteration instead of the latest, of --save or --load (--ckpt-step). Of a run's
     own saves it becomes the latest at once, so that a restart goes on from what is saved after it."""
     finetune: bool = False
-    """Take only the weights from `load`."""
-    load_optim: bool = True
-    load_rng: bool = True
-    save_optim: bool = True
+    """Take only the weights from --load: the run starts at iteration 0 with new optimizer states."""
+    load_optim: bool = flag(True, off="--no-load-optim")
+    """Take the optimizer's state from --load; --no-load-optim starts with new moments."""
+    load_rng: bool = flag(True, off="--no-load-rng")
+    """Take the seed from --load; --no-load-rng takes --seed."""
+    save_optim: bool = flag(True, off="--no-save-optim")
+    """Save the optimizer's state; --no-save-optim saves weights only, and no run can go on exactly from that."""
 
     def __post_init__(self) -> None:
-        require(self.keep_last >= 0, f"--keep-last is {self.keep_last}; expected at least 0 (0 keeps all)")
+        check_fields(self)
+        if self.finetune:
+            object.__setattr__(self, "load_optim", False)
+            object.__setattr__(self, "load_rng", False)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from moeconv.io.staging import sync_path
 LATEST = "latest"
 PARTIAL = ".partial"
 _OLD = ".old"
+_TRIAL = ".trial-"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -154,7 +156,8 @@ def clean(root: Path) -> None:
             continue
         if _NAME.fullmatch(path.name.removesuffix(suffix)):
             shutil.rmtree(path)
-    (root / (LATEST + PARTIAL)).unlink(missing_ok=True)
+    for path in (root / (LATEST + PARTIAL), *root.glob(f"{_TRIAL}*")):
+        path.unlink(missing_ok=True)
 
 
 def incomplete(root: Path) -> list[Path]:
@@ -189,6 +192,31 @@ def prepare(root: Path, iteration: int) -> Path:
     except OSError as error:
         raise WriteError(f"--save {root}: can't be written: {error.strerror} ({error.filename})") from None
     return partial
+
+
+def try_writing(root: Path, size: int) -> None:
+    """Find out whether a checkpoint can be written, before anything is trained for it.
+
+    Args:
+        root: the save folder; it is made if it isn't there.
+        size: bytes of a checkpoint.
+
+    Raises:
+        WriteError: the folder can't be written to, or has no room for one checkpoint.
+    """
+    trial = root / f"{_TRIAL}{secrets.token_hex(8)}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        trial.write_bytes(b"moeconv")
+        trial.unlink()
+        free = shutil.disk_usage(root).free
+    except OSError as error:
+        raise WriteError(f"--save {root}: can't be written: {error.strerror} ({error.filename})") from None
+    if free < size:
+        raise WriteError(
+            f"--save {root}: a checkpoint takes {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room, give "
+            "another folder, or save less with --no-save-optim"
+        )
 
 
 def publish(partial: Path) -> Path:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moeconv.checkpoint import Checkpoint, finish_checkpoint
+from moeconv.families.base import Model
 from moeconv.io.manifest import FileRecord
 from moeconv.io.shards import ShardEntry
-from moeconv.layout.degrees import Degrees
 from moeconv.placement import split_optimizer_name
 from moeconv.sweep import Bytes
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
-from runtime.engine import Engine
+from runtime.checkpoint.rectangles import StateTensor
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 
@@ -24,30 +24,25 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 
 def collect_files(
-    engine: Engine,
+    items: Sequence[StateTensor],
     mesh: ParallelMesh,
-    checkpoint: Checkpoint,
+    model: Model,
     stage: Callable[[Sequence[Tensor]], list[Bytes]],
-    *,
-    with_optimizer: bool,
 ) -> dict[str, list[ShardEntry]]:
     """Copy what this rank owns to the host, sorted into files.
 
     Args:
-        engine: gives the tensors; of each global byte, one rank has it.
+        items: the rectangles that this rank writes; of each global byte, one rank has it.
         mesh: this rank's coordinates.
-        checkpoint: any checkpoint of the same model; says which tensors are experts'.
+        model: says which tensors are experts'.
         stage: copies tensors to the host, as the saver that will write them does it.
-        with_optimizer: master weights and moments, too.
 
     Returns:
         File name -> its tensors, copied, so that training can go on; valid until `stage` is called again.
     """
-    model = checkpoint.model
     names = file_names(mesh)
     files: dict[str, list[ShardEntry]] = {}
     rectangles: Counter[str] = Counter()
-    items = engine.state(with_optimizer)
     for item, data in zip(items, stage([item.tensor for item in items]), strict=True):
         state, base = split_optimizer_name(item.name)
         name = ("optimizer-" if state else "") + names[model.tensors[base].expert is not None]
@@ -78,7 +73,12 @@ def file_names(mesh: ParallelMesh) -> dict[bool, str]:
 
 
 def commit_checkpoint(
-    folder: Path, records: list[FileRecord], source: Checkpoint, parallel: ParallelConfig, state: TrainerState
+    folder: Path,
+    records: list[FileRecord],
+    source: Checkpoint,
+    parallel: ParallelConfig,
+    state: TrainerState,
+    settings: Mapping[str, str] | None = None,
 ) -> None:
     """Make a checkpoint of a folder that has all ranks' files in it.
 
@@ -88,9 +88,10 @@ def commit_checkpoint(
         source: the checkpoint that the run started from; config, tokenizer and shard map come from it.
         parallel: the layout of the run.
         state: the run's position.
+        settings: name -> text of the file that starts the run again; one that the source carries under this name stays.
     """
+    for name, text in (settings or {}).items():
+        if name not in source.carried:
+            (folder / name).write_text(text, encoding="utf8")
     (folder / TRAINER_FILE).write_text(state.to_json())
-    degrees = Degrees(
-        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, etp=parallel.etp, pp_layers=parallel.pp_layers
-    )
-    finish_checkpoint(folder, source, degrees, records)
+    finish_checkpoint(folder, source, parallel.layout, records)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,14 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moeconv.errors import MoeconvError
 from moeconv.layout.rect import Rect
-from runtime.optim.adamw import MOMENTS, AdamW
+from runtime.optim.protocol import Optimizer
 from runtime.parallel.collectives import group_rank, group_size
 from runtime.parallel.shards import Shard, ShardPart
 from runtime.parallel.topology import Block, blocks
 
 Read = Callable[[str, Rect], npt.NDArray[Any]]
+MASTER = "master"
+"""The state of every optimizer that keeps the weights in full precision."""
 READERS = 4
 """Rectangles of a rank that are read at a time."""
 
@@ -56,6 +57,12 @@ def weights(shards: Sequence[Shard]) -> Iterator[StateTensor]:
                 yield StateTensor(block.name, block.global_shape, block.rect, block.of(item.flat, item.begin))
 
 
+def whole(name: str, tensor: Tensor) -> StateTensor:
+    """A tensor that one rank has whole."""
+    shape = tuple(tensor.shape)
+    return StateTensor(name, shape, Rect.whole(shape), tensor)
+
+
 def gradients(shards: Sequence[Shard]) -> Iterator[StateTensor]:
     """The gradients of the last step, each element on one rank, as rectangles of the weights' names."""
     for shard in shards:
@@ -65,12 +72,12 @@ def gradients(shards: Sequence[Shard]) -> Iterator[StateTensor]:
             )
 
 
-def optimizer_state(shards: Sequence[Shard], optimizer: AdamW) -> Iterator[StateTensor]:
-    """Master weights, where they are not the weights themselves, and moments, each element on one rank."""
+def optimizer_state(shards: Sequence[Shard], optimizer: Optimizer) -> Iterator[StateTensor]:
+    """Master weights, where they are not the weights themselves, and the optimizer's states, each element on one rank."""
     for shard in shards:
-        states = {name: optimizer.moment(shard, name) for name in MOMENTS}
+        states = {name: optimizer.state(shard, name) for name in optimizer.states}
         if shard.separate_master:
-            states["master"] = shard.master
+            states[MASTER] = shard.master
         for block, part in _owned(shard):
             for state, flat in states.items():
                 tensor = block.of(flat[part.range], part.begin)
@@ -129,29 +136,32 @@ def load_weights(shards: Sequence[Shard], read: Read) -> None:
             _fill(shard, shard.master, read, "")
 
 
-def load_optimizer(shards: Sequence[Shard], optimizer: AdamW, read: Read) -> None:
-    """Fill master weights, where they are kept apart and stored, and moments.
+def load_optimizer(shards: Sequence[Shard], optimizer: Optimizer, read: Read, stored: Container[str]) -> None:
+    """Fill master weights, where they are kept apart and stored, and the optimizer's states.
 
     Args:
         shards: this rank's.
-        optimizer: has the moments.
+        optimizer: has the states.
         read: gives a rectangle of a tensor by its name on disk.
+        stored: the names on disk.
+
+    Raises:
+        MoeconvError: a state is not stored, or can't be read.
     """
     for shard in shards:
-        for name in MOMENTS:
-            _fill(shard, optimizer.moment(shard, name), read, f"optimizer.{name}.")
+        for name in optimizer.states:
+            _fill(shard, optimizer.state(shard, name), read, f"optimizer.{name}.")
         # A run in fp32 stores no masters: its weights, read by `load_weights`, are just as precise.
-        _fill(shard, shard.master, read, "optimizer.master.", optional=True)
+        _fill(shard, shard.master, read, f"optimizer.{MASTER}.", stored)
 
 
-def _fill(shard: Shard, flat: Tensor, read: Read, prefix: str, *, optional: bool = False) -> None:
+def _fill(shard: Shard, flat: Tensor, read: Read, prefix: str, stored: Container[str] | None = None) -> None:
+    """Fill a shard's range with what is on disk; where `stored` is given, what it lacks stays as it is."""
     targets: list[tuple[Block, Tensor]] = []
     for part in shard.parts():
         for block in blocks(part.slot.topology, part.slot.cols, part.begin, part.end):
-            targets.append((replace(block, name=prefix + block.name), block.of(flat[part.range], part.begin)))
-    try:
-        for target, stored in _read_ahead(read, targets):
-            target.copy_(stored)
-    except (KeyError, MoeconvError):
-        if not optional:
-            raise
+            name = prefix + block.name
+            if stored is None or name in stored:
+                targets.append((replace(block, name=name), block.of(flat[part.range], part.begin)))
+    for target, found in _read_ahead(read, targets):
+        target.copy_(found)

@@ -11,39 +11,11 @@ import torch
 import xxhash
 
 from runtime.data.batch import IGNORED_LABEL, Batch
+from runtime.data.config import DataConfig
+from runtime.data.mock import MOCK, mock_tokens
 from runtime.data.packing import SPLITS, PackedSamples, TokenStream, split_bounds
 from runtime.data.text import default_cache, open_sources
 from runtime.errors import require
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Where a run's tokens come from."""
-
-    paths: tuple[Path, ...] = ()
-    """Files or folders that `split` divides."""
-    split: tuple[float, ...] = (969.0, 30.0, 1.0)
-    """Relative sizes of the train, valid and test parts, in tokens, in this order."""
-    split_paths: tuple[tuple[Path, ...], ...] = ((), (), ())
-    """Files or folders of each part, instead of paths and split."""
-    tokenizer: Path | None = None
-    """Folder or tokenizer.json; None takes the checkpoint's own."""
-    cache: Path | None = None
-    """Folder for tokenized text; None is under ~/.cache."""
-    seq_length: int
-    seed: int = 1234
-    vocab_size: int
-
-    def __post_init__(self) -> None:
-        require(
-            1 <= len(self.split) <= 3 and min(self.split) >= 0 and sum(self.split) > 0,
-            f"--split is {','.join(map(str, self.split))}; expected up to three numbers (train,valid,test), not all 0",
-        )
-        require(
-            not (self.paths and any(self.split_paths)),
-            "--data excludes --train-data-path, --valid-data-path and --test-data-path: give one or the other",
-        )
-        require(bool(self.paths or any(self.split_paths)), "no data: name files or folders with --data")
 
 
 class DataSource:
@@ -51,6 +23,7 @@ class DataSource:
 
     def __init__(self, config: DataConfig, checkpoint: Path) -> None:
         self.config = config
+        self._paths = (MOCK,) if config.mock else config.paths
         self._checkpoint = checkpoint
         self._streams: dict[tuple[Path, ...], TokenStream] = {}
 
@@ -59,7 +32,8 @@ class DataSource:
             vocab_size = self.config.vocab_size
             cache = self.config.cache or default_cache()
             source = self.config.tokenizer or self._checkpoint
-            files = open_sources(paths, source, vocab_size, cache)
+            mock = paths == (MOCK,)
+            files = [mock_tokens(vocab_size)] if mock else open_sources(paths, source, vocab_size, cache)
             self._streams[paths] = TokenStream(files, vocab_size)
         return self._streams[paths]
 
@@ -71,7 +45,7 @@ class DataSource:
         """
         index = SPLITS.index(split)
         own = self.config.split_paths[index]
-        if not own and not self.config.paths:
+        if not own and not self._paths:
             return False
         begin, end = self._range(index)
         return end - begin > self.config.seq_length
@@ -79,7 +53,7 @@ class DataSource:
     def _range(self, index: int) -> tuple[int, int]:
         """Give the part of its stream that a split takes."""
         own = self.config.split_paths[index]
-        size = len(self._stream(own or self.config.paths))
+        size = len(self._stream(own or self._paths))
         return (0, size) if own else split_bounds(size, (*self.config.split, 0.0, 0.0)[:3])[index]
 
     def samples(self, split: str) -> PackedSamples:
@@ -97,8 +71,8 @@ class DataSource:
         """
         index = SPLITS.index(split)
         own = self.config.split_paths[index]
-        require(bool(own or self.config.paths), f"the {split} split has no data: name some with --{split}-data-path")
-        stream = self._stream(own or self.config.paths)
+        require(bool(own or self._paths), f"the {split} split has no data: name some with --{split}-data-path")
+        stream = self._stream(own or self._paths)
         begin, end = self._range(index)
         config, shuffle = self.config, split == "train"
         return PackedSamples(

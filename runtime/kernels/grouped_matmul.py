@@ -21,7 +21,7 @@ MAX_ROWS = 65535 * ROW_ALIGNMENT  # the kernel counts tiles in 16 bits
 MAX_EXPERTS = 736  # whose ends fit into shared memory beside the stages
 
 KINDS = ("nt", "nn", "tn")
-EPILOGUES = ("store", "add", "swiglu")
+EPILOGUES = ("store", "add", "swiglu", "store_fp32")
 STAGES = {256: 4, 128: 6}  # by columns of a tile
 GROUP_PAIRS = 8  # what runs at one time is about as high as wide
 BLOCK_SIZE = 384  # two warpgroups that multiply, one that loads
@@ -33,7 +33,7 @@ def source(block_n: int, kind: str, epilogue: str) -> str:
     Args:
         block_n: columns of a tile, 256 or 128.
         kind: nt, nn or tn.
-        epilogue: store, add or swiglu.
+        epilogue: store, add, swiglu or store_fp32.
 
     Returns:
         CUDA C++: constants, the operand lists of a product with block_n / 2 accumulators a thread, and the kernel.
@@ -97,9 +97,7 @@ class Gate:
     act: Tensor
     """[R, F] bf16, contiguous: becomes silu(gate) * up * weight."""
     weights_TK: Tensor
-    """[T, K] fp32 routing weights, contiguous."""
-    slot_of_row_R: Tensor
-    """[R] int32 which weight a row takes, -1 for padding."""
+    """[T, K] fp32 routing weights, contiguous; a row takes that of its slot."""
 
 
 def launch(
@@ -107,8 +105,11 @@ def launch(
     left: Tensor,
     right: Tensor,
     out: Tensor,
+    slot_of_row_R: Tensor,
     offsets_E: Tensor,
     gate: Gate | None = None,
+    *,
+    add: bool = True,
 ) -> None:
     """Multiply each expert's rows.
 
@@ -116,22 +117,25 @@ def launch(
         kind: nt (rows times transposed matrices), nn (rows times matrices) or tn (transposed rows times rows).
         left: [R, depth] (tn: [R, N]) bf16 rows, contiguous, like the others.
         right: [E * N, depth] for nt, [E * depth, columns] for nn, [R, columns] for tn.
-        out: [R, columns] (tn: [E * N, columns]) bf16; with tn in fp32, the product is added to what it holds.
+        out: [R, columns] (tn: [E * N, columns]) bf16; with tn also fp32.
+        slot_of_row_R: [R] int32 slot of each row, -1 for the padding at the end of an expert's rows.
         offsets_E: [E] int32 ends of the experts' rows, multiples of ROW_ALIGNMENT; sizes are multiples of 128.
         gate: with nt, where the product is pre-activations, gate then up: write their SwiGLU too.
+        add: add the product to what an fp32 `out` holds; otherwise overwrite it.
     """
     columns, num_experts = out.shape[1], offsets_E.shape[0]
     block_n = 256 if columns % 256 == 0 else 128
-    epilogue = "swiglu" if gate is not None else "add" if out.dtype == torch.float32 else "store"
-    beside = (0, 0, 0)
-    if gate is not None:
-        beside = (gate.act.data_ptr(), gate.weights_TK.data_ptr(), gate.slot_of_row_R.data_ptr())
+    epilogue = "store" if gate is None else "swiglu"
+    if out.dtype == torch.float32:
+        epilogue = "add" if add else "store_fp32"
+    beside = (0, 0) if gate is None else (gate.act.data_ptr(), gate.weights_TK.data_ptr())
     arguments = struct.pack(
         "128s128sPPPPPiiii8x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
         _tensor_map(left.data_ptr(), *left.shape, 64),
         _tensor_map(right.data_ptr(), *right.shape, block_n // 2 if kind == "nt" else 64),
         out.data_ptr(),
         *beside,
+        slot_of_row_R.data_ptr(),
         offsets_E.data_ptr(),
         columns // block_n,
         left.shape[1],  # the depth; tn has each expert's number of rows instead

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import require
+from runtime.flag import check_fields, flag
 
 LOG_NAME = "metrics.jsonl"
 
@@ -14,24 +14,27 @@ LOG_NAME = "metrics.jsonl"
 class LogConfig:
     """Where a run's numbers go, besides standard output, and which of them."""
 
-    file: Path | None = None
-    """JSON Lines file (--log-file): an object for each interval, evaluation and note; `moeconv report` reads it. None is
+    interval: int = flag(1, "--log-interval", at_least=1)
+    """Iterations between lines of the log; each gives the mean over them."""
+    file: Path | None = flag(None, "--log-file")
+    """JSON Lines file that gets every line of the log, evaluation and note, and that `moeconv report` reads; by default
     metrics.jsonl in the folder of --save."""
     tensorboard_dir: Path | None = None
-    """Folder of TensorBoard files (--tensorboard-dir)."""
+    """Folder for TensorBoard's curves."""
     wandb_project: str | None = None
-    """Project on Weights & Biases (--wandb-project)."""
-    wandb_name: str = ""
-    """The run's name on Weights & Biases (--wandb-exp-name)."""
-    per_layer: bool = False
-    """Losses, load, drops and entropy of each layer's router, too (--moe-per-layer-logging)."""
-    dead_expert_steps: int = 100
-    """An expert without a token for so many steps is named as dead (--moe-dead-expert-steps)."""
-    progress_bar: bool = True
-    """Show a bar where standard output is a terminal (--no-progress-bar turns it off)."""
+    """Project of Weights & Biases."""
+    wandb_name: str = flag("", "--wandb-exp-name")
+    """Name of the run in Weights & Biases."""
+    per_layer_logging: bool = flag(False, "--moe-per-layer-logging")
+    """Log losses, load, drops and entropy of each MoE layer's router, not only their means."""
+    dead_expert_steps: int = flag(100, "--moe-dead-expert-steps", at_least=1)
+    """Steps without a token after which an expert is named as dead."""
+    progress_bar: bool = flag(True, off="--no-progress-bar")
+    """Show a bar where standard output is a terminal."""
+    params_norm: bool = flag(False, "--log-params-norm")
+    """Log the L2 norm of all weights, at the steps that the log has a line of."""
+    num_zeros: bool = flag(False, "--log-num-zeros-in-grad")
+    """Log how many elements of the gradient are exactly zero, at the steps that the log has a line of."""
 
     def __post_init__(self) -> None:
-        require(
-            self.dead_expert_steps >= 1,
-            f"--moe-dead-expert-steps is {self.dead_expert_steps}; expected at least 1 step",
-        )
+        check_fields(self)

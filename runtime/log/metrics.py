@@ -84,7 +84,7 @@ class MetricLog:
             count = sum(map(len, dead.values()))
             record = replace(record, dead_experts=dead, scalars=dict(record.scalars) | {"dead_experts": count})
         self._screen.line(interval_line(record, self._train_iters))
-        if self._config.per_layer:
+        if self._config.per_layer_logging:
             for line in layer_lines(record):
                 self._screen.line(line)
         self._keep(record)
@@ -122,7 +122,7 @@ class MetricLog:
         known = {"iteration": record.iteration, "num_steps": record.num_steps}
         self._write("train", **known, **record.scalars, **layers)
         curves = {f"train/{name}": value for name, value in record.scalars.items() if value is not None}
-        if self._config.per_layer:
+        if self._config.per_layer_logging:
             curves |= {f"train/{name}": value for name, value in record.layer_scalars().items()}
         for sink in self._sinks:
             sink.add(curves, record.iteration)

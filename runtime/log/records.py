@@ -39,6 +39,8 @@ class StepRecord:
     """Peak of the step, on the rank that needed most: of the GPU, or of the process where there is none."""
     routing: RoutingReport | None = None
     """What the routers did; None for a dense model."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What was measured beside the step, by name: params_norm, num_zeros."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +143,7 @@ def summarize(steps: Sequence[StepRecord], speed: Speed | None, eta_seconds: flo
         "memory_gb": max(step.memory_bytes for step in steps) / 1e9,
         "skipped_steps": len(steps) - len(done),
         "eta_seconds": eta_seconds,
-    }
+    } | dict(last.measured)
     reports = [step.routing for step in steps if step.routing is not None]
     if not reports:
         return IntervalRecord(iteration=last.iteration, num_steps=len(steps), scalars=scalars)

@@ -30,7 +30,7 @@ def interval_line(record: IntervalRecord, train_iters: int) -> str:
     if "aux_loss" in value:  # without further losses the two are one
         add("loss", "loss {:.6f}")
     add("lm_loss", "lm loss {:.6f}")
-    add("aux_loss", "aux loss {:.4f}")
+    add("aux_loss", "aux loss {:.4f}", always=False)
     add("z_loss", "z loss {:.4f}", always=False)
     add("grad_norm", "grad norm {:.4f}")
     add("learning_rate", "lr {:.3e}")
@@ -47,6 +47,8 @@ def interval_line(record: IntervalRecord, train_iters: int) -> str:
     add("skipped_steps", "skipped {:.0f}", always=False)
     if record.dead_experts:
         parts.append(f"dead experts {sum(map(len, record.dead_experts.values()))}")
+    for name in ("params_norm", "num_zeros"):
+        add(name, name.replace("_", " ") + " {:.8g}")
     if record.scalars.get("eta_seconds") is not None:
         parts.append(f"ETA {duration(value['eta_seconds'])}")
     return " | ".join(parts)

@@ -6,61 +6,14 @@ Legend: S positions, B sequences, D hidden size, H query heads, G key/value head
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moeconv.layout.shard import split_even, split_units
-from runtime.model.context import ModelContext, columns, rows
-from runtime.parallel.context_attention import causal_attention, local_positions
-from runtime.parallel.topology import Topology, tag
-
-
-class Rotary(nn.Module):
-    """Cosines and sines of the positions that this rank holds; computed once for each sequence length."""
-
-    def __init__(self, context: ModelContext) -> None:
-        super().__init__()
-        self._context = context
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def forward(self, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Give the tables of a sequence.
-
-        Args:
-            num_positions: length of the whole sequence.
-
-        Returns:
-            Two tensors [S / cp, 1, 1, K] in the compute dtype.
-
-        Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mixtral/modeling_mixtral.py
-        """
-        if num_positions not in self._tables:
-            context, mesh = self._context, self._context.mesh
-            dim = context.model.head_dim
-            # On the CPU in fp32, as transformers does: a GPU's pow would round otherwise.
-            exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-            frequencies = 1.0 / (context.model.rope_theta**exponents)
-            positions = local_positions(num_positions, mesh.rank("cp"), mesh.size("cp"), torch.device("cpu"))
-            angles = torch.outer(positions.float(), frequencies).repeat(1, 2)[:, None, None]
-            cos, sin = (table.to(context.device, context.dtype) for table in (angles.cos(), angles.sin()))
-            self._tables[num_positions] = (cos, sin)
-        return self._tables[num_positions]
-
-
-def rotate(x_SBHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs (i, i + K / 2) of each head by the position's angles.
-
-    Args:
-        x_SBHK: [S, B, H, K].
-        cos: [S, 1, 1, K].
-        sin: [S, 1, 1, K].
-
-    Returns:
-        [S, B, H, K].
-    """
-    low, high = x_SBHK.chunk(2, dim=-1)
-    return x_SBHK * cos + torch.cat((-high, low), dim=-1) * sin
+from runtime.model.context import ModelContext
+from runtime.model.norm import RMSNorm, SharedRMSNorm
+from runtime.ops.context_attention import causal_attention
+from runtime.ops.linear import linear, linears
+from runtime.ops.rotary import rotary
 
 
 class Attention(nn.Module):
@@ -68,74 +21,62 @@ class Attention(nn.Module):
 
     def __init__(self, context: ModelContext, layer: int) -> None:
         super().__init__()
-        model, mesh = context.model, context.mesh
+        model, parameters = context.model, context.parameters
         self._context = context
-        tp, rank = mesh.size("tp"), mesh.rank("tp")
-        q_size, kv_size, hidden = (
-            model.num_heads * model.head_dim,
-            model.num_kv_heads * model.head_dim,
-            model.hidden_size,
-        )
-        q_begin, q_end = split_even(q_size, tp)[rank]
-        kv_begin, kv_end = split_units(kv_size, model.num_kv_heads, tp)[rank]
-        kv_rows = kv_end - kv_begin
-        prefix = f"model.layers.{layer}.self_attn"
-        # With more ranks than key/value heads, neighbours hold the same head, each for its own query heads.
-        shared = ("kv",) if tp > model.num_kv_heads else ()
-        self.q_weight = context.parameter(q_end - q_begin, hidden)
-        q_piece = rows(f"{prefix}.q_proj.weight", (q_size, hidden), q_begin, q_end)
-        tag(self.q_weight, Topology(pieces=(q_piece,), sharded=("tp",)))
-        self.kv_weight = context.parameter(2 * kv_rows, hidden)
-        kv_pieces = tuple(
-            rows(f"{prefix}.{kind}_proj.weight", (kv_size, hidden), kv_begin, kv_end, row)
-            for kind, row in (("k", 0), ("v", kv_rows))
-        )
-        tag(self.kv_weight, Topology(pieces=kv_pieces, sharded=("tp",), replicated=shared, partial=shared))
-        self.q_bias: nn.Parameter | None = None
-        self.kv_bias: nn.Parameter | None = None
-        if model.qkv_bias:
-            self.q_bias = context.parameter(q_end - q_begin)
-            q_piece = rows(f"{prefix}.q_proj.bias", (q_size,), q_begin, q_end)
-            tag(self.q_bias, Topology(pieces=(q_piece,), sharded=("tp",), decay=False))
-            self.kv_bias = context.parameter(2 * kv_rows)
-            kv_pieces = tuple(
-                rows(f"{prefix}.{kind}_proj.bias", (kv_size,), kv_begin, kv_end, row)
-                for kind, row in (("k", 0), ("v", kv_rows))
-            )
-            tag(
-                self.kv_bias,
-                Topology(pieces=kv_pieces, sharded=("tp",), decay=False, replicated=shared, partial=shared),
-            )
-        self.o_weight = context.parameter(hidden, q_end - q_begin)
-        o_piece = columns(f"{prefix}.o_proj.weight", (hidden, q_size), q_begin, q_end)
-        tag(self.o_weight, Topology(pieces=(o_piece,), sharded=("tp",)))
-        recompute = context.recompute
-        self._recompute = recompute.granularity == "selective" and "core_attn" in recompute.modules
+        self._head_dim = model.sizes["head_dim"]
+        self._window = model.compute.windows[layer]
+        self.q_weight = parameters.take("attention.q", layer=layer)
+        self.kv_weight = parameters.take("attention.k", "attention.v", layer=layer)
+        self.q_bias = parameters.take_optional("attention.q.bias", layer=layer)
+        self.kv_bias = parameters.take_optional("attention.k.bias", "attention.v.bias", layer=layer)
+        self.o_weight = parameters.take("attention.o", layer=layer)
+        self.o_bias = parameters.take_optional("attention.o.bias", layer=layer, partial=context.sp)
+        self.q_norm = self._norm("attention.q_norm", layer)
+        self.k_norm = self._norm("attention.k_norm", layer)
+        self._recompute = context.recomputes("core_attn")
+
+    def _norm(self, role: str, layer: int) -> RMSNorm | SharedRMSNorm | None:
+        """The norm of queries or keys: over each head, or over all heads together where its weight is as long."""
+        context, eps = self._context, self._context.model.compute.norm_eps
+        # The ranks of tp see different heads.
+        weight = context.parameters.take_optional(role, layer=layer, partial=True)
+        if weight is None:
+            return None
+        full_size = context.model.tensor(role, layer).shape[0]
+        if full_size == self._head_dim:
+            return RMSNorm(weight, eps)
+        return SharedRMSNorm(weight, eps, context.mesh.group("tp"), full_size)
 
     def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attend.
 
         Args:
             x_SBD: [S, B, D] normalised input, split over tp with sequence parallelism.
-            cos: [S, 1, 1, K] table of the positions.
-            sin: [S, 1, 1, K] table of the positions.
+            cos: [S, R] table of the positions.
+            sin: [S, R] table of the positions.
 
         Returns:
             As x_SBD.
         """
         x = self._context.enter(x_SBD)
-        q = F.linear(x, self.q_weight, self.q_bias)
-        kv = F.linear(x, self.kv_weight, self.kv_bias)
+        q, kv = linears(x, [self.q_weight, self.kv_weight], [self.q_bias, self.kv_bias])
         if self._recompute and torch.is_grad_enabled():
             out = checkpoint(self._core, q, kv, cos, sin, use_reentrant=False)
         else:
             out = self._core(q, kv, cos, sin)
-        return self._context.leave(F.linear(out.flatten(-2), self.o_weight))
+        out = self._context.leave(linear(out.flatten(-2), self.o_weight))
+        return out if self.o_bias is None else out + self.o_bias
 
     def _core(self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = (*q.shape[:2], -1, self._context.model.head_dim)
-        q = q.view(heads)
-        k, v = kv.view(heads).chunk(2, dim=2)
-        kv = torch.cat([rotate(k, cos, sin), v], dim=2)
-        window = self._context.model.sliding_window
-        return causal_attention(rotate(q, cos, sin), kv, self._context.mesh.group("cp"), window)
+        k, v = kv.chunk(2, dim=-1)
+        q_SBHK, k_SBGK = rotary(self._heads(q, self.q_norm), self._heads(k, self.k_norm), cos, sin)
+        # A copy, so that the backward pass doesn't keep the keys as they were before.
+        v_SBGK = self._heads(v.contiguous(), None)
+        return causal_attention(q_SBHK, k_SBGK, v_SBGK, self._context.mesh.group("cp"), self._window)
+
+    def _heads(self, x: Tensor, norm: RMSNorm | SharedRMSNorm | None) -> Tensor:
+        """Cut the last dim into heads, with the norm before or after."""
+        if isinstance(norm, SharedRMSNorm):
+            x = norm(x)
+        x_SBHK = x.view(*x.shape[:-1], -1, self._head_dim)
+        return norm.forward(x_SBHK) if isinstance(norm, RMSNorm) else x_SBHK

@@ -1,22 +1,22 @@
-"""What every module of a model is built with, and the tags of the common kinds of parameters."""
+"""What every module of a model is built with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moeconv.layout.rect import Rect
-from runtime.model.config import ModelConfig
+from moeconv.families.base import Model
+from runtime.model.parameters import Parameters
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.topology import Piece, Topology, tag
 
-TORCH_DTYPES = {
+TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -28,26 +28,28 @@ TORCH_DTYPES = {
 class ModelContext:
     """The configuration and the ranks that a model's modules share."""
 
-    model: ModelConfig
+    model: Model
+    dtype: torch.dtype
+    """Of weights and activations."""
     parallel: ParallelConfig
     moe: MoEConfig | None
     recompute: RecomputeConfig
     mesh: ParallelMesh
     device: torch.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of weights and activations."""
-        return TORCH_DTYPES[self.model.dtype]
+    @cached_property
+    def parameters(self) -> Parameters:
+        """Makes this rank's parameters."""
+        return Parameters(self.model, self.parallel.layout, self.mesh, self.dtype)
 
     @property
     def sp(self) -> bool:
         """Whether activations between tensor-parallel regions are split over tp along the sequence."""
         return self.parallel.sp and self.parallel.tp > 1
 
-    def parameter(self, *shape: int) -> nn.Parameter:
-        """Make a parameter without memory: the buckets that hold weights together provide it later."""
-        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))
+    def recomputes(self, module: str) -> bool:
+        """Say whether a part of a layer is computed again in the backward pass."""
+        return self.recompute.granularity == "selective" and module in self.recompute.modules
 
     def enter(self, x_SBD: Tensor) -> Tensor:
         """Come into a tensor-parallel region: every rank of tp needs all tokens.
@@ -72,41 +74,3 @@ class ModelContext:
         """
         tp = self.mesh.group("tp")
         return reduce_scatter(partial_SBD, 0, tp) if self.sp else reduce_from(partial_SBD, tp)
-
-
-def rows(name: str, shape: tuple[int, ...], begin: int, end: int, row: int = 0) -> Piece:
-    """Rows begin to end of a global tensor, which are the parameter's rows from `row` on."""
-    return Piece(name, shape, Rect.slab(shape, 0, begin, end), row)
-
-
-def columns(name: str, shape: tuple[int, int], begin: int, end: int, row: int = 0) -> Piece:
-    """Columns begin to end of a global matrix, as rows `row` to `row + shape[0]` of the parameter."""
-    return Piece(name, shape, Rect.slab(shape, 1, begin, end), row)
-
-
-def tag_replicated(parameter: nn.Parameter, name: str, *, partial: bool, decay: bool) -> None:
-    """Tag a parameter that every rank of tp holds whole.
-
-    Args:
-        parameter: the parameter.
-        name: its name on the hub.
-        partial: whether the ranks of tp see different tokens, so that their gradients are summands.
-        decay: whether weight decay applies.
-    """
-    shape = tuple(parameter.shape)
-    pieces = (Piece(name, shape, Rect.whole(shape)),)
-    tag(parameter, Topology(pieces=pieces, replicated=("tp",), partial=("tp",) if partial else (), decay=decay))
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the hidden dim."""
-
-    def __init__(self, context: ModelContext, name: str) -> None:
-        super().__init__()
-        self.weight = context.parameter(context.model.hidden_size)
-        self.eps = context.model.rms_norm_eps
-        tag_replicated(self.weight, name, partial=context.sp, decay=False)
-
-    def forward(self, x_SBD: Tensor) -> Tensor:
-        """Normalise; same shape and dtype."""
-        return nn.functional.rms_norm(x_SBD, self.weight.shape, self.weight, self.eps)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from runtime.model.attention import Attention, Rotary
-from runtime.model.context import ModelContext, RMSNorm
-from runtime.model.embedding import Embedding, Head
-from runtime.model.mlp import DenseMLP, SparseMLP
+from runtime.model.attention import Attention
+from runtime.model.context import ModelContext
+from runtime.model.ends import Embedding, Head
+from runtime.model.mlp import GatedMLP, MoEMLP
+from runtime.model.norm import ResidualNorm
+from runtime.model.rope import Rotary
 from runtime.moe.tape import RoutingTape
 
 
@@ -23,33 +25,57 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, context: ModelContext, layer: int) -> None:
         super().__init__()
-        prefix = f"model.layers.{layer}"
         self.index = layer
-        self.input_norm = RMSNorm(context, f"{prefix}.input_layernorm.weight")
+        self.attention_norm = _norm(context, "attention_norm", layer)
         self.attention = Attention(context, layer)
-        self.post_norm = RMSNorm(context, f"{prefix}.post_attention_layernorm.weight")
-        self.mlp: nn.Module = DenseMLP(context, layer)
-        if context.moe is not None:
-            self.mlp = SparseMLP(context, context.moe, layer)
-        recompute = context.recompute
-        self._recompute_norms = recompute.granularity == "selective" and "layernorm" in recompute.modules
+        self.mlp_norm = _norm(context, "mlp_norm", layer)
+        if context.moe is not None and layer in context.model.moe_layers:
+            self.mlp: nn.Module = MoEMLP(context, context.moe, layer)
+        else:
+            self.mlp = GatedMLP(context, "mlp", layer)
+        self._recompute_norms = context.recomputes("layernorm")
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
-        x_SBD = x_SBD + self.attention(self._norm(self.input_norm, x_SBD), cos, sin)
-        out: Tensor = x_SBD + self.mlp(self._norm(self.post_norm, x_SBD))
-        return out
+    def forward(self, summands_SBD: list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the layer.
 
-    def _norm(self, norm: nn.Module, x_SBD: Tensor) -> Tensor:
+        Args:
+            summands_SBD: the residual [S, B, D], split over tp with sequence parallelism, and what the layer before
+                adds to it, if there is one: the norm does, in one pass. The list is emptied, so that what nobody keeps
+                for the backward pass is freed.
+            cos: table of the positions.
+            sin: table of the positions.
+
+        Returns:
+            The residual, and what this layer adds to it.
+        """
+        delta_SBD = summands_SBD.pop() if len(summands_SBD) > 1 else None
+        normed, x_SBD = self._norm(self.attention_norm, summands_SBD.pop(), delta_SBD)
+        del delta_SBD
+        normed, x_SBD = self._norm(self.mlp_norm, x_SBD, self.attention(normed, cos, sin))
+        return x_SBD, self.mlp(normed)
+
+    def _norm(self, norm: ResidualNorm, x_SBD: Tensor, delta_SBD: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._recompute_norms and torch.is_grad_enabled():
-            return _again(norm, x_SBD)
-        out: Tensor = norm(x_SBD)
+            # What is computed again must not be the sum, which the norm would keep: the norm alone is.
+            x_SBD = x_SBD if delta_SBD is None else x_SBD + delta_SBD
+            return _again(norm, x_SBD)[0], x_SBD
+        out: tuple[Tensor, Tensor] = norm(x_SBD, delta_SBD)
         return out
 
 
-def _again(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+def _norm(context: ModelContext, role: str, layer: int | None = None) -> ResidualNorm:
+    """Make a norm over the hidden dim; with sequence parallelism the ranks of tp see different tokens."""
+    weight = context.parameters.take(role, layer=layer, partial=context.sp)
+    return ResidualNorm(weight, context.model.compute.norm_eps)
+
+
+def _sum(summands: list[Tensor]) -> Tensor:
+    return summands[0] if len(summands) == 1 else summands[0] + summands[1]
+
+
+def _again(function: Callable[..., tuple[Tensor, Tensor]], *args: Tensor | None) -> tuple[Tensor, Tensor]:
     """Run a function without keeping its activations; routers in it choose once."""
-    out: Tensor = checkpoint(function, *args, use_reentrant=False, context_fn=RoutingTape().contexts)
+    out: tuple[Tensor, Tensor] = checkpoint(function, *args, use_reentrant=False, context_fn=RoutingTape().contexts)
     return out
 
 
@@ -67,14 +93,14 @@ class DecoderStage(nn.Module):
         model = context.model
         self._context = context
         self.rotary = Rotary(context)
-        self.is_first, self.is_last = layers.start == 0, layers.stop == model.num_layers
+        self.is_first, self.is_last = layers.start == 0, layers.stop == model.sizes["layers"]
         self.embedding = Embedding(context) if self.is_first else None
         self.layers = nn.ModuleList(DecoderLayer(context, layer) for layer in layers)
-        self.norm: RMSNorm | None = None
+        self.norm: ResidualNorm | None = None
         self.head: Head | None = None
         if self.is_last:
-            self.norm = RMSNorm(context, "model.norm.weight")
-            tied = self.embedding.weight if model.tie_embeddings and self.embedding is not None else None
+            self.norm = _norm(context, "final_norm")
+            tied = self.embedding.weight if model.tied and self.embedding is not None else None
             self.head = Head(context, tied)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,12 +121,20 @@ class DecoderStage(nn.Module):
             shares = context.mesh.size("cp") * (context.mesh.size("tp") if context.sp else 1)
             num_positions = x.shape[0] * shares
         cos, sin = self.rotary(num_positions)
+        summands = [x]
+        del x
         for place, layer in enumerate(self.layers):
-            again = torch.is_grad_enabled() and self._recomputed(place)
-            x = _again(layer, x, cos, sin) if again else layer(x, cos, sin)
+            if torch.is_grad_enabled() and self._recomputed(place):
+                # Kept for the second run: the sum alone, not both summands.
+                out = _again(lambda x, layer=layer: layer([x], cos, sin), _sum(summands))
+            else:
+                out = layer(summands, cos, sin)
+            summands = list(out)
+            del out
         if self.head is not None and self.norm is not None:
-            x = self.head(self.norm(x))
-        return x
+            logits: Tensor = self.head(self.norm(*summands)[0])
+            return logits
+        return _sum(summands)
 
     def _recomputed(self, place: int) -> bool:
         recompute = self._context.recompute

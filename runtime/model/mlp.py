@@ -1,4 +1,4 @@
-"""The feed-forward half of a layer: a mixture of experts, or one SwiGLU network of a dense model.
+"""The feed-forward half of a layer: a gated network, or a mixture of experts with what every token passes beside it.
 
 Legend: S positions, B sequences, D hidden size, F inner width of this rank.
 """
@@ -9,51 +9,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeconv.layout.shard import split_even
-from runtime.errors import require
-from runtime.model.context import ModelContext, columns, rows, tag_replicated
+from runtime.model.context import ModelContext
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import MoEGroups, MoELayer
-from runtime.parallel.topology import Topology, tag
+from runtime.ops.linear import linear
+from runtime.ops.norm import as_tokens
 
 
-class DenseMLP(nn.Module):
-    """SwiGLU, tensor-parallel over the inner width."""
+class GatedMLP(nn.Module):
+    """SwiGLU, tensor-parallel over the inner width: a dense layer, or the experts that every token passes."""
 
-    def __init__(self, context: ModelContext, layer: int) -> None:
+    def __init__(self, context: ModelContext, part: str, layer: int) -> None:
+        """Build on the meta device.
+
+        Args:
+            context: the model's context.
+            part: `mlp` or `shared`, the first half of its tensors' roles.
+            layer: number of the layer.
+        """
         super().__init__()
-        model, mesh = context.model, context.mesh
+        parameters = context.parameters
         self._context = context
-        hidden, width = model.hidden_size, model.ffn_hidden_size
-        begin, end = split_even(width, mesh.size("tp"))[mesh.rank("tp")]
-        prefix = f"model.layers.{layer}.mlp"
-        self.w13 = context.parameter(2 * (end - begin), hidden)
-        pieces = (
-            rows(f"{prefix}.gate_proj.weight", (width, hidden), begin, end),
-            rows(f"{prefix}.up_proj.weight", (width, hidden), begin, end, end - begin),
-        )
-        tag(self.w13, Topology(pieces=pieces, sharded=("tp",)))
-        self.w2 = context.parameter(hidden, end - begin)
-        piece = columns(f"{prefix}.down_proj.weight", (hidden, width), begin, end)
-        tag(self.w2, Topology(pieces=(piece,), sharded=("tp",)))
+        self.w13 = parameters.take(f"{part}.gate", f"{part}.up", layer=layer)
+        self.w2 = parameters.take(f"{part}.down", layer=layer)
+        self.b13 = parameters.take_optional(f"{part}.gate.bias", f"{part}.up.bias", layer=layer)
+        self.b2 = parameters.take_optional(f"{part}.down.bias", layer=layer, partial=context.sp)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
-        gate, up = F.linear(self._context.enter(x_SBD), self.w13).chunk(2, dim=-1)
-        return self._context.leave(F.linear(F.silu(gate) * up, self.w2))
+        gate, up = linear(self._context.enter(x_SBD), self.w13, self.b13).chunk(2, dim=-1)
+        out = self._context.leave(linear(F.silu(gate) * up, self.w2))
+        return out if self.b2 is None else out + self.b2
 
 
-class SparseMLP(nn.Module):
-    """The MoE layer with its parameters tagged as rectangles of the experts' tensors on the hub."""
+class SharedMLP(nn.Module):
+    """The experts that every token passes, times a sigmoid of the token where the family has a gate for them.
+
+    A model may have the gate and experts of width 0: then nothing is added, and the gate is kept as it is.
+    """
+
+    def __init__(self, context: ModelContext, layer: int) -> None:
+        super().__init__()
+        parameters = context.parameters
+        self.mlp = GatedMLP(context, "shared", layer) if parameters.has("shared.gate", layer) else None
+        self.gate = parameters.take_optional("shared.router", layer=layer, partial=context.sp)
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
+        out: Tensor = self.mlp(x_SBD) if self.mlp is not None else torch.zeros_like(x_SBD)
+        return out if self.gate is None else torch.sigmoid(linear(x_SBD, self.gate)) * out
+
+
+class MoEMLP(nn.Module):
+    """The MoE layer with its parameters tagged, and the shared experts beside it."""
 
     def __init__(self, context: ModelContext, config: MoEConfig, layer: int) -> None:
         super().__init__()
-        mesh, model = context.mesh, context.model
-        require(
-            config.shared_expert_intermediate_size is None,
-            f"--moe-shared-expert-intermediate-size is {config.shared_expert_intermediate_size}; "
-            f"a {model.model_type} checkpoint has no shared expert: leave the flag out",
-        )
+        mesh, model, parameters = context.mesh, context.model, context.parameters
         self._sequences = "seq_aux_loss" in config.load_balancing
         groups = MoEGroups(
             ep=mesh.group("ep"),
@@ -67,34 +79,25 @@ class SparseMLP(nn.Module):
         self.moe = MoELayer(
             config,
             groups,
-            hidden_size=model.hidden_size,
-            ffn_hidden_size=model.ffn_hidden_size,
+            hidden_size=model.sizes["hidden"],
+            ffn_hidden_size=model.sizes["ffn"],
+            num_local_experts=len(parameters.local_experts()),
+            ffn_local_size=parameters.local_width("expert.gate", layer),
             dtype=context.dtype,
             device=torch.device("meta"),
         )
-        prefix = f"model.layers.{layer}.block_sparse_moe"
-        tag_replicated(self.moe.router.weight, f"{prefix}.gate.weight", partial=True, decay=True)
-        self._tag_experts(context, config, prefix)
-
-    def _tag_experts(self, context: ModelContext, config: MoEConfig, prefix: str) -> None:
-        mesh, hidden, width = context.mesh, context.model.hidden_size, context.model.ffn_hidden_size
-        first, end = split_even(config.num_experts, mesh.size("ep"))[mesh.rank("ep")]
-        low, high = split_even(width, mesh.size("etp"))[mesh.rank("etp")]
-        local = high - low
-        w13, w2 = [], []
-        for place, expert in enumerate(range(first, end)):
-            name = f"{prefix}.experts.{expert}"
-            w13.append(rows(f"{name}.w1.weight", (width, hidden), low, high, place * 2 * local))
-            w13.append(rows(f"{name}.w3.weight", (width, hidden), low, high, place * 2 * local + local))
-            w2.append(columns(f"{name}.w2.weight", (hidden, width), low, high, place * hidden))
-        axes = ("ep", "etp")
-        tag(self.moe.experts.w13, Topology(pieces=tuple(w13), sharded=axes, data_axis="edp"))
-        tag(self.moe.experts.w2, Topology(pieces=tuple(w2), sharded=axes, data_axis="edp"))
+        parameters.tag_whole(self.moe.router.weight, "router", layer=layer, partial=True)
+        parameters.tag_experts(self.moe.experts.w13, "expert.gate", "expert.up", layer=layer)
+        parameters.tag_experts(self.moe.experts.w2, "expert.down", layer=layer)
+        if parameters.has("router.bias", layer):
+            parameters.keep_buffer(self.moe.router, "expert_bias", "router.bias", layer=layer)
+        shared = any(parameters.has(role, layer) for role in ("shared.gate", "shared.router"))
+        self.shared = SharedMLP(context, layer) if shared else None
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
-        positions, batch, hidden = x_SBD.shape
+        positions, batch, _ = x_SBD.shape
         # Tokens lie position-major, so that the tp ranks' pieces of the sequence follow each other.
         sequences = torch.arange(batch, device=x_SBD.device).repeat(positions) if self._sequences else None
-        out: Tensor = self.moe(x_SBD.reshape(-1, hidden), sequences, batch)
-        return out.view_as(x_SBD)
+        out: Tensor = self.moe(as_tokens(x_SBD), sequences, batch).view_as(x_SBD)
+        return out if self.shared is None else out + self.shared(x_SBD)

@@ -91,7 +91,7 @@ class RouterMetrics:
     @property
     def _shape(self) -> tuple[int, int]:
         model = self._context.model
-        return model.num_layers, (model.num_experts if self._context.moe is not None else 0)
+        return model.sizes["layers"], (model.sizes["experts"] if self._context.moe is not None else 0)
 
     def pack(self) -> Tensor:
         """Give this rank's summands: [L * (6 + E)] fp64 on the device, no synchronisation; [0] for a dense model."""
@@ -141,7 +141,7 @@ class RouterMetrics:
         table = total.view(num_layers, len(_COLUMNS) + num_experts)
         column = {name: table[:, place] for place, name in enumerate(_COLUMNS)}
         load_LE = table[:, len(_COLUMNS) :].round().to(torch.int64)
-        tokens_L = load_LE.sum(1) // max(self._context.model.topk, 1)
+        tokens_L = load_LE.sum(1) // self._context.model.sizes["top_k"]
         return RoutingReport(
             aux_loss_L=column["aux_loss"] / num_microbatches,
             z_loss_L=column["z_loss"] / num_microbatches,

@@ -17,6 +17,7 @@ from runtime.moe.losses import count_choices
 from runtime.moe.passes import permute, unpermute
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.routing import Routing
+from runtime.ops.reading import Reading
 from runtime.parallel.collectives import (
     all_gather,
     all_to_all,
@@ -40,18 +41,11 @@ class _Counts:
     def __init__(self, values: Tensor, groups: MoEGroups) -> None:
         over_ep = gather_tensor(values.unsqueeze(0), 0, groups.ep)
         self.device = gather_tensor(over_ep.unsqueeze(0), 0, groups.etp)
-        self._host, self._event = self.device, None
-        if values.is_cuda:
-            self._host = torch.empty(self.device.shape, dtype=self.device.dtype, pin_memory=True)
-            self._host.copy_(self.device, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+        self._reading = Reading(self.device)
 
     def wait(self) -> list[list[list[int]]]:
         """The numbers; what has been launched after them goes on meanwhile."""
-        if self._event is not None:
-            self._event.synchronize()
-        numbers: list[list[list[int]]] = self._host.tolist()
+        numbers: list[list[list[int]]] = self._reading.wait().tolist()
         return numbers
 
 

@@ -17,6 +17,7 @@ from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.te_experts import TransformerEngineExperts
+from runtime.ops.norm import Kept, restore
 from runtime.parallel.gradient_sink import GradientSink, sink_of
 
 
@@ -46,14 +47,16 @@ class _GroupedMLP(torch.autograd.Function):
             act = passes.swiglu(hidden, weights_TK, plan, fused=fused)
         del rows
         out = gemm.rows_times_transposed(act, w2_EDF, plan)
-        ctx.save_for_backward(x_TD, hidden, weights_TK, w13_EGD, w2_EDF)
-        ctx.plan, ctx.gemm, ctx.fused = plan, gemm, fused
+        del act
+        kept = Kept.of(x_TD)
+        ctx.save_for_backward(hidden, weights_TK, w13_EGD, w2_EDF, *kept.tensors)
+        ctx.plan, ctx.gemm, ctx.fused, ctx.source = plan, gemm, fused, kept.source
         ctx.sinks = sink_of(w13_EGD), sink_of(w2_EDF)
         return passes.sum_rows(out, plan, fused=fused)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, hidden, weights_TK, w13_EGD, w2_EDF = ctx.saved_tensors
+        hidden, weights_TK, w13_EGD, w2_EDF, *saved = ctx.saved_tensors
         plan, gemm, fused = ctx.plan, ctx.gemm, ctx.fused
         w13_sink, w2_sink = ctx.sinks
         grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
@@ -66,7 +69,7 @@ class _GroupedMLP(torch.autograd.Function):
         del grad_rows, act
         grad_w13 = None
         if ctx.needs_input_grad[2]:
-            rows = passes.gather_rows(x_TD, plan, fused=fused)
+            rows = passes.gather_rows(restore(saved, ctx.source), plan, fused=fused)
             grad_w13 = _weight_gradient(gemm, grad_hidden, rows, plan, w13_sink)
             del rows
         grad_x = None
@@ -79,10 +82,10 @@ def _weight_gradient(
     gemm: GroupedGemm, left: Tensor, right: Tensor, plan: RowPlan, sink: GradientSink | None
 ) -> Tensor | None:
     """The gradient of a weight, or None after adding it to the sum that the weight's sink keeps."""
-    total = None if sink is None else sink.open()
-    if sink is None or total is None:
+    opened = None if sink is None else sink.open()
+    if sink is None or opened is None:
         return gemm.transposed_times_rows(left, right, plan)
-    gemm.add_transposed_times_rows(left, right, plan, total)
+    gemm.add_transposed_times_rows(left, right, plan, opened.total, fresh=opened.fresh)
     sink.close()
     return None
 
@@ -175,33 +178,3 @@ class Experts(nn.Module):
         if isinstance(gemm, TransformerEngineExperts):
             return gemm(x_TD, weights_TK, self.w13, self.w2, plan, fused=self.fused)
         return grouped_mlp(x_TD, weights_TK, self.w13, self.w2, plan, gemm, fused=self.fused)
-
-
-class SharedExpert(nn.Module):
-    """A SwiGLU network that sees every token, with or without a sigmoid gate of the token.
-
-    Parameters: w13 [2F, D], w2 [D, F], gate [1, D]; replicated, each rank over its own tokens.
-    """
-
-    def __init__(
-        self, *, hidden_size: int, ffn_size: int, gated: bool, dtype: torch.dtype, device: torch.device | None
-    ) -> None:
-        super().__init__()
-        self.w13 = nn.Parameter(torch.empty(2 * ffn_size, hidden_size, dtype=dtype, device=device))
-        self.w2 = nn.Parameter(torch.empty(hidden_size, ffn_size, dtype=dtype, device=device))
-        self.gate = nn.Parameter(torch.empty(1, hidden_size, dtype=dtype, device=device)) if gated else None
-        self.reset_parameters()
-
-    def reset_parameters(self, std: float = 0.02) -> None:
-        """Draw the weights from a normal distribution."""
-        for parameter in self.parameters():
-            if not parameter.is_meta:
-                nn.init.normal_(parameter, std=std)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] to [T, D]."""
-        gate, up = torch.nn.functional.linear(x_TD, self.w13).chunk(2, dim=-1)
-        out = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, self.w2)
-        if self.gate is not None:
-            out = torch.sigmoid(torch.nn.functional.linear(x_TD, self.gate)) * out
-        return out

@@ -37,9 +37,15 @@ class GroupedGemm(Protocol):
         """[E, N, K]: the transpose of each expert's rows times its rows; zero for an expert without rows."""
         ...
 
-    def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
-        """Add `transposed_times_rows` to a sum of the rows' dtype or a wider one."""
-        total_ENK += self.transposed_times_rows(left_RN, right_RK, plan)
+    def add_transposed_times_rows(
+        self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor, *, fresh: bool
+    ) -> None:
+        """Add `transposed_times_rows` to a sum of the rows' dtype or a wider one; overwrite it where it is fresh."""
+        product = self.transposed_times_rows(left_RN, right_RK, plan)
+        if fresh:
+            total_ENK.copy_(product)
+        else:
+            total_ENK += product
 
 
 @runtime_checkable
@@ -165,13 +171,15 @@ def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype)
             return "hopper" if _suits_hopper(device, dtype) and not _missing("hopper") else "torch"
     if name in _PACKAGES:
         if missing := _missing(name):
-            raise MoEConfigError(f"gemm_backend {name} needs {' and '.join(missing)}, not installed: {_INSTALL}")
+            raise MoEConfigError(
+                f"--moe-grouped-gemm-backend {name} needs {' and '.join(missing)}, not installed: {_INSTALL}"
+            )
         if device.type != "cuda":
-            raise MoEConfigError(f"gemm_backend {name} runs on a GPU; on {device.type} use torch or loop")
+            raise MoEConfigError(f"--moe-grouped-gemm-backend {name} runs on a GPU; on {device.type} use torch or loop")
         if name != "te" and dtype != torch.bfloat16:
-            raise MoEConfigError(f"gemm_backend {name} computes in bfloat16, got {dtype}; use torch")
+            raise MoEConfigError(f"--moe-grouped-gemm-backend {name} computes in bfloat16, got {dtype}; use torch")
     if name == "torch" and dtype == torch.float64:
-        raise MoEConfigError("gemm_backend torch knows no float64; use loop")
+        raise MoEConfigError("--moe-grouped-gemm-backend torch knows no float64; use loop")
     return name
 
 

@@ -28,7 +28,7 @@ class HopperGemm:
             return F.grouped_mm(rows_RK, weight_ENK.transpose(1, 2), offs=plan.offsets_E)
         out = rows_RK.new_empty(plan.num_rows, num_n)
         right = weight_ENK.reshape(num_experts * num_n, depth)
-        launch("nt", rows_RK, right, out, plan.offsets_E)
+        launch("nt", rows_RK, right, out, plan.slot_of_row_R, plan.offsets_E)
         return out
 
     def hidden_and_swiglu(
@@ -42,8 +42,8 @@ class HopperGemm:
         hidden = rows_RD.new_empty(plan.num_rows, num_n)
         act = rows_RD.new_empty(plan.num_rows, num_n // 2)
         right = w13_EGD.reshape(num_experts * num_n, depth)
-        gate = Gate(act, weights_TK.float().contiguous(), plan.slot_of_row_R)
-        launch("nt", rows_RD, right, hidden, plan.offsets_E, gate)
+        gate = Gate(act, weights_TK.float().contiguous())
+        launch("nt", rows_RD, right, hidden, plan.slot_of_row_R, plan.offsets_E, gate)
         return hidden, act
 
     def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
@@ -53,7 +53,7 @@ class HopperGemm:
             return F.grouped_mm(rows_RN, weight_ENK, offs=plan.offsets_E)
         out = rows_RN.new_empty(plan.num_rows, num_k)
         right = weight_ENK.reshape(num_experts * depth, num_k)
-        launch("nn", rows_RN, right, out, plan.offsets_E)
+        launch("nn", rows_RN, right, out, plan.slot_of_row_R, plan.offsets_E)
         return out
 
     def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:
@@ -63,14 +63,20 @@ class HopperGemm:
             return F.grouped_mm(left_RN.t(), right_RK, offs=plan.offsets_E)
         out = left_RN.new_empty(num_experts, num_n, num_k)
         flat = out.view(num_experts * num_n, num_k)
-        launch("tn", left_RN, right_RK, flat, plan.offsets_E)
+        launch("tn", left_RN, right_RK, flat, plan.slot_of_row_R, plan.offsets_E)
         return out
 
-    def add_transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor) -> None:
-        """Add `transposed_times_rows` to an fp32 sum, unrounded, while the next products are computed."""
+    def add_transposed_times_rows(
+        self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor, *, fresh: bool
+    ) -> None:
+        """Add `transposed_times_rows` to an fp32 sum, unrounded, inside the product; overwrite it where it is fresh."""
         num_experts, num_n, num_k = total_ENK.shape
         if not _fits(plan, num_n, num_k):
-            total_ENK += self.transposed_times_rows(left_RN, right_RK, plan)
+            product = self.transposed_times_rows(left_RN, right_RK, plan)
+            if fresh:
+                total_ENK.copy_(product)
+            else:
+                total_ENK += product
             return
         flat = total_ENK.view(num_experts * num_n, num_k)
-        launch("tn", left_RN, right_RK, flat, plan.offsets_E)
+        launch("tn", left_RN, right_RK, flat, plan.slot_of_row_R, plan.offsets_E, add=not fresh)

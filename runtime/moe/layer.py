@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: router, dispatch, experts, shared expert.
+"""The mixture-of-experts layer: router, dispatch, experts.
 
 Legend: T tokens of this rank, D hidden size, E experts.
 """
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moeconv.errors import LayoutError, MoeconvError
 from runtime.moe.config import MoEConfig
 from runtime.moe.dispatch import run_all_gather, run_all_to_all, run_local
-from runtime.moe.experts import Experts, SharedExpert
+from runtime.moe.experts import Experts
 from runtime.moe.groups import MoEGroups
 from runtime.moe.router import Router
 from runtime.moe.routing import Routing
@@ -28,7 +28,7 @@ class MoELayer(nn.Module):
     """A sparse SwiGLU layer.
 
     Parameters of a rank, with E_local = E / ep and F_local = F / etp: router.weight [E, D], experts.w13
-    [E_local, 2 F_local, D] (rows of w1, then of w3), experts.w2 [E_local, D, F_local], and those of the shared expert.
+    [E_local, 2 F_local, D] (rows of w1, then of w3), experts.w2 [E_local, D, F_local].
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class MoELayer(nn.Module):
         *,
         hidden_size: int,
         ffn_hidden_size: int,
+        num_local_experts: int | None = None,
+        ffn_local_size: int | None = None,
         dtype: torch.dtype = torch.float32,
         router_param_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
@@ -49,6 +51,8 @@ class MoELayer(nn.Module):
             groups: the process groups; None: one rank.
             hidden_size: D.
             ffn_hidden_size: F, the width of a whole expert.
+            num_local_experts: E_local, experts of this rank; None: an equal share over `groups.ep`.
+            ffn_local_size: F_local, the width of this rank's piece of an expert; None: an equal share over `groups.etp`.
             dtype: of the parameters and the tokens.
             router_param_dtype: of the router's weight where it differs.
             device: where the parameters live.
@@ -59,31 +63,21 @@ class MoELayer(nn.Module):
         super().__init__()
         groups = groups or MoEGroups()
         ep, etp = group_size(groups.ep), group_size(groups.etp)
-        if config.num_experts % ep:
-            raise LayoutError(
-                f"num_experts ({config.num_experts}) is not a multiple of the expert-parallel size ({ep})"
-            )
-        if ffn_hidden_size % etp:
-            raise LayoutError(
-                f"ffn_hidden_size ({ffn_hidden_size}) is not a multiple of the expert-tensor size ({etp})"
-            )
+        if num_local_experts is None:
+            _divides("experts", config.num_experts, ep)
+            num_local_experts = config.num_experts // ep
+        if ffn_local_size is None:
+            _divides("an expert's width", ffn_hidden_size, etp)
+            ffn_local_size = ffn_hidden_size // etp
         self.config, self.groups = config, groups
         self.router = Router(config, groups, hidden_size=hidden_size, dtype=router_param_dtype or dtype, device=device)
         self.experts = Experts(
             config,
-            num_local_experts=config.num_experts // ep,
+            num_local_experts=num_local_experts,
             hidden_size=hidden_size,
-            ffn_local_size=ffn_hidden_size // etp,
+            ffn_local_size=ffn_local_size,
             dtype=dtype,
             device=device,
-        )
-        width = config.shared_expert_intermediate_size
-        self.shared = (
-            SharedExpert(
-                hidden_size=hidden_size, ffn_size=width, gated=config.shared_expert_gate, dtype=dtype, device=device
-            )
-            if width is not None
-            else None
         )
 
     @property
@@ -144,8 +138,6 @@ class MoELayer(nn.Module):
             out = cast(Tensor, checkpoint(self._run_experts, x_TD, routing, equal, use_reentrant=False))
         else:
             out = self._run_experts(x_TD, routing, equal)
-        if self.shared is not None:
-            out = out + self.shared(x_TD)
         return gather_from(out, 0, tp, sizes)
 
     def _run_experts(self, x_TD: Tensor, routing: Routing, equal_tokens: bool) -> Tensor:
@@ -155,6 +147,11 @@ class MoELayer(nn.Module):
         if self.config.dispatcher == "alltoall" and group_size(self.groups.ep) > 1:
             return run_all_to_all(x_TD, routing, self.experts, self.groups)
         return run_all_gather(x_TD, routing, self.experts, self.groups, equal_tokens=equal_tokens)
+
+
+def _divides(what: str, size: int, parts: int) -> None:
+    if size % parts:
+        raise LayoutError(f"{what} ({size}) can't be shared evenly by {parts} ranks")
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

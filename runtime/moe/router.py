@@ -33,7 +33,8 @@ def _sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def _fusable(config: MoEConfig, logits_TE: Tensor) -> bool:
     """Whether one kernel can choose, weigh and sum up: softmax over at most 512 experts, chosen by score alone."""
-    plain = config.topk_router and config.score_function == "softmax" and config.num_groups is None
+    router = config.router
+    plain = config.topk_router and router.score == "softmax" and router.groups == 1 and not config.has_bias
     small = config.num_experts <= 512 and config.topk <= 32
     return plain and small and config.permute_fusion and logits_TE.is_cuda and logits_TE.dtype == torch.float32
 
@@ -58,7 +59,7 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.groups = config, groups
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=dtype, device=device))
-        bias = torch.zeros(config.num_experts, device=device) if config.enable_expert_bias else None
+        bias = torch.zeros(config.num_experts, device=device) if config.has_bias else None
         self.register_buffer("expert_bias", bias)
         self.loss_scale: Tensor | float = 1.0
         self.logits: Tensor | None = None
@@ -80,7 +81,7 @@ class Router(nn.Module):
 
     def finish_step(self) -> None:
         """Move the expert bias by the load of the global batch, summed over tp x dp x cp."""
-        if self.expert_bias is not None:
+        if self.expert_bias is not None and self.config.enable_expert_bias:
             counts = _sum_over(self.stats.load_E, self.groups.tp_dp_cp)
             rate, centered = self.config.expert_bias_update_rate, self.config.expert_bias_centered
             self.expert_bias += losses.expert_bias_step(counts, rate, centered=centered)
@@ -151,12 +152,12 @@ class Router(nn.Module):
         config = self.config
         chosen, counts = scored.routing.chosen_TK, scored.counts_E
         first_only = config.aux_loss_mode == "switch"
-        if first_only or not config.topk_router or config.enable_expert_bias or config.num_groups is not None:
+        if first_only or not config.topk_router or config.has_bias or config.router.groups > 1:
             # The loss sees what the scores alone would choose.
             chosen = logits_TE.detach().topk(1 if first_only else config.topk, dim=-1).indices
             counts = losses.count_choices(chosen, config.num_experts)
         if kind == "seq_aux_loss":
-            scores = losses.aux_scores(logits_TE, config.score_function)
+            scores = losses.aux_scores(logits_TE, config.router.score)
             return self._seq_aux_loss(scores, chosen, sequence_T, num_sequences)
         return self._aux_loss(scored.prob_sums_E, counts, chosen, over_window=kind == "global_aux_loss")
 

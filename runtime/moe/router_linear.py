@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.ops.norm import Kept, restore
+
 
 def split_bf16(values: Tensor, num_parts: int) -> list[Tensor]:
     """Bf16 tensors that sum to an fp32 tensor: each takes the next 8 bits of its significand.
@@ -39,14 +41,16 @@ def split_bf16(values: Tensor, num_parts: int) -> list[Tensor]:
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
+        kept = Kept.of(x_TD)
+        ctx.save_for_backward(weight_ED, *kept.tensors)
+        ctx.source = kept.source
         parts = split_bf16(weight_ED, 3)
         out = torch.mm(x_TD, torch.cat(parts).t(), out_dtype=torch.float32)
         return out if len(parts) == 1 else out.view(-1, len(parts), weight_ED.shape[0]).sum(1)
 
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_TD, weight_ED = ctx.saved_tensors
+        weight_ED, *saved = ctx.saved_tensors
         grads = split_bf16(grad_TE, 3)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -57,7 +61,7 @@ class _SplitLinear(torch.autograd.Function):
             grad_x = torch.mm(torch.cat(left, dim=1), torch.cat(right))
         if ctx.needs_input_grad[1]:
             stacked = torch.cat(grads, dim=1)
-            grad_weight = torch.mm(stacked.t(), x_TD, out_dtype=torch.float32)
+            grad_weight = torch.mm(stacked.t(), restore(saved, ctx.source), out_dtype=torch.float32)
             grad_weight = grad_weight.view(3, *weight_ED.shape).sum(0).to(weight_ED.dtype)
         return grad_x, grad_weight
 

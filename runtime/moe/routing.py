@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeconv.families.compute import Router
 from runtime.moe.config import MoEConfig
 from runtime.moe.sinkhorn import sinkhorn
 
@@ -35,29 +36,25 @@ class Routing:
     """Upper bound of the kept choices, known without a look at the device."""
 
 
-def group_limited_topk(scores_TE: Tensor, topk: int, num_groups: int, group_topk: int) -> Tensor:
+def group_limited_topk(scores_TE: Tensor, router: Router) -> Tensor:
     """Choose experts from the best groups only.
-
-    A group's score is the sum of its topk // group_topk best experts.
 
     Args:
         scores_TE: [T, E] float.
-        topk: experts per token.
-        num_groups: groups of E / num_groups neighbouring experts.
-        group_topk: groups per token.
+        router: groups of neighbouring experts, groups per token, how many experts' scores make a group's, experts per token.
 
     Returns:
         [T, topk] int64, best first.
 
-    Source: https://arxiv.org/abs/2412.19437, node-limited routing, as generalised by
-        https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/transformer/moe/moe_utils.py
+    Source: https://arxiv.org/abs/2412.19437, node-limited routing, as
+        https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/deepseek_v3/modeling_deepseek_v3.py has it
     """
-    grouped = scores_TE.view(-1, num_groups, scores_TE.shape[1] // num_groups)
-    group_scores = grouped.topk(topk // group_topk, dim=-1).values.sum(-1)
-    best = group_scores.topk(group_topk, dim=-1).indices
+    grouped = scores_TE.view(-1, router.groups, scores_TE.shape[1] // router.groups)
+    group_scores = grouped.topk(router.group_best, dim=-1).values.sum(-1)
+    best = group_scores.topk(router.group_top_k, dim=-1).indices
     allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
     masked = grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
-    indices: Tensor = masked.topk(topk, dim=-1).indices
+    indices: Tensor = masked.topk(router.top_k, dim=-1).indices
     return indices
 
 
@@ -106,14 +103,14 @@ def choose(logits_TE: Tensor, config: MoEConfig, *, training: bool, bias_E: Tens
         scores = logits_TE
         if config.load_balancing[0] == "sinkhorn" and training:
             scores = sinkhorn(logits_TE, fused=config.permute_fusion)
-        elif config.score_function == "sigmoid":
+        elif config.router.score == "sigmoid":
             scores = torch.sigmoid(logits_TE)
             if bias_E is not None:
                 scores = scores + bias_E
-        elif config.pre_softmax:
+        elif config.router.groups > 1:
             scores = torch.softmax(logits_TE, dim=-1)
-        if config.num_groups is not None and config.group_topk is not None:
-            return group_limited_topk(scores, config.topk, config.num_groups, config.group_topk)
+        if config.router.groups > 1:
+            return group_limited_topk(scores, config.router)
         return scores.topk(config.topk, dim=-1).indices
 
 
@@ -128,23 +125,21 @@ def weigh(logits_TE: Tensor, chosen_TK: Tensor, config: MoEConfig) -> Tensor:
     Returns:
         [T, K] in the dtype of the logits, differentiable in them.
 
-    Source: https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/transformer/moe/moe_utils.py; with
-        pre_softmax and normalize_topk the order of transformers' Mixtral.
+    Source: https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/transformer/moe/moe_utils.py
     """
     if config.load_balancing[0] == "sinkhorn":
         full = torch.sigmoid(logits_TE) if config.topk == 1 else torch.softmax(logits_TE, dim=-1)
         return full.gather(1, chosen_TK)
-    if config.score_function == "sigmoid":
+    router = config.router
+    if router.score == "sigmoid":
         weights = torch.sigmoid(logits_TE.gather(1, chosen_TK))
-    elif config.pre_softmax:
-        weights = torch.softmax(logits_TE, dim=-1).gather(1, chosen_TK)
-    else:
+        if router.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + _EPSILON)
+    elif router.normalise:  # a softmax over all, divided by its sum over the chosen, is a softmax over the chosen
         weights = torch.softmax(logits_TE.gather(1, chosen_TK), dim=-1)
-    if config.renormalize and (config.pre_softmax or config.score_function == "sigmoid"):
-        weights = weights / (weights.sum(-1, keepdim=True) + _EPSILON)
-    if config.topk_scaling_factor is not None:
-        weights = weights * config.topk_scaling_factor
-    return weights
+    else:
+        weights = torch.softmax(logits_TE, dim=-1).gather(1, chosen_TK)
+    return weights if router.scale == 1.0 else weights * router.scale
 
 
 def _fill(weights_TE: Tensor, mask_TE: Tensor, chosen_TK: Tensor, max_rows: int) -> Routing:

@@ -51,7 +51,7 @@ def score(logits_TE: Tensor, config: MoEConfig, chosen_TK: Tensor) -> Scored:
     Returns:
         The routing and its sums.
     """
-    scores = losses.aux_scores(logits_TE, config.score_function)
+    scores = losses.aux_scores(logits_TE, config.router.score)
     exact = logits_TE.to(scores.dtype)
     parts = [
         scores.sum(0),
@@ -75,10 +75,9 @@ def score_fused(logits_TE: Tensor, config: MoEConfig) -> Scored:
     """
     from runtime.kernels.routing import topk_softmax
 
-    scale = 1.0 if config.topk_scaling_factor is None else config.topk_scaling_factor
-    # Softmax over all, renormalised over the chosen, is softmax over the chosen.
-    pre_softmax = config.pre_softmax and not config.renormalize
-    experts, weights, sums = topk_softmax(logits_TE, config.topk, pre_softmax=pre_softmax, scale=scale)
+    router = config.router
+    # A softmax over all, divided by its sum over the chosen, is a softmax over the chosen.
+    experts, weights, sums = topk_softmax(logits_TE, router.top_k, pre_softmax=not router.normalise, scale=router.scale)
     if config.capacity_factor is not None:
         routing = drop_tokens(weights, experts, config.num_experts, config)
     else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,69 +15,91 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW:
-    """torch's fused AdamW on master weights; gradients are clipped inside the same kernel."""
+    """One pass over each shard: clipping, moments, masters, and the weights rounded from them."""
 
     def __init__(self, config: OptimConfig, shards: Sequence[Shard]) -> None:
         """Set up the moments.
 
         Args:
-            config: rates and decay.
+            config: rates, decay, and the moments' type.
             shards: what to update.
         """
         self.shards = shards
         self.num_steps = 0
         """Updates so far, those that were skipped not counted."""
-        groups = [
-            {
-                "params": [shard.master for shard in shards if shard.topology.decay is decay],
-                "weight_decay": config.weight_decay if decay else 0.0,
-            }
-            for decay in (True, False)
-        ]
-        self._torch = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            fused=True,
-        )
-        for shard in shards:
-            self._torch.state[shard.master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=shard.master.device),
-                **{name: torch.zeros_like(shard.master) for name in MOMENTS},
-            }
+        self.divisor: Tensor | None = None
+        """What gradients were divided by in the last step."""
+        self._config, self._lr = config, config.lr
+        dtype = torch.bfloat16 if config.moments_dtype == "bfloat16" else None  # None: as the masters
+        self._moments = [{name: torch.zeros_like(shard.master, dtype=dtype) for name in MOMENTS} for shard in shards]
+        self._places = {id(shard): place for place, shard in enumerate(shards)}
 
-    def moment(self, shard: Shard, name: str) -> Tensor:
+    @property
+    def states(self) -> Sequence[str]:
+        """The two moments."""
+        return MOMENTS
+
+    def state(self, shard: Shard, name: str) -> Tensor:
         """A moment of a shard, [N] as its master; `name` is exp_avg or exp_avg_sq."""
-        moment: Tensor = self._torch.state[shard.master][name]
-        return moment
+        return self._moments[self._places[id(shard)]][name]
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""
-        for group in self._torch.param_groups:
-            group["lr"] = lr
+        self._lr = lr
 
-    def set_num_steps(self, num_steps: int) -> None:
-        """Say how many updates the moments have seen, for their bias correction."""
-        self.num_steps = num_steps
-        for shard in self.shards:
-            self._torch.state[shard.master]["step"].fill_(num_steps)
+    def scalars(self) -> dict[str, Any]:
+        """Give the number of updates, on which the bias correction depends, and the settings.
+
+        In the trainer a run's flags decide; a program that the run is exported to needs them from the checkpoint.
+        """
+        config = self._config
+        betas = [config.adam_beta1, config.adam_beta2]
+        return {
+            "num_steps": self.num_steps,
+            "betas": betas,
+            "eps": config.adam_eps,
+            "weight_decay": config.weight_decay,
+        }
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        """Take the number of updates that the moments have seen."""
+        self.num_steps = int(scalars.get("num_steps", 0))
 
     def step(self, grad_divisor: Tensor, skip: Tensor) -> None:
-        """Update the masters.
+        """Update the masters, and the weights that are rounded from them.
 
         Args:
-            grad_divisor: 0-dim; gradients are divided by it first (loss scale over clip coefficient).
-            skip: 0-dim bool; true leaves weights, moments and step counts as they are.
+            grad_divisor: 0-dim; gradients are divided by it first (loss scale over clip coefficient). They stay as they
+                are.
+            skip: 0-dim bool; true leaves weights and moments as they are.
         """
-        for shard in self.shards:
-            shard.master.grad = shard.grad_shard
-        # The attributes through which torch.amp.GradScaler talks to the fused kernel: nothing is read back by the host.
-        self._torch.grad_scale = grad_divisor.float()  # type: ignore[attr-defined]
-        self._torch.found_inf = skip.float()  # type: ignore[attr-defined]
-        self._torch.step()
-        for shard in self.shards:
-            shard.master.grad = None
+        self.divisor = grad_divisor
+        for shard, moments in zip(self.shards, self._moments, strict=True):
+            self._update(shard, moments[MOMENTS[0]], moments[MOMENTS[1]], grad_divisor, skip)
+
+    @torch.no_grad()
+    def _update(self, shard: Shard, exp_avg: Tensor, exp_avg_sq: Tensor, divisor: Tensor, skip: Tensor) -> None:
+        config, master = self._config, shard.master
+        decay = config.weight_decay if shard.topology.decay else 0.0
+        beta1, beta2, step = config.adam_beta1, config.adam_beta2, self.num_steps + 1
+        if master.is_cuda and master.dtype == torch.float32:
+            from runtime.kernels.adamw import adamw_step
+
+            adamw_step(
+                shard.grad_shard, master, exp_avg, exp_avg_sq, shard.rounded, divisor.float(), skip,
+                num_steps=step, lr=self._lr, beta1=beta1, beta2=beta2, eps=config.adam_eps, weight_decay=decay,
+            )  # fmt: skip
+            return
+        grad = shard.grad_shard / divisor.to(master.dtype)
+        first = exp_avg.to(master.dtype).lerp(grad, 1 - beta1)
+        second = exp_avg_sq.to(master.dtype).mul(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(config.adam_eps)
+        updated = master * (1 - self._lr * decay)
+        updated.addcdiv_(first, denominator, value=-self._lr / (1 - beta1**step))
+        for old, new in ((exp_avg, first), (exp_avg_sq, second), (master, updated)):
+            old.copy_(torch.where(skip, old.to(new.dtype), new))
+        if shard.rounded is not None:
+            shard.rounded.copy_(master)
 
 
 def squared_norm(shards: Iterable[Shard], device: torch.device) -> Tensor:
@@ -94,5 +117,10 @@ def squared_norm(shards: Iterable[Shard], device: torch.device) -> Tensor:
     grads = [shard.grad_shard for shard in shards if shard.counted and shard.grad_shard.numel()]
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms: list[Tensor] = torch._foreach_norm(grads)  # type: ignore[assignment]
-    return torch.stack(list(norms)).double().square().sum()
+    if device.type == "cuda" and all(grad.dtype == torch.float32 for grad in grads):
+        from runtime.kernels.adamw import square_sum
+
+        return torch.stack([square_sum(grad) for grad in grads]).sum()
+    # In fp64, since an fp32 sum of squares loses more the more elements there are.
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+    return torch.stack(norms).square().sum()

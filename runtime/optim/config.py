@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from runtime.errors import require
+from runtime.flag import check_fields, flag
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """AdamW with fp32 master weights and moments."""
 
-    lr: float = 1e-4
-    """Peak learning rate; the trainer's schedule sets the rate of each step."""
-    weight_decay: float = 0.01
+    optimizer: Literal["adam"] = "adam"
+    """adam: AdamW, whose weight decay is decoupled."""
+    lr: float = flag(1e-4, at_least=0)
+    """Peak learning rate; the schedule sets the rate of each step."""
+    weight_decay: float = flag(0.01, at_least=0)
     """Decoupled; norms, biases and other one-dimensional parameters are not decayed."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    adam_beta1: float = flag(0.9, at_least=0, below=1)
+    """Decay of the running mean of the gradient."""
+    adam_beta2: float = flag(0.999, at_least=0, below=1)
+    """Decay of the running mean of the squared gradient."""
+    adam_eps: float = flag(1e-8, above=0)
+    """Added to the root of the mean squared gradient, so that the division is safe."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 halves the moments: 4 bytes a parameter less, rounded stochastically."""
+    clip_grad: float = flag(1.0, at_least=0)
     """Largest global gradient norm; 0 doesn't clip."""
-    skip_nonfinite: bool = False
-    """A step with a NaN or inf loss or gradient is left out; False stops the run with a report."""
-    initial_loss_scale: float = 2.0**32
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or inf loss or gradient does: stop the run with a report, or skip the step. fp16 always skips."""
+    initial_loss_scale: float = flag(2.0**32, above=0)
     """fp16 only: where dynamic loss scaling starts."""
-    min_loss_scale: float = 1.0
-    loss_scale_window: int = 1000
+    min_loss_scale: float = flag(1.0, above=0)
+    """fp16 only: the smallest loss scale."""
+    loss_scale_window: int = flag(1000, at_least=1)
     """fp16 only: steps without overflow before the scale doubles."""
 
     def __post_init__(self) -> None:
-        require(self.lr >= 0, f"--lr is {self.lr}; expected at least 0")
-        require(self.weight_decay >= 0, f"--weight-decay is {self.weight_decay}; expected at least 0")
-        require(self.clip_grad >= 0, f"--clip-grad is {self.clip_grad}; expected at least 0")
-        for flag, beta in (("--adam-beta1", self.adam_beta1), ("--adam-beta2", self.adam_beta2)):
-            require(0 <= beta < 1, f"{flag} is {beta}; expected 0 <= beta < 1")
-        require(self.adam_eps > 0, f"--adam-eps is {self.adam_eps}; expected more than 0")
+        check_fields(self)

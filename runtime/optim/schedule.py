@@ -4,14 +4,87 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from runtime.errors import require
+from runtime.flag import check_fields, flag
 
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 WsdStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
-DECAY_STYLES: tuple[DecayStyle, ...] = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
-WSD_STYLES: tuple[WsdStyle, ...] = ("exponential", "linear", "cosine", "minus_sqrt")
+DECAY_STYLES: tuple[DecayStyle, ...] = get_args(DecayStyle)
+WSD_STYLES: tuple[WsdStyle, ...] = get_args(WsdStyle)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """The learning rate's schedule as a run states it: in iterations, in samples, or the warm-up as a share."""
+
+    min_lr: float = flag(0.0, at_least=0)
+    """Learning rate at the end of the decay and after it."""
+    lr_decay_style: DecayStyle = "linear"
+    """How the rate falls after the warm-up."""
+    lr_decay_iters: int | None = flag(None, at_least=1)
+    """Iterations until --min-lr, the warm-up included; by default --train-iters."""
+    lr_decay_samples: int | None = flag(None, at_least=1)
+    """Samples until --min-lr, the warm-up included; by default --train-samples."""
+    lr_warmup_iters: int = flag(0, at_least=0)
+    """Iterations of linear warm-up."""
+    lr_warmup_samples: int = flag(0, at_least=0)
+    """Samples of linear warm-up, with --train-samples."""
+    lr_warmup_fraction: float | None = flag(None, at_least=0, below=1)
+    """Linear warm-up as a share of the decay."""
+    lr_warmup_init: float = flag(0.0, at_least=0)
+    """Learning rate of the first step of the warm-up."""
+    lr_wsd_decay_style: WsdStyle = "exponential"
+    """WSD only: how the rate falls at the end."""
+    lr_wsd_decay_iters: int = flag(0, at_least=0)
+    """WSD only: iterations of the fall at the end of the decay."""
+    lr_wsd_decay_samples: int = flag(0, at_least=0)
+    """WSD only: samples of the fall at the end of the decay, with --train-samples."""
+    use_checkpoint_schedule: bool = flag(False, "--use-checkpoint-opt_param-scheduler")
+    """On a resume, take the whole schedule from the checkpoint instead of these flags."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def resolve(self, max_lr: float, train_iters: int, train_samples: int) -> Schedule:
+        """Give the schedule of a run.
+
+        Args:
+            max_lr: the peak rate.
+            train_iters: iterations in all; 0 where the run is evaluated only.
+            train_samples: samples in all, where the run counts in them; else 0.
+
+        Returns:
+            The schedule; it counts samples where the run does, else iterations.
+
+        Raises:
+            ConfigError: flags that count in the other unit, two warm-ups, or values that exclude each other.
+        """
+        unit: Literal["iters", "samples"] = "samples" if train_samples else "iters"
+        other = "iters" if train_samples else "samples"
+        for name in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
+            require(
+                not getattr(self, f"{name}_{other}"),
+                f"--{name.replace('_', '-')}-{other} is {getattr(self, f'{name}_{other}')} in a run that counts in "
+                f"{unit} (--train-{unit}): give --{name.replace('_', '-')}-{unit}",
+            )
+        decay = (self.lr_decay_samples if train_samples else self.lr_decay_iters) or train_samples or train_iters or 1
+        warmup = self.lr_warmup_samples if train_samples else self.lr_warmup_iters
+        if self.lr_warmup_fraction is not None:
+            require(not warmup, f"--lr-warmup-fraction and --lr-warmup-{unit} are two warm-ups: give one")
+            warmup = int(self.lr_warmup_fraction * decay)
+        return Schedule(
+            max_lr=max_lr,
+            min_lr=self.min_lr,
+            warmup_init=self.lr_warmup_init,
+            warmup_iters=warmup,
+            decay_iters=decay,
+            style=self.lr_decay_style,
+            wsd_style=self.lr_wsd_decay_style,
+            wsd_iters=self.lr_wsd_decay_samples if train_samples else self.lr_wsd_decay_iters,
+            unit=unit,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,25 +106,26 @@ class Schedule:
     wsd_style: WsdStyle = "exponential"
     wsd_iters: int = 0
     """WSD only: length of the decay at the end of decay_iters."""
+    unit: Literal["iters", "samples"] = "iters"
+    """What the lengths above and `lr` count."""
 
     def __post_init__(self) -> None:
-        require(self.style in DECAY_STYLES, f"--lr-decay-style is {self.style!r}; expected one of {DECAY_STYLES}")
-        require(
-            0 <= self.min_lr <= self.max_lr,
-            f"--min-lr is {self.min_lr}; expected 0 to --lr ({self.max_lr})",
-        )
-        require(
-            0 <= self.warmup_init <= self.max_lr,
-            f"--lr-warmup-init is {self.warmup_init}; expected 0 to --lr ({self.max_lr})",
-        )
-        require(self.decay_iters >= 1, f"--lr-decay-iters is {self.decay_iters}; expected at least 1")
+        unit = self.unit
+        for flag_, value, known in (
+            ("--lr-decay-style", self.style, DECAY_STYLES),
+            ("--lr-wsd-decay-style", self.wsd_style, WSD_STYLES),
+        ):
+            require(value in known, f"{flag_} is {value!r}; expected one of {', '.join(known)}")
+        for name, rate in (("--min-lr", self.min_lr), ("--lr-warmup-init", self.warmup_init)):
+            require(0 <= rate <= self.max_lr, f"{name} is {rate}; expected 0 to --lr ({self.max_lr})")
+        require(self.decay_iters >= 1, f"--lr-decay-{unit} is {self.decay_iters}; expected at least 1")
         require(
             0 <= self.warmup_iters < self.decay_iters or self.warmup_iters == 0,
-            f"--lr-warmup-iters is {self.warmup_iters}; expected less than --lr-decay-iters ({self.decay_iters})",
+            f"--lr-warmup-{unit} is {self.warmup_iters}; expected less than --lr-decay-{unit} ({self.decay_iters})",
         )
         require(
             self.style != "WSD" or 0 < self.wsd_iters <= self.decay_iters - self.warmup_iters,
-            f"--lr-wsd-decay-iters is {self.wsd_iters}; expected 1 to what follows the warm-up "
+            f"--lr-wsd-decay-{unit} is {self.wsd_iters}; expected 1 to what follows the warm-up "
             f"({self.decay_iters - self.warmup_iters})",
         )
 
@@ -59,7 +133,7 @@ class Schedule:
         """Give the learning rate of a step.
 
         Args:
-            steps_done: optimizer steps before it.
+            steps_done: optimizer steps before it, or samples of them, as `unit` says.
 
         Returns:
             The rate.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.parallel.collectives import group_rank, group_size
-from runtime.parallel.gradient_sink import GradientSink, attach_sink
+from runtime.parallel.gradient_sink import GradientSink, OpenSum, attach_sink
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype
 from runtime.parallel.topology import matrix_cols, tag, topology_of
@@ -110,10 +110,14 @@ class Bucket:
         self.pending.untouched.discard(slot.start)
         return first
 
-    def open_sum(self, slot: Slot) -> Tensor:
-        """A parameter's accumulated gradient, which is zero before the first summand of a step."""
-        total = self.grad_view(slot)
-        return total.zero_() if self._touch(slot) else total
+    @property
+    def by_autograd(self) -> bool:
+        """Whether autograd must have every gradient of this backward pass: how many there are is not known."""
+        return self.pending.count is None
+
+    def open_sum(self, slot: Slot) -> OpenSum:
+        """A parameter's accumulated gradient, and whether the first summand of a step is to overwrite it."""
+        return OpenSum(self.grad_view(slot), self._touch(slot))
 
     def accumulate(self, slot: Slot, parameter: Tensor) -> None:
         """Add the gradient that autograd has left at a parameter; the first of a step replaces what was there."""
@@ -164,10 +168,18 @@ class Bucket:
             for group in self.partial_groups:
                 dist.all_reduce(self.grad_shard, group=group)
 
-    def publish(self) -> None:
-        """Bring the updated masters into the weights of all data-parallel ranks."""
+    @property
+    def rounded(self) -> Tensor | None:
+        """The weights of this rank's shard, where they are not the masters."""
+        return self.weight_shard if self.separate_master else None
+
+    def round_masters(self) -> None:
+        """Bring the masters into this rank's shard of the weights."""
         if self.separate_master:
             self.weight_shard.copy_(self.master)
+
+    def publish(self) -> None:
+        """Bring the weights of each data-parallel rank's shard to all."""
         if self.distributed:
             _all_gather(self.weights, self.weight_shard, self.group)
 
@@ -275,5 +287,11 @@ class BucketStore:
 
     def weights_from_masters(self) -> None:
         """Bring the masters into the weights of all data-parallel ranks."""
+        for bucket in self._buckets:
+            bucket.round_masters()
+        self.share_weights()
+
+    def share_weights(self) -> None:
+        """Bring the weights that this rank's optimizer has written to all data-parallel ranks."""
         for bucket in self._buckets:
             bucket.publish()

@@ -5,36 +5,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from runtime.errors import require
+from moeconv.layout.degrees import Degrees
+from runtime.flag import check_fields, flag
 
-PipelineSchedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
+PipelineSchedule = Literal["auto", "gpipe", "1f1b", "interleaved", "zero-bubble"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
     """How the ranks divide the model; the data-parallel degrees follow from the world size."""
 
-    tp: int = 1
+    tp: int = flag(1, "--tensor-model-parallel-size", at_least=1)
     """Tensor-parallel degree of attention, embeddings and dense layers."""
-    sp: bool = False
-    """Sequence parallelism: activations between the tensor-parallel regions are split over tp."""
-    pp: int = 1
-    vpp: int = 1
+    sp: bool = flag(False, "--sequence-parallel")
+    """Split activations between the tensor-parallel regions over the tensor-parallel ranks."""
+    pp: int = flag(1, "--pipeline-model-parallel-size", at_least=1)
+    """Stages of the pipeline."""
+    vpp: int = flag(1, "--num-virtual-stages-per-pipeline-rank", at_least=1)
     """Model chunks (virtual stages) a pipeline rank."""
-    pp_layers: tuple[int, ...] | None = None
-    """Layers of each of the pp * vpp stages, in the order of the model; None splits evenly."""
-    ep: int = 1
-    etp: int = 0
-    """Tensor-parallel degree inside an expert; 0 takes tp."""
-    cp: int = 1
+    layers_per_virtual_stage: int | None = flag(None, "--num-layers-per-virtual-pipeline-stage", at_least=1)
+    """Layers of a virtual stage, instead of how many such stages a rank has."""
+    pp_layers: tuple[int, ...] | None = flag(None, at_least=1, metavar="N,N,...")
+    """Layers of each of the stages (those of virtual ones too), in the order of the model; without it, evenly many."""
+    ep: int = flag(1, "--expert-model-parallel-size", at_least=1)
+    """Expert-parallel degree: contiguous blocks of experts."""
+    etp: int = flag(0, "--expert-tensor-parallel-size", at_least=0)
+    """Tensor-parallel degree inside an expert; 0 takes that of attention."""
+    cp: int = flag(1, "--context-parallel-size", at_least=1)
+    """Ranks that share a sequence."""
     use_distributed_optimizer: bool = False
-    """Gradients and optimizer state are sharded over data parallel; parameters stay whole during the step."""
-    fully_shard: bool = False
-    """Parameters are sharded over data parallel too, and gathered layer by layer."""
-    pp_schedule: PipelineSchedule = "1f1b"
+    """Shard gradients and optimizer state over data parallel; parameters stay whole during the step."""
+    fully_shard: bool = flag(False, "--fully-shard", "--use-torch-fsdp2")
+    """Shard parameters over data parallel too, and gather them layer by layer."""
+    pp_schedule: PipelineSchedule = flag("auto", "--pipeline-schedule")
+    """Order of the pipeline's passes; auto is interleaved with virtual stages, else 1f1b."""
 
     def __post_init__(self) -> None:
         if self.etp == 0:
             object.__setattr__(self, "etp", self.tp)
-        for name in ("tp", "pp", "vpp", "ep", "etp", "cp"):
-            require(getattr(self, name) >= 1, f"parallel degree {name} is {getattr(self, name)}; expected at least 1")
+        if self.pp_schedule == "auto":
+            object.__setattr__(self, "pp_schedule", "interleaved" if self.vpp > 1 else "1f1b")
+        check_fields(self)
+
+    @property
+    def layout(self) -> Degrees:
+        """The degrees that decide which rectangle of which tensor a rank holds."""
+        return Degrees(tp=self.tp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp, pp_layers=self.pp_layers)

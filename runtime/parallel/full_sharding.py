@@ -72,6 +72,11 @@ class ShardedParameter:
         grad = self._parameter.grad
         return torch.zeros_like(self.master) if grad is None else self._local(grad).view(-1)
 
+    @property
+    def rounded(self) -> Tensor | None:
+        """Nothing: FSDP rounds the shards when it gathers them."""
+        return None
+
     def parts(self) -> Iterator[ShardPart]:
         """The one range that this rank has, if any."""
         if self.master.numel():
@@ -139,6 +144,10 @@ class FullyShardedStore:
     def weights_from_masters(self) -> None:
         """Bring the masters into the weights; FSDP's shards are both."""
         self._plain.weights_from_masters()
+
+    def share_weights(self) -> None:
+        """Bring updated weights to all ranks; FSDP gathers its own when they are needed."""
+        self._plain.share_weights()
 
 
 def _shard(stage: nn.Module, mesh: ParallelMesh, device: torch.device, chosen: set[int]) -> None:

@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from runtime.parallel.buckets import Bucket
-    from runtime.parallel.shards import Slot
+from runtime.parallel.shards import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSum:
+    """A gradient's sum that a backward function adds to."""
+
+    total: Tensor
+    """In the parameter's shape."""
+    fresh: bool
+    """Nothing has been added in this step: the sum holds what the step before left, and is to be overwritten."""
+
+    def zeroed(self) -> Tensor:
+        """The sum, zero where nothing has been added: for a summand that doesn't touch every element."""
+        return self.total.zero_() if self.fresh else self.total
+
+
+class Sums(Protocol):
+    """Where the sums of several parameters' gradients lie."""
+
+    @property
+    def by_autograd(self) -> bool:
+        """Whether autograd must have every gradient of this backward pass."""
+
+    def open_sum(self, slot: Slot) -> OpenSum:
+        """A parameter's accumulated gradient."""
+
+    def accumulate(self, slot: Slot, parameter: Tensor) -> None:
+        """Add the gradient that autograd has left at a parameter."""
+
+    def arrived(self) -> None:
+        """Count a gradient that has been added."""
 
 
 class GradientSink:
@@ -20,22 +50,22 @@ class GradientSink:
     bytes, and no rounding to bf16), says `close` and gives autograd nothing.
     """
 
-    def __init__(self, bucket: Bucket, slot: Slot) -> None:
+    def __init__(self, bucket: Sums, slot: Slot) -> None:
         """Take the gradients of a bucket's slot."""
         # A tensor's hooks are invisible to the garbage collector: one that held its bucket would keep both for good.
         self._bucket, self._slot, self._closed = weakref.ref(bucket), slot, False
 
     @property
-    def bucket(self) -> Bucket:
+    def bucket(self) -> Sums:
         """Where the sum lies."""
         bucket = self._bucket()
         assert bucket is not None, "a store outlives the backward passes of its parameters"
         return bucket
 
-    def open(self) -> Tensor | None:
-        """The sum so far, in the parameter's shape, to be added to; None where autograd must have the gradient."""
+    def open(self) -> OpenSum | None:
+        """The sum so far, to be added to or overwritten; None where autograd must have the gradient."""
         bucket = self.bucket
-        return None if bucket.pending.count is None else bucket.open_sum(self._slot)
+        return None if bucket.by_autograd else bucket.open_sum(self._slot)
 
     def close(self) -> None:
         """Say that the gradient of this backward pass has been added to the sum."""
@@ -59,3 +89,25 @@ def attach_sink(parameter: Tensor, sink: GradientSink) -> None:
 def sink_of(parameter: Tensor) -> GradientSink | None:
     """The sink of a parameter, if it has one."""
     return getattr(parameter, "gradient_sink", None)
+
+
+def deliver(sink: GradientSink | None, grad: Tensor, parameter: Tensor) -> Tensor | None:
+    """Bring a finished gradient to its sum, or round it for autograd.
+
+    Args:
+        sink: the parameter's; None where it has none.
+        grad: the gradient, in the sum's precision or a lower one.
+        parameter: what it is the gradient of.
+
+    Returns:
+        What a backward function gives autograd: None where the gradient has been added.
+    """
+    opened = None if sink is None else sink.open()
+    if sink is None or opened is None:
+        return grad.to(parameter.dtype)
+    if opened.fresh:
+        opened.total.copy_(grad)
+    else:
+        opened.total.add_(grad)
+    sink.close()
+    return None

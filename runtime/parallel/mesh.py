@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from runtime.errors import require
 from runtime.parallel.collectives import Group
 from runtime.parallel.degrees import ParallelConfig
 
@@ -54,9 +53,6 @@ class ParallelMesh:
             parallel: the degrees; data-parallel degrees are what the others leave of the world size.
             world_size: number of ranks; None asks torch.distributed (1 where it isn't initialised).
             rank: coordinates of this rank instead of the process's own; then no group is created.
-
-        Raises:
-            ConfigError: the degrees don't divide the world size.
         """
         initialized = dist.is_available() and dist.is_initialized()
         self.world_size = world_size or (dist.get_world_size() if initialized else 1)
@@ -65,10 +61,8 @@ class ParallelMesh:
         dense = parallel.pp * parallel.cp * parallel.tp
         expert = parallel.pp * parallel.ep * parallel.etp
         for name, product in (("tp x pp x cp", dense), ("ep x etp x pp", expert)):
-            require(
-                self.world_size % product == 0,
-                f"{name} is {product}, which doesn't divide the world size {self.world_size}",
-            )
+            message = f"{name} is {product}, which doesn't divide the world size {self.world_size}"
+            assert self.world_size % product == 0, message
         dense_shape = (parallel.pp, self.world_size // dense, parallel.cp, parallel.tp)
         expert_shape = (parallel.pp, self.world_size // expert, parallel.ep, parallel.etp)
         ranks = np.arange(self.world_size)

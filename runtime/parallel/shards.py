@@ -86,6 +86,10 @@ class Shard(Protocol):
     def counted(self) -> bool:
         """Whether it takes part in the gradient norm; of equal copies on several ranks, one does."""
 
+    @property
+    def rounded(self) -> Tensor | None:
+        """[N] the weights in the compute dtype that the optimizer writes with the masters; None where it needn't."""
+
     def parts(self) -> Iterator[ShardPart]:
         """The parts of parameters in the shard, in order."""
 
@@ -115,3 +119,6 @@ class Store(Protocol):
 
     def weights_from_masters(self) -> None:
         """Bring the masters into the weights of all data-parallel ranks."""
+
+    def share_weights(self) -> None:
+        """Bring the weights that this rank's optimizer has written to all data-parallel ranks."""

@@ -68,11 +68,11 @@ def summary(run: RunLog) -> dict[str, Any]:
     state = "finished" if done else "running" if time.time() - run.last_time < _RUNNING_SECONDS else "stopped"
     return {
         "state": state,
-        "model": run.settings.get("model.model_type"),
+        "model": run.settings.get("job.model"),
         "parameters": run.settings.get("job.parameters"),
         "device": run.settings.get("job.device"),
         "world_size": run.settings.get("job.world_size"),
-        "experts": run.settings.get("moe.num_experts"),
+        "experts": run.settings.get("job.experts"),
         "iteration": run.iteration,
         "train_iters": run.train_iters,
         "tokens": train.tokens[-1] if len(train) else 0,

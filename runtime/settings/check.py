@@ -1,25 +1,28 @@
-"""What is checked before a run allocates anything: degrees, sizes and batch against each other and the world size."""
+"""The judge of a run: everything that its settings must fulfil together, before anything is allocated or ranks meet."""
 
 from __future__ import annotations
 
-import torch
+import dataclasses
+import math
 
-from moeconv.errors import LayoutError
-from moeconv.layout.degrees import Degrees, chunk_layers
+from moeconv.families.base import Model
+from moeconv.layout.degrees import OPTIONS, DegreesError
 from moeconv.layout.shard import divisors
-from runtime.errors import require
-from runtime.model.config import ModelConfig
+from moeconv.placement import check_degrees as check_model_degrees
+from runtime.errors import ConfigError, require
+from runtime.flag import flag_name
 from runtime.moe.config import MoEConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.settings.run import RunConfig
 from runtime.settings.steps import TrainConfig
 
-TP = "--tensor-model-parallel-size"
-PP = "--pipeline-model-parallel-size"
-VPP = "--num-virtual-stages-per-pipeline-rank"
-CP = "--context-parallel-size"
-EP = "--expert-model-parallel-size"
-ETP = "--expert-tensor-parallel-size"
+# What the trainer calls the degrees.
+FLAGS = {
+    item.name: flag_name(ParallelConfig, item.name)
+    for item in dataclasses.fields(ParallelConfig)
+    if item.name in OPTIONS.keys() | {"cp", "sp", "pp_schedule", "fully_shard"}
+}
+TP, PP, VPP, CP, EP, ETP = (FLAGS[axis] for axis in ("tp", "pp", "vpp", "cp", "ep", "etp"))
 
 
 def check_run(run: RunConfig, world_size: int) -> None:
@@ -31,13 +34,13 @@ def check_run(run: RunConfig, world_size: int) -> None:
 
     Raises:
         ConfigError: names the flag, its value and what would fit.
-        LayoutError: the layers don't divide over the stages.
     """
-    check_degrees(run.model, run.parallel, run.moe, world_size)
+    check_world(run.parallel, world_size)
+    check_degrees(run.parallel, run.model)
+    check_combinations(run.parallel, run.moe)
     check_sequence(run.parallel, run.train)
-    check_pipeline(run.model, run.parallel, run.train, world_size)
+    check_microbatches(run.parallel, run.train, world_size)
     check_precision(run)
-    run.train.num_microbatches(data_parallel_size(run.parallel, world_size))
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -45,61 +48,73 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // (parallel.tp * parallel.pp * parallel.cp)
 
 
-def check_degrees(model: ModelConfig, parallel: ParallelConfig, moe: MoEConfig | None, world_size: int) -> None:
-    """Check that the degrees fit the world size, the heads, the experts and each other.
+def check_world(parallel: ParallelConfig, world_size: int) -> None:
+    """Check that the degrees divide the number of processes.
 
     Args:
-        model: the architecture.
         parallel: the degrees.
-        moe: the MoE layer's options; None for a dense model.
         world_size: number of processes.
+
+    Raises:
+        ConfigError: names the flags, their values and what would fit.
+    """
+    fits = ", ".join(map(str, divisors(world_size)))
+    for axes in (("tp", "pp", "cp"), ("ep", "etp", "pp")):
+        product = math.prod(getattr(parallel, axis) for axis in axes)
+        named = " x ".join(f"{FLAGS[axis]} {getattr(parallel, axis)}" for axis in axes)
+        require(
+            world_size % product == 0,
+            f"{named} = {product} doesn't divide the world size {world_size}; products that fit: {fits}",
+        )
+
+
+def check_degrees(parallel: ParallelConfig, model: Model) -> None:
+    """Check that the degrees divide what they split of the model; the converter's own check says it in our flags.
 
     Raises:
         ConfigError: names the flag, its value and what would fit.
     """
-    _check_world(parallel, world_size)
-    tp = parallel.tp
-    fit = ", ".join(str(d) for d in divisors(model.num_heads) if _kv_fit(model.num_kv_heads, d))
+    try:
+        check_model_degrees(model, parallel.layout)
+    except DegreesError as error:
+        raise ConfigError(error.say(FLAGS)) from None
+
+
+def check_combinations(parallel: ParallelConfig, moe: MoEConfig | None) -> None:
+    """Refuse combinations that the engine doesn't compute.
+
+    Args:
+        parallel: the degrees.
+        moe: the MoE layer's options; None for a dense model.
+
+    Raises:
+        ConfigError: names the flags and what would fit.
+    """
+    pp, vpp, schedule = parallel.pp, parallel.vpp, parallel.pp_schedule
     require(
-        model.num_heads % tp == 0 and _kv_fit(model.num_kv_heads, tp),
-        f"{TP} is {tp}; {model.num_heads} attention heads and {model.num_kv_heads} key/value heads allow {fit}",
+        parallel.sp or parallel.tp == 1 or parallel.ep == 1,
+        f"{EP} {parallel.ep} and {TP} {parallel.tp}: expert and tensor parallelism together need {FLAGS['sp']}",
     )
-    if moe is None:
-        require(parallel.ep == 1, f"{EP} is {parallel.ep}; the checkpoint is a dense model without experts: give 1")
-        _divides(TP, tp, model.ffn_hidden_size, "ffn_hidden_size")
-        return
-    _divides(EP, parallel.ep, model.num_experts, "experts")
-    _divides(ETP, parallel.etp, model.ffn_hidden_size, "expert ffn_hidden_size")
     require(
-        parallel.sp or tp == 1 or parallel.ep == 1,
-        f"{EP} is {parallel.ep} and {TP} is {tp}: expert and tensor parallelism together need --sequence-parallel",
+        not parallel.fully_shard or pp == 1 or schedule != "zero-bubble",
+        f"{FLAGS['fully_shard']} with {FLAGS['pp_schedule']} zero-bubble: its weight gradients come outside of the hooks "
+        "that reduce them; take 1f1b or interleaved",
     )
-
-
-def _check_world(parallel: ParallelConfig, world_size: int) -> None:
-    dense = parallel.tp * parallel.pp * parallel.cp
-    require(
-        world_size % dense == 0,
-        f"{TP} {parallel.tp} x {PP} {parallel.pp} x {CP} {parallel.cp} = {dense} doesn't divide the world size "
-        f"{world_size}; products that fit: {', '.join(map(str, divisors(world_size)))}",
-    )
-    experts = parallel.ep * parallel.etp * parallel.pp
-    fit = divisors(world_size // parallel.pp)
-    require(
-        world_size % experts == 0,
-        f"{EP} {parallel.ep} x {ETP} {parallel.etp} x {PP} {parallel.pp} = {experts} doesn't divide the world size "
-        f"{world_size}; {EP} x {ETP} can be {', '.join(map(str, fit))}",
-    )
-
-
-def _kv_fit(num_kv_heads: int, tp: int) -> bool:
-    """Each rank holds whole key/value heads, or several ranks share one."""
-    return num_kv_heads % tp == 0 or tp % num_kv_heads == 0
-
-
-def _divides(flag: str, degree: int, size: int, what: str) -> None:
-    fit = ", ".join(map(str, divisors(size)))
-    require(size % degree == 0, f"{flag} is {degree}; the model has {what} {size}: degrees that fit are {fit}")
+    if pp > 1:
+        single = schedule in ("gpipe", "1f1b")
+        require(
+            single == (vpp == 1) or schedule == "zero-bubble",
+            f"{FLAGS['pp_schedule']} {schedule} with {VPP} {vpp}: "
+            + ("give interleaved or zero-bubble" if single else "interleaving needs at least 2"),
+        )
+    if moe is not None and moe.aux_loss_mode == "hf" and moe.aux_losses:
+        whole = parallel.pp * parallel.tp * parallel.cp == 1
+        flag = flag_name(MoEConfig, "aux_loss_mode")
+        require(
+            whole,
+            f"{flag} hf pools the layers of whole sequences: it needs {PP}, {TP} and {CP} 1, here they are {pp}, "
+            f"{parallel.tp} and {parallel.cp}; {flag} megatron has no such limit",
+        )
 
 
 def check_sequence(parallel: ParallelConfig, train: TrainConfig) -> None:
@@ -108,9 +123,8 @@ def check_sequence(parallel: ParallelConfig, train: TrainConfig) -> None:
     Raises:
         ConfigError: names the flag, its value and what would fit.
     """
-    parts = parallel.cp * (
-        2 if parallel.cp > 1 else 1
-    )  # causal load balancing gives each rank an early and a late part
+    # Causal load balancing gives each rank of a sequence an early and a late part.
+    parts = parallel.cp * (2 if parallel.cp > 1 else 1)
     parts *= parallel.tp if parallel.sp else 1
     require(
         train.seq_length % parts == 0,
@@ -119,37 +133,19 @@ def check_sequence(parallel: ParallelConfig, train: TrainConfig) -> None:
     )
 
 
-def check_pipeline(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, world_size: int) -> None:
-    """Check that layers and micro-batches fit the pipeline.
+def check_microbatches(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> None:
+    """Check that the global batch divides over the ranks, and its micro-batches over the pipeline's rounds.
 
     Raises:
-        ConfigError: the schedule doesn't fit; names the flag, its value and what would fit.
-        LayoutError: the layers don't divide over the stages.
+        ConfigError: names the flags, their values and what would fit.
     """
-    pp, vpp, schedule = parallel.pp, parallel.vpp, parallel.pp_schedule
-    require(vpp == 1 or pp > 1, f"{VPP} is {vpp} with {PP} 1: virtual stages need a pipeline")
-    count = len(parallel.pp_layers or ())
+    dp = data_parallel_size(parallel, world_size)
+    num, pp = train.num_microbatches(dp), parallel.pp
+    rounds = train.micro_batch_size * dp * pp
     require(
-        count in (0, pp * vpp),
-        f"--pp-layers has {count} numbers; {PP} {pp} x {VPP} {vpp} needs {pp * vpp}",
-    )
-    try:
-        chunk_layers(model.num_layers, Degrees(pp=pp, vpp=vpp, pp_layers=parallel.pp_layers))
-    except LayoutError as error:
-        raise LayoutError(f"{PP} is {pp}, {VPP} is {vpp}: {error}") from None
-    if pp == 1:
-        return
-    single = schedule in ("gpipe", "1f1b")
-    require(
-        single == (vpp == 1) or schedule == "zero-bubble",
-        f"--pipeline-schedule {schedule} with {VPP} {vpp}: "
-        + ("give interleaved or zero-bubble" if single else "interleaving needs at least 2"),
-    )
-    num = train.num_microbatches(data_parallel_size(parallel, world_size))
-    require(
-        schedule != "interleaved" or num % pp == 0,
-        f"{num} micro-batches a step with --pipeline-schedule interleaved; they must be a multiple of {PP} {pp}: "
-        "change --global-batch-size or --micro-batch-size",
+        pp == 1 or parallel.pp_schedule != "interleaved" or num % pp == 0,
+        f"--global-batch-size {num * train.micro_batch_size * dp} makes {num} micro-batches a step, with "
+        f"{FLAGS['pp_schedule']} interleaved they must be a multiple of {PP} {pp}: give a multiple of {rounds}",
     )
 
 
@@ -157,14 +153,17 @@ def check_precision(run: RunConfig) -> None:
     """Check that this machine can compute in the types that are asked for.
 
     Raises:
-        ConfigError: FP8 or fp16 without a GPU.
+        ConfigError: FP8 without a GPU that has it.
     """
-    cuda = torch.cuda.is_available()
     fp8 = run.moe.fp8_format if run.moe else None
-    require(fp8 is None or cuda, f"--fp8-format is {fp8}; FP8 needs a GPU of compute capability 8.9 or more")
-    if fp8 is not None:
-        capability = torch.cuda.get_device_capability()
-        require(
-            capability >= (8, 9),
-            f"--fp8-format is {fp8}; FP8 needs compute capability 8.9 or more, this GPU has {capability}",
-        )
+    if fp8 is None:
+        return
+    import torch  # here only: everything else is judged without it
+
+    cuda = torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if cuda else (0, 0)
+    has = f"this GPU has {capability[0]}.{capability[1]}" if cuda else "there is no GPU here"
+    require(
+        capability >= (8, 9),
+        f"--fp8-format is {fp8}; FP8 needs a GPU of compute capability 8.9 or more, {has}",
+    )

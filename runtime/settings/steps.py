@@ -5,46 +5,73 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime.errors import require
+from runtime.flag import check_fields, flag
+from runtime.model.dtypes import DtypeName
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """The sizes of a step and the length of a run."""
 
-    seq_length: int
-    micro_batch_size: int = 1
+    train_iters: int = flag(0, at_least=0)
+    """Steps in all, the ones before a resume included."""
+    train_samples: int = flag(0, at_least=0)
+    """Sequences in all instead of steps: as many full global batches as they give."""
+    micro_batch_size: int = flag(1, at_least=1)
     """Sequences of one forward pass of one data-parallel rank."""
-    global_batch_size: int = 0
+    global_batch_size: int = flag(0, at_least=0)
     """Sequences of one optimizer step over all data-parallel ranks; 0 is one micro-batch on each."""
-    train_iters: int = 0
+    seq_length: int = flag(0, at_least=0)
+    """Tokens of a sequence; 0 takes 2048, or the checkpoint's longest if that is shorter."""
+    dtype: DtypeName | None = flag(
+        None,
+        "--dtype",
+        shorthands={"--bf16": "bfloat16", "--fp16": "float16", "--fp32": "float32", "--fp64": "float64"},
+    )
+    """Type that weights and activations are computed in; by default the checkpoint's own."""
     seed: int = 1234
-    eval_interval: int = 0
+    """Determines the order of the data, and with the iteration the random numbers of each step."""
+    eval_interval: int = flag(0, at_least=0)
     """Iterations between evaluations on the validation split; 0 evaluates at the end only."""
-    eval_iters: int = 0
+    eval_iters: int = flag(0, at_least=-1)
     """Global batches of an evaluation; 0 doesn't evaluate, -1 takes the whole split once."""
-    save_interval: int = 0
-    """Iterations between saves; 0 saves at the end only."""
-    log_interval: int = 1
-    exit_interval: int = 0
-    """Save and leave after the next iteration that is a multiple of it (--exit-interval); 0 goes on to the end."""
-    exit_duration_in_mins: float = 0.0
-    """Save and leave after the first step that ends so many minutes after the start (--exit-duration-in-mins); 0: never."""
+    skip_train: bool = False
+    """Evaluate only."""
+    exit_interval: int = flag(0, at_least=0)
+    """Save and leave at the first iteration that this divides; 0 doesn't."""
+    exit_duration_in_mins: float = flag(0.0, at_least=0)
+    """Save and leave after the first step that ends so many minutes after the start; 0 doesn't."""
+    manual_gc: bool = False
+    """Collect Python's garbage at fixed iterations on all ranks alike, instead of whenever a rank has enough of it."""
+    manual_gc_interval: int = flag(0, at_least=0)
+    """With --manual-gc: iterations between collections; 0 collects only before evaluations and saves."""
+    distributed_timeout_minutes: float = flag(10.0, above=0)
+    """A run that stands still this long is ended, with the stack of the rank that does."""
 
     def __post_init__(self) -> None:
-        require(self.seq_length >= 1, f"--seq-length is {self.seq_length}; expected at least 1")
-        require(self.micro_batch_size >= 1, f"--micro-batch-size is {self.micro_batch_size}; expected at least 1")
-        require(self.log_interval >= 1, f"--log-interval is {self.log_interval}; expected at least 1")
-        require(self.eval_iters >= -1, f"--eval-iters is {self.eval_iters}; expected -1 (the whole split) or more")
-        for name in (
-            "global_batch_size",
-            "train_iters",
-            "eval_interval",
-            "save_interval",
-            "exit_interval",
-            "exit_duration_in_mins",
-        ):
-            value = getattr(self, name)
-            require(value >= 0, f"--{name.replace('_', '-')} is {value}; expected at least 0")
+        check_fields(self)
+        require(
+            not (self.train_iters and self.train_samples),
+            "--train-iters and --train-samples both say how long the run is: give one",
+        )
+        require(
+            bool(self.train_iters or self.train_samples or self.skip_train),
+            "--train-iters is missing: say how many steps to train in all, or --skip-train to evaluate only",
+        )
+        require(
+            not self.train_samples or self.global_batch_size > 0,
+            f"--train-samples is {self.train_samples} and --global-batch-size is not given; samples make whole steps: "
+            "give --global-batch-size, too",
+        )
+        require(
+            not self.train_samples or self.train_samples >= self.global_batch_size,
+            f"--train-samples is {self.train_samples}, less than one --global-batch-size ({self.global_batch_size})",
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.train_iters or (self.train_samples // self.global_batch_size if self.train_samples else 0)
 
     def num_microbatches(self, dp: int) -> int:
         """Forward passes that each data-parallel rank makes in one optimizer step.

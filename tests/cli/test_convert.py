@@ -74,7 +74,7 @@ def test_dry_run_writes_nothing_and_says_what_it_would(call: Call, mixtral: Path
             ("--tp", 3),
             "--tp 3: 4 attention heads and 2 key/value heads can't be shared by 3 ranks; degrees that fit: 1, 2, 4",
         ),
-        (("--ep", 3), "--ep 3: 4 experts can't be shared evenly; degrees that fit: 1, 2, 4"),
+        (("--ep", 3), "--ep 3: 4 experts can't be shared by 3 ranks; degrees that fit: 1, 2, 4"),
         (("--etp", 5), "--etp 5: an expert's width of 24"),
         (("--pp", 3), "say how with --pp-layers, for example 2,1,1"),
         (("--pp", 2, "--pp-layers", "1,2"), "adds up to 3; the model has 4 layers"),

@@ -17,8 +17,8 @@ from moeconv.convert import Options
 from moeconv.errors import MoeconvError, WriteError
 from moeconv.io.staging import JOURNAL
 from moeconv.layout.degrees import Degrees
-from moeconv.megatron.checkpoint import open_any
 from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
+from moeconv.open import open_any
 
 ROOT = Path(__file__).parents[2]
 FORMS = ["torch", "torch_dist", "shards"]

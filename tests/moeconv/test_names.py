@@ -72,7 +72,7 @@ def everything(root: Path) -> dict[Path, bytes]:
 def test_no_name_of_a_manifest_leads_outside(copy: Path, tmp_path: Path, group: str, name: str) -> None:
     change(copy, lambda v: v[group].update({name: v[group].pop(next(iter(v[group])))}))
     before = everything(tmp_path)
-    with pytest.raises(SourceError, match="files inside its own folder"):
+    with pytest.raises(SourceError, match=r"files inside its own folder|half a character"):
         write_hf(open_checkpoint(copy), tmp_path / "out", None, Options())
     assert everything(tmp_path) == before
     assert not os.path.lexists("/tmp/moeconv-outside.safetensors")
@@ -99,7 +99,7 @@ def test_no_name_of_an_index_leads_outside(tmp_path: Path, name: str) -> None:
     table = json.loads((folder / INDEX).read_text())
     table["weight_map"][next(iter(table["weight_map"]))] = name
     (folder / INDEX).write_text(json.dumps(table))
-    with pytest.raises(MoeconvError, match=r"outside|own folder|no safetensors file"):
+    with pytest.raises(MoeconvError, match=r"outside|own folder|no safetensors file|half a character"):
         open_checkpoint(folder)
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from runtime.job.processes import Process
-from runtime.train import prepare, run_job
+from runtime.settings.flags import parse_flags
+from runtime.start import prepare, run_job
 from tests.runtime.ranks import RankPool
 
 
@@ -40,6 +41,6 @@ def run_jobs(jobs: Sequence[Job], pool: RankPool) -> None:
 def _run(arguments: tuple[str, ...]) -> None:
     rank = dist.get_rank()
     process = Process(rank=rank, local_rank=rank, world_size=dist.get_world_size())
-    run, origin, notes = prepare(arguments, process)
+    run, origin = prepare(parse_flags(arguments), process)
     with contextlib.redirect_stdout(io.StringIO()):
-        run_job(run, origin, notes, process, torch.device("cpu"), lambda doing, **_: None)
+        run_job(run, origin, process, torch.device("cpu"), lambda doing, **_: None)

@@ -149,9 +149,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    from torch.distributed.elastic.multiprocessing.errors import record
-
     FAULTS[sys.argv.pop(1)]()
     from runtime.train import main
 
-    sys.exit(record(main)())
+    sys.exit(main())

@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _ROUTED | {"num_experts": 4, "norm_topk_prob": True},
     "glm4_moe": _ROUTED | _SHARED | {"num_nextn_predict_layers": 0},
     "dots1": _ROUTED | _SHARED | {"sliding_window": None},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
 
 

@@ -179,9 +179,8 @@ def test_refusals_leave_nothing(words: list[object], message: str, call: Call, l
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window"),
         ("llama", {"attention_bias": True}, "no carrier can hold"),
-        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"mlp_bias": True}, "biases in the feed-forward part"),
         ("mixtral", {}, "enlarge a mixture with --method expand"),
     ],
 )
@@ -224,8 +223,13 @@ def test_check_stops_a_plan_that_computes_something_else(
 ) -> None:
     import moeconv.upcycle.planned as module
 
-    right = module.make_config
-    monkeypatch.setattr(module, "make_config", lambda *args: right(*args) | {"rms_norm_eps": 0.1})
+    right = module.choose
+
+    def wrong(*args: Any) -> Any:
+        carrier, config = right(*args)
+        return carrier, config | {"rms_norm_eps": 0.1}
+
+    monkeypatch.setattr(module, "choose", wrong)
     result = call("upcycle", llama, tmp_path / "moe")
     assert result.exit_code == 3
     assert "nothing was written" in result.stderr

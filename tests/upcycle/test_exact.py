@@ -23,6 +23,8 @@ pytestmark = pytest.mark.filterwarnings(
 TOLERANCE = 1e-5
 VG = {"method": "virtual-group"}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 5}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "llama copy": ("llama", {}, {"top_k": 3}, "mixtral"),
     "llama vg": ("llama", {}, VG | {"granularity": 4}, "mixtral"),
@@ -37,6 +39,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "mistral copy": ("mistral", {}, {}, "mixtral"),
     "mistral vg": ("mistral", {"sliding_window": 5}, VG | {"granularity": 4, "router": "zeros-mean"}, "mixtral"),
     "mistral no window": ("mistral", {"sliding_window": None}, {"shared_experts": 2}, "qwen2_moe"),
+    "mistral window, shared": ("mistral", {"sliding_window": 5}, {"shared_experts": 1}, "qwen2_moe"),
+    "qwen2 some windows": ("qwen2", WINDOWS | {"max_window_layers": 1}, {}, "qwen2_moe"),
+    "qwen3 some windows": ("qwen3", WINDOWS | {"max_window_layers": 1}, {"shared_experts": 1}, "dots1"),
+    "qwen3 all windows": ("qwen3", WINDOWS | {"max_window_layers": 0}, {}, "qwen3_moe"),
+    "llama yarn": ("llama", {"rope_parameters": YARN}, {}, "mixtral"),
+    "qwen2 linear": ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, {}, "qwen2_moe"),
     "qwen2 copy": ("qwen2", {}, {}, "qwen2_moe"),
     "qwen2 vg": ("qwen2", {}, VG | {"granularity": 2, "top_k": 6}, "qwen2_moe"),
     "qwen2 vg shared": ("qwen2", {}, VG | {"granularity": 3, "shared_experts": 1}, "qwen2_moe"),

@@ -5,14 +5,14 @@
 #include "hopper.cuh"
 
 enum { NT, NN, TN };          // rows times transposed matrices; rows times matrices; transposed rows times rows
-enum { STORE, ADD, SWIGLU };  // what becomes of a tile
+enum { STORE, ADD, SWIGLU, STORE_FP32 };  // what becomes of a tile
 
 struct Arguments {
     TensorMap left, right;
-    char* out;             // bf16, or with ADD fp32
+    char* out;             // bf16, or with ADD and STORE_FP32 fp32
     char* act;             // with SWIGLU: [R, F] bf16
     const float* weights;  // with SWIGLU: [T, K] routing weights
-    const int* slots;      // with SWIGLU: [R] which of them a row takes, -1 for padding
+    const int* slots;      // [R] which of them a row takes, -1 for padding
     const int* ends;       // [E] ends of the experts' rows
     int num_n, depth, rows_per_expert, num_experts;
 };
@@ -24,17 +24,24 @@ struct Job {
     int row, column;   // of this block's tile; in the experts' rows, or with TN in the expert's matrix
     int start, steps;  // of the reduction, steps of 64
     bool stacked;      // the pair's tiles lie one below the other and share columns; else side by side, and share rows
+    bool half;         // the lower half of the tile's rows are padding: nothing to multiply
 };
 
-// Bring the experts' ends to shared memory, by one warp: the tiles up to each, and above 16 bits the pairs of them.
+// Of an expert whose last 64 rows are padding.
+constexpr u32 HALF = 1u << 31;
+
+// Bring the experts' ends to shared memory, by one warp: the tiles up to each, above 16 bits the pairs of them, and HALF.
 __device__ void load_ends(const Arguments& args, u32* ends, u32 lane) {
     u32 carry = 0;
     for (int first = 0; first < args.num_experts; first += 32) {
         int expert = first + lane;
-        u32 tiles = 0, pairs = 0;
+        u32 tiles = 0, pairs = 0, half = 0;
         if (expert < args.num_experts) {
+            u32 before = expert ? args.ends[expert - 1] / 128 : 0;
             tiles = args.ends[expert] / 128;
-            pairs = (tiles - (expert ? args.ends[expert - 1] / 128 : 0)) / 2;
+            pairs = (tiles - before) / 2;
+            // An expert's padding comes after its rows.
+            if (tiles > before && args.slots[128 * tiles - 64] < 0) half = HALF;
         }
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2) {
@@ -42,7 +49,7 @@ __device__ void load_ends(const Arguments& args, u32* ends, u32 lane) {
             if (lane >= distance) pairs += other;
         }
         pairs += carry;
-        if (expert < args.num_experts) ends[expert] = pairs << 16 | tiles;
+        if (expert < args.num_experts) ends[expert] = half | pairs << 16 | tiles;
         carry = __shfl_sync(~0u, pairs, 31);
     }
 }
@@ -53,7 +60,7 @@ __device__ __forceinline__ int num_jobs(int pairs, int singles, int num_n) {
 }
 
 __device__ __forceinline__ int num_jobs_until(u32 end, int num_n) {
-    int tiles = end & 0xffff, pairs = end >> 16;
+    int tiles = end & 0xffff, pairs = (end & ~HALF) >> 16;
     return num_jobs(pairs, tiles - 2 * pairs, num_n);
 }
 
@@ -91,8 +98,10 @@ __device__ __forceinline__ Job job_at(const Arguments& args, const u32* ends, in
         job.row = 128 * (num_tiles - 1);
         job.column = (2 * (inner - num_pairs * num_n) + rank) * BN;
     }
+    bool half = ends[expert] & HALF;
     if (KIND != TN) job.row += begin;
+    job.half = KIND != TN && half && job.row + 128 == begin + num_rows;
     job.start = KIND == TN ? begin : 0;
-    job.steps = (KIND == TN ? num_rows : args.depth) / 64;
+    job.steps = KIND == TN ? num_rows / 64 - half : args.depth / 64;
     return job;
 }

@@ -105,7 +105,8 @@ __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shar
             if (i < steps) {
                 wait(shared.ready[stage], parity);
                 const char* tiles = shared.stages[stage];
-                multiply_step(acc, tiles + warp / 4 * BOX_BYTES, tiles + A_BYTES);
+                if (KIND == TN || !job.half || warp / 4 == 0)
+                    multiply_step(acc, tiles + warp / 4 * BOX_BYTES, tiles + A_BYTES);
                 if (i == 0) next = job_at(args, shared.ends, job.index + num_pairs, job.expert, rank);
             }
             wait_products<1>(acc);

@@ -7,12 +7,13 @@
 constexpr int NUM_ACC = BN / 2;        // accumulators of a thread
 constexpr int SLICE_BYTES = 16 * 128;  // what a warp writes at a time
 constexpr int MAX_SPACING = 4;         // steps from one unit of output to the next
+constexpr bool IN_FP32 = EPILOGUE == ADD || EPILOGUE == STORE_FP32;
 
 // A warp's 16 rows of a tile, rounded to bf16, and what remains to be done with them. That is done in units between the
 // steps of the next tile, while the tensor cores are busy; only sums in fp32, which registers have no room for, are
 // written at once.
 struct Output {
-    static constexpr int UNITS = EPILOGUE == ADD ? 0 : EPILOGUE == SWIGLU ? 3 * BN / 128 : BN / 64;
+    static constexpr int UNITS = IN_FP32 ? 0 : EPILOGUE == SWIGLU ? 3 * BN / 128 : BN / 64;
 
     const Arguments& args;
     char (*slices)[SLICE_BYTES];  // two, taken in turn
@@ -44,8 +45,8 @@ struct Output {
         row = job.row + 16 * warp;
         if (KIND == TN) row += job.expert * args.rows_per_expert;
         column = job.column;
-        if constexpr (EPILOGUE == ADD) {
-            add(acc);
+        if constexpr (IN_FP32) {
+            write_fp32(acc);
         } else {
 #pragma unroll
             for (int i = 0; i < NUM_ACC / 2; ++i) packed[i] = pack_bf16(acc[2 * i], acc[2 * i + 1]);
@@ -74,7 +75,7 @@ struct Output {
         __syncwarp();
     }
 
-    __device__ __forceinline__ void add(const float (&acc)[NUM_ACC]) const {
+    __device__ __forceinline__ void write_fp32(const float (&acc)[NUM_ACC]) const {
 #pragma unroll
         for (int part = 0; part < BN / 32; ++part) {
 #pragma unroll

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
 from moeconv.errors import MappingError
-from moeconv.families import FAMILIES
+from moeconv.families import FAMILIES, document
 from moeconv.families.base import ROLES, Model
 from moeconv.families.compute import Compute, Key, config_keys
 
@@ -211,3 +212,8 @@ def test_every_key_of_transformers_is_known(model_type: str) -> None:
     base = {f.name for f in dataclasses.fields(PreTrainedConfig)}
     tokens = {"bos_token_id", "eos_token_id", "pad_token_id"}
     assert theirs - base - known - HARMLESS - tokens == set()
+
+
+def test_the_page_of_families_is_made_from_the_data() -> None:
+    page = Path(__file__).parents[3] / "docs" / "families.md"
+    assert page.read_text(encoding="utf8") == document.page(), "python -m moeconv.families.document > docs/families.md"

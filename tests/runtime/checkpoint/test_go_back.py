@@ -88,6 +88,6 @@ def test_exit_interval_and_duration_save_and_leave(place: Place) -> None:
     assert sorted(place.losses("interval")) == [1, 2, 3, 4, 5]
     notes = [json.loads(line) for line in (place.folder / "interval" / "metrics.jsonl").read_text().splitlines()]
     texts = [note["text"] for note in notes if note["kind"] == "note"]
-    assert "--exit-interval 2: saving after iteration 2 and leaving" in texts
+    assert "--exit-interval 2 divides the iteration: saving after iteration 2 and leaving" in texts
     place.train("duration", "--exit-duration-in-mins", 1e-9, iterations=5)
     assert place.latest("duration") == "iter_0000001"

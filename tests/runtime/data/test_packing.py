@@ -131,12 +131,12 @@ def test_source_splits_paths_or_takes_one_for_each(tmp_path: Path) -> None:
     assert (source.samples("train").num_tokens, source.samples("valid").num_tokens) == (150, 50)
     with pytest.raises(DataError, match="the test split has 0 of 200 tokens"):
         source.samples("test")
-    source = DataSource(DataConfig(split_paths=((a,), (b,), ()), seq_length=8, vocab_size=100), tmp_path)
+    source = DataSource(DataConfig(train_paths=(a,), valid_paths=(b,), seq_length=8, vocab_size=100), tmp_path)
     assert source.samples("valid").num_tokens == 100
     with pytest.raises(ConfigError, match="--test-data-path"):
         source.samples("test")
     with pytest.raises(ConfigError, match="excludes"):
-        DataConfig(paths=(a,), split_paths=((a,), (), ()), seq_length=8, vocab_size=100)
+        DataConfig(paths=(a,), train_paths=(a,), seq_length=8, vocab_size=100)
 
 
 def test_fingerprint_follows_what_training_sees(tmp_path: Path) -> None:

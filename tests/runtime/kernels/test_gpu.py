@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from runtime.moe.config import MoEConfig
 from runtime.moe.experts import grouped_mlp
 from runtime.moe.grouped_gemm import LoopGemm, make_gemm, resolve_backend
 from runtime.moe.layer import MoELayer
@@ -11,6 +10,7 @@ from runtime.moe.permutation import plan_rows
 from runtime.moe.router_linear import router_linear
 from runtime.moe.sinkhorn import sinkhorn
 from tests.runtime.moe.oracle import relative
+from tests.support.moe import moe_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 BF16 = torch.bfloat16
 BACKENDS = ["torch"]
-if torch.cuda.is_available() and resolve_backend(MoEConfig(num_experts=2), torch.device("cuda"), BF16) == "hopper":
+if torch.cuda.is_available() and resolve_backend(moe_config(num_experts=2), torch.device("cuda"), BF16) == "hopper":
     BACKENDS.append("hopper")
 
 # tokens, hidden, width, experts, topk: multiples of the tile and not, odd numbers of tiles, many tiles a multiprocessor
@@ -105,12 +105,16 @@ def test_weight_gradients_added_to_a_sum(backend: str, shape: tuple[int, ...], s
     before = torch.randn(num_experts, rows_of, columns, device="cuda")
     sums = [before.clone() for _ in range(2)]
     for total in sums:
-        gemm.add_transposed_times_rows(left, right, plan, total)
+        gemm.add_transposed_times_rows(left, right, plan, total, fresh=False)
     assert torch.equal(*sums)
     expected = before.double()
-    LoopGemm().add_transposed_times_rows(left.double(), right.double(), plan, expected)
+    LoopGemm().add_transposed_times_rows(left.double(), right.double(), plan, expected, fresh=False)
     # The kernel rounds nothing to bf16; what backend torch adds has been rounded.
-    assert relative(sums[0], expected) < (1e-5 if backend == "hopper" and rows_of % 128 == 0 else 6e-3)
+    bound = 1e-5 if backend == "hopper" and rows_of % 128 == 0 else 6e-3
+    assert relative(sums[0], expected) < bound
+    overwritten = torch.full_like(before, float("nan"))
+    gemm.add_transposed_times_rows(left, right, plan, overwritten, fresh=True)
+    assert relative(overwritten, expected - before.double()) < bound
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -198,9 +202,11 @@ def test_layer_on_gpu_equals_layer_on_cpu(backend: str, options: dict) -> None:
     if "load_balancing" not in options:
         options["aux_loss_coeff"] = (0.1,)
     gpu = MoELayer(
-        MoEConfig(gemm_backend=backend, **options), hidden_size=256, ffn_hidden_size=128, dtype=BF16, device="cuda"
+        moe_config(gemm_backend=backend, **options), hidden_size=256, ffn_hidden_size=128, dtype=BF16, device="cuda"
     )
-    cpu = MoELayer(MoEConfig(gemm_backend="loop", **options), hidden_size=256, ffn_hidden_size=128, dtype=torch.float64)
+    cpu = MoELayer(
+        moe_config(gemm_backend="loop", **options), hidden_size=256, ffn_hidden_size=128, dtype=torch.float64
+    )
     for mine, other in zip(cpu.parameters(), gpu.parameters(), strict=True):
         torch.nn.init.normal_(other, std=0.1)
         mine.data.copy_(other.data.cpu())
@@ -229,10 +235,10 @@ def test_layer_on_gpu_equals_layer_on_cpu(backend: str, options: dict) -> None:
 def test_other_backends_against_fp64(backend: str, options: dict, bound: float) -> None:
     pytest.importorskip("transformer_engine" if backend == "te" else backend)
     torch.manual_seed(0)
-    config = MoEConfig(num_experts=4, topk=2, load_balancing=("none",), gemm_backend=backend, **options)
+    config = moe_config(num_experts=4, topk=2, load_balancing=("none",), gemm_backend=backend, **options)
     layer = MoELayer(config, hidden_size=512, ffn_hidden_size=256, dtype=BF16, device="cuda")
     exact = MoELayer(
-        MoEConfig(num_experts=4, topk=2, load_balancing=("none",), gemm_backend="loop"),
+        moe_config(num_experts=4, topk=2, load_balancing=("none",), gemm_backend="loop"),
         hidden_size=512,
         ffn_hidden_size=256,
         dtype=torch.float64,

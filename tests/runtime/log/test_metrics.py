@@ -25,7 +25,7 @@ SPEED = Speed(flops_per_token=1e12, num_gpus=4, peak_flops=400e12)
 
 
 def open_log(out: io.StringIO | None = None, **options: Any) -> MetricLog:
-    names = ("file", "tensorboard_dir", "per_layer", "dead_expert_steps", "wandb_project")
+    names = ("file", "tensorboard_dir", "per_layer_logging", "dead_expert_steps", "wandb_project")
     config = LogConfig(**{name: options.pop(name) for name in names if name in options})
     settings: dict[str, Any] = {"train_iters": 5, "interval": 2, "settings": {"lr": 1e-3}, "speed": SPEED} | options
     return MetricLog(config, out=out or io.StringIO(), **settings)
@@ -39,7 +39,7 @@ def read(path: Path, kind: str) -> list[dict[str, Any]]:
 def test_an_interval_has_the_same_numbers_everywhere(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = io.StringIO()
-    log = open_log(out, file=tmp_path / "log.jsonl", tensorboard_dir=tmp_path / "tb", per_layer=True)
+    log = open_log(out, file=tmp_path / "log.jsonl", tensorboard_dir=tmp_path / "tb", per_layer_logging=True)
     for iteration in range(1, 6):
         log.step(step(iteration))
     log.evaluation(EvalRecord(iteration=5, split="valid", lm_loss=1.5, tokens=64, seconds=1.0))

@@ -1,4 +1,4 @@
-"""Tiny transformers models, and their weights and gradients under hub names."""
+"""A transformers model's parameters under their names on the hub."""
 
 from __future__ import annotations
 
@@ -7,68 +7,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from moeconv.families import FAMILIES
+from moeconv.families.base import Model
 from moeconv.layout.rect import Rect
-
-SIZES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-}
+from moeconv.pieces import NameMap
 
 
-def make_model(model_type: str, seed: int = 0, **options: Any) -> PreTrainedModel:
-    """Build a tiny model with random weights in fp32.
-
-    Args:
-        model_type: as in config.json.
-        seed: of the weights.
-        **options: fields of the config.
-
-    Returns:
-        The model, with biases and norms that are not at their trivial starting values.
-    """
-    sizes: dict[str, Any] = {
-        "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "sliding_window": None, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
-    config = AutoConfig.for_model(model_type, **(sizes | SIZES[model_type] | options))
-    torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
-        else:
-            parameter.data.mul_(4)
-    return model
+def model_of(model: PreTrainedModel) -> Model:
+    """Read a transformers model's config as a checkpoint's is read."""
+    config = model.config.to_dict()
+    return Model.from_config(FAMILIES[config["model_type"]], config)
 
 
 def hub_tensors(model: PreTrainedModel, value: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
-    """Split fused tensors into those of the hub.
+    """Split what transformers keeps fused into the tensors of the hub.
 
     Args:
         model: a transformers model.
-        value: what to take of a parameter: itself, or its gradient.
+        value: what to take of a parameter or buffer: itself, or its gradient; those without are left out.
 
     Returns:
         Hub name -> tensor.
     """
+    ours = model_of(model)
+    names = NameMap(ours)
+    stored = {n: b for n, b in model.named_buffers() if "rotary" not in n and "inv_freq" not in n}
     out: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in {**dict(model.named_parameters()), **stored}.items():
         tensor = value(parameter)
-        assert tensor is not None, name
-        prefix = name.replace(".mlp.", ".block_sparse_moe.").rsplit(".", 1)[0]
-        if name.endswith("experts.gate_up_proj"):
-            for expert, w13 in enumerate(tensor):
-                out[f"{prefix}.{expert}.w1.weight"], out[f"{prefix}.{expert}.w3.weight"] = w13.chunk(2)
-        elif name.endswith("experts.down_proj"):
-            for expert, w2 in enumerate(tensor):
-                out[f"{prefix}.{expert}.w2.weight"] = w2
-        else:
-            out[name.replace(".mlp.gate.", ".block_sparse_moe.gate.")] = tensor
-    return {name: tensor.detach() for name, tensor in out.items()}
+        if tensor is None or not parameter.numel():
+            continue
+        flat = tensor.detach().flatten()
+        for piece in names.pieces(name, "F32", tensor.shape, "memory", 0):
+            begin = piece.begin // 4
+            out[piece.tensor] = flat[begin : begin + piece.rect.size].view(piece.rect.shape)
+    return out
 
 
 def reader(tensors: dict[str, Tensor]) -> Callable[[str, Rect], Any]:
@@ -80,4 +55,4 @@ def reader(tensors: dict[str, Tensor]) -> Callable[[str, Rect], Any]:
     Returns:
         What `Engine.load_state` reads with.
     """
-    return lambda name, rect: tensors[name][rect.slices()].contiguous().numpy()
+    return lambda name, rect: tensors[name][rect.slices()].to(torch.float32).contiguous().numpy()

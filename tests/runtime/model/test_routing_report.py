@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from runtime.model import decoder
-from runtime.moe.router import Router
+from moeconv.families.compute import Router
+from runtime.moe import router
 from runtime.moe.tape import active_tape
 from tests.runtime.parallel.cases import DIST, SP, case
-from tests.runtime.parallel.parity import Case, choose_mlp, global_batch, make_engine, own_share
+from tests.runtime.parallel.parity import Case, global_batch, make_engine, own_share
 from tests.runtime.ranks import RankPool
 
 TOPK, NUM_EXPERTS = 2, 8
+SIGMOID = Router(experts=NUM_EXPERTS, top_k=TOPK, score="sigmoid", normalise=True)
 DROPPING: dict[str, Any] = {"moe": {"capacity_factor": 1.0}}
 CASES = (
     case("1 rank", 1, **DROPPING),
@@ -28,10 +27,10 @@ CASES = (
     case("tp2", 2, {"tp": 2}, **DROPPING),
     case("tp2 sp ep2 etp1 padded", 2, {"tp": 2, "ep": 2, "etp": 1} | SP, moe={"capacity_factor": 1.0, "pad_to_capacity": True}),
     case("cp2", 2, {"cp": 2}, **DROPPING),
-    case("pp2 a stage without MoE", 2, {"pp": 2}, dense_layers=(0, 1), **DROPPING),
+    case("pp2 a stage without MoE", 2, {"pp": 2}, model={"model_type": "qwen3_moe", "mlp_only_layers": [0, 1]}, **DROPPING),
     case("pp2 ep2 recomputed", 4, {"pp": 2, "ep": 2}, recompute={"granularity": "full"}, **DROPPING),
     case("ep2 dropless", 2, {"ep": 2}),
-    case("sigmoid", 1, moe={"score_function": "sigmoid", "capacity_factor": 1.0}),
+    case("sigmoid", 1, moe={"router": SIGMOID, "capacity_factor": 1.0}),
 )  # fmt: skip
 
 
@@ -52,7 +51,7 @@ class Count:
         bad = ~np.isfinite(logits).all(1)
         exps = np.exp(logits - logits.max(1, keepdims=True))
         scores = exps / exps.sum(1, keepdims=True)
-        if self.options.get("score_function") == "sigmoid":
+        if "router" in self.options:
             scores = 1 / (1 + np.exp(-logits))
             scores /= scores.sum(1, keepdims=True)
         entropy = -(scores * np.log(scores)).sum()
@@ -66,12 +65,11 @@ class Count:
 
 
 def run_rank(case: Case, bad_token: int | None) -> tuple[dict[int, Any], dict[str, Any]]:
-    with mock.patch.object(decoder, "SparseMLP", partial(choose_mlp, case)):
-        engine, mesh = make_engine(case, skip_nonfinite=True)
+    engine, mesh = make_engine(case, on_nonfinite="skip")
     count = Count(case.moe)
     for stage in engine.module:
         for layer in stage.layers:
-            for router in (module for module in layer.modules() if isinstance(module, Router)):
+            for gate in (module for module in layer.modules() if isinstance(module, router.Router)):
 
                 def seen(module: Any, args: Any, index: int = layer.index) -> None:
                     tape = active_tape()
@@ -79,7 +77,7 @@ def run_rank(case: Case, bad_token: int | None) -> tuple[dict[int, Any], dict[st
                         with torch.no_grad(), np.errstate(all="ignore"):
                             count.add(index, (args[0].double() @ module.weight.double().t()).numpy())
 
-                router.register_forward_pre_hook(seen)
+                gate.register_forward_pre_hook(seen)
         if bad_token is not None and stage.embedding is not None:
             stage.embedding.weight.data[bad_token] = torch.inf
     report = engine.train_step(own_share(global_batch(case, 0), mesh)).routing
@@ -106,7 +104,7 @@ def test_shares_and_entropy_are_those_counted_by_hand(case: Case, pool: RankPool
     want, got = by_hand([rows for rows, _ in results]), results[0][1]
     assert all(other == got for _, other in results), "every rank reports the same"
     active = want[:, 0] > 0
-    assert active.tolist() == [layer not in case.dense_layers for layer in range(4)]
+    assert active.tolist() == [layer not in case.model.get("mlp_only_layers", []) for layer in range(4)]
     assert got["tokens_L"] == want[:, 0].tolist()
     assert want[active, 0].tolist() == [4 * 2 * 16] * active.sum(), "the hand saw every token once"
     assert got["dropped_L"] == want[:, 1].tolist()

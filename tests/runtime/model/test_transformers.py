@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,37 +10,70 @@ import torch
 
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.engine import Engine
-from runtime.model import embedding
-from runtime.model.config import ModelConfig
 from runtime.model.recompute import RecomputeConfig
+from runtime.model.support import check_supported
 from runtime.moe.config import MoEConfig
+from runtime.ops import cross_entropy as ops
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
-from tests.runtime.model.hub import hub_tensors, make_model, reader
+from tests.runtime.model.hub import hub_tensors, model_of, reader
+from tests.upcycle.hub import FAMILIES
+from tests.upcycle.hub import make_model as make_random
 
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    "longrope": {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 8},
+}  # fmt: skip
+WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "max_position_embeddings": 64}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("mixtral", {}),
+    **{family: (family, {}) for family in FAMILIES},
     "mixtral-tied": ("mixtral", {"tie_word_embeddings": True}),
     "mixtral-window": ("mixtral", {"sliding_window": 5}),
     "mixtral-heads": ("mixtral", {"head_dim": 16, "num_key_value_heads": 1}),
-    "llama": ("llama", {}),
-    "mistral": ("mistral", {"sliding_window": 5}),
-    "qwen2": ("qwen2", {}),
-}
+    "mixtral-top1": ("mixtral", {"num_experts_per_tok": 1}),
+    "mistral-window": ("mistral", {"sliding_window": 5}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    **{f"llama-{kind}": ("llama", {"rope_scaling": values, "max_position_embeddings": 12}) for kind, values in ROPES.items()},
+    "qwen2-windows": ("qwen2", WINDOWS),
+    "qwen2-listed-windows": ("qwen2", WINDOWS | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "qwen3-bias": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "qwen2_moe-no-bias": ("qwen2_moe", {"qkv_bias": False, "mlp_only_layers": []}),
+    "qwen2_moe-no-shared": ("qwen2_moe", {"shared_expert_intermediate_size": 0, "norm_topk_prob": True}),
+    "qwen2_moe-windows": ("qwen2_moe", WINDOWS),
+    "qwen3_moe-weights-left": ("qwen3_moe", {"norm_topk_prob": False, "attention_bias": True, "mlp_only_layers": [1]}),
+    "qwen3_moe-window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 5}),
+    "glm4_moe-all": ("glm4_moe", {"attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 0}),
+    "glm4_moe-groups": ("glm4_moe", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}),
+    "glm4_moe-no-shared": ("glm4_moe", {"n_shared_experts": 0, "norm_topk_prob": False, "partial_rotary_factor": 1.0}),
+    "olmoe-bias": ("olmoe", {"attention_bias": True, "norm_topk_prob": True}),
+    "dots1-bias": ("dots1", {"attention_bias": True, "norm_topk_prob": False, "sliding_window": 5, "max_window_layers": 1}),
+}  # fmt: skip
+
+
+def make_model(model_type: str, **options: Any) -> Any:
+    """A tiny transformers model whose stored buffers are not at their trivial starting values either."""
+    model = make_random(model_type, attn_implementation="sdpa", **options)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
+    return model
 
 
 def make_engine(model: Any, aux_loss_coeff: float = 0.0, granularity: Any = "none") -> Engine:
     """Put a transformers model's weights into an engine of one rank."""
-    config = ModelConfig.from_hf(model.config.to_dict(), dtype="float32")
+    ours = model_of(model)
+    check_supported(ours, Path("model"))
     moe = None
-    if config.num_experts:
-        moe = MoEConfig(
-            num_experts=config.num_experts, topk=config.topk, aux_loss_mode="hf", aux_loss_coeff=(aux_loss_coeff,)
-        )
+    if ours.compute.router is not None:
+        moe = MoEConfig(router=ours.compute.router, aux_loss_mode="hf", aux_loss_coeff=(aux_loss_coeff,))
     parallel = ParallelConfig()
     engine = Engine(
-        config,
+        ours,
+        torch.float32,
         parallel,
         moe,
         OptimConfig(clip_grad=0.0),
@@ -47,11 +81,11 @@ def make_engine(model: Any, aux_loss_coeff: float = 0.0, granularity: Any = "non
         ParallelMesh(parallel),
         torch.device("cpu"),
     )
-    engine.load_state(reader(hub_tensors(model, lambda p: p)), with_optimizer=False)
+    engine.load_state(reader(hub_tensors(model, lambda p: p)))
     return engine
 
 
-def make_batch(vocab_size: int = 99) -> Batch:
+def make_batch(vocab_size: int = 101) -> Batch:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(vocab_size, (2, 17), generator=generator)
     labels = tokens[:, 1:].clone()
@@ -67,7 +101,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 def test_logits_and_gradients_equal_transformers(name: str) -> None:
     model_type, options = CASES[name]
     model = make_model(model_type, **options)
-    coeff = 0.02 if model_type == "mixtral" else 0.0
+    coeff = 0.02 if model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe") else 0.0
     engine, batch = make_engine(model, coeff), make_batch()
     more = {"output_router_logits": True} if coeff else {}
     out = model(batch.tokens, **more)
@@ -102,14 +136,14 @@ def test_recompute_changes_nothing(granularity: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_cross_entropy_in_chunks_equals_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "_CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 40)
     logits = torch.randn(7, 2, 13, dtype=dtype, requires_grad=True)
     labels = torch.randint(13, (7, 2))
     labels[2, 1] = IGNORED_LABEL
     weight = torch.rand(7, 2)
     want = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), labels.flatten(), reduction="none")
     (expected,) = torch.autograd.grad((want * weight.flatten()).sum(), logits)
-    got = embedding.cross_entropy(logits, labels, 0, None)
+    got = ops.cross_entropy(logits, labels, 0, None)
     (grad,) = torch.autograd.grad((got * weight).sum(), logits)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-2
     assert relative(got.flatten(), want) < min(tolerance, 1e-6)

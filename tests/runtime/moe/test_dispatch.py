@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.moe.config import MoEConfig
 from runtime.moe.groups import MoEGroups
 from runtime.moe.layer import MoELayer
 from tests.runtime.moe.oracle import relative
 from tests.runtime.ranks import RankPool
+from tests.support.moe import moe_config
 
 HIDDEN, WIDTH = 12, 8
 
@@ -43,17 +43,14 @@ CASES = {
     "ep2 etp2": Case(ep=2, etp=2, tokens=(6, 6, 6, 6)),
     "ep2 etp2 uneven": Case(ep=2, etp=2, tokens=(3, 8, 0, 5)),
     "tokens not sequence-parallel": Case(ep=2, etp=2, tokens=(10,), sequence_parallel=False),
-    "every token to two experts of one rank": Case(
-        ep=4, tokens=(4, 4, 4, 4), options={"num_groups": 4, "group_topk": 1}
-    ),
+    "every token to two experts of one rank": Case(ep=4, tokens=(4, 4, 4, 4), options={"groups": 4, "group_top_k": 1}),
     "sequence loss": Case(ep=2, tokens=(8, 8), options={"load_balancing": ("seq_aux_loss",)}),
     "recompute": Case(ep=2, etp=2, tokens=(6, 6, 6, 6), options={"recompute_layer": True}),
-    "shared expert": Case(ep=2, tokens=(5, 6), options={"shared_expert_intermediate_size": 6}),
 }
 
 
 def build(options: dict[str, Any], groups: MoEGroups | None) -> MoELayer:
-    config = MoEConfig(
+    config = moe_config(
         num_experts=8,
         topk=2,
         gemm_backend="loop",
@@ -79,9 +76,6 @@ def fill(layer: MoELayer, ep_rank: int = 0, etp_rank: int = 0) -> None:
     layer.router.weight.data.copy_(router)
     layer.experts.w13.data.copy_(w13[own, :, columns].flatten(1, 2))
     layer.experts.w2.data.copy_(w2[own, :, columns])
-    if layer.shared is not None:
-        for parameter in layer.shared.parameters():
-            parameter.data.copy_(draw(*parameter.shape))
 
 
 def tokens_of(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from moeconv.errors import MoeconvError
-from runtime.moe.config import MoEConfig, MoEConfigError
+from runtime.moe.config import MoEConfigError
 from runtime.moe.experts import grouped_mlp
 from runtime.moe.grouped_gemm import LoopGemm, describe_backend, resolve_backend
 from runtime.moe.layer import MoELayer
@@ -17,12 +17,13 @@ from runtime.moe.permutation import plan_rows
 from runtime.moe.routing import choose, route
 from runtime.moe.tape import RoutingTape
 from tests.runtime.moe.oracle import dense, moe_output, relative
+from tests.support.moe import moe_config
 
 
 def make(dtype: torch.dtype = torch.float64, **options) -> MoELayer:
     torch.manual_seed(1)
     options = {"num_experts": 4, "gemm_backend": "loop", "router_dtype": "fp64", "load_balancing": ("none",), **options}
-    module = MoELayer(MoEConfig(**options), hidden_size=16, ffn_hidden_size=24, dtype=dtype)
+    module = MoELayer(moe_config(**options), hidden_size=16, ffn_hidden_size=24, dtype=dtype)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return module
@@ -41,7 +42,7 @@ def test_equals_transformers_mixtral_block(backend: str) -> None:
     reference = MixtralSparseMoeBlock(config)
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    options = MoEConfig(num_experts=4, gemm_backend=backend)
+    options = moe_config(num_experts=4, gemm_backend=backend)
     module = MoELayer(options, hidden_size=32, ffn_hidden_size=48)
     pairs = [
         (module.router.weight, reference.gate.weight),
@@ -93,12 +94,12 @@ def test_gradcheck_with_empty_expert_and_dropped_choices(alignment: int) -> None
         {},
         {"topk": 1},
         {"topk": 4},
-        {"score_function": "sigmoid"},
+        {"score": "sigmoid"},
         {"load_balancing": ("sinkhorn",)},
         {"load_balancing": ("expert_choice",)},
         {"capacity_factor": 0.7},
         {"capacity_factor": 0.7, "drop_policy": "position", "pad_to_capacity": True},
-        {"num_groups": 2, "group_topk": 1},
+        {"groups": 2, "group_top_k": 1},
     ],
 )
 @pytest.mark.parametrize("num_tokens", [33, 1, 0])
@@ -118,20 +119,6 @@ def test_equals_every_expert_on_every_token(options: dict, num_tokens: int) -> N
     expected.backward(grad)
     for mine, other in zip(actual, [expected, *(c.grad for c in copies)], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_shared_expert(gated: bool) -> None:
-    module = make(shared_expert_intermediate_size=8, shared_expert_gate=gated)
-    x = torch.randn(9, 16, dtype=torch.float64)
-    shared = module.shared
-    routed = module(x) - shared(x)
-    expected = moe_output(x, torch.ones(9, 1, dtype=torch.float64), shared.w13[None], shared.w2[None])
-    if gated:
-        expected = torch.sigmoid(x @ shared.gate.t()) * expected
-    torch.testing.assert_close(shared(x), expected)
-    module.shared = None
-    torch.testing.assert_close(module(x), routed)
 
 
 def test_jitter_reaches_only_the_router_and_only_in_training() -> None:
@@ -243,16 +230,16 @@ def test_bad_input_and_backends_are_refused() -> None:
         module(torch.randn(3, 16))
     cpu = torch.device("cpu")
     with pytest.raises(MoEConfigError, match="float64"):
-        resolve_backend(MoEConfig(num_experts=2, gemm_backend="torch"), cpu, torch.float64)
+        resolve_backend(moe_config(num_experts=2, gemm_backend="torch"), cpu, torch.float64)
     for backend in ("grouped_gemm", "te", "hopper"):
         with pytest.raises(MoEConfigError, match=backend):
-            resolve_backend(MoEConfig(num_experts=2, gemm_backend=backend), cpu, torch.bfloat16)
-    assert resolve_backend(MoEConfig(num_experts=2), cpu, torch.float64) == "loop"
-    assert resolve_backend(MoEConfig(num_experts=2), cpu, torch.bfloat16) == "torch"
+            resolve_backend(moe_config(num_experts=2, gemm_backend=backend), cpu, torch.bfloat16)
+    assert resolve_backend(moe_config(num_experts=2), cpu, torch.float64) == "loop"
+    assert resolve_backend(moe_config(num_experts=2), cpu, torch.bfloat16) == "torch"
 
 
 def test_the_backend_that_auto_takes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    auto, cpu, gpu = MoEConfig(num_experts=2), torch.device("cpu"), torch.device("cuda")
+    auto, cpu, gpu = moe_config(num_experts=2), torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     packages = {"triton", "cuda.bindings"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
@@ -264,5 +251,5 @@ def test_the_backend_that_auto_takes_is_said(monkeypatch: pytest.MonkeyPatch) ->
         auto, gpu, torch.bfloat16
     )
     with pytest.raises(MoEConfigError, match=r"hopper needs cuda\.bindings, not installed"):
-        resolve_backend(MoEConfig(num_experts=2, gemm_backend="hopper"), gpu, torch.bfloat16)
-    assert describe_backend(MoEConfig(num_experts=2, gemm_backend="loop"), cpu, torch.float32).endswith(": loop")
+        resolve_backend(moe_config(num_experts=2, gemm_backend="hopper"), gpu, torch.bfloat16)
+    assert describe_backend(moe_config(num_experts=2, gemm_backend="loop"), cpu, torch.float32).endswith(": loop")

@@ -5,14 +5,14 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from runtime.moe import losses
-from runtime.moe.config import MoEConfig
 from runtime.moe.layer import MoELayer
 from tests.runtime.moe.megatron_reference import MEGATRON
+from tests.support.moe import moe_config
 
 
 def layer(**options) -> MoELayer:
     torch.manual_seed(3)
-    config = MoEConfig(gemm_backend="loop", router_dtype="fp64", **{"num_experts": 8, **options})
+    config = moe_config(gemm_backend="loop", router_dtype="fp64", **{"num_experts": 8, **options})
     return MoELayer(config, hidden_size=16, ffn_hidden_size=8, dtype=torch.float64)
 
 
@@ -25,7 +25,7 @@ def attached(module: MoELayer, x: torch.Tensor, **kwargs) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_aux_and_z_loss_equal_megatron(score_function: str) -> None:
-    module = layer(topk=2, aux_loss_coeff=(0.3,), z_loss_coeff=0.2, score_function=score_function)
+    module = layer(topk=2, aux_loss_coeff=(0.3,), z_loss_coeff=0.2, score=score_function)
     x = torch.randn(60, 16, dtype=torch.float64)
     grad, _ = attached(module, x)
     weight = module.router.weight.detach().clone().requires_grad_()
@@ -124,7 +124,7 @@ def test_expert_bias_moves_towards_balance() -> None:
     assert float(losses.expert_bias_step(torch.tensor([9, 1, 1, 1]), 0.1, centered=True).sum()) == pytest.approx(
         0.0, abs=1e-7
     )
-    module = layer(topk=2, score_function="sigmoid", enable_expert_bias=True, expert_bias_update_rate=0.0005)
+    module = layer(topk=2, score="sigmoid", enable_expert_bias=True, expert_bias_update_rate=0.0005)
     x = torch.randn(400, 16, dtype=torch.float64) + 1.0
     spread = []
     for _ in range(100):

@@ -8,6 +8,7 @@ from runtime.moe.routing import Routing, best_tokens, choose, expert_capacity, r
 from runtime.moe.sinkhorn import sinkhorn
 from tests.runtime.moe.megatron_reference import MEGATRON
 from tests.runtime.moe.oracle import dense
+from tests.support.moe import moe_config
 
 
 def route_dense(logits: torch.Tensor, config: MoEConfig, training: bool = True, bias: torch.Tensor | None = None):
@@ -20,27 +21,31 @@ def route_dense(logits: torch.Tensor, config: MoEConfig, training: bool = True, 
     "options",
     [
         {},
-        {"pre_softmax": True},
-        {"score_function": "sigmoid"},
-        {"score_function": "sigmoid", "topk_scaling_factor": 2.5},
-        {"num_groups": 4, "group_topk": 2, "pre_softmax": True},
-        {"num_groups": 4, "group_topk": 2, "score_function": "sigmoid"},
+        {"normalise": False},
+        {"score": "sigmoid"},
+        {"score": "sigmoid", "scale": 2.5},
+        {"scale": 1.5},
+        {"groups": 4, "group_top_k": 2, "normalise": False},
+        {"groups": 4, "group_top_k": 2, "score": "sigmoid"},
     ],
 )
 def test_topk_equals_megatron(topk: int, options: dict) -> None:
-    if "num_groups" in options and topk not in (2, 4):
-        topk = 4
+    router = options | ({"normalise": False} if topk == 1 and options.get("score") == "sigmoid" else {})
+    if "groups" in options:
+        # Megatron adds up the scores of topk // groups of a token experts of each group.
+        topk = topk if topk in (2, 4) else 4
+        router = options | {"group_best": topk // 2}
     logits = torch.randn(200, 8, dtype=torch.float64).float()
-    config = MoEConfig(num_experts=8, topk=topk, **options)
+    config = moe_config(num_experts=8, topk=topk, **router)
     weights, chosen, _ = route_dense(logits, config)
     expected, expected_map = MEGATRON.topk_routing_with_score_function(
         logits,
         topk,
-        use_pre_softmax=config.pre_softmax,
-        num_groups=config.num_groups,
-        group_topk=config.group_topk,
-        scaling_factor=config.topk_scaling_factor,
-        score_function=config.score_function,
+        use_pre_softmax=not options.get("normalise", True),
+        num_groups=options.get("groups"),
+        group_topk=options.get("group_top_k"),
+        scaling_factor=options.get("scale"),
+        score_function=options.get("score", "softmax"),
     )
     assert torch.equal(chosen, expected_map)
     torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-7)
@@ -48,7 +53,7 @@ def test_topk_equals_megatron(topk: int, options: dict) -> None:
 
 def test_expert_bias_equals_megatron() -> None:
     logits, bias = torch.randn(300, 16), torch.randn(16)
-    config = MoEConfig(num_experts=16, topk=4, score_function="sigmoid", enable_expert_bias=True)
+    config = moe_config(num_experts=16, topk=4, score="sigmoid", enable_expert_bias=True)
     weights, chosen, _ = route_dense(logits, config, bias=bias)
     expected, expected_map = MEGATRON.topk_routing_with_score_function(
         logits, 4, score_function="sigmoid", expert_bias=bias
@@ -57,13 +62,14 @@ def test_expert_bias_equals_megatron() -> None:
     torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_softmax_then_topk_then_renormalise_is_the_default() -> None:
+def test_normalised_is_softmax_then_topk_then_division() -> None:
     """The order of transformers' Mixtral gives the weights of Megatron's default."""
     logits = torch.randn(100, 8)
-    plain = route_dense(logits, MoEConfig(num_experts=8))[0]
-    other = route_dense(logits, MoEConfig(num_experts=8, pre_softmax=True, normalize_topk=True))[0]
-    torch.testing.assert_close(plain, other)
-    unscaled = route_dense(logits, MoEConfig(num_experts=8, pre_softmax=True))[0].sum(1)
+    plain = route_dense(logits, moe_config(num_experts=8))[0]
+    chosen = logits.softmax(-1).topk(2)
+    expected = torch.zeros(100, 8).scatter(1, chosen.indices, chosen.values / chosen.values.sum(1, keepdim=True))
+    torch.testing.assert_close(plain, expected)
+    unscaled = route_dense(logits, moe_config(num_experts=8, normalise=False))[0].sum(1)
     assert float(unscaled.max()) < 1.0
 
 
@@ -73,8 +79,8 @@ def test_softmax_then_topk_then_renormalise_is_the_default() -> None:
 def test_dropping(policy: str, factor: float, pad: bool) -> None:
     logits = torch.randn(120, 8) + torch.linspace(2, 0, 8)
     options = {"capacity_factor": factor, "drop_policy": policy, "pad_to_capacity": pad}
-    weights, kept, routing = route_dense(logits, MoEConfig(num_experts=8, **options))
-    full, full_map, _ = route_dense(logits, MoEConfig(num_experts=8))
+    weights, kept, routing = route_dense(logits, moe_config(num_experts=8, **options))
+    full, full_map, _ = route_dense(logits, moe_config(num_experts=8))
     capacity = min(120, MEGATRON.get_capacity(240, 8, factor))
     assert int(kept.sum()) <= routing.max_rows
     if policy == "probs":
@@ -101,7 +107,7 @@ def test_sinkhorn_equals_megatron(scale: float) -> None:
     logits = torch.randn(256, 8, dtype=torch.float64) * scale
     torch.testing.assert_close(sinkhorn(logits, 1000), MEGATRON.sinkhorn(logits.clone()), rtol=2e-3, atol=1e-9)
     for topk in (1, 2):
-        config = MoEConfig(num_experts=8, topk=topk, load_balancing=("sinkhorn",))
+        config = moe_config(num_experts=8, topk=topk, load_balancing=("sinkhorn",))
         weights, chosen, _ = route_dense(logits, config)
         expected = torch.sigmoid(logits) if topk == 1 else torch.softmax(logits, -1)
         torch.testing.assert_close(weights, expected * chosen)
@@ -120,7 +126,7 @@ def test_sinkhorn_bears_large_logits(scale: float) -> None:
 
 def test_expert_choice_is_each_experts_best() -> None:
     logits = torch.randn(50, 4, dtype=torch.float64)
-    config = MoEConfig(num_experts=4, load_balancing=("expert_choice",), capacity_factor=1.5)
+    config = moe_config(num_experts=4, load_balancing=("expert_choice",), capacity_factor=1.5)
     weights, chosen, routing = route_dense(logits, config)
     scores = torch.softmax(logits, -1)
     capacity = 19  # ceil(50 * 1.5 / 4)
@@ -135,30 +141,26 @@ def test_expert_choice_is_each_experts_best() -> None:
 @pytest.mark.parametrize("balancing", ["none", "sinkhorn", "expert_choice"])
 def test_few_tokens_and_all_experts(num_tokens: int, balancing: str) -> None:
     logits = torch.randn(num_tokens, 4)
-    config = MoEConfig(num_experts=4, topk=4, load_balancing=(balancing,))
+    config = moe_config(num_experts=4, topk=4, load_balancing=(balancing,))
     routing: Routing = route_dense(logits, config)[2]
     assert routing.weights_TK.shape == (num_tokens, 4)
     assert bool(torch.isfinite(routing.weights_TK).all())
 
 
 @pytest.mark.parametrize(
-    ("options", "field"),
+    ("options", "flag"),
     [
-        ({"topk": 9}, "topk"),
-        ({"load_balancing": ("sinkhorn",), "aux_loss_coeff": (0.1,)}, "aux_loss_coeff"),
-        ({"load_balancing": ("sinkhorn",), "capacity_factor": 1.0}, "capacity_factor"),
-        ({"load_balancing": ("aux_loss", "none")}, "load_balancing"),
-        ({"load_balancing": ("magic",)}, "load_balancing"),
-        ({"enable_expert_bias": True}, "enable_expert_bias"),
-        ({"num_groups": 3, "group_topk": 1}, "num_groups"),
-        ({"num_groups": 4}, "group_topk"),
-        ({"pad_to_capacity": True}, "capacity_factor"),
-        ({"fp8_format": "hybrid", "gemm_backend": "torch"}, "fp8_format"),
-        ({"aux_loss_mode": "hf", "load_balancing": ("seq_aux_loss",)}, "aux_loss_mode"),
-        ({"shared_expert_gate": True}, "shared_expert_gate"),
-        ({"capacity_factor": float("nan")}, "capacity_factor"),
+        ({"load_balancing": ("sinkhorn",), "aux_loss_coeff": (0.1,)}, "--moe-aux-loss-coeff"),
+        ({"load_balancing": ("sinkhorn",), "capacity_factor": 1.0}, "--moe-expert-capacity-factor"),
+        ({"load_balancing": ("aux_loss", "none")}, "--moe-router-load-balancing-type"),
+        ({"load_balancing": ("magic",)}, "--moe-router-load-balancing-type"),
+        ({"enable_expert_bias": True}, "--moe-router-enable-expert-bias"),
+        ({"pad_to_capacity": True}, "--moe-expert-capacity-factor"),
+        ({"fp8_format": "hybrid", "gemm_backend": "torch"}, "--fp8-format"),
+        ({"aux_loss_mode": "hf", "load_balancing": ("seq_aux_loss",)}, "--moe-aux-loss-mode"),
+        ({"capacity_factor": float("nan")}, "--moe-expert-capacity-factor"),
     ],
 )
-def test_bad_options_are_refused_by_name(options: dict, field: str) -> None:
-    with pytest.raises(MoEConfigError, match=field):
-        MoEConfig(num_experts=8, **options)
+def test_bad_options_are_refused_by_name(options: dict, flag: str) -> None:
+    with pytest.raises(MoEConfigError, match=flag):
+        moe_config(num_experts=8, **options)

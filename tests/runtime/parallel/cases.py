@@ -9,8 +9,15 @@ from tests.runtime.parallel.parity import Case
 DIST = {"use_distributed_optimizer": True}
 SHARD = {"fully_shard": True}
 SP = {"sp": True}
-QWEN2: dict[str, Any] = {"model_type": "qwen2", "num_experts": 0, "topk": 0, "qkv_bias": True}
-TIED: dict[str, Any] = {"tie_embeddings": True}
+QWEN2: dict[str, Any] = {"model_type": "qwen2"}
+GLM: dict[str, Any] = {
+    "model_type": "glm4_moe",
+    "first_k_dense_replace": 1,
+    "use_qk_norm": True,
+    "attention_bias": True,
+}
+GATED: dict[str, Any] = {"model_type": "qwen2_moe"}
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
 
 
 def case(name: str, num_ranks: int, parallel: dict[str, Any] | None = None, **options: Any) -> Case:
@@ -50,20 +57,20 @@ CASES = (
     case("pp2 tp2 dp2 tied fully sharded", 8, {"pp": 2, "tp": 2} | SHARD, model=TIED),
     case("pp2 dp2 fully sharded, recomputed", 4, {"pp": 2} | SHARD, recompute={"granularity": "full"}),
     # Pipelines.
-    case("pp4 interleaved", 4, {"pp": 4, "vpp": 2, "pp_schedule": "interleaved"}, model={"num_layers": 8}),
+    case("pp4 interleaved", 4, {"pp": 4, "vpp": 2, "pp_schedule": "interleaved"}, model={"num_hidden_layers": 8}),
     case("pp2 ep2", 4, {"pp": 2, "ep": 2}),
     case("pp2 tp2 sp ep2", 8, {"pp": 2, "tp": 2, "ep": 2} | SP),
     case("pp2 cp2 dp2", 8, {"pp": 2, "cp": 2} | DIST),
     case("pp4", 4, {"pp": 4}),
     case("pp2 uneven", 2, {"pp": 2, "pp_layers": (3, 1)}),
-    case("pp2 a stage without MoE", 4, {"pp": 2, "ep": 2}, dense_layers=(0, 1)),
+    case("pp2 a stage without MoE", 4, {"pp": 2, "ep": 2}, model={"model_type": "qwen3_moe", "mlp_only_layers": [0, 1]}),
     case("pp4 fewer micro-batches than stages", 4, {"pp": 4}, num_microbatches=2),
     case("pp4 gpipe", 4, {"pp": 4, "pp_schedule": "gpipe"}),
     case("pp2 zero-bubble", 2, {"pp": 2, "pp_schedule": "zero-bubble"}),
     case("pp2 vpp2 ep2 zero-bubble", 4, {"pp": 2, "vpp": 2, "ep": 2, "pp_schedule": "zero-bubble"}),
     # Shapes that don't divide, and sharing.
     case("tp4 two kv heads, vocabulary 65", 4, {"tp": 4} | SP, model={"vocab_size": 65}),
-    case("tp4 one kv head, vocabulary 9", 4, {"tp": 4}, model={"num_kv_heads": 1, "vocab_size": 9}),
+    case("tp4 one kv head, vocabulary 9", 4, {"tp": 4}, model={"num_key_value_heads": 1, "vocab_size": 9}),
     case("pp2 tied", 2, {"pp": 2}, model=TIED),
     case("pp2 tp2 dp2 tied, vocabulary 61", 8, {"pp": 2, "tp": 2} | DIST, model=TIED | {"vocab_size": 61}),
     case("cp2 sliding window", 2, {"cp": 2}, model={"sliding_window": 5}),
@@ -82,6 +89,20 @@ CASES = (
         "tp2 sp ep2 sigmoid and expert bias",
         4,
         {"tp": 2, "ep": 2} | SP,
-        moe={"score_function": "sigmoid", "enable_expert_bias": True},
+        model={"model_type": "dots1"},
+        moe={"enable_expert_bias": True},
     ),
+    # What families add: norms of heads, biases, shared experts with and without gate, dense layers, part of a head turned.
+    case("tp4 sp head norms, two kv heads", 4, {"tp": 4} | SP, model={"model_type": "qwen3"}),
+    case("tp2 biases everywhere", 2, {"tp": 2}, model={"model_type": "llama", "attention_bias": True, "mlp_bias": True}),
+    case("tp2 sp biases everywhere", 2, {"tp": 2} | SP, model={"model_type": "llama", "attention_bias": True, "mlp_bias": True}),
+    case("tp2 shared expert with a gate", 2, {"tp": 2}, model=GATED),
+    case("tp2 sp ep2 etp1 dp2 shared expert with a gate", 4, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, model=GATED | {"mlp_only_layers": [1]}),
+    case("pp2 tp2 sp ep2 stored bias, shared, first dense", 4, {"pp": 2, "tp": 2, "ep": 2, "etp": 1} | SP, model=GLM),
+    case("ep2 dp2 fully sharded, stored bias", 4, {"ep": 2} | SHARD, model=GLM),
+    case("tp2 sp groups of experts", 2, {"tp": 2} | SP, model=GLM | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}),
+    case("cp2 windows on some layers", 2, {"cp": 2}, model=QWEN2 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    case("cp2 tp2 sp ep2 etp1 head norms", 4, {"cp": 2, "tp": 2, "ep": 2, "etp": 1} | SP, model={"model_type": "qwen3_moe", "norm_topk_prob": False}),
+    case("tp2 sp ep2 norms over all heads", 4, {"tp": 2, "ep": 2, "etp": 1} | SP, model={"model_type": "olmoe"}),
+    case("tp4 norms over all heads, two kv heads", 4, {"tp": 4}, model={"model_type": "olmoe"}),
 )  # fmt: skip

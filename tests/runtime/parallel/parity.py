@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
+from moeconv.families.base import Model
 from moeconv.layout.rect import Rect, check_cover
 from runtime.checkpoint.rectangles import StateTensor
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.engine import Engine
-from runtime.model import decoder
-from runtime.model.config import ModelConfig
-from runtime.model.context import ModelContext
-from runtime.model.mlp import DenseMLP, SparseMLP
+from runtime.model.context import TORCH_DTYPES
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
+from tests.support.configs import tiny_model
 
 Array = npt.NDArray[Any]
 EMPTY_EXPERT = 5
@@ -41,8 +37,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     moe: dict[str, Any] = field(default_factory=dict)
     recompute: dict[str, Any] = field(default_factory=dict)
-    dense_layers: tuple[int, ...] = ()
-    """Layers whose mixture of experts is replaced by a dense network."""
+    dtype: str = "float32"
     num_microbatches: int = 4
     """Of the global batch, over all data-parallel ranks."""
     positions: int = 16
@@ -57,7 +52,7 @@ class Case:
             num_ranks=1,
             model=self.model,
             moe=self.moe,
-            dense_layers=self.dense_layers,
+            dtype=self.dtype,
             num_microbatches=self.num_microbatches,
             positions=self.positions,
             device=self.device,
@@ -66,7 +61,7 @@ class Case:
     @property
     def key(self) -> str:
         """Equal for cases with the same reference."""
-        return repr((self.model, self.moe, self.dense_layers, self.num_microbatches, self.positions))
+        return repr((self.model, self.moe, self.dtype, self.num_microbatches, self.positions))
 
 
 @dataclass
@@ -79,13 +74,9 @@ class Outcome:
     weights: dict[str, Array]
 
 
-def model_config(options: dict[str, Any]) -> ModelConfig:
-    """A Mixtral of 4 layers in fp32."""
-    defaults = {
-        "model_type": "mixtral", "hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
-        "ffn_hidden_size": 32, "vocab_size": 64, "num_experts": 8, "topk": 2, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
-    return ModelConfig(**(defaults | options))
+def model_of(case: Case) -> Model:
+    """The case's model; a Mixtral of 4 layers where it says nothing else."""
+    return tiny_model(**case.model)
 
 
 def initial_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -105,11 +96,11 @@ def initial_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def make_engine(case: Case, **optim: Any) -> tuple[Engine, ParallelMesh]:
     """Build the engine of this rank with the case's initial weights."""
-    config = model_config(case.model)
+    model = model_of(case)
     moe = None
-    if config.num_experts:
-        defaults: dict[str, Any] = {"num_experts": config.num_experts, "topk": config.topk, "aux_loss_coeff": (0.02,)}
-        moe = MoEConfig(**(defaults | {"z_loss_coeff": 1e-3} | case.moe))
+    if model.compute.router is not None:
+        defaults: dict[str, Any] = {"router": model.compute.router, "aux_loss_coeff": (0.02,), "z_loss_coeff": 1e-3}
+        moe = MoEConfig(**(defaults | case.moe))
     parallel = ParallelConfig(**case.parallel)
     # Adam divides by the root of the squared gradient: with a tiny epsilon it would turn rounding noise on elements
     # without a gradient into whole steps.
@@ -118,7 +109,8 @@ def make_engine(case: Case, **optim: Any) -> tuple[Engine, ParallelMesh]:
     mesh = ParallelMesh(parallel, 1, 0) if case.num_ranks == 1 else ParallelMesh(parallel)
     device = torch.device("cuda", torch.cuda.current_device()) if case.device == "cuda" else torch.device("cpu")
     engine = Engine(
-        config,
+        model,
+        TORCH_DTYPES[case.dtype],
         parallel,
         moe,
         OptimConfig(**(options | optim)),
@@ -126,41 +118,22 @@ def make_engine(case: Case, **optim: Any) -> tuple[Engine, ParallelMesh]:
         mesh,
         device,
     )
-    engine.load_state(initial_reader(config), with_optimizer=False)
+    engine.load_state(initial_reader(model))
     return engine, mesh
 
 
-def initial_reader(config: ModelConfig) -> Callable[[str, Rect], Array]:
+def initial_reader(model: Model) -> Callable[[str, Rect], Array]:
     """Read rectangles of the initial weights."""
-    sizes = {
-        "embed_tokens": (config.vocab_size, config.hidden_size),
-        "lm_head": (config.vocab_size, config.hidden_size),
-        "q_proj": (config.num_heads * config.head_dim, config.hidden_size),
-        "k_proj": (config.num_kv_heads * config.head_dim, config.hidden_size),
-        "v_proj": (config.num_kv_heads * config.head_dim, config.hidden_size),
-        "o_proj": (config.hidden_size, config.num_heads * config.head_dim),
-        "gate": (config.num_experts, config.hidden_size),
-        "w1": (config.ffn_hidden_size, config.hidden_size),
-        "w2": (config.hidden_size, config.ffn_hidden_size),
-        "w3": (config.ffn_hidden_size, config.hidden_size),
-        "gate_proj": (config.ffn_hidden_size, config.hidden_size),
-        "up_proj": (config.ffn_hidden_size, config.hidden_size),
-        "down_proj": (config.hidden_size, config.ffn_hidden_size),
-    }
 
     def read(name: str, rect: Rect) -> Array:
-        kind = name.split(".")[-2]
-        shape: tuple[int, ...] = sizes.get(kind, (config.hidden_size,))
-        if name.endswith("bias"):
-            shape = shape[:1]
-        return initial_weight(name, shape)[rect.slices()].contiguous().numpy()
+        return initial_weight(name, model.tensors[name].shape)[rect.slices()].contiguous().numpy()
 
     return read
 
 
 def global_batch(case: Case, step: int) -> list[Batch]:
     """All micro-batches of a step; some labels don't count, unevenly over the micro-batches."""
-    vocab = model_config(case.model).vocab_size
+    vocab = model_of(case).sizes["vocab"]
     generator = torch.Generator().manual_seed(100 + step)
     out = []
     for number in range(case.num_microbatches):
@@ -182,15 +155,9 @@ def copies(items: Iterable[StateTensor]) -> list[tuple[str, tuple[int, ...], Rec
     return [(i.name, i.global_shape, i.rect, i.tensor.detach().float().cpu().numpy().copy()) for i in items]
 
 
-def choose_mlp(case: Case, context: ModelContext, config: MoEConfig, layer: int) -> nn.Module:
-    """Give a layer's feed-forward part: dense in the case's dense layers."""
-    return DenseMLP(context, layer) if layer in case.dense_layers else SparseMLP(context, config, layer)
-
-
 def run_rank(case: Case) -> dict[str, Any]:
     """Two steps and an evaluation on this rank."""
-    with mock.patch.object(decoder, "SparseMLP", partial(choose_mlp, case)):
-        engine, mesh = make_engine(case)
+    engine, mesh = make_engine(case)
     numbers: dict[str, list[float]] = {"lm_loss": [], "aux_loss": [], "z_loss": [], "grad_norm": [], "entropy": []}
     load, gradients = [], []
     for step in range(2):

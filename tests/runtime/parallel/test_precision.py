@@ -28,7 +28,7 @@ LAYOUTS = {"distributed-optimizer": LAYOUT, "fully-sharded": SHARDED, "zero-bubb
 
 @pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
 def test_bf16_follows_fp32_and_keeps_fp32_masters(parallel: dict[str, Any], pool: RankPool) -> None:
-    case = Case(name="bf16", num_ranks=4, parallel=parallel, model={"dtype": "bfloat16"})
+    case = Case(name="bf16", num_ranks=4, parallel=parallel, dtype="bfloat16")
     ranks = pool.run(4, steps, case, 5, {"lr": 1e-2})
     plain = pool.run(4, steps, Case(name="fp32", num_ranks=4, parallel=parallel), 5, {"lr": 1e-2})
     losses, want = ([r.lm_loss for r in rank[0][0]] for rank in (ranks, plain))
@@ -45,7 +45,7 @@ def test_bf16_follows_fp32_and_keeps_fp32_masters(parallel: dict[str, Any], pool
 
 
 def test_fp16_lowers_its_loss_scale_until_gradients_fit(pool: RankPool) -> None:
-    case = Case(name="fp16", num_ranks=4, parallel=LAYOUT, model={"dtype": "float16"})
+    case = Case(name="fp16", num_ranks=4, parallel=LAYOUT, dtype="float16")
     optim = {"lr": 1e-2, "initial_loss_scale": 2.0**24, "loss_scale_window": 4}
     ranks = pool.run(4, steps, case, 20, optim)
     results, _, scalars = ranks[0]
@@ -91,7 +91,7 @@ def test_nan_is_traced_to_its_weight_and_rank(pool: RankPool) -> None:
 def test_nan_steps_can_be_skipped(pool: RankPool) -> None:
     case = Case(name="nan", num_ranks=2, parallel={"ep": 2})
     name = "model.layers.1.block_sparse_moe.experts.7.w2.weight"
-    for message, same, skipped in pool.run(2, spoiled, case, 1, name, {"skip_nonfinite": True}):
+    for message, same, skipped in pool.run(2, spoiled, case, 1, name, {"on_nonfinite": "skip"}):
         assert (message, same, skipped) == ("", True, True)
 
 
@@ -108,11 +108,16 @@ def overflowing(case: Case) -> str:
 
 def test_overflow_is_traced_to_the_module(pool: RankPool) -> None:
     message = pool.run(1, overflowing, Case(name="overflow", num_ranks=1))[0]
-    assert "first bad: output of model.layers.1.post_norm, on rank 0" in message
+    assert "first bad: output of model.layers.1.mlp_norm, on rank 0" in message
 
 
 def test_numbers_agree_between_ranks_and_stages(pool: RankPool) -> None:
-    case = Case(name="numbers", num_ranks=4, parallel={"pp": 2, "ep": 2}, dense_layers=(0, 1))
+    case = Case(
+        name="numbers",
+        num_ranks=4,
+        parallel={"pp": 2, "ep": 2},
+        model={"model_type": "qwen3_moe", "mlp_only_layers": [0, 1]},
+    )
     first, *others = pool.run(4, run_rank, case)
     assert all(other["numbers"] == first["numbers"] for other in others)
     assert first["numbers"]["aux_loss"][0] > 0

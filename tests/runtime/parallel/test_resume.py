@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moeconv.errors import SourceError
 from moeconv.layout.rect import Rect
 from tests.runtime.parallel.parity import (
     Array,
@@ -51,7 +52,7 @@ def train(case: Case, steps: tuple[int, ...], saved: tuple[dict[str, Array], dic
         def read(name: str, rect: Rect) -> Array:
             return np.ascontiguousarray(tensors[name][rect.slices()])
 
-        engine.load_state(read, with_optimizer=True)
+        engine.load_state(read, tensors)
         engine.load_scalars(scalars)
     for step in steps:
         engine.train_step(own_share(global_batch(case, step), mesh))
@@ -60,7 +61,7 @@ def train(case: Case, steps: tuple[int, ...], saved: tuple[dict[str, Array], dic
 
 def run(pool: RankPool, layout: str, dtype: str, steps: tuple[int, ...], saved: Any = None) -> Any:
     num_ranks, parallel = LAYOUTS[layout]
-    case = Case(name=layout, num_ranks=num_ranks, parallel=parallel, model={"dtype": dtype, "vocab_size": 61})
+    case = Case(name=layout, num_ranks=num_ranks, parallel=parallel, dtype=dtype, model={"vocab_size": 61})
     ranks = pool.run(num_ranks, train, case, steps, saved)
     return assemble(part for parts, _ in ranks for part in parts), ranks[0][1]
 
@@ -90,3 +91,30 @@ def test_bf16_goes_on_from_an_fp32_checkpoint_at_full_precision(pool: RankPool) 
     again, _ = run(pool, "dp2-dist", "bfloat16", (), saved)
     for name in (name for name in saved[0] if not name.startswith("optimizer.")):
         assert np.array_equal(again[f"optimizer.master.{name}"], saved[0][name])
+
+
+def load_until(case: Case, saved: tuple[dict[str, Array], dict[str, Any]], state: str, count: int) -> str:
+    """Load a state from a disk that breaks after some rectangles of a kind; give the error's name."""
+    engine, _ = make_engine(case)
+    tensors, left = saved[0], [count]
+
+    def read(name: str, rect: Rect) -> Array:
+        if name.startswith(f"optimizer.{state}."):
+            left[0] -= 1
+            if left[0] < 0:
+                raise SourceError("the disk is broken")
+        return np.ascontiguousarray(tensors[name][rect.slices()])
+
+    try:
+        engine.load_state(read, tensors)
+    except SourceError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("state", ["master", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("count", [0, 5, 40])
+def test_no_read_error_is_taken_for_a_state_that_is_not_stored(state: str, count: int, pool: RankPool) -> None:
+    saved = run(pool, "one", "bfloat16", (0,))
+    case = Case(name="one", num_ranks=1, dtype="bfloat16", model={"vocab_size": 61})
+    assert pool.run(1, load_until, case, saved, state, count) == ["the disk is broken"]

@@ -39,9 +39,13 @@ def write_log(
     """
     settings = {
         "optim": {"lr": lr},
-        "moe": {"num_experts": NUM_EXPERTS} if experts else None,
-        "model": {"model_type": "mixtral"},
-        "job": {"world_size": 2, "device": "CPU", "parameters": 1000},
+        "job": {
+            "model": "Mixtral",
+            "experts": NUM_EXPERTS if experts else 0,
+            "world_size": 2,
+            "device": "CPU",
+            "parameters": 1000,
+        },
     } | extra
     config = LogConfig(file=path, dead_expert_steps=5)
     speed = Speed(flops_per_token=1e9, num_gpus=2, peak_flops=1e12)

@@ -10,9 +10,9 @@ Legend: S positions, B sequences, H query heads, G key/value heads, K head dim.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.ops.attention import attend
 from runtime.parallel.collectives import Group, all_gather, group_rank, group_size
 
 
@@ -43,42 +43,13 @@ def _in_order(gathered_SBGK: Tensor, cp_size: int) -> Tensor:
     return torch.cat(early + late)
 
 
-def _attend(q_SBHK: Tensor, kv_SBGK: Tensor, window: int | None) -> Tensor:
-    """Attention of queries that are the last positions of the keys' sequence.
-
-    Args:
-        q_SBHK: [Sq, B, H, K].
-        kv_SBGK: [Sk, B, 2G, K] keys, then values; Sk >= Sq.
-        window: positions that a query looks back, itself included; None is all.
-
-    Returns:
-        [Sq, B, H, K].
-    """
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHK, *kv_SBGK.chunk(2, dim=2)))
-    num_q, num_k = q.shape[2], k.shape[2]
-    gqa = q.shape[1] != k.shape[1]
-    if window is not None and num_k > window:
-        query = torch.arange(num_k - num_q, num_k, device=q.device).unsqueeze(1)
-        key = torch.arange(num_k, device=q.device)
-        mask = (key <= query) & (key > query - window)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
-    elif num_q == num_k:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    else:
-        # Imported late: it brings the compiler along, seconds that runs without context parallelism need not spend.
-        from torch.nn.attention.bias import causal_lower_right
-
-        bias = causal_lower_right(num_q, num_k)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=gqa)
-    return out.permute(2, 0, 1, 3)
-
-
-def causal_attention(q_SBHK: Tensor, kv_SBGK: Tensor, group: Group, window: int | None) -> Tensor:
+def causal_attention(q_SBHK: Tensor, k_SBGK: Tensor, v_SBGK: Tensor, group: Group, window: int | None) -> Tensor:
     """Causal self-attention, over all ranks of a context-parallel group.
 
     Args:
         q_SBHK: [S / cp, B, H, K] queries of this rank's two chunks.
-        kv_SBGK: [S / cp, B, 2G, K] keys and values of the same positions, keys first.
+        k_SBGK: [S / cp, B, G, K] keys of the same positions.
+        v_SBGK: [S / cp, B, G, K] values.
         group: the context-parallel ranks; None for one.
         window: positions that a query looks back, itself included; None is all.
 
@@ -87,9 +58,13 @@ def causal_attention(q_SBHK: Tensor, kv_SBGK: Tensor, group: Group, window: int 
     """
     size, rank = group_size(group), group_rank(group)
     if size == 1:
-        return _attend(q_SBHK, kv_SBGK, window)
-    kv = _in_order(all_gather(kv_SBGK, 0, group), size)
+        return attend(q_SBHK, k_SBGK, v_SBGK, window)
+    kv = _in_order(all_gather(torch.cat([k_SBGK, v_SBGK], dim=2), 0, group), size)
     early, late = q_SBHK.chunk(2, dim=0)
     chunk = early.shape[0]
     ends = ((rank + 1) * chunk, (2 * size - rank) * chunk)
-    return torch.cat([_attend(q, kv[:end], window) for q, end in zip((early, late), ends, strict=True)])
+    out = []
+    for q, end in zip((early, late), ends, strict=True):
+        k, v = kv[:end].chunk(2, dim=2)
+        out.append(attend(q, k, v, window))
+    return torch.cat(out)

@@ -1,0 +1,136 @@
+"""`python -m moeconv.families.document`: what every family is, as the page docs/families.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moeconv.families import FAMILIES
+from moeconv.families.base import Family, TensorRule
+from moeconv.families.compute import Key
+
+HEAD = """# Families
+
+Made from the data in `moeconv/families/` by `python -m moeconv.families.document`; a test holds them equal. To add a family, write its
+data file and list it in `families/__init__.py`: the converter, the trainer, upcycling and Megatron's formats ask it by role.
+"""
+
+
+def page() -> str:
+    """Give the page's text."""
+    return "\n".join([HEAD, *_overview(), *(line for family in FAMILIES.values() for line in _family(family))])
+
+
+def _overview() -> Iterator[str]:
+    yield "| family | `model_type` | attention | experts | router | beside the experts | layers without experts |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for family in FAMILIES.values():
+        cells = (family.name, f"`{family.model_type}`", _attention(family), *_experts(family))
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+def _attention(family: Family) -> str:
+    roles = {rule.role: rule for rule in family.rules}
+    words = ["grouped queries" if "attention.q" in roles else "latent"]
+    if "attention.q.bias" in roles:
+        words.append(_maybe(roles["attention.q.bias"], "biases"))
+    norm = roles.get("attention.q_norm")
+    if norm is not None:
+        words.append(_maybe(norm, "norm of each head" if norm.shape == ("head_dim",) else "norm of all heads together"))
+    if family.compute.rope.share is not None:
+        words.append("part of each head turned")
+    window = family.compute.window
+    if window is not None:
+        words.append({"all": "window on all layers"}.get(window.pattern, "window by layer") + " (option)")
+    return ", ".join(words)
+
+
+def _maybe(rule: TensorRule, words: str) -> str:
+    return words if rule.only_if is None else f"{words} (option)"
+
+
+def _experts(family: Family) -> tuple[str, str, str, str]:
+    rule = family.compute.router
+    if rule is None:
+        return ("dense", "", "", "")
+    stored = family.template("expert.gate") or ""
+    words = [rule.score, _choice(rule.normalise, "weights sum to 1", "weights as they are")]
+    if isinstance(rule.groups, Key):
+        words.append("groups of experts (option)")
+    if family.template("router.bias") is not None:
+        words.append("stored bias of the choice")
+    shared = ""
+    if family.template("shared.gate") is not None:
+        shared = "shared expert" + (" with a gate" if family.template("shared.router") is not None else "")
+    layers = {"none": "", "listed": "listed", "first": "the first ones"}[family.dense_layers]
+    return (f"`{stored.rsplit('{expert}.', 1)[-1]}` ...", ", ".join(words), shared, layers)
+
+
+def _choice(value: Key | bool, yes: str, no: str) -> str:
+    if isinstance(value, Key):
+        return f"{yes if value.silent else no} (option)"
+    return yes if value else no
+
+
+def _family(family: Family) -> Iterator[str]:
+    yield f"## {family.name}"
+    yield f"`{family.architecture}`; read at {family.source}"
+    yield ""
+    yield "| role | tensor | shape | split |"
+    yield "| --- | --- | --- | --- |"
+    for rule in family.rules:
+        yield f"| {rule.role} | `{rule.name}` | {' x '.join(rule.shape)} | {_split(rule)}{_condition(family, rule)} |"
+    yield ""
+    yield "| it computes with | config.json | where it is silent |"
+    yield "| --- | --- | --- |"
+    for what, key in _keys(family):
+        yield f"| {what} | `{key.name}` | {key.silent} |"
+    yield f"| rotary base | `rope_theta` | {family.compute.rope.theta:g} |"
+    if family.compute.rope.share is not None:
+        yield f"| turned share of a head | `partial_rotary_factor` | {family.compute.rope.share:g} |"
+    yield ""
+
+
+def _split(rule: TensorRule) -> str:
+    if rule.split is None:
+        return "whole on every rank"
+    how = f" by {rule.split.units}" if rule.split.units else ", rounded up" if rule.split.rounded else ""
+    return f"dim {rule.split.dim} over {rule.split.axis}{how}"
+
+
+def _condition(family: Family, rule: TensorRule) -> str:
+    def key(flag: str) -> str:
+        found = family.flags[flag]
+        return found if isinstance(found, str) else found[0]
+
+    words = []
+    if rule.only_if is not None:
+        words.append(f"only with `{key(rule.only_if)}`")
+    if rule.absent_if is not None:
+        words.append(f"may be missing with `{key(rule.absent_if)}`")
+    if rule.layers != "all":
+        words.append({"moe": "layers with experts", "dense": "layers without experts"}[rule.layers])
+    return f"; {', '.join(words)}" if words else ""
+
+
+def _keys(family: Family) -> Iterator[tuple[str, Key]]:
+    compute = family.compute
+    yield "epsilon of the norms", compute.norm_eps
+    yield "longest sequence", compute.max_positions
+    yield "activation", compute.act
+    if compute.window is not None:
+        yield "sliding window", compute.window.size
+        if compute.window.switch is not None:
+            yield "whether there is a window", compute.window.switch
+        if compute.window.bound is not None:
+            yield "bound of the layers with a window", compute.window.bound
+    if compute.router is not None:
+        names = ("routing weights sum to 1", "factor on routing weights", "groups of experts", "groups a token")
+        values = (compute.router.normalise, compute.router.scale, compute.router.groups, compute.router.group_top_k)
+        for name, value in zip(names, values, strict=True):
+            if isinstance(value, Key):
+                yield name, value
+
+
+if __name__ == "__main__":
+    print(page(), end="")

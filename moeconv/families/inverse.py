@@ -1,0 +1,197 @@
+"""The config.json of a model that is described without one: the inverse of `Model.from_config`, for whatever family can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from math import prod
+from typing import Any
+
+from moeconv.families.base import Family, Model, evaluate
+from moeconv.families.compute import Compute, Key, config_keys_and_problems, window_keys
+
+# Keys that mean the same in every family, or change nothing that is computed.
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+CARRIED = (
+    *SPECIAL_TOKENS, "use_cache", "dtype", "torch_dtype", "transformers_version",
+)  # fmt: skip
+_HARMLESS = (
+    "architectures",
+    "model_type",
+    "pretraining_tp",
+    "_name_or_path",
+    "_attn_implementation",
+    "attn_implementation",
+)
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
+LAYER_TYPES = "layer_types"
+_LAYERS = (LAYER_TYPES, "mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace")
+# What a model has that others lack, by the roles of its tensors.
+_WORDS = {
+    **dict.fromkeys(("mlp.gate", "mlp.up", "mlp.down"), "dense layers"),
+    **dict.fromkeys(("mlp.gate.bias", "mlp.up.bias", "mlp.down.bias"), "biases in the feed-forward part"),
+    "attention.o.bias": "a bias on attention's output projection",
+    **dict.fromkeys(("attention.q.bias", "attention.k.bias", "attention.v.bias"), "biases on queries, keys and values"),
+    **dict.fromkeys(("attention.q_norm", "attention.k_norm"), "norms of query and key heads (qk-norm)"),
+    "router.bias": "a bias of the router's choice",
+    **dict.fromkeys(("shared.gate", "shared.up", "shared.down"), "shared experts"),
+    "shared.router": "a gate on shared experts",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """A model without a family.
+
+    `sizes` has layers, hidden, heads, kv_heads, head_dim, vocab and, with experts, experts and top_k; `widths` the neurons of each feed-forward part
+    (`mlp`, `expert`, `shared`); `shapes` the shape of each role's tensors. `free` are roles that a family may have besides.
+    """
+
+    sizes: Mapping[str, int]
+    widths: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+    moe_layers: frozenset[int]
+    tied: bool
+    compute: Compute
+    free: frozenset[str] = frozenset()
+
+
+def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
+    """Give the shape of the tensors of each role that a model has; those without elements are left out."""
+    found = {rule.role: model.shape(rule) for rule in model.rules}
+    return {role: shape for role, shape in found.items() if prod(shape)}
+
+
+def write_config(family: Family, wanted: Description) -> tuple[dict[str, Any], list[str]]:
+    """Write a family's config of a model.
+
+    Args:
+        family: the family.
+        wanted: the model.
+
+    Returns:
+        The config, whose model has exactly these tensors and computes exactly this; and in words what the family can't hold, empty where it holds all.
+    """
+    if ("experts" in family.sizes) != ("experts" in wanted.sizes):
+        return {}, ["experts" if "experts" in wanted.sizes else "a model without experts"]
+    sizes, problems = _sizes(family, wanted)
+    if problems:
+        return {}, problems
+    dense, problems = _dense_layers(family, wanted.sizes, wanted.moe_layers)
+    others = {key: value for key, value in wanted.compute.others.items() if key in family.compute.fixed}
+    rest = {key: value for key, value in wanted.compute.others.items() if key not in others}
+    computed, wrong = config_keys_and_problems(family.compute, replace(wanted.compute, others=rest))
+    config = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **{_first(family.sizes[name]): value for name, value in sizes.items()},
+        **dense,
+        **_flags(family, wanted),
+        **computed,
+        **others,
+        **family.stated,
+    }
+    model = Model.from_config(family, config)
+    problems = list(dict.fromkeys([*_roles(model, wanted), *problems, *wrong]))
+    if not problems and model.compute != wanted.compute:
+        problems.append("what it computes")
+    return config, problems
+
+
+def layer_config(model: Model, layer: int) -> dict[str, Any]:
+    """Write the config of a model of one layer of another, with a vocabulary of one token and a head of its own.
+
+    Args:
+        model: the model.
+        layer: the layer.
+
+    Returns:
+        The model's config with the keys that name its size, its special tokens and the kinds of its layers changed.
+    """
+    family, sizes = model.family, dict(model.sizes) | {"layers": 1, "vocab": 1}
+    dense, _ = _dense_layers(family, sizes, frozenset((0,) if layer in model.moe_layers else ()))
+    config = {key: value for key, value in model.config.items() if key != LAYER_TYPES}
+    config |= {_first(family.sizes[name]): 1 for name in ("layers", "vocab")} | dense | dict.fromkeys(SPECIAL_TOKENS)
+    config |= dict.fromkeys(_tied_keys(family), False)
+    return config | (window_keys(family.compute.window, model.compute.windows[layer : layer + 1]) or {})
+
+
+def known_keys(family: Family) -> frozenset[str]:
+    """Give the keys of a family's config that say what its tensors are and what is computed, or that change neither."""
+    keys = {*_HARMLESS, *_ROPE, *_LAYERS, *CARRIED, *family.compute.fixed}
+    keys |= {key for names in family.sizes.values() for key in ((names,) if isinstance(names, str) else names)}
+    keys |= {key if isinstance(key, str) else key[0] for key in family.flags.values()}
+    for rule in (family.compute, family.compute.window, family.compute.router):
+        values = [getattr(rule, field.name) for field in fields(rule)] if rule is not None else []
+        keys |= {value.name for value in values if isinstance(value, Key)}
+    return frozenset(keys)
+
+
+def _first(keys: str | tuple[str, ...]) -> str:
+    return keys if isinstance(keys, str) else keys[0]
+
+
+def _sizes(family: Family, wanted: Description) -> tuple[dict[str, int], list[str]]:
+    """Give each size of a family; the widths of feed-forward parts are what their matrices' shapes are made of."""
+    terms = {part: family.width(part) for part in ("expert", "mlp", "shared")}
+    names = {name for term in terms.values() if term is not None for name in term.split("*")}
+    sizes = {name: value for name, value in wanted.sizes.items() if name in family.sizes and name not in names}
+    problems = []
+    for part, term in terms.items():
+        if term is None:
+            continue
+        width = wanted.widths.get(part, 0)
+        if part == "mlp" and not width:  # a config states the width of dense layers even where there are none
+            width = wanted.widths["expert"]
+        unknown = [name for name in term.split("*") if name not in sizes]
+        known = evaluate(term, {**sizes, **dict.fromkeys(unknown, 1)})
+        if len(unknown) == 1 and width % known == 0:
+            sizes[unknown[0]] = width // known
+        elif known != width:
+            problems.append(f"a width of {width} ({part})")
+    return sizes, problems
+
+
+def _dense_layers(
+    family: Family, sizes: Mapping[str, int], moe_layers: frozenset[int]
+) -> tuple[dict[str, Any], list[str]]:
+    """Name the layers without experts as the family's config does."""
+    dense = sorted(set(range(sizes["layers"])) - moe_layers) if "experts" in sizes else []
+    if family.dense_layers == "listed":
+        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}, []
+    if family.dense_layers == "first":
+        first = dense == list(range(len(dense)))
+        return {"first_k_dense_replace": len(dense)}, [] if first else ["dense layers after one with experts"]
+    return {}, ["dense layers"] if dense else []
+
+
+def _flags(family: Family, wanted: Description) -> dict[str, bool]:
+    keys = {}
+    for flag, key in family.flags.items():
+        has = any(rule.only_if == flag and rule.role in wanted.shapes for rule in family.rules)
+        keys[key if isinstance(key, str) else key[0]] = has
+    return keys | dict.fromkeys(_tied_keys(family), wanted.tied)
+
+
+def _tied_keys(family: Family) -> list[str]:
+    """Name the keys of the flags under which a tensor need not be stored."""
+    flags = {rule.absent_if for rule in family.rules}
+    return [key if isinstance(key, str) else key[0] for flag, key in family.flags.items() if flag in flags]
+
+
+def _roles(model: Model, wanted: Description) -> list[str]:
+    """List in words which tensors a model lacks, has besides, or has in another shape."""
+    has = shapes_of(model)
+    lacks = [role for role in wanted.shapes if role not in has]
+    besides = [role for role in has if role not in wanted.shapes and role not in wanted.free]
+    other = [role for role, shape in wanted.shapes.items() if role in has and has[role] != shape]
+    return [
+        *_named(lacks),
+        *(f"a model without {words}" for words in _named(besides)),
+        *(f"{role} of shape {list(wanted.shapes[role])}" for role in other),
+    ]
+
+
+def _named(roles: list[str]) -> list[str]:
+    """Name what roles stand for, each thing once."""
+    return list(dict.fromkeys(_WORDS.get(role, role) for role in roles))

@@ -1,0 +1,52 @@
+"""OLMoE: norms over all query heads and all key heads together, and experts whose weights are not renormalised."""
+
+from __future__ import annotations
+
+from moeconv.families.base import Family, Split, TensorRule
+from moeconv.families.compute import ComputeRule, Key, RouterRule
+from moeconv.families.decoder import (
+    ATTENTION,
+    ENDS,
+    FUSED_EXPERTS,
+    MLP,
+    NORMS,
+    PROJECTIONS,
+    SIZES,
+    biases,
+    feed_forward,
+    router,
+)
+from moeconv.families.rope import RopeRule
+
+OLMOE = Family(
+    name="OLMoE",
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    sizes={
+        **SIZES,
+        "ffn": "intermediate_size",
+        "experts": ("num_experts", "num_local_experts"),
+        "top_k": "num_experts_per_tok",
+    },
+    defaults={"head_dim": "hidden//heads"},
+    flags={"tied": "tie_word_embeddings", "attention_bias": "attention_bias"},
+    rules=(
+        *ENDS,
+        *NORMS,
+        *PROJECTIONS,
+        *biases("attention_bias", output=True),
+        TensorRule("attention.q_norm", ATTENTION + "q_norm.weight", ("heads*head_dim",), Split("tp", 0, "heads")),
+        TensorRule("attention.k_norm", ATTENTION + "k_norm.weight", ("kv_heads*head_dim",), Split("tp", 0, "kv_heads")),
+        *router(MLP + "gate.weight"),
+        *feed_forward("expert", MLP + "experts.{expert}.", "ffn"),
+    ),
+    aliases=FUSED_EXPERTS,
+    compute=ComputeRule(
+        norm_eps=Key("rms_norm_eps", 1e-5),
+        max_positions=Key("max_position_embeddings", 4096),
+        rope=RopeRule(),
+        router=RouterRule(score="softmax", normalise=Key("norm_topk_prob", False)),
+        fixed={"attention_dropout": 0.0, "clip_qkv": None},
+    ),
+    source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/olmoe/modeling_olmoe.py",
+)

@@ -1,0 +1,88 @@
+"""Rotary positions of queries and keys in one launch.
+
+Legend: S positions, B sequences, H query heads, G key heads, K head dim, R rotated dims. Floor, at memory bandwidth:
+each element of queries and keys read and written once; the tables stay in the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 2048  # pairs of a tile
+
+
+@triton.jit
+def _rotate_heads(
+    x, out, token, cos, sin, token_stride, head_stride,
+    HEADS: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr,
+    BLOCK_H: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    pair = tl.arange(0, HALF)
+    for first in tl.static_range(0, HEADS, BLOCK_H):
+        head = first + tl.arange(0, BLOCK_H)
+        inside = (head < HEADS)[:, None] & (pair < ROTATED // 2)[None, :]
+        source = x + token * token_stride + head[:, None] * head_stride
+        target = out + (token * HEADS + head[:, None]) * DIM
+        low = tl.load(source + pair[None, :], mask=inside, other=0.0).to(ACC)
+        high = tl.load(source + ROTATED // 2 + pair[None, :], mask=inside, other=0.0).to(ACC)
+        turned_low = low * cos[None, :] - high * sin[None, :]
+        turned_high = high * cos[None, :] + low * sin[None, :]
+        tl.store(target + pair[None, :], turned_low.to(out.dtype.element_ty), mask=inside)
+        tl.store(target + ROTATED // 2 + pair[None, :], turned_high.to(out.dtype.element_ty), mask=inside)
+        if ROTATED < DIM:
+            rest = ROTATED + tl.arange(0, REST)
+            copied = (head < HEADS)[:, None] & (rest < DIM)[None, :]
+            tl.store(target + rest[None, :], tl.load(source + rest[None, :], mask=copied), mask=copied)
+
+
+@triton.jit
+def _rotary_kernel(
+    q, k, out_q, out_k, cos, sin, num_sequences, table_stride,
+    q_token_stride, q_head_stride, k_token_stride, k_head_stride,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, HALF)
+    at = token // num_sequences * table_stride + pair
+    c = tl.load(cos + at, mask=pair < ROTATED // 2, other=0.0).to(ACC)
+    s = tl.load(sin + at, mask=pair < ROTATED // 2, other=0.0).to(ACC)
+    if BACKWARD:
+        s = -s
+    _rotate_heads(q, out_q, token, c, s, q_token_stride, q_head_stride, Q_HEADS, DIM, ROTATED, BLOCK_Q, HALF, REST, ACC)
+    _rotate_heads(k, out_k, token, c, s, k_token_stride, k_head_stride, K_HEADS, DIM, ROTATED, BLOCK_K, HALF, REST, ACC)
+
+
+def rotate(q_SBHK: Tensor, k_SBGK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
+    """Turn pairs (i, i + R / 2) of the first R dims of each head by the position's angles, in fp32 (fp64 for fp64).
+
+    Args:
+        q_SBHK: [S, B, H, K], heads contiguous, tokens equally far apart.
+        k_SBGK: [S, B, G, K], likewise.
+        cos_SR: [S, R], both halves of a row equal.
+        sin_SR: [S, R], both halves of a row equal.
+        backward: turn back: the gradient.
+
+    Returns:
+        Queries and keys, contiguous.
+    """
+    positions, sequences, _, dim = q_SBHK.shape
+    out_q = torch.empty(q_SBHK.shape, dtype=q_SBHK.dtype, device=q_SBHK.device)
+    out_k = torch.empty(k_SBGK.shape, dtype=k_SBGK.dtype, device=k_SBGK.device)
+    if positions * sequences == 0:
+        return out_q, out_k
+    rotated = cos_SR.shape[1]
+    half = int(triton.next_power_of_2(max(1, rotated // 2)))
+    rest = int(triton.next_power_of_2(max(1, dim - rotated)))
+    blocks = [min(max(1, TILE // half), int(triton.next_power_of_2(x.shape[2]))) for x in (q_SBHK, k_SBGK)]
+    q, k = q_SBHK.view(-1, *q_SBHK.shape[2:]), k_SBGK.view(-1, *k_SBGK.shape[2:])
+    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
+    accumulator = tl.float64 if q.dtype == torch.float64 else tl.float32
+    _rotary_kernel[(positions * sequences,)](
+        q, k, out_q, out_k, cos_SR, sin_SR, sequences, cos_SR.stride(0), *strides,
+        q.shape[1], k.shape[1], dim, rotated, backward, *blocks, half, rest, accumulator, num_warps=4,
+    )  # fmt: skip
+    return out_q, out_k

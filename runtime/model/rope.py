@@ -1,0 +1,141 @@
+"""Rotary positions: frequencies of every kind, and tables for the positions of a rank.
+
+Legend: S positions, R elements of a head that are turned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeconv.families.rope import Rope
+from runtime.model.context import ModelContext
+from runtime.ops.context_attention import local_positions
+
+
+def frequencies(rope: Rope, num_positions: int, max_positions: int) -> tuple[Tensor, float]:
+    """Give the angle that each pair of elements turns by from one position to the next.
+
+    Args:
+        rope: the kind of positions and its parameters.
+        num_positions: length of the sequences; some kinds depend on it.
+        max_positions: positions that the model was made for.
+
+    Returns:
+        [R / 2] fp32 on the CPU, and a factor on cosines and sines.
+
+    Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/modeling_rope_utils.py
+    """
+    return _KINDS[rope.kind](rope, num_positions, max_positions)
+
+
+def _inverse(base: float, dim: int) -> Tensor:
+    # On the CPU in fp32, as transformers does: a GPU's pow would round otherwise.
+    return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+
+
+def _default(rope: Rope, num_positions: int, max_positions: int) -> tuple[Tensor, float]:
+    return _inverse(rope.theta, rope.dim), 1.0
+
+
+def _linear(rope: Rope, num_positions: int, max_positions: int) -> tuple[Tensor, float]:
+    return _inverse(rope.theta, rope.dim) / rope.parameters["factor"], 1.0
+
+
+def _dynamic(rope: Rope, num_positions: int, max_positions: int) -> tuple[Tensor, float]:
+    factor, length = rope.parameters["factor"], max(num_positions, max_positions)
+    growth = (factor * length / max_positions) - (factor - 1)
+    return _inverse(rope.theta * growth ** (rope.dim / (rope.dim - 2)), rope.dim), 1.0
+
+
+def _llama3(rope: Rope, num_positions: int, max_positions: int) -> tuple[Tensor, float]:
+    values = rope.parameters
+    factor, low, high = values["factor"], values["low_freq_factor"], values["high_freq_factor"]
+    original = values["original_max_position_embeddings"]
+    plain = _inverse(rope.theta, rope.dim)
+    length = 2 * math.pi / plain
+    slow = torch.where(length > original / low, plain / factor, plain)
+    smooth = (original / length - low) / (high - low)
+    between = (1 - smooth) * slow / factor + smooth * slow
+    medium = ~(length < original / high) * ~(length > original / low)
+    return torch.where(medium, between, slow), 1.0
+
+
+def _magnitude(scale: float, weight: float = 1.0) -> float:
+    return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+
+def _yarn(rope: Rope, num_positions: int, max_positions: int) -> tuple[Tensor, float]:
+    values, dim = rope.parameters, rope.dim
+    original = values["original_max_position_embeddings"]
+    factor = values.get("factor") or max_positions / original
+    attention = values.get("attention_factor")
+    if attention is None:
+        one, all_dim = values.get("mscale"), values.get("mscale_all_dim")
+        attention = _magnitude(factor, one) / _magnitude(factor, all_dim) if one and all_dim else _magnitude(factor)
+
+    def dim_of(turns: float) -> float:
+        return (dim * math.log(original / (turns * 2 * math.pi))) / (2 * math.log(rope.theta))
+
+    low, high = dim_of(values.get("beta_fast") or 32), dim_of(values.get("beta_slow") or 1)
+    if values.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 if low == high else 0
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    powers = rope.theta ** (torch.arange(0, dim, 2).float() / dim)
+    return 1.0 / (factor * powers) * (1 - kept) + 1.0 / powers * kept, float(attention)
+
+
+def _longrope(rope: Rope, num_positions: int, max_positions: int) -> tuple[Tensor, float]:
+    values = rope.parameters
+    original = values["original_max_position_embeddings"]
+    factor, attention = values.get("factor") or max_positions / original, values.get("attention_factor")
+    if attention is None:
+        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    factors = torch.tensor(values["long_factor" if num_positions > original else "short_factor"], dtype=torch.float32)
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
+    return 1.0 / (factors * rope.theta**exponents), float(attention)
+
+
+_KINDS: Mapping[str, Callable[[Rope, int, int], tuple[Tensor, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of the positions that this rank holds; computed once for each sequence length."""
+
+    def __init__(self, context: ModelContext) -> None:
+        super().__init__()
+        self._context = context
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Give the tables of a sequence.
+
+        Args:
+            num_positions: length of the whole sequence.
+
+        Returns:
+            Two tables [S / cp, R] in the compute dtype.
+        """
+        if num_positions not in self._tables:
+            context, mesh, compute = self._context, self._context.mesh, self._context.model.compute
+            per_position, factor = frequencies(compute.rope, num_positions, compute.max_positions)
+            positions = local_positions(num_positions, mesh.rank("cp"), mesh.size("cp"), torch.device("cpu"))
+            angles = torch.outer(positions.float(), per_position).repeat(1, 2)
+            tables: list[Any] = [
+                (table * factor).to(context.device, context.dtype) for table in (angles.cos(), angles.sin())
+            ]
+            self._tables[num_positions] = (tables[0], tables[1])
+        return self._tables[num_positions]

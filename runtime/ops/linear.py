@@ -1,0 +1,127 @@
+"""Linear maps whose weight gradients are added to their fp32 sums inside the product.
+
+Legend: T tokens, D input width, N output width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runtime.ops.norm import Kept, restore
+from runtime.parallel.gradient_sink import GradientSink, deliver, sink_of
+
+
+@functools.cache
+def adds_to_fp32(device: torch.device) -> bool:
+    """Whether this torch multiplies bf16 matrices into an fp32 sum (cuBLAS does; torch's wrapper has to let it)."""
+    if device.type != "cuda":
+        return False
+    left, total = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, left, left, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
+
+
+def add_product(total_ND: Tensor, left_TN: Tensor, right_TD: Tensor, *, fresh: bool) -> None:
+    """Add a weight's gradient to its sum.
+
+    Args:
+        total_ND: [N, D] fp32 (fp64 for fp64) sum, contiguous.
+        left_TN: [T, N] gradient of the output.
+        right_TD: [T, D] input.
+        fresh: the sum holds nothing yet: overwrite it.
+    """
+    if left_TN.dtype == total_ND.dtype:
+        torch.addmm(total_ND, left_TN.t(), right_TD, beta=0 if fresh else 1, out=total_ND)
+    elif adds_to_fp32(left_TN.device):
+        beta = 0 if fresh else 1
+        torch.addmm(total_ND, left_TN.t(), right_TD, out_dtype=torch.float32, beta=beta, out=total_ND)
+    elif fresh:
+        total_ND.copy_(left_TN.t() @ right_TD)
+    else:
+        total_ND += left_TN.t() @ right_TD
+
+
+def _weight_gradient(left_TN: Tensor, right_TD: Tensor, sink: GradientSink | None) -> Tensor | None:
+    """The gradient of a weight, or None after adding it to the sum that the weight's sink keeps."""
+    opened = None if sink is None else sink.open()
+    if sink is None or opened is None:
+        return left_TN.t() @ right_TD
+    add_product(opened.total, left_TN, right_TD, fresh=opened.fresh)
+    sink.close()
+    return None
+
+
+class _Linears(torch.autograd.Function):
+    """One input, several maps: keeps the input, or what it was made of, and sums its gradients inside the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, sinks: bool, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = parameters[:count], parameters[count:]
+        kept = Kept.of(x)
+        ctx.save_for_backward(*weights, *kept.tensors)
+        ctx.count, ctx.source, ctx.shape = count, kept.source, x.shape
+        ctx.biases = biases
+        ctx.sinks = [sink_of(p) if sinks and p is not None else None for p in parameters]
+        return tuple(F.linear(x, w, b) for w, b in zip(cast("tuple[Tensor, ...]", weights), biases, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors  # once: a checkpointed function's can't be taken twice
+        weights, saved = tensors[: ctx.count], tensors[ctx.count :]
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_x: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            for grad, weight in zip(flat, weights, strict=True):
+                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+            assert grad_x is not None
+            grad_x = grad_x.view(ctx.shape)
+        rows = restore(saved, ctx.source).reshape(-1, ctx.shape[-1])
+        left: list[Tensor | None] = []
+        for place, grad in enumerate(flat):
+            wanted = ctx.needs_input_grad[3 + place]
+            left.append(_weight_gradient(grad, rows, ctx.sinks[place]) if wanted else None)
+        for place, (grad, bias) in enumerate(zip(flat, ctx.biases, strict=True)):
+            if bias is None or not ctx.needs_input_grad[3 + ctx.count + place]:
+                left.append(None)
+                continue
+            wide = grad.dtype if grad.dtype == torch.float64 else torch.float32
+            left.append(deliver(ctx.sinks[ctx.count + place], grad.sum(0, dtype=wide), bias))
+        return grad_x, None, None, *left
+
+
+def linears(
+    x: Tensor,
+    weights_ND: Sequence[Tensor],
+    biases_N: Sequence[Tensor | None] | None = None,
+    *,
+    sinks: bool = True,
+) -> tuple[Tensor, ...]:
+    """Apply several linear maps to one input.
+
+    Args:
+        x: [..., D].
+        weights_ND: [N, D] each; N may differ.
+        biases_N: [N] or None each; None for no biases.
+        sinks: let gradients of parameters go straight to their sums where they have one. Off for a parameter that a
+            backward pass meets more than once.
+
+    Returns:
+        [..., N] each.
+    """
+    biases = biases_N if biases_N is not None else [None] * len(weights_ND)
+    out = _Linears.apply(x, len(weights_ND), sinks, *weights_ND, *biases)  # type: ignore[no-untyped-call]
+    return cast("tuple[Tensor, ...]", out)
+
+
+def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, sinks: bool = True) -> Tensor:
+    """Apply one linear map; arguments as of `linears`."""
+    return linears(x, [weight_ND], [bias_N], sinks=sinks)[0]

@@ -1,0 +1,77 @@
+"""Rotary positions of queries and keys.
+
+Legend: S positions, B sequences, H query heads, G key heads, K head dim, R rotated dims.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+def rotate(x_SBHK: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
+    """Turn pairs (i, i + R / 2) of the first R dims of each head by the position's angles, in plain torch.
+
+    Args:
+        x_SBHK: [S, B, H, K].
+        cos_SR: [S, R], both halves of a row equal.
+        sin_SR: [S, R], both halves of a row equal.
+
+    Returns:
+        [S, B, H, K].
+    """
+    rotated = cos_SR.shape[-1]
+    turned, rest = x_SBHK[..., :rotated], x_SBHK[..., rotated:]
+    cos, sin = cos_SR[:, None, None], sin_SR[:, None, None]
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
+    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+
+
+def _even(x: Tensor) -> Tensor:
+    """As it is where a kernel can read it: heads contiguous, tokens equally far apart."""
+    regular = x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+    return x if regular else x.contiguous()
+
+
+class _Rotary(torch.autograd.Function):
+    """Keeps the tables alone: the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        from runtime.kernels.rotary import rotate as kernel
+
+        ctx.save_for_backward(cos, sin)
+        return kernel(_even(q), _even(k), cos, sin, backward=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        from runtime.kernels.rotary import rotate as kernel
+
+        cos, sin = ctx.saved_tensors
+        return (*kernel(_even(grad_q), _even(grad_k), cos, sin, backward=True), None, None)
+
+
+def rotary(
+    q_SBHK: Tensor, k_SBGK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, fused: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Turn queries and keys by their positions.
+
+    Args:
+        q_SBHK: [S, B, H, K].
+        k_SBGK: [S, B, G, K].
+        cos_SR: [S, R] table, R at most K and even; both halves of a row equal; no gradient.
+        sin_SR: [S, R] table, likewise.
+        fused: use the kernel, which computes in fp32 and rounds once; None: on a GPU.
+
+    Returns:
+        Queries and keys; the last K - R dims of each head are as they were.
+    """
+    if fused is None:
+        fused = q_SBHK.is_cuda
+    if not fused:
+        return rotate(q_SBHK, cos_SR, sin_SR), rotate(k_SBGK, cos_SR, sin_SR)
+    out = _Rotary.apply(q_SBHK, k_SBGK, cos_SR, sin_SR)  # type: ignore[no-untyped-call]
+    return cast("tuple[Tensor, Tensor]", out)

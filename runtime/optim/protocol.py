@@ -1,0 +1,52 @@
+"""What an optimizer is for the engine: states by name, one step, numbers for a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from runtime.optim.adamw import AdamW
+from runtime.optim.config import OptimConfig
+from runtime.parallel.shards import Shard
+
+
+class Optimizer(Protocol):
+    """Updates the masters of this rank's shards from their gradients.
+
+    Its states are on disk as `optimizer.<state>.<tensor>`, so a new optimizer needs no other room.
+    """
+
+    num_steps: int
+    """Updates so far, those that were skipped not counted."""
+    divisor: Tensor | None
+    """What gradients were divided by in the last step."""
+
+    @property
+    def states(self) -> Sequence[str]:
+        """The names of what is kept for each element, beside the master."""
+
+    def state(self, shard: Shard, name: str) -> Tensor:
+        """A state of a shard, [N] as its master; live memory."""
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next step."""
+
+    def step(self, grad_divisor: Tensor, skip: Tensor) -> None:
+        """Update the masters, and the weights that are rounded from them.
+
+        Args:
+            grad_divisor: 0-dim; gradients are divided by it first (loss scale over clip coefficient). They stay as they are.
+            skip: 0-dim bool; true leaves weights and states as they are.
+        """
+
+    def scalars(self) -> dict[str, Any]:
+        """Give what a checkpoint must keep besides tensors, as JSON; the same on every rank."""
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        """Take back what `scalars` gave; what is missing stays as it is."""
+
+
+# By the name that --optimizer takes.
+OPTIMIZERS: Mapping[str, Callable[[OptimConfig, Sequence[Shard]], Optimizer]] = {"adam": AdamW}

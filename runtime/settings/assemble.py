@@ -1,0 +1,108 @@
+"""From what was given and a checkpoint's config to the settings of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from moeconv.families.base import Model
+from runtime.checkpoint.config import CheckpointConfig
+from runtime.data.config import DataConfig
+from runtime.errors import ConfigError, require
+from runtime.log.config import LogConfig
+from runtime.model.recompute import RecomputeConfig
+from runtime.model.support import check_supported, stored_dtype
+from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
+from runtime.optim.schedule import ScheduleConfig
+from runtime.parallel.degrees import ParallelConfig
+from runtime.settings.architecture import check_architecture
+from runtime.settings.flags import Given
+from runtime.settings.idle import check_idle
+from runtime.settings.run import RunConfig
+from runtime.settings.steps import TrainConfig
+
+
+def make_run(given: Given, model: Model, where: Path) -> RunConfig:
+    """Put a run's settings together.
+
+    Args:
+        given: what `parse_flags` returned.
+        model: the checkpoint's.
+        where: the checkpoint.
+
+    Returns:
+        The settings, each valid in itself; `runtime.settings.check` checks them against each other and the world size.
+
+    Raises:
+        ConfigError: a flag and the checkpoint disagree, a value is out of range, or a flag would do nothing.
+    """
+    train = TrainConfig(**given.of("train"))
+    check_supported(model, where)
+    check_architecture(given.stated, model, where)
+    train = _fit_train(train, model, where)
+    optim = OptimConfig(**given.of("optim"))
+    learning_rate = ScheduleConfig(**given.of("learning_rate"))
+    recompute = RecomputeConfig(**given.of("recompute"))
+    shared: dict[str, Any] = {"seq_length": train.seq_length, "seed": train.seed, "vocab_size": model.sizes["vocab"]}
+    require(("checkpoint", "load") in given.values, "--load is missing: name the checkpoint to start from")
+    run = RunConfig(
+        model=model,
+        parallel=_parallel(given, model, where),
+        moe=_moe(given, model, recompute, where),
+        optim=optim,
+        learning_rate=learning_rate,
+        schedule=learning_rate.resolve(optim.lr, train.train_iters, train.train_samples),
+        recompute=recompute,
+        train=train,
+        data=DataConfig(**given.of("data"), **shared),
+        checkpoint=CheckpointConfig(**given.of("checkpoint")),
+        log=LogConfig(**given.of("log")),
+    )
+    return dataclasses.replace(run, notes=(*given.notes, *check_idle(given, run)))
+
+
+def _fit_train(train: TrainConfig, model: Model, where: Path) -> TrainConfig:
+    """Fill in what the checkpoint says where the flags don't."""
+    longest = model.compute.max_positions
+    seq_length = train.seq_length or min(2048, longest or 2048)
+    require(
+        not longest or seq_length <= longest,
+        f"--seq-length is {seq_length}; the checkpoint {where} was made for at most {longest} positions",
+    )
+    return dataclasses.replace(train, seq_length=seq_length, dtype=train.dtype or stored_dtype(model))
+
+
+def _parallel(given: Given, model: Model, where: Path) -> ParallelConfig:
+    parallel = ParallelConfig(**given.of("parallel"))
+    layers = parallel.layers_per_virtual_stage
+    if layers is None:
+        return parallel
+    require(
+        model.sizes["layers"] % (layers * parallel.pp) == 0,
+        f"--num-layers-per-virtual-pipeline-stage is {layers} with --pipeline-model-parallel-size {parallel.pp}; the "
+        f"{model.sizes['layers']} layers of {where} are no multiple of {layers * parallel.pp}",
+    )
+    vpp = model.sizes["layers"] // (layers * parallel.pp)
+    require(
+        parallel.vpp in (1, vpp),
+        f"--num-layers-per-virtual-pipeline-stage {layers} makes {vpp} virtual stages a rank, and "
+        f"--num-virtual-stages-per-pipeline-rank says {parallel.vpp}: give one of the two",
+    )
+    return ParallelConfig(**given.of("parallel") | {"vpp": vpp})
+
+
+def _moe(given: Given, model: Model, recompute: RecomputeConfig, where: Path) -> MoEConfig | None:
+    options = given.of("moe")
+    router = model.compute.router
+    if router is None:
+        names = ", ".join(name for (group, _), name in given.names.items() if group == "moe")
+        if names:
+            raise ConfigError(
+                f"{where} is a dense model without experts, for which {names} can do nothing: leave it out"
+            )
+        return None
+    if recompute.granularity == "selective" and "moe" in recompute.modules:
+        options["recompute_layer"] = True
+    return MoEConfig(router=router, **options)

@@ -1,0 +1,364 @@
+"""From settings to a run: open the checkpoint, judge the settings, let the ranks meet, load, train or evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moeconv.checkpoint import Checkpoint, open_checkpoint
+from moeconv.errors import MoeconvError
+from moeconv.families.base import Model
+from moeconv.io.manifest import MANIFEST
+from runtime.checkpoint import folder as folders
+from runtime.checkpoint.position import TRAINER_FILE, TrainerState
+from runtime.data.loader import DataSource
+from runtime.engine import Engine
+from runtime.errors import ConfigError, require
+from runtime.job.failure import USER_ERROR, end_with, tell_launcher
+from runtime.job.processes import Process, connect, one_first, start
+from runtime.job.signals import StopRequest
+from runtime.job.watchdog import FAILURE_STATUS, Progress, Watchdog
+from runtime.log.config import LOG_NAME
+from runtime.log.flops import device_peak, training_flops
+from runtime.log.metrics import MetricLog
+from runtime.log.records import Speed
+from runtime.model.context import TORCH_DTYPES
+from runtime.moe.grouped_gemm import describe_backend
+from runtime.parallel.mesh import ParallelMesh
+from runtime.settings.assemble import make_run
+from runtime.settings.check import check_run, data_parallel_size
+from runtime.settings.flags import Given
+from runtime.settings.resolved import RUN_FILE, run_file, summary
+from runtime.settings.run import RunConfig
+from runtime.trainer import Trainer, check_splits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a run starts."""
+
+    path: Path
+    checkpoint: Checkpoint
+    own: bool
+    """The run itself wrote it earlier: everything is taken from it, whatever the flags leave out of --load."""
+    notes: tuple[str, ...] = ()
+    """Lines for the log: how it came to be this one."""
+
+
+def find_origin(load: Path, save: Path | None, step: int | None = None) -> Origin:
+    """Find the checkpoint that a run starts from: its own latest one if it has saved already, else what it is told.
+
+    Args:
+        load: what --load says.
+        save: what --save says.
+        step: what --ckpt-step says: the iteration, instead of the latest.
+
+    Returns:
+        The checkpoint, opened; no tensor has been read.
+
+    Raises:
+        MoeconvError: there is none, it can't be read, or --save holds a run of another model than --load.
+    """
+    mine = folders.latest(save) if save is not None else None
+    if step is not None:
+        path = folders.at_step(save if save is not None and mine is not None else load, step).resolve()
+    else:
+        path = mine or folders.resolve(load)
+    try:
+        origin = Origin(path=path, checkpoint=_open(path), own=mine is not None)
+    except MoeconvError as error:
+        raise type(error)(f"{error}{folders.way_back(path, _open)}") from None
+    if mine is None or path == folders.resolve(load).resolve():
+        return origin
+    return dataclasses.replace(origin, notes=_compare_with_load(origin, load, save or mine))
+
+
+def _open(path: Path) -> Checkpoint:
+    """Open a checkpoint, and make sure that its position in a run, if it has one, can be read."""
+    checkpoint = open_checkpoint(path)
+    if (path / TRAINER_FILE).is_file():
+        TrainerState.from_json((path / TRAINER_FILE).read_text(), path / TRAINER_FILE)
+    return checkpoint
+
+
+def _compare_with_load(origin: Origin, load: Path, save: Path) -> tuple[str, ...]:
+    """Notice that a run which goes on from --save was begun from something else than --load names now."""
+    note = f"going on from {origin.path}, which this run saved; --load {load} is not read"
+    try:
+        named = open_checkpoint(folders.resolve(load)).model
+    except MoeconvError as error:
+        return (f"{note} (it can't be: {error})",)
+    model = origin.checkpoint.model
+    same = (named.family.model_type, named.sizes, named.flags) == (model.family.model_type, model.sizes, model.flags)
+    require(
+        same,
+        f"--save {save} holds a run of another model ({_model_words(model)}) than --load {load} ({_model_words(named)}): "
+        "give another --save folder to train the latter, or --load the former",
+    )
+    before = _loaded_by(origin.path)
+    if before is not None and before != load.absolute():
+        return (f"WARNING: {note}; the run in {save} began from {before}. To train {load}, give another --save",)
+    return (note,)
+
+
+def _loaded_by(path: Path) -> Path | None:
+    """Give the --load of the run that saved a checkpoint; None where it isn't known."""
+    import yaml
+
+    try:
+        return Path(yaml.safe_load((path / RUN_FILE).read_text(encoding="utf8"))["checkpoint"]["load"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def _model_words(model: Model) -> str:
+    sizes = model.sizes
+    words = [
+        model.family.name,
+        f"{sizes['layers']} layers",
+        f"hidden {sizes['hidden']}",
+        f"vocabulary {sizes['vocab']}",
+    ]
+    return ", ".join(words + ([f"{sizes['experts']} experts"] if "experts" in sizes else []))
+
+
+def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
+    """Do everything that needs no other process: open, put together, judge.
+
+    Args:
+        given: what the command line says.
+        process: this process's place in the job.
+
+    Returns:
+        The settings, and where to start.
+
+    Raises:
+        MoeconvError: the run can't work; nothing has been allocated or written.
+    """
+    load, save = given.values.get(("checkpoint", "load")), given.values.get(("checkpoint", "save"))
+    if load is None:
+        raise ConfigError("--load is missing: name the checkpoint to start from (an example: --help)")
+    step = given.values.get(("checkpoint", "ckpt_step")) if process.attempt == 0 else None
+    origin = find_origin(load, save, step)
+    run = make_run(given, origin.checkpoint.model, origin.path)
+    check_run(run, process.world_size)
+    tokenizer = run.data.tokenizer
+    require(tokenizer is None or tokenizer.exists(), f"--tokenizer-model {tokenizer}: no such file or folder")
+    notes = [*run.notes, *origin.notes, *summary(run)]
+    if run.moe is not None:
+        device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype]))
+    if save is None and not run.train.skip_train:
+        notes.append("WARNING: without --save, nothing of this run is kept")
+    if origin.own and not (run.checkpoint.load_optim and run.checkpoint.load_rng):
+        notes.append(
+            "--no-load-optim, --no-load-rng and --finetune are for --load: a run goes on from --save with all of it"
+        )
+    return dataclasses.replace(run, notes=tuple(notes)), origin
+
+
+def start_run(given: Given) -> int:
+    """Do a run to its end.
+
+    Args:
+        given: what the command line says.
+
+    Returns:
+        The exit status: 0 when the run came to its end or was asked to stop, 2 for an error of the user's.
+    """
+    process = Process.from_environment()
+    try:
+        run, origin = prepare(given, process)
+    except MoeconvError as error:  # wrong on each rank alike
+        end_with(error)
+        return USER_ERROR
+    watchdog: Watchdog | None = None
+    hang_timeout = 60.0 * run.train.distributed_timeout_minutes
+    try:
+        # A connection of its own: nothing that the process groups wait for can block it.
+        store = connect(process, "health")
+        watchdog = Watchdog(store, process.rank, process.world_size, stall_seconds=hang_timeout)
+        watchdog.start()
+        stop = StopRequest(speaks=process.rank == 0)
+        watchdog.progress("joining the job", limited=False)
+        # The watchdog comes first: it knows which rank stands still and where.
+        device = start(process, connect(process, "groups"), 2 * hang_timeout + 60)
+        run_job(run, origin, process, device, watchdog.progress, stop)
+    except MoeconvError as error:
+        if watchdog is None or watchdog.fail(error):
+            tell_launcher(error)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except BaseException as error:
+        if watchdog is None:
+            raise
+        if not watchdog.fail(error):
+            return FAILURE_STATUS
+        sys.excepthook = lambda *_: None  # the traceback stands above already, before those of the others
+        raise
+    watchdog.stop()
+    dist.destroy_process_group()
+    return 0
+
+
+def run_job(
+    run: RunConfig,
+    origin: Origin,
+    process: Process,
+    device: torch.device,
+    progress: Progress,
+    stop: StopRequest | None = None,
+) -> None:
+    """Do what needs all processes, which have met: load, train or evaluate, save.
+
+    Args:
+        run: the settings.
+        origin: where to start.
+        process: this process's place in the job.
+        device: what to compute on.
+        progress: told what happens next, for the watchdog.
+        stop: whether this process was asked to stop; None: nobody asks.
+
+    Raises:
+        MoeconvError: data or checkpoint can't be used, a loss is not finite, or the last save failed.
+    """
+    progress("trying the --save folder", limited=False)
+    claims: list[folders.Claim] = []
+    one_first(process.rank == 0, lambda: _claim(run, origin, process, claims))
+    one_first(process.rank == 0, lambda: _try_save(run, origin, process))
+    log = _open_log(run, origin, process, device)
+    if log is not None:
+        log.note("\n".join([*run.notes, *_remains(run), describe(run, origin, process)]))
+    data = DataSource(run.data, origin.path)
+    progress("opening the data", limited=False)
+    one_first(process.local_rank == 0, lambda: check_splits(run, data))
+    progress("loading the checkpoint", limited=False)
+    mesh = ParallelMesh(run.parallel, process.world_size)
+    dtype = TORCH_DTYPES[run.dtype]
+    engine = Engine(run.model, dtype, run.parallel, run.moe, run.optim, run.recompute, mesh, device)
+    try:
+        state = load(engine, run, origin)
+    except MoeconvError as error:
+        raise type(error)(f"{error}{folders.way_back(origin.path, _open)}") from None
+    trainer = Trainer(run, engine, mesh, origin.checkpoint, data, log, progress)
+    if state is not None:
+        trainer.resume(state, own=origin.own)
+    stopped = False if run.train.skip_train else trainer.train(stop)
+    if run.train.eval_iters and not stopped:
+        for split in ("valid", "test") if data.has("test") else ("valid",):
+            trainer.evaluate(split)
+    if log is not None:
+        log.close()
+    for claim in claims:
+        claim.release()
+
+
+def _claim(run: RunConfig, origin: Origin, process: Process, claims: list[folders.Claim]) -> None:
+    """Keep other runs from the --save folder, and go back in it where that is asked for; one rank does it for all."""
+    if process.rank == 0 and run.checkpoint.save is not None and not run.train.skip_train:
+        claims.append(folders.Claim(run.checkpoint.save))
+        if origin.own and run.checkpoint.ckpt_step is not None and process.attempt == 0:
+            folders.point_latest(origin.path)
+
+
+def _remains(run: RunConfig) -> list[str]:
+    """Name folders that look like checkpoints and are none; nothing removes what another program may have written."""
+    found = folders.incomplete(run.checkpoint.save) if run.checkpoint.save is not None else []
+    return [
+        f"{path}: no complete checkpoint (no {MANIFEST}): never read; remove it if it is a save's" for path in found
+    ]
+
+
+def _try_save(run: RunConfig, origin: Origin, process: Process) -> None:
+    """Find out before training whether a checkpoint can be written; the settings are the first file that is."""
+    save = run.checkpoint.save
+    if save is None or run.train.skip_train:
+        return
+    count = num_parameters(origin.checkpoint)
+    # Master weights and two moments, each in fp32, or fp64 where the weights are.
+    weight, state = TORCH_DTYPES[run.dtype].itemsize, 8 if run.dtype == "float64" else 4
+    folders.try_writing(save, count * (weight + (3 * state if run.checkpoint.save_optim else 0)))
+    if process.rank == 0:
+        (save / RUN_FILE).write_text(run_file(run), encoding="utf8")
+
+
+def describe(run: RunConfig, origin: Origin, process: Process) -> str:
+    """Say in one line what is trained, on how many ranks, and in what steps.
+
+    Args:
+        run: the settings.
+        origin: where it starts.
+        process: this process's place in the job.
+
+    Returns:
+        The line.
+    """
+    parallel, train = run.parallel, run.train
+    size = num_parameters(origin.checkpoint)
+    dp = data_parallel_size(parallel, process.world_size)
+    degrees = {"dp": dp} | {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp", "ep", "etp")}
+    batch = train.num_microbatches(dp) * train.micro_batch_size * dp
+    return (
+        f"{origin.path}: {run.model.family.name}, {size / 1e6:.1f} M parameters, {run.dtype} | "
+        f"{process.world_size} ranks: {' '.join(f'{axis}{degree}' for axis, degree in degrees.items() if degree > 1)} | "
+        f"{batch} sequences of {train.seq_length} tokens a step"
+    )
+
+
+def num_parameters(checkpoint: Checkpoint) -> int:
+    """Count the weights of a checkpoint, without the optimizer's state."""
+    return sum(math.prod(t.shape) for t in checkpoint.tensors.values() if not t.name.startswith("optimizer."))
+
+
+def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
+    """Load this rank's rectangles, and the optimizer's where they are wanted and there.
+
+    Args:
+        engine: takes them.
+        run: the settings.
+        origin: the checkpoint.
+
+    Returns:
+        The position that the run goes on from; None starts anew.
+    """
+    checkpoint, options = origin.checkpoint, run.checkpoint
+    has_state = any(name.startswith("optimizer.") for name in checkpoint.tensors)
+    with_optimizer = has_state and (origin.own or options.load_optim)
+    engine.load_state(checkpoint.read, checkpoint.tensors if with_optimizer else None)
+    path = origin.path / TRAINER_FILE
+    if not path.is_file() or (options.finetune and not origin.own):
+        return None
+    state = TrainerState.from_json(path.read_text(), path)
+    if not (origin.own or options.load_rng):
+        state = dataclasses.replace(state, seed=run.train.seed)
+    return state if with_optimizer else dataclasses.replace(state, optimizer={})
+
+
+def _open_log(run: RunConfig, origin: Origin, process: Process, device: torch.device) -> MetricLog | None:
+    import yaml
+
+    if process.rank != 0:
+        return None
+    log, save = run.log, run.checkpoint.save
+    if log.file is None and save is not None and not run.train.skip_train:
+        log = dataclasses.replace(log, file=save / LOG_NAME)
+    speed = Speed(
+        flops_per_token=training_flops(origin.checkpoint.model, run.train.seq_length),
+        num_gpus=process.world_size,
+        peak_flops=device_peak(device, TORCH_DTYPES[run.dtype]),
+    )
+    job = {
+        "model": origin.checkpoint.model.family.name,
+        "parameters": num_parameters(origin.checkpoint),
+        "experts": origin.checkpoint.model.sizes.get("experts", 0),
+        "world_size": process.world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "start": str(origin.path),
+    }
+    settings = {"job": job} | yaml.safe_load(run_file(run))
+    return MetricLog(log, train_iters=run.train.num_steps, interval=log.interval, settings=settings, speed=speed)

@@ -1,0 +1,39 @@
+"""Tiny configs of every family, as config.json states them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeconv.families import FAMILIES
+from moeconv.families.base import Model
+
+# The keys of all families; each config takes those that its family reads.
+_KEYS: dict[str, Any] = {
+    "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 32, "moe_intermediate_size": 32, "vocab_size": 64, "rms_norm_eps": 1e-5,
+    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "n_shared_experts": 1, "shared_expert_intermediate_size": 32, "first_k_dense_replace": 0, "norm_topk_prob": True,
+    "sliding_window": None, "max_position_embeddings": 128,
+}  # fmt: skip
+_ALWAYS = {"rms_norm_eps", "norm_topk_prob", "sliding_window", "max_position_embeddings", "first_k_dense_replace"}
+
+
+def tiny_config(model_type: str = "mixtral", **options: Any) -> dict[str, Any]:
+    """Give a config.json of 4 layers of 32.
+
+    Args:
+        model_type: the family.
+        **options: keys that are other than the usual ones, or beside them.
+
+    Returns:
+        The config as parsed.
+    """
+    family = FAMILIES[model_type]
+    read = {key for names in family.sizes.values() for key in ((names,) if isinstance(names, str) else names)}
+    keys = {key: value for key, value in _KEYS.items() if key in read | _ALWAYS}
+    return {"model_type": model_type, "architectures": [family.architecture], **keys, **options}
+
+
+def tiny_model(model_type: str = "mixtral", **options: Any) -> Model:
+    """Give the model of `tiny_config`."""
+    return Model.from_config(FAMILIES[model_type], tiny_config(model_type, **options))

@@ -11,9 +11,9 @@ from cli.main import ExitCode
 from cli.options import amount, progress_bar, show
 from moeconv.describe import describe, rank_tensors
 from moeconv.errors import LayoutError
+from moeconv.formats import open_any
 from moeconv.hub import local_folder
 from moeconv.megatron.checkpoint import MegatronCheckpoint
-from moeconv.open import open_any
 
 _LOGITS_TOLERANCE = 1e-5
 
@@ -55,8 +55,8 @@ def verify(path: str, against: str | None, logits: bool, workers: int | None, as
 
     Example: moeconv verify ckpt --against mistralai/Mixtral-8x7B-v0.1
     """
-    from moeconv.verify import compare
-    from moeconv.verify import verify as check
+    from moeconv.checking import compare
+    from moeconv.checking import verify as check
 
     if logits and against is None:
         raise click.UsageError("--logits compares two checkpoints; give --against OTHER")
@@ -114,7 +114,7 @@ def diff(a: str, b: str, as_json: bool) -> None:
 
     Example: moeconv diff ckpt ckpt-trained
     """
-    from moeconv.verify import compare, config_differences, measure
+    from moeconv.checking import compare, config_differences, measure
 
     left, right = open_any(local_folder(a)), open_any(local_folder(b))
     config = config_differences(left.config, right.config)

@@ -125,4 +125,5 @@ def _report(summary: Any, out: Path, options: dict[str, Any]) -> None:
     done = "would write" if options["dry_run"] else "wrote"
     lines = [f"not converted: {what}" for what in summary.dropped]
     lines.append(f"{done} {out}: {summary.files} files, {amount(summary.nbytes)} (Megatron layout {summary.degrees})")
+    lines += [f"note: {note}" for note in summary.notes]
     show({"out": str(out), "dry_run": options["dry_run"], **asdict(summary)}, options["as_json"], lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,14 @@ class Checkpoint:
     manifest: Manifest | None = None
     folder: HFFolder | None = None
     ops: Mapping[str, RowOp] = field(default_factory=dict)
+    rewritten: Mapping[str, bytes] = field(default_factory=dict)
+    """Contents that go along instead of a carried file's."""
+
+    def with_model(self, model: Model) -> Checkpoint:
+        """Give the same tensors under another config of the same family, which goes along instead of the stored one."""
+        config = dict(model.config)
+        text = (json.dumps(config, indent=2) + "\n").encode()
+        return replace(self, config=config, model=model, rewritten={**self.rewritten, CONFIG: text})
 
     @property
     def family(self) -> Family:
@@ -83,7 +91,8 @@ class Checkpoint:
     @cached_property
     def carried_files(self) -> dict[str, Content]:
         """What goes along unchanged, by name: files that are there, those of a sharded checkpoint with the manifest's checksums."""
-        return carried_files(self.root, self.manifest.carried if self.manifest else None, self.carried)
+        found = carried_files(self.root, self.manifest.carried if self.manifest else None, self.carried)
+        return {**found, **self.rewritten}
 
     @cached_property
     def carried_bytes(self) -> dict[str, bytes]:

@@ -15,10 +15,13 @@ from moeconv.errors import MoeconvError
 from moeconv.families.base import Model
 from moeconv.io.manifest import MANIFEST
 from runtime.checkpoint import folder as folders
+from runtime.checkpoint.config import CheckpointConfig
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
+from runtime.data.job import prepare_data
 from runtime.data.loader import DataSource
+from runtime.data.summary import describe_data
 from runtime.engine import Engine
-from runtime.errors import ConfigError, require
+from runtime.errors import require
 from runtime.job.failure import USER_ERROR, end_with, tell_launcher
 from runtime.job.processes import Process, connect, one_first, start
 from runtime.job.signals import StopRequest
@@ -33,6 +36,7 @@ from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.assemble import make_run
 from runtime.settings.check import check_run, data_parallel_size
 from runtime.settings.flags import Given
+from runtime.settings.override import override_router
 from runtime.settings.resolved import RUN_FILE, run_file, summary
 from runtime.settings.run import RunConfig
 from runtime.trainer import Trainer, check_splits
@@ -140,20 +144,25 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     Raises:
         MoeconvError: the run can't work; nothing has been allocated or written.
     """
-    load, save = given.values.get(("checkpoint", "load")), given.values.get(("checkpoint", "save"))
-    if load is None:
-        raise ConfigError("--load is missing: name the checkpoint to start from (an example: --help)")
-    step = given.values.get(("checkpoint", "ckpt_step")) if process.attempt == 0 else None
-    origin = find_origin(load, save, step)
+    where = given.of("checkpoint")
+    require("load" in where, "--load is missing: name the checkpoint to start from (an example: --help)")
+    places = CheckpointConfig(**where)
+    # A restart goes on from what the attempts before have saved.
+    origin = find_origin(places.load, places.save, places.ckpt_step if process.attempt == 0 else None)
+    if places.override_router:
+        model = override_router(given.stated, origin.checkpoint.model, origin.path)
+        note = f"--override-router: {model.compute.router}"
+        checkpoint = origin.checkpoint.with_model(model)
+        origin = dataclasses.replace(origin, checkpoint=checkpoint, notes=(*origin.notes, note))
     run = make_run(given, origin.checkpoint.model, origin.path)
     check_run(run, process.world_size)
-    tokenizer = run.data.tokenizer
+    tokenizer = run.data.tokenizer_model
     require(tokenizer is None or tokenizer.exists(), f"--tokenizer-model {tokenizer}: no such file or folder")
     notes = [*run.notes, *origin.notes, *summary(run)]
     if run.moe is not None:
         device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype]))
-    if save is None and not run.train.skip_train:
+    if places.save is None and not run.train.skip_train:
         notes.append("WARNING: without --save, nothing of this run is kept")
     if origin.own and not (run.checkpoint.load_optim and run.checkpoint.load_rng):
         notes.append(
@@ -234,9 +243,14 @@ def run_job(
     log = _open_log(run, origin, process, device)
     if log is not None:
         log.note("\n".join([*run.notes, *_remains(run), describe(run, origin, process)]))
-    data = DataSource(run.data, origin.path)
+    dp = data_parallel_size(run.parallel, process.world_size)
+    data = DataSource(run.data, origin.path, run.train.num_samples(dp))
+    progress("preparing the data", limited=False)
+    prepare_data(data, connect(process, "data"), process.world_size, log.note if log is not None else None)
     progress("opening the data", limited=False)
     one_first(process.local_rank == 0, lambda: check_splits(run, data))
+    if log is not None:
+        log.note(describe_run_data(run, data, dp))
     progress("loading the checkpoint", limited=False)
     mesh = ParallelMesh(run.parallel, process.world_size)
     dtype = TORCH_DTYPES[run.dtype]
@@ -313,6 +327,25 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
 def num_parameters(checkpoint: Checkpoint) -> int:
     """Count the weights of a checkpoint, without the optimizer's state."""
     return sum(math.prod(t.shape) for t in checkpoint.tensors.values() if not t.name.startswith("optimizer."))
+
+
+def describe_run_data(run: RunConfig, data: DataSource, dp: int) -> str:
+    """Say what data a run has: documents, tokens, samples, epochs, tokens a step, and what was left out.
+
+    Args:
+        run: the settings.
+        data: the opened data.
+        dp: data-parallel degree.
+
+    Returns:
+        A line for each part.
+    """
+    train = run.train
+    splits = [] if train.skip_train else ["train"]
+    if train.eval_iters:
+        splits += [split for split in ("valid", "test") if split == "valid" or data.has(split)]
+    batch = train.num_microbatches(dp) * train.micro_batch_size * dp
+    return describe_data(data, splits, train_samples=train.num_steps * batch, global_batch_size=batch)
 
 
 def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:

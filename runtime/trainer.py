@@ -17,6 +17,8 @@ from runtime.checkpoint.position import TrainerState, seed_step
 from runtime.checkpoint.rank_files import collect_files, commit_checkpoint
 from runtime.checkpoint.writer import Outcome, Saver, check
 from runtime.data.loader import DataSource, Loader
+from runtime.data.packing import Samples
+from runtime.data.prefetch import Prefetcher
 from runtime.engine import Engine, StepResult
 from runtime.errors import require
 from runtime.job.processes import STARTED, max_over_ranks, peak_memory
@@ -111,7 +113,7 @@ class Trainer:
         self.state = dataclasses.replace(
             self.state, data_fingerprint=fingerprint, schedule=dataclasses.asdict(self._schedule)
         )
-        loader = self._loader("train", config.micro_batch_size)
+        loader = self._loader(self.data.samples("train"), config.micro_batch_size)
         if self.state.iteration >= config.num_steps:
             flag = (
                 f"--train-iters {config.train_iters}"
@@ -135,6 +137,7 @@ class Trainer:
                     self._save()
                 elif self._saver is not None and self._saver.finished():
                     self._report(self._saver.wait())
+            loader.close()
             if self._log is not None:
                 self._log.flush()
             if reason:
@@ -158,48 +161,54 @@ class Trainer:
         if config.manual_gc and (pause or due):
             gc.collect()
 
-    def evaluate(self, split: str) -> float:
-        """Measure the loss on a split; collective.
+    def evaluate(self, split: str) -> None:
+        """Measure and log the loss on each set of a split; collective.
 
         Args:
             split: valid or test.
-
-        Returns:
-            Mean cross entropy, nats a token.
         """
+        for name, samples in self.data.sets(split):
+            self._evaluate(name, samples)
+
+    def _evaluate(self, name: str, samples: Samples) -> None:
+        """Measure and log the mean cross entropy, nats a token."""
         start = time.perf_counter()
         config, size = self.run.train, self._global_batch_size
-        loader = self._loader(split, config.micro_batch_size)
-        samples = self.data.samples(split).num_samples
-        if config.eval_iters >= 0:
-            samples = min(samples, config.eval_iters * size)
+        loader = self._loader(samples, config.micro_batch_size)
+        count = samples.num_samples if config.eval_iters < 0 else min(samples.num_samples, config.eval_iters * size)
         loss = 0.0
-        for first in range(0, samples, size):
-            self._progress(f"evaluation on the {split} split after iteration {self.state.iteration}, sample {first}")
-            share = min(size, samples - first) / samples
-            loss += share * float(self.engine.evaluate(loader.global_batch(first, size, limit=samples)))
+        for first in range(0, count, size):
+            self._progress(f"evaluation on the {name} set after iteration {self.state.iteration}, sample {first}")
+            share = min(size, count - first) / count
+            loss += share * float(self.engine.evaluate(loader.global_batch(first, size, limit=count)))
+        loader.close()
         if self._log is not None:
             self._log.evaluation(
                 EvalRecord(
                     iteration=self.state.iteration,
-                    split=split,
+                    split=name,
                     consumed_tokens=self.state.consumed_train_samples * config.seq_length,
                     lm_loss=loss,
-                    tokens=samples * config.seq_length,
+                    tokens=count * config.seq_length,
                     seconds=time.perf_counter() - start,
                 )
             )
-        return loss
 
-    def _loader(self, split: str, micro_batch_size: int) -> Loader:
-        return Loader(
-            samples=self.data.samples(split),
+    def _loader(self, samples: Samples, micro_batch_size: int) -> Prefetcher:
+        config = self.run.data
+        loader = Loader(
+            samples=samples,
             micro_batch_size=micro_batch_size,
             dp_rank=self.mesh.rank("dp"),
             dp_size=self.mesh.size("dp"),
+            eod=self.data.eod(),
+            reset_position_ids=config.reset_position_ids,
+            reset_attention_mask=config.reset_attention_mask,
+            eod_mask_loss=config.eod_mask_loss,
         )
+        return Prefetcher(loader, num_workers=config.num_workers, pin=self.engine.device.type == "cuda")
 
-    def _step(self, loader: Loader, stop: StopRequest | None) -> str:
+    def _step(self, loader: Prefetcher, stop: StopRequest | None) -> str:
         """Do a step.
 
         Returns:
@@ -329,9 +338,9 @@ def check_splits(run: RunConfig, data: DataSource) -> None:
     if not run.train.skip_train:
         data.samples("train")
     if run.train.eval_iters:
-        data.samples("valid")
+        data.sets("valid")
         if data.has("test"):
-            data.samples("test")
+            data.sets("test")
     require(
         not run.train.skip_train or run.train.eval_iters != 0,
         "--skip-train evaluates only: say on how many global batches with --eval-iters (-1: the whole split)",

@@ -93,7 +93,8 @@ class Family:
     `sizes` says which config key gives each size; a tuple gives alternatives, and a size that no key gives is a default product of others.
     `flags` says which config key gives each flag, with the value where the config is silent. `may_be_zero` names the sizes that need not be
     at least 1. `dense_layers` says how a config names layers without experts. `compute` says what is computed with the tensors.
-    `tokens` has the special tokens that transformers takes where a config is silent, `stated` what a config made for this family says besides.
+    `tokens` has the special tokens that transformers takes where a config is silent, `stated` what a config made for this family says besides,
+    `mergekit` what mergekit-moe calls an output of this family.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Family:
     aliases: tuple[Alias, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
     stated: Mapping[str, Any] = field(default_factory=dict)
+    mergekit: str | None = None
     source: str = ""
 
     def template(self, role: str) -> str | None:

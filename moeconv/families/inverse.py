@@ -98,6 +98,20 @@ def write_config(family: Family, wanted: Description) -> tuple[dict[str, Any], l
     return config, problems
 
 
+def finish(family: Family, config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Add to a config what is not of the model itself.
+
+    Args:
+        family: the config's family.
+        config: as `write_config` gives it.
+        dtype: the name of the weights' torch dtype.
+
+    Returns:
+        The config with special tokens, the dtype under the name that transformers 4 and 5 both read, and use_cache, its keys sorted.
+    """
+    return dict(sorted((dict(config) | dict(family.tokens) | {"torch_dtype": dtype, "use_cache": True}).items()))
+
+
 def layer_config(model: Model, layer: int) -> dict[str, Any]:
     """Write the config of a model of one layer of another, with a vocabulary of one token and a head of its own.
 

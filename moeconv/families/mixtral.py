@@ -47,5 +47,6 @@ MIXTRAL = Family(
         Alias("model.layers.{layer}.mlp.experts.down_proj", (_MOE + "experts.{expert}.w2.weight",), stack=True),
     ),
     tokens=BOS_EOS,
+    mergekit="mixtral",
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mixtral/modeling_mixtral.py",
 )

@@ -57,5 +57,6 @@ QWEN2_MOE = Family(
         ),
         router=RouterRule(score="softmax", normalise=Key("norm_topk_prob", False)),
     ),
+    mergekit="qwen",
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/qwen2_moe/modeling_qwen2_moe.py",
 )

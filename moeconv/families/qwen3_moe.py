@@ -50,5 +50,6 @@ QWEN3_MOE = Family(
         window=WindowRule(pattern="all", size=Key("sliding_window", 4096), switch=Key("use_sliding_window", False)),
         router=RouterRule(score="softmax", normalise=Key("norm_topk_prob", False)),
     ),
+    mergekit="qwen3",
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/qwen3_moe/modeling_qwen3_moe.py",
 )

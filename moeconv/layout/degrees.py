@@ -12,10 +12,8 @@ from moeconv.errors import LayoutError
 
 MAX_DEGREE = 1_000_000  # more ranks than any machine has
 _NAMES = ("tp", "pp", "vpp", "ep", "etp")
-
-
 # What a program calls the degrees; the command line of the converter is the default.
-OPTIONS = {axis: f"--{axis}" for axis in ("tp", "pp", "vpp", "ep", "etp")} | {"pp_layers": "--pp-layers"}
+OPTIONS = {axis: f"--{axis}" for axis in _NAMES} | {"pp_layers": "--pp-layers"}
 
 
 class DegreesError(LayoutError):
@@ -123,15 +121,18 @@ def chunk_layers(num_layers: int, degrees: Degrees) -> list[range]:
     chunks = degrees.pp * degrees.vpp
     counts = degrees.pp_layers
     if chunks > num_layers:  # before anything is made for each of them
-        raise LayoutError(
-            f"{num_layers} layers don't divide over pp {degrees.pp} x vpp {degrees.vpp}: at most {num_layers} stages fit"
+        raise DegreesError(
+            f"<pp> {degrees.pp} and <vpp> {degrees.vpp}: {num_layers} layers don't divide over pp {degrees.pp} x vpp "
+            f"{degrees.vpp}: at most {num_layers} stages fit"
         )
     if counts is None:
         if num_layers % chunks:
             low, more = divmod(num_layers, chunks)
             example = ",".join(str(low + (i < more)) for i in range(chunks))
-            hint = f"say how with <pp_layers>, for example {example}" if low else f"at most {num_layers} stages fit"
-            raise DegreesError(f"{num_layers} layers don't divide over pp {degrees.pp} x vpp {degrees.vpp}: {hint}")
+            raise DegreesError(
+                f"{num_layers} layers don't divide over pp {degrees.pp} x vpp {degrees.vpp}: say how with <pp_layers>, "
+                f"for example {example}"
+            )
         counts = (num_layers // chunks,) * chunks
     elif sum(counts) != num_layers:
         raise DegreesError(f"<pp_layers> {_shown(counts)} adds up to {sum(counts)}; the model has {num_layers} layers")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 from moeconv.checkpoint import TRAINER, Checkpoint, model_of, open_checkpoint
 from moeconv.convert import Options, plan_sharded, write_plan, write_sharded
 from moeconv.errors import MappingError
+from moeconv.families.base import Model
 from moeconv.io.carried import Content, read_content, size_of
 from moeconv.io.decode import parse_json
 from moeconv.io.hf_folder import CONFIG
@@ -19,11 +20,13 @@ from moeconv.io.staging import check_free
 from moeconv.io.trainer_file import parse_trainer
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron import dist, legacy
-from moeconv.megatron.args import RunArgs, check_config, check_expressible, config_from_args
+from moeconv.megatron.args import RunArgs
 from moeconv.megatron.checkpoint import as_checkpoint
 from moeconv.megatron.export import Target, torch_files
 from moeconv.megatron.export_dist import torch_dist_files
+from moeconv.megatron.model_args import builder_note, check_args, config_from_args, flags
 from moeconv.megatron.names import Experts, Spec
+from moeconv.megatron.run_args import TORCH_NAMES
 from moeconv.megatron.source import TRACKER, MegatronSource, find_iteration
 from moeconv.placement import check_degrees, split_optimizer_name
 from moeconv.plan import make_plan
@@ -39,6 +42,8 @@ class Summary:
     nbytes: int
     dropped: tuple[str, ...]
     degrees: str
+    notes: tuple[str, ...] = ()
+    "What Megatron needs to be told besides."
 
 
 def open_megatron(
@@ -70,26 +75,22 @@ def open_megatron(
     folder = root / name
     kind = dist.DistReader if os.path.lexists(folder / dist.METADATA) else legacy.LegacyReader
     reader = kind(folder)
-    config = _config(root, reader.args, reader.dtype, hf_config, ignore_args)
+    config = _config(root, reader.args, reader.dtype, hf_config)
     model = model_of(config, f"{root}: its config")
     if reader.args and not ignore_args:
-        check_config(reader.args, model, config)
+        check_args(reader.args, model)
     if isinstance(reader, dist.DistReader):
         return dist.locate(reader, root, name, model, config, optimizer=optimizer)
     return legacy.locate(reader, root, name, model, config)
 
 
-def _config(
-    root: Path, args: RunArgs, dtype: Callable[[], str], given: Path | None, ignore_args: bool
-) -> dict[str, Any]:
+def _config(root: Path, args: RunArgs, dtype: Callable[[], str], given: Path | None) -> dict[str, Any]:
     if given is None and os.path.lexists(root / CONFIG):
         given = check_inside(root, CONFIG)
     if given is None:
         if not args:
             raise MappingError(f"{root}: the checkpoint has no args; give the model's config.json with --hf-config")
-        return config_from_args(args, dtype())
-    if not ignore_args:
-        check_expressible(args)
+        return config_from_args(args, TORCH_NAMES[dtype()])
     given = given / CONFIG if given.is_dir() else given
     return parse_json(read_whole(given), str(given))
 
@@ -128,10 +129,10 @@ def export_megatron(
     found = open_checkpoint(src)
     check_degrees(found.model, degrees)
     trainer = _trainer(found, fmt) if optimizer else None
-    names = [name for name in found.tensors if trainer is not None or split_optimizer_name(name)[0] is None]
+    kept = [name for name in found.tensors if trainer is not None or split_optimizer_name(name)[0] is None]
+    names = [name for name in kept if found.tensors[name].nbytes]  # Megatron has no shared experts of width 0
     target = Target(
         model=found.model,
-        config=found.config,
         dtypes={name: found.tensors[name].dtype for name in names},
         degrees=degrees,
         spec=spec,
@@ -147,11 +148,18 @@ def export_megatron(
     else:
         tracker = target.iteration.encode()
         write_plan(found, out, plan, beside, options, lambda staging, *_: staging.write(TRACKER, tracker))
-    left = len(found.tensors) - len(names)
+    left = len(found.tensors) - len(kept)
     dropped = (f"{left} tensors of optimizer state (--no-optimizer)",) if left else ()
-    return Summary(
-        len(files) + len(beside) + 1, plan.nbytes + sum(map(size_of, beside.values())), dropped, str(degrees)
-    )
+    nbytes = plan.nbytes + sum(map(size_of, beside.values()))
+    return Summary(len(files) + len(beside) + 1, nbytes, dropped, str(degrees), tuple(_notes(found.model)))
+
+
+def _notes(model: Model) -> Iterator[str]:
+    """Say which flags Megatron needs besides those that name the checkpoint, and what its builder leaves out."""
+    if needed := flags(model):
+        yield f"Megatron does not read these back from a checkpoint; run it with {' '.join(needed)}"
+    if left_out := builder_note(model):
+        yield f"Megatron-LM's gpt_builder hands this to no model; give its call of GPTModel {left_out}"
 
 
 def _trainer(found: Checkpoint, fmt: Format) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from moeconv.io.unpickle import MAX_PICKLE_BYTES, TORCH_DTYPES, Opaque, Symbol, 
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
 from moeconv.megatron.args import RunArgs
-from moeconv.megatron.names import EXTRA_STATE, LAYERS, Found, parse
+from moeconv.megatron.names import EXTRA_STATE, LAYERS, TOP, Found, parse
 from moeconv.megatron.source import Collector, MegatronSource
 from moeconv.megatron.tensors import MegatronTensor, Part, cut, megatron_tensors, place_parts
 from moeconv.megatron.training import read_trainer
@@ -200,8 +200,7 @@ class DistReader:
         pp = args.degree("pipeline_model_parallel_size")
         vpp = args.degree("virtual_pipeline_model_parallel_size") if pp > 1 else 1
         tp, ep = args.degree("tensor_model_parallel_size"), args.degree("expert_model_parallel_size")
-        etp = args.degree("expert_tensor_parallel_size") if args.get("expert_tensor_parallel_size") else tp
-        return Degrees(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
+        return Degrees(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=args.whole("expert_tensor_parallel_size", tp))
 
 
 def locate(
@@ -342,15 +341,12 @@ class _Places:
             yield from self._chunk(stored, chunk, found, kind, half, len(leading), folder)
 
     def _find(self, found: Found | None, kind: str, layer: int, expert: int) -> MegatronTensor | None:
-        if found is None or (kind == "output" and self.model.flags.get("tied", False)):
+        if found is None or (kind == "output" and self.model.tied):
             return None
-        in_layer = ("input_norm", "mlp_norm", "qkv", "qkv_bias", "proj", "router", "fc1", "fc2")
-        if kind in in_layer:
-            return self._tensors.get((kind, layer if found.layer is None else found.layer, None))
-        if kind.startswith("expert_"):
-            number = expert if found.expert is None else found.expert
-            return self._tensors.get((kind, layer if found.layer is None else found.layer, number))
-        return self._tensors.get((kind, None, None))
+        if kind in TOP:
+            return self._tensors.get((kind, None, None))
+        number = (expert if found.expert is None else found.expert) if kind.startswith("expert_") else None
+        return self._tensors.get((kind, layer if found.layer is None else found.layer, number))
 
     def _check(self, stored: DistTensor, expected: tuple[int, ...], padded: bool, lead: int) -> None:
         got = stored.shape

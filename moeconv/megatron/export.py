@@ -12,11 +12,11 @@ from moeconv.io.pickling import Call, Instance, dump_pickle
 from moeconv.io.torch_archive import lay_out_archive, small_archive, tensor_value, whole_tensor
 from moeconv.io.unpickle import Symbol, TensorRef
 from moeconv.layout.degrees import Degrees, chunk_layers
-from moeconv.megatron.args import make_args
 from moeconv.megatron.files import add_archive, last_row, padded_pieces, parts_dtype
 from moeconv.megatron.legacy import FILE
 from moeconv.megatron.names import EXTRA_STATE, Experts, Spec, rank_extra_states, rank_name
 from moeconv.megatron.ranks import Rank, legacy_ranks, rank_folder
+from moeconv.megatron.run_args import make_args
 from moeconv.megatron.tensors import MegatronTensor, Part, megatron_tensors, padded_vocab
 from moeconv.megatron.training import SHARDING, optimizer_common, optimizer_storages, training_args
 from moeconv.plan import TargetFile
@@ -24,14 +24,13 @@ from moeconv.plan import TargetFile
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """What to export: the model with its config and dtypes, and how Megatron is to hold it.
+    """What to export: the model and its dtypes, and how Megatron is to hold it.
 
     `trainer` is the content of trainer.json where the optimizer's state goes along. Without, Megatron starts from the
     weights at iteration 0.
     """
 
     model: Model
-    config: Mapping[str, Any]
     dtypes: Mapping[str, str]
     "The safetensors dtype of each tensor, by hub name."
     degrees: Degrees
@@ -52,7 +51,7 @@ class Target:
     def args(self, fmt: str) -> Instance:
         """Make the checkpoint's `args`."""
         kind = next(iter(self.dtypes.values()))
-        args = make_args(self.model, self.config, self.degrees, self.spec, self.experts, kind, fmt)
+        args = make_args(self.model, self.degrees, self.spec, self.experts, kind, fmt)
         if self.trainer is not None:
             args.state.update(training_args(self.trainer))
         return args
@@ -107,7 +106,7 @@ def _rank_file(
             entries[held.name] = tensor_value(whole_tensor(str(len(storages)), held.dtype, held.shape))
             storages.append(held)
         stage = layers[chunk * target.degrees.pp + rank.pp]
-        for name, empty in _extra_states(target, by_layer, rank, chunk, len(stage)):
+        for name, empty in _extra_states(target, by_layer, rank, chunk, stage):
             entries[name] = None
             if empty:
                 entries[name] = tensor_value(whole_tensor(str(len(storages)), "U8", (0,)))
@@ -138,7 +137,7 @@ def _chunk_tensors(
         number = None if tensor.layer is None else tensor.layer - stage.start
         expert = None if tensor.expert is None else tensor.expert - rank.ep * local
         yield _held(target, tensor, rank_name(tensor, target.spec, target.experts, number, expert), rank)
-    if last and not first and target.model.flags.get("tied", False):
+    if last and not first and target.model.tied:
         # With a pipeline the last stage holds its own copy of a tied embedding, under the output layer's name.
         tied = next(t for t in by_layer[None] if t.kind == "embedding")
         yield _held(target, tied, "output_layer.weight", rank)
@@ -153,14 +152,14 @@ def _held(target: Target, tensor: MegatronTensor, name: str, rank: Rank) -> _Hel
 
 
 def _extra_states(
-    target: Target, by_layer: dict[int | None, list[MegatronTensor]], rank: Rank, chunk: int, num_layers: int
+    target: Target, by_layer: dict[int | None, list[MegatronTensor]], rank: Rank, chunk: int, stage: range
 ) -> Iterable[tuple[str, bool]]:
     """List a chunk's `_extra_state` names, and whether each is an empty tensor (else None)."""
     degrees, te = target.degrees, target.spec == "te"
-    kinds = {tensor.kind for tensor in by_layer[0]}
     local = target.model.sizes.get("experts", 0) // degrees.ep
-    for layer in range(num_layers):
-        for name in rank_extra_states(kinds, target.spec, target.experts, layer, local):
+    for number, layer in enumerate(stage):
+        kinds = {tensor.kind for tensor in by_layer[layer]}
+        for name in rank_extra_states(kinds, target.spec, target.experts, number, local):
             yield name, te
     if chunk == degrees.vpp - 1 and rank.pp == degrees.pp - 1:
         if te:

@@ -15,7 +15,7 @@ from typing import Any
 from moeconv.dtypes import dtype
 from moeconv.io.pickling import Call, Instance, dump_pickle
 from moeconv.io.torch_archive import ArchiveLayout, lay_out_archive, tensor_value, whole_tensor
-from moeconv.io.unpickle import TORCH_DTYPES, Symbol
+from moeconv.io.unpickle import Symbol
 from moeconv.layout.degrees import stage_of_layers
 from moeconv.layout.rect import Rect
 from moeconv.megatron.dist import COMMON, CONFIG, METADATA
@@ -23,11 +23,11 @@ from moeconv.megatron.export import Target, common_state
 from moeconv.megatron.files import add_archive, last_row, padded_pieces, parts_dtype
 from moeconv.megatron.names import dist_extra_states, dist_key
 from moeconv.megatron.ranks import ranks_of_stage
-from moeconv.megatron.tensors import MegatronTensor, Part, cut, megatron_tensors
+from moeconv.megatron.run_args import TORCH_NAMES
+from moeconv.megatron.tensors import MegatronTensor, Part, cut, megatron_tensors, mixed
 from moeconv.plan import TargetFile
 
 _DCP = "torch.distributed.checkpoint.metadata"
-_TORCH_NAMES = {kind: name for name, kind in TORCH_DTYPES.items()}
 
 
 _Cover = tuple[list[Part], Part | None]  # what a chunk holds, and the row that fills its padding
@@ -106,8 +106,9 @@ def torch_dist_files(target: Target) -> tuple[list[TargetFile], dict[str, bytes]
                 if (tensor.axis is None or getattr(r, tensor.axis) == index) and expert in (None, r.ep)
             )
             _chunks(target, writer, tensor, index, owner + stage * len(ranks))
-    kinds = {tensor.kind for tensor in tensors if tensor.layer == 0}
-    for key, layer, number in dist_extra_states(kinds, target.spec, sizes["layers"], sizes.get("experts", 0)):
+    kinds = [{tensor.kind for tensor in tensors if tensor.layer == layer} for layer in range(sizes["layers"])]
+    extra = dist_extra_states(kinds, target.spec, sizes.get("experts", 0), by_layer=mixed(target.model))
+    for key, layer, number in extra:
         owner = next(i for i, r in enumerate(ranks) if not local or ".experts." not in key or r.ep == number // local)
         writer.object(owner + stages[layer] * len(ranks), key, target.spec == "te")
     config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -121,7 +122,8 @@ def _chunks(target: Target, writer: _Writer, tensor: MegatronTensor, index: int,
     """Add one rank's chunks of a tensor: one, or one for each half of a SwiGLU's first product."""
     sizes, degrees = target.model.sizes, target.degrees
     leading, numbers = [], []
-    if tensor.layer is not None:
+    by_layer = mixed(target.model)
+    if tensor.layer is not None and not by_layer:
         leading, numbers = [sizes["layers"]], [tensor.layer]
     if tensor.expert is not None:
         leading, numbers = [*leading, sizes["experts"]], [*numbers, tensor.expert]
@@ -131,7 +133,7 @@ def _chunks(target: Target, writer: _Writer, tensor: MegatronTensor, index: int,
     count = getattr(degrees, tensor.axis) if tensor.axis else 1
     half = shape[tensor.dim] // tensor.halves
     share = half // count
-    key = dist_key(tensor, target.spec)
+    key = dist_key(tensor, target.spec, by_layer=by_layer)
     for prefix, sources in _states(target, tensor.parts):
         kind = parts_dtype(prefix + key, sources, target.dtypes)
         last = last_row(sources, tensor.shape) if tensor.padded else None
@@ -196,7 +198,7 @@ def _size(numbers: tuple[int, ...]) -> Call:
 def _properties(kind: str) -> Instance:
     layout = Call(Symbol("torch.serialization", "_get_layout"), ("torch.strided",))
     memory = Call(Symbol(_DCP, "_MEM_FORMAT_ENCODING"), (0,))
-    state = (Symbol("torch", _TORCH_NAMES[kind]), layout, False, memory, False)
+    state = (Symbol("torch", TORCH_NAMES[kind]), layout, False, memory, False)
     return Instance(Symbol(_DCP, "TensorProperties"), state)
 
 

@@ -120,9 +120,8 @@ class LegacyReader:
 
     def _second_is_stage(self) -> bool:
         """Tell mp_rank_TT_PPP from mp_rank_TT_EEE: without a pipeline every file holds the embedding."""
-        said = self.args.get("pipeline_model_parallel_size")
-        if isinstance(said, int):
-            return said > 1
+        if self.args.get("pipeline_model_parallel_size") is not None:
+            return self.args.degree("pipeline_model_parallel_size") > 1
         return not all("embedding.word_embeddings.weight" in file.chunks[0] for file in self._files.values())
 
     def _layer_counts(self, pp: int, pipeline: bool) -> list[int]:

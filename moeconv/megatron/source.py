@@ -135,6 +135,10 @@ class Collector:
         found: dict[str, list[Piece]] = {}
         for piece in self._first.values():
             found.setdefault(piece.tensor, []).append(piece)
+        for tensor in model.tensors.values() if found else ():
+            if not tensor.size:  # a part of width 0, which Megatron does not store
+                like = next(iter(self._first.values()))
+                found[tensor.name] = [Piece(tensor.name, like.dtype, Rect.whole(tensor.shape), like.file, like.begin)]
         check_complete(model, found, where)
         out = []
         for tensor in model.tensors.values():

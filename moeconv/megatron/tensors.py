@@ -13,16 +13,20 @@ from typing import Literal
 
 from moeconv.dtypes import dtype
 from moeconv.errors import LayoutError, MappingError
-from moeconv.families.base import Model
+from moeconv.families.base import Axis, Model
 from moeconv.io.torch_archive import row_major
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece
 
-Axis = Literal["tp", "etp"]
-_LAYER = "model.layers.{}."
-# Hugging Face names of the expert and router weights by model_type; everything else is named alike.
-_MOE = {"mixtral": ("block_sparse_moe.gate.weight", "block_sparse_moe.experts.{}.", ("w1", "w3", "w2"))}
-_DENSE = ("gate_proj", "up_proj", "down_proj")
+# Megatron's kinds of tensors that hold one tensor of the model, by its role.
+_ENDS = (("embedding", "embedding"), ("final_norm", "final_norm"), ("output", "head"))
+_ATTENTION = (
+    ("input_norm", "attention_norm"),
+    ("proj", "attention.o"),
+    ("q_layernorm", "attention.q_norm"),
+    ("k_layernorm", "attention.k_norm"),
+)
+_ROUTER = (("router", "router"), ("router_bias", "router.bias"), ("shared_gate", "shared.router"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,91 +150,88 @@ def megatron_tensors(model: Model) -> list[MegatronTensor]:
     Raises:
         MappingError: Megatron-Core has no form for this family here, or the parts miss a tensor.
     """
-    sizes, name = model.sizes, model.family.model_type
-    if "experts" in sizes and name not in _MOE:
-        raise MappingError(f"{model.family.name}: its expert names are unknown here; known are {', '.join(_MOE)}")
-    hidden, vocab = sizes["hidden"], sizes["vocab"]
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    out = [_whole("embedding", embedding, (vocab, hidden), axis="tp", padded=True, owner="first")]
-    for layer in range(sizes["layers"]):
+    ends = {kind: _whole(model, kind, role, None) for kind, role in _ENDS}
+    out = [*ends["embedding"]]
+    for layer in range(model.sizes["layers"]):
         out += _layer(model, layer)
-    out.append(_whole("final_norm", "model.norm.weight", (hidden,), owner="last"))
-    if not model.flags.get("tied", False):
-        out.append(_whole("output", head, (vocab, hidden), axis="tp", padded=True, owner="last"))
+    out += ends["final_norm"]
+    out += [] if model.tied else ends["output"]
     covered: dict[str, int] = {}
     for part in (p for t in out for p in t.parts):
         covered[part.tensor] = covered.get(part.tensor, 0) + part.rect.size
     for tensor in model.tensors.values():
         if covered.pop(tensor.name, 0) != tensor.size and not model.optional(tensor):
-            raise MappingError(f"{tensor.name}: Megatron-Core's form of {model.family.name} is not known here")
+            raise MappingError(
+                f"{tensor.name}: Megatron-Core's form of {model.family.name} has no place for it ({tensor.rule.role})"
+            )
     assert not covered, f"no such tensors: {list(covered)}"
     return out
 
 
+def mixed(model: Model) -> bool:
+    """Say whether a mixture has layers without experts; Megatron-Core then stores each layer under a key of its own."""
+    return "experts" in model.sizes and len(model.moe_layers) < model.sizes["layers"]
+
+
 def _layer(model: Model, layer: int) -> Iterator[MegatronTensor]:
-    sizes, prefix = model.sizes, _LAYER.format(layer)
-    hidden, width = sizes["hidden"], sizes["heads"] * sizes["head_dim"]
-    yield _whole("input_norm", prefix + "input_layernorm.weight", (hidden,), layer=layer)
-    yield _whole("proj", prefix + "self_attn.o_proj.weight", (hidden, width), axis="tp", dim=1, layer=layer)
-    yield from _qkv(model, layer)
-    norm = "mlp_norm" if "experts" in sizes else "dense_mlp_norm"
-    yield _whole(norm, prefix + "post_attention_layernorm.weight", (hidden,), layer=layer)
-    if "experts" not in sizes:
-        yield from _swiglu(prefix + "mlp.", _DENSE, "tp", model, layer, None)
+    for kind, role in _ATTENTION:
+        yield from _whole(model, kind, role, layer)
+    yield from _qkv(model, "qkv", "", layer)
+    yield from _qkv(model, "qkv_bias", ".bias", layer)
+    moe = layer in model.moe_layers
+    yield from _whole(model, "mlp_norm" if moe else "dense_mlp_norm", "mlp_norm", layer)
+    yield from _swiglu(model, "", "mlp", layer, None)
+    for kind, role in _ROUTER:
+        if kind != "shared_gate" or model.width("shared"):
+            yield from _whole(model, kind, role, layer)
+    yield from _swiglu(model, "shared_", "shared", layer, None)
+    for expert in range(model.sizes["experts"] if moe else 0):
+        yield from _swiglu(model, "expert_", "expert", layer, expert)
+
+
+def _whole(model: Model, kind: str, role: str, layer: int | None) -> Iterator[MegatronTensor]:
+    """A tensor that is one of the model's, shared by ranks as its rule says; none where the layer has no such."""
+    tensor = model.find(role, layer)
+    if tensor is None:
         return
-    router, expert_prefix, names = _MOE[model.family.model_type]
-    yield _whole("router", prefix + router, (sizes["experts"], hidden), layer=layer)
-    for expert in range(sizes["experts"]):
-        yield from _swiglu(prefix + expert_prefix.format(expert), names, "etp", model, layer, expert)
+    part = Part(tensor.name, Rect.whole(tensor.shape), (0,) * len(tensor.shape))
+    split, where = tensor.rule.split, tensor.rule.where
+    axis, dim, padded = (None, 0, False) if split is None else (split.axis, split.dim, split.rounded)
+    yield MegatronTensor(kind, tensor.shape, (part,), axis, dim, padded=padded, layer=layer, owner=where)
 
 
-def _whole(
-    kind: str,
-    name: str,
-    shape: tuple[int, ...],
-    *,
-    axis: Axis | None = None,
-    dim: int = 0,
-    padded: bool = False,
-    layer: int | None = None,
-    owner: Literal["first", "layers", "last"] = "layers",
-) -> MegatronTensor:
-    part = Part(name, Rect.whole(shape), (0,) * len(shape))
-    return MegatronTensor(kind, shape, (part,), axis, dim, padded=padded, layer=layer, owner=owner)
-
-
-def _qkv(model: Model, layer: int) -> Iterator[MegatronTensor]:
+def _qkv(model: Model, kind: str, suffix: str, layer: int) -> Iterator[MegatronTensor]:
     """The fused projection: for each query group its query heads, then its key head, then its value head.
 
     Source: https://github.com/NVIDIA/Megatron-LM/blob/d98e8a64/megatron/core/transformer/attention.py
     (SelfAttention.get_query_key_value_tensors).
     """
-    sizes, prefix = model.sizes, _LAYER.format(layer) + "self_attn."
-    groups, head = sizes["kv_heads"], sizes["head_dim"]
-    queries = sizes["heads"] // groups * head
-    bias = prefix + "q_proj.bias" in model.tensors
-    for kind, suffix, inner in [("qkv", "weight", (sizes["hidden"],)), *([("qkv_bias", "bias", ())] if bias else [])]:
-        parts, row, tail = [], 0, (0,) * len(inner)
-        for group in range(groups):
-            for name, rows in (("q_proj", queries), ("k_proj", head), ("v_proj", head)):
-                rect = Rect((group * rows, *tail), (rows, *inner))
-                parts.append(Part(f"{prefix}{name}.{suffix}", rect, (row, *tail)))
-                row += rows
-        yield MegatronTensor(kind, (row, *inner), tuple(parts), "tp", layer=layer)
+    tensors = [model.find(f"attention.{name}{suffix}", layer) for name in "qkv"]
+    groups, parts, row = model.sizes["kv_heads"], [], 0
+    held = [tensor for tensor in tensors if tensor is not None]
+    if len(held) < len(tensors):  # a part of them is refused by the caller's count
+        return
+    inner = held[0].shape[1:]
+    tail = (0,) * len(inner)
+    for group in range(groups):
+        for tensor in held:
+            rows = tensor.shape[0] // groups
+            parts.append(Part(tensor.name, Rect((group * rows, *tail), (rows, *inner)), (row, *tail)))
+            row += rows
+    yield MegatronTensor(kind, (row, *inner), tuple(parts), "tp", layer=layer)
 
 
-def _swiglu(
-    prefix: str, names: tuple[str, str, str], axis: Axis, model: Model, layer: int, expert: int | None
-) -> Iterator[MegatronTensor]:
+def _swiglu(model: Model, prefix: str, part: str, layer: int, expert: int | None) -> Iterator[MegatronTensor]:
     """The two products of a SwiGLU: `fc1` is gate then up, each shared by the ranks on its own; `fc2` is down."""
-    ffn, hidden = model.sizes["ffn"], model.sizes["hidden"]
-    gate, up, down = (f"{prefix}{name}.weight" for name in names)
-    whole = Rect.whole((ffn, hidden))
-    fc1 = (Part(gate, whole, (0, 0)), Part(up, whole, (ffn, 0)))
-    fc2 = (Part(down, Rect.whole((hidden, ffn)), (0, 0)),)
-    kind = "fc" if expert is None else "expert_fc"
-    yield MegatronTensor(kind + "1", (2 * ffn, hidden), fc1, axis, 0, 2, layer=layer, expert=expert)
-    yield MegatronTensor(kind + "2", (hidden, ffn), fc2, axis, 1, layer=layer, expert=expert)
+    gate, up, down = (model.find(f"{part}.{matrix}", layer, expert) for matrix in ("gate", "up", "down"))
+    if gate is None or up is None or down is None or not gate.size:
+        return
+    axis = gate.rule.split.axis if gate.rule.split is not None else None
+    (width, hidden), whole = gate.shape, Rect.whole(gate.shape)
+    fc1 = (Part(gate.name, whole, (0, 0)), Part(up.name, whole, (width, 0)))
+    fc2 = (Part(down.name, Rect.whole(down.shape), (0, 0)),)
+    yield MegatronTensor(prefix + "fc1", (2 * width, hidden), fc1, axis, 0, 2, layer=layer, expert=expert)
+    yield MegatronTensor(prefix + "fc2", (hidden, width), fc2, axis, 1, layer=layer, expert=expert)
 
 
 def padded_vocab(vocab: int, tp: int, divisor: int = 128) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from moeconv.errors import MappingError, SourceError
 from moeconv.io.torch_archive import tensor_value, whole_tensor
 from moeconv.io.trainer_file import TRAINER_VERSION
-from moeconv.megatron.args import RunArgs
+from moeconv.megatron.args import RunArgs, shown
 
 SHARDING = "fully_reshardable"
 _SCALE = "0"  # the key of the storage of the loss scale
@@ -55,8 +55,8 @@ def read_trainer(common: Mapping[str, Any], args: RunArgs, where: str) -> dict[s
     return {
         "version": TRAINER_VERSION,
         "iteration": iteration,
-        "consumed_train_samples": int(args.get("consumed_train_samples", 0)),
-        "seed": int(args.get("seed", 0)),
+        "consumed_train_samples": args.whole("consumed_train_samples", 0, least=0),
+        "seed": args.whole("seed", 0, least=0),
         "data_fingerprint": "",  # another program's data: whether they are the same is the user's to know
         "schedule": _schedule(common.get("opt_param_scheduler"), args),
         "optimizer": optimizer,
@@ -67,7 +67,7 @@ def _schedule(state: Any, args: RunArgs) -> dict[str, Any]:
     """Give the schedule's settings that both programs have; Megatron counts in samples, trainer.json in steps."""
     if not isinstance(state, dict):
         return {}
-    batch = int(args.get("global_batch_size", 0))
+    batch = args.whole("global_batch_size", 0, least=0)
     out = {"max_lr": state.get("max_lr"), "min_lr": state.get("min_lr"), "style": state.get("lr_decay_style")}
     for ours, theirs in (("warmup_iters", "lr_warmup_steps"), ("decay_iters", "lr_decay_steps")):
         samples = state.get(theirs)
@@ -89,8 +89,9 @@ def _dicts_with(value: Any, key: str) -> Iterator[dict[Any, Any]]:
 
 
 def _count(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
-        raise SourceError(f"{where}: {value!r} is no number of steps")
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53
+    if not whole or value != int(value):
+        raise SourceError(f"{where}: {shown(value)} is no number of steps")
     return int(value)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.errors import RecipeError
+from moeconv.upcycle.carriers import CARRIERS
 
-_ARCHITECTURES = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen3": "qwen3_moe"}
+_ARCHITECTURES = {family.mergekit: name for name, family in CARRIERS.items() if family.mergekit is not None}
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FIELDS = {"base_model", "gate_mode", "dtype", "experts_per_token", "architecture", "experts"}
 _EXPERT_FIELDS = {"source_model", "positive_prompts", "negative_prompts", "noise_scale"}

@@ -23,6 +23,8 @@ class CheckpointConfig:
     ckpt_step: int | None = None
     """Go on from the checkpoint of this iteration instead of the latest, of --save or --load (--ckpt-step). Of a run's
     own saves it becomes the latest at once, so that a restart goes on from what is saved after it."""
+    override_router: bool = False
+    """Let the --moe-router flags change what the model's router computes, on purpose: config.json says so from then on."""
     finetune: bool = False
     """Take only the weights from --load: the run starts at iteration 0 with new optimizer states."""
     load_optim: bool = flag(True, off="--no-load-optim")

@@ -1,4 +1,10 @@
-"""Token files: Megatron's indexed pairs (.bin with .idx) and bare arrays of token ids (.bin)."""
+"""Token files: Megatron's indexed pairs (.bin with .idx), read and written, and bare arrays of token ids (.bin).
+
+Source:
+    https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/datasets/indexed_dataset.py
+    (_IndexWriter, DType): magic, version, dtype code, counts, sequence lengths int32, byte offsets int64, and the index
+    of each document's first sequence and of the end, int64.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from moeconv.errors import MoeconvError
+from runtime.data.config import BARE_DTYPES
+from runtime.data.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
-# Source: https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/datasets/indexed_dataset.py (DType).
+_HEAD = struct.Struct("<QBQQ")
 _DTYPE_OF_CODE: dict[int, type[np.generic]] = {
     1: np.uint8,
     2: np.int8,
@@ -26,41 +33,50 @@ _DTYPE_OF_CODE: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 _CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in _DTYPE_OF_CODE.items()}
-
-
-class DataError(MoeconvError):
-    """Training data that can't be read, are malformed, or are too few."""
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class TokenFile:
-    """The tokens of one source and where its documents end."""
+    """The tokens of one file, and where its sequences and documents end."""
 
     path: Path
     tokens: npt.NDArray[np.generic]
     """[N] integers, mapped from the file."""
     document_ends: npt.NDArray[np.int64]
     """[D] rising; document d is tokens[ends[d - 1] : ends[d]]; the last is N."""
+    sequence_ends: npt.NDArray[np.int64] | None = None
+    """[Q] not falling: Megatron's sequences, which it shuffles and splits by; None: they are the documents."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
-    """Choose the smallest integer of Megatron's table that holds every id of a vocabulary."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+    """Choose the type of ids as Megatron's preprocessing does.
+
+    Args:
+        vocab_size: size of the vocabulary.
+
+    Returns:
+        uint16 below 65500, else int32.
+
+    Source:
+        https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/datasets/indexed_dataset.py (optimal_dtype)
+    """
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
-def open_tokens(path: Path, vocab_size: int) -> TokenFile:
+def open_tokens(path: Path, bare_dtype: str | None = None) -> TokenFile:
     """Map a file of tokens into memory.
 
     Args:
         path: a .bin file; with an .idx file of the same name beside it, it is Megatron's indexed format, otherwise it
-            holds nothing but ids: uint16 for a vocabulary up to 65536, else uint32, and is one document.
-        vocab_size: size of the vocabulary.
+            holds nothing but ids and is one document.
+        bare_dtype: type of bare ids, such as uint16.
 
     Returns:
         The tokens and the documents' ends.
 
     Raises:
-        DataError: a file is missing, empty, truncated, or not in this format.
+        DataError: a file is missing, empty, truncated, or not in this format, or the type of bare ids isn't stated.
     """
     index = path.with_suffix(".idx")
     size = path.stat().st_size if path.is_file() else 0
@@ -68,37 +84,70 @@ def open_tokens(path: Path, vocab_size: int) -> TokenFile:
         raise DataError(f"{path}: {'empty' if path.is_file() else 'no such file'}; expected a file of token ids")
     if index.is_file():
         return _open_indexed(path, index, size)
-    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-    if size % dtype.itemsize:
+    if bare_dtype is None:
         raise DataError(
-            f"{path}: {size} bytes are no whole number of {dtype.name} ids (the vocabulary has {vocab_size} tokens); "
-            "write the ids in that type, or put the .idx file beside it"
+            f"{path}: bare token ids (there is no {index.name} beside it); say their type with --bare-dtype "
+            f"({', '.join(BARE_DTYPES)}), or put the .idx file beside it"
         )
+    dtype = np.dtype(bare_dtype)
+    if size % dtype.itemsize:
+        raise DataError(f"{path}: {size} bytes are no whole number of {dtype.name} ids; is --bare-dtype right?")
     tokens = np.memmap(path, dtype=dtype, mode="r")
     return TokenFile(path, tokens, np.array([len(tokens)], np.int64))
 
 
 def _open_indexed(path: Path, index: Path, size: int) -> TokenFile:
-    raw = index.read_bytes()
-    head = len(_MAGIC) + 8 + 1 + 8 + 8
-    if len(raw) < head or not raw.startswith(_MAGIC):
+    raw = np.memmap(index, np.uint8, "r") if index.stat().st_size else np.zeros(0, np.uint8)
+    head = len(_MAGIC) + _HEAD.size
+    if len(raw) < head or not bytes(raw[: len(_MAGIC)]) == _MAGIC:
         raise DataError(f"{index}: not an index of Megatron's indexed format (MMIDIDX)")
-    version, code, num_sequences, num_documents = struct.unpack_from("<QBQQ", raw, len(_MAGIC))
+    version, code, num_sequences, num_documents = _HEAD.unpack(bytes(raw[len(_MAGIC) : head]))
     if version != _VERSION or code not in _DTYPE_OF_CODE:
         raise DataError(f"{index}: version {version}, dtype code {code}; expected version 1 and an integer type")
     if len(raw) < head + 12 * num_sequences + 8 * num_documents:
         raise DataError(f"{index}: {len(raw)} bytes are too few for {num_sequences} sequences; the file is truncated")
     dtype = np.dtype(_DTYPE_OF_CODE[code])
-    lengths = np.frombuffer(raw, np.int32, num_sequences, head).astype(np.int64)
+    lengths = np.frombuffer(raw, np.int32, num_sequences, head)
+    pointers = np.frombuffer(raw, np.int64, num_sequences, head + 4 * num_sequences)
     documents = np.frombuffer(raw, np.int64, num_documents, head + 12 * num_sequences)
-    ends = np.cumsum(lengths)
+    ends = np.cumsum(lengths, dtype=np.int64)
     total = int(ends[-1]) if num_sequences else 0
-    if total == 0 or total * dtype.itemsize != size:
+    if total == 0 or total * dtype.itemsize != size or lengths.min() < 0:
         raise DataError(f"{path}: {size} bytes; {index.name} describes {total} tokens of {dtype.itemsize} bytes each")
+    if not np.array_equal(pointers, (ends - lengths) * dtype.itemsize):
+        raise DataError(f"{index}: its byte offsets are not those of sequences laid end to end; write the pair anew")
     if num_documents < 1 or documents.min() < 0 or documents[-1] != num_sequences or (np.diff(documents) < 0).any():
         raise DataError(f"{index}: its document indices don't rise to the number of sequences ({num_sequences})")
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    if lengths.min() > 0 and np.array_equal(documents, np.arange(num_sequences + 1)):
+        return TokenFile(path, tokens, ends)
     document_ends = ends[documents[documents > 0] - 1]
-    return TokenFile(path, np.memmap(path, dtype=dtype, mode="r"), np.unique(document_ends))
+    keep = np.diff(document_ends, prepend=0) > 0  # an empty document ends where the one before does
+    return TokenFile(path, tokens, document_ends[keep], ends)
+
+
+def write_index(path: Path, lengths: npt.NDArray[np.integer], dtype: np.dtype[np.generic]) -> None:
+    """Write the .idx file of documents of one sequence each, in memory that doesn't grow with their number.
+
+    Args:
+        path: the file.
+        lengths: [D] tokens of each document, below 2^31.
+        dtype: type of the ids in the .bin file.
+    """
+    count = len(lengths)
+    chunks = range(0, count, _CHUNK)
+    with open(path, "wb") as index:
+        index.write(_MAGIC + _HEAD.pack(_VERSION, _CODE_OF_DTYPE[dtype], count, count + 1))
+        for begin in chunks:
+            index.write(np.asarray(lengths[begin : begin + _CHUNK], np.int32).tobytes())
+        offset = 0
+        for begin in chunks:
+            sizes = np.asarray(lengths[begin : begin + _CHUNK], np.int64) * dtype.itemsize
+            ends = np.cumsum(sizes) + offset
+            index.write((ends - sizes).tobytes())
+            offset = int(ends[-1])
+        for begin in range(0, count + 1, _CHUNK):
+            index.write(np.arange(begin, min(begin + _CHUNK, count + 1), dtype=np.int64).tobytes())
 
 
 def write_tokens(path: Path, documents: Iterable[Sequence[int]], dtype: np.dtype[np.generic]) -> int:
@@ -112,9 +161,8 @@ def write_tokens(path: Path, documents: Iterable[Sequence[int]], dtype: np.dtype
     Returns:
         The number of tokens.
 
-    Source:
-        https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/datasets/indexed_dataset.py
-        (_IndexWriter): magic, version, dtype code, counts, lengths int32, byte offsets int64, document indices int64.
+    Raises:
+        DataError: an id doesn't fit the type.
     """
     # Several machines may write to one shared folder at a time: each its own files, the last rename wins.
     partial = [path.with_suffix(f".{secrets.token_hex(8)}.partial") for _ in ("bin", "idx")]
@@ -122,16 +170,40 @@ def write_tokens(path: Path, documents: Iterable[Sequence[int]], dtype: np.dtype
     with open(partial[0], "wb") as data:
         for document in documents:
             if len(document):
-                data.write(np.asarray(document).astype(dtype).tobytes())
+                data.write(narrow(np.asarray(document), dtype, path).tobytes())
                 lengths.append(len(document))
-    with open(partial[1], "wb") as index:
-        count = len(lengths)
-        index.write(_MAGIC + struct.pack("<QBQQ", _VERSION, _CODE_OF_DTYPE[dtype], count, count + 1))
-        sizes = np.array(lengths, np.int64)
-        index.write(sizes.astype(np.int32).tobytes())
-        index.write(((np.cumsum(sizes) - sizes) * dtype.itemsize).tobytes())
-        index.write(np.arange(count + 1, dtype=np.int64).tobytes())
-    # Without its index a .bin file would pass for one bare document, so the index must be there first.
-    os.replace(partial[1], path.with_suffix(".idx"))
-    os.replace(partial[0], path)
+    write_index(partial[1], np.array(lengths, np.int64), dtype)
+    publish(partial[0], partial[1], path)
     return sum(lengths)
+
+
+def narrow(ids: npt.NDArray[np.integer], dtype: np.dtype[np.generic], where: Path) -> npt.NDArray[np.generic]:
+    """Give ids their type on disk.
+
+    Args:
+        ids: [N] integers.
+        dtype: the type.
+        where: the file, for the message.
+
+    Returns:
+        [N] the same numbers.
+
+    Raises:
+        DataError: an id doesn't fit.
+    """
+    limits = np.iinfo(dtype)  # type: ignore[type-var]
+    if ids.size and not limits.min <= ids.min() <= ids.max() <= limits.max:
+        raise DataError(f"{where}: token id {ids.max()} doesn't fit {dtype.name}")
+    return ids.astype(dtype)
+
+
+def publish(data: Path, index: Path, path: Path) -> None:
+    """Give a finished pair its name: without its index a .bin file would pass for bare ids, so the index goes first.
+
+    Args:
+        data: the ids.
+        index: the index.
+        path: the .bin file that they become; .idx beside it.
+    """
+    os.replace(index, path.with_suffix(".idx"))
+    os.replace(data, path)

@@ -7,96 +7,209 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
-import xxhash
 
 from runtime.data.batch import IGNORED_LABEL, Batch
-from runtime.data.config import DataConfig
-from runtime.data.mock import MOCK, mock_tokens
-from runtime.data.packing import SPLITS, PackedSamples, TokenStream, split_bounds
-from runtime.data.text import default_cache, open_sources
+from runtime.data.blend import Blend
+from runtime.data.blended import BlendedSamples, ExhaustiveSamples
+from runtime.data.config import DEFAULT_SPLIT, SPLITS, DataConfig
+from runtime.data.megatron_order import MegatronSamples
+from runtime.data.packing import Documents, PackedSamples, Samples, no_documents, split_bounds
+from runtime.data.prepare import Report, quiet
+from runtime.data.sources import Sources
+from runtime.data.stream import TokenStream
 from runtime.errors import require
 
 
 class DataSource:
     """The samples of each split; a split is opened when it is first asked for."""
 
-    def __init__(self, config: DataConfig, checkpoint: Path) -> None:
-        self.config = config
-        self._paths = (MOCK,) if config.mock else config.paths
-        self._checkpoint = checkpoint
-        self._streams: dict[tuple[Path, ...], TokenStream] = {}
+    def __init__(self, config: DataConfig, checkpoint: Path, sizes: Sequence[int | None] = (None, None, None)) -> None:
+        """Know what data there are; nothing is read yet.
 
-    def _stream(self, paths: tuple[Path, ...]) -> TokenStream:
-        if paths not in self._streams:
-            vocab_size = self.config.vocab_size
-            cache = self.config.cache or default_cache()
-            source = self.config.tokenizer or self._checkpoint
-            mock = paths == (MOCK,)
-            files = [mock_tokens(vocab_size)] if mock else open_sources(paths, source, vocab_size, cache)
-            self._streams[paths] = TokenStream(files, vocab_size)
-        return self._streams[paths]
+        Args:
+            config: the settings.
+            checkpoint: has the tokenizer unless the settings name another.
+            sizes: samples of train, valid and test that the whole run takes, for --data-order megatron only.
+        """
+        self.config = config
+        self._sources = Sources(config, checkpoint)
+        self._blends = config.blends()
+        self._sizes = tuple(sizes)
+        self._samples: dict[tuple[str, int | None], Samples] = {}
+
+    def blend(self, split: str) -> Blend | None:
+        """Give the paths and weights of a split; None where it has no data."""
+        return self._blends[SPLITS.index(split)]
+
+    def prepare(self, report: Report = quiet) -> None:
+        """Tokenize all text that isn't yet; takes as long as it takes, and is no collective: ranks wait at a lock file.
+
+        Args:
+            report: told about once a second how far it is.
+
+        Raises:
+            DataError: data can't be read; names the file and line. What is done is kept.
+        """
+        for path in dict.fromkeys(path for blend in self._blends if blend for path in blend.paths):
+            self._sources.prepare(path, report)
 
     def has(self, split: str) -> bool:
-        """Say whether a split has data enough for one sample.
+        """Say whether a split has documents.
 
         Args:
             split: train, valid or test.
         """
-        index = SPLITS.index(split)
-        own = self.config.split_paths[index]
-        if not own and not self._paths:
-            return False
-        begin, end = self._range(index)
-        return end - begin > self.config.seq_length
+        blend = self.blend(split)
+        return blend is not None and all(self._has_documents(path, split) for path in blend.paths)
 
-    def _range(self, index: int) -> tuple[int, int]:
-        """Give the part of its stream that a split takes."""
-        own = self.config.split_paths[index]
-        size = len(self._stream(own or self._paths))
-        return (0, size) if own else split_bounds(size, (*self.config.split, 0.0, 0.0)[:3])[index]
+    def _has_documents(self, path: str, split: str) -> bool:
+        stream = TokenStream(self._sources.open(path).files, self.config.vocab_size)
+        return len(self._part(stream, 0, len(stream.files), split).starts) > 0
 
-    def samples(self, split: str) -> PackedSamples:
+    def samples(self, split: str) -> Samples:
         """Open the samples of a split; text is tokenized unless the cache has it.
 
         Args:
-            split: train (shuffled), valid or test (in the order of the files).
+            split: train (shuffled), valid or test (in the order of the files, but in Megatron's with --data-order).
 
         Returns:
             The samples.
 
         Raises:
-            DataError: data can't be read, or are too few.
+            DataError: data can't be read, or the split has no documents.
             ConfigError: the split has no data.
         """
-        index = SPLITS.index(split)
-        own = self.config.split_paths[index]
-        require(bool(own or self._paths), f"the {split} split has no data: name some with --{split}-data-path")
-        stream = self._stream(own or self._paths)
-        begin, end = self._range(index)
-        config, shuffle = self.config, split == "train"
-        return PackedSamples(
-            stream, begin, end, seq_length=config.seq_length, seed=config.seed, shuffle=shuffle, name=split
+        key = (split, None)
+        if key not in self._samples:
+            blend = self.blend(split)
+            require(blend is not None, f"the {split} split has no data: name some with --{split}-data-path")
+            assert blend is not None
+            self._samples[key] = self._blended(blend, split)
+        return self._samples[key]
+
+    def sets(self, split: str) -> list[tuple[str, Samples]]:
+        """Open the sets of a split that have a loss of their own.
+
+        Args:
+            split: train, valid or test.
+
+        Returns:
+            Each set's name and samples: one by the split's name, or with --multiple-validation-sets one for each path.
+
+        Raises:
+            DataError, ConfigError: as `samples`.
+        """
+        blend = self.blend(split)
+        if split != "valid" or not self.config.multiple_validation_sets or blend is None or len(blend.paths) == 1:
+            return [(split, self.samples(split))]
+        names = [Path(path).name or path for path in blend.paths]
+        found = []
+        for place, path in enumerate(blend.paths):
+            if (split, place) not in self._samples:
+                self._samples[split, place] = self._of([path], split, self._sizes[SPLITS.index(split)])
+            name = names[place] if names.count(names[place]) == 1 else path
+            found.append((name, self._samples[split, place]))
+        return found
+
+    def _blended(self, blend: Blend, split: str) -> Samples:
+        size = self._sizes[SPLITS.index(split)]
+        megatron = self.config.data_order == "megatron"
+        if blend.weights is None:
+            if not megatron or len(blend.paths) == 1:
+                return self._of(blend.paths, split, size)
+            return ExhaustiveSamples([self._of([path], split, None) for path in blend.paths], size)
+        if len(blend.paths) == 1 and (not megatron or self.config.own_splits):
+            return self._of(blend.paths, split, size)
+        pairs = list(zip(blend.paths, blend.shares, strict=True))
+        return BlendedSamples(
+            [self._of([path], split, self._surplus(size, share)) for path, share in pairs], blend.shares
         )
+
+    def _surplus(self, size: int | None, share: float) -> int | None:
+        """Samples that Megatron makes of one source of a blend.
+
+        Source:
+            https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/core/datasets/blended_megatron_dataset_builder.py
+            (_get_size_per_split_per_dataset), mid_level_dataset_surplus
+        """
+        require(
+            self.config.data_order != "megatron" or size is not None,
+            "--data-order megatron with weights needs the length of the run: --train-iters, and --eval-iters of 1 or more",
+        )
+        return None if size is None else int(np.ceil(np.ceil(size * share) * (1 + 0.005)))
+
+    def _of(self, paths: Sequence[str], split: str, size: int | None) -> Samples:
+        """Samples of a split's documents of some paths, which make one row."""
+        sources = [self._sources.open(path) for path in paths]
+        stream = TokenStream([file for source in sources for file in source.files], self.config.vocab_size)
+        parts, first = [], 0
+        for source in sources:
+            last = first + len(source.files)
+            part = self._part(stream, first, last, split)
+            if len(paths) == 1 and not len(part.starts):
+                total = len(stream.document_ends(first, last))
+                raise no_documents(source.path, split, total, self.config.split or DEFAULT_SPLIT)
+            parts.append(part)
+            first = last
+        documents = Documents(
+            np.concatenate([part.starts for part in parts]), np.concatenate([part.lengths for part in parts])
+        )
+        if not len(documents.starts):
+            total = len(stream.document_ends(0, len(stream.files)))
+            raise no_documents(", ".join(paths), split, total, self.config.split or DEFAULT_SPLIT)
+        length, seed = self.config.seq_length, self.config.seed
+        if self.config.data_order == "megatron":
+            return MegatronSamples(stream, documents, size, seq_length=length, seed=seed)
+        cache = self._sources.cache
+        return PackedSamples(stream, documents, seq_length=length, seed=seed, shuffle=split == "train", cache=cache)
+
+    def _part(self, stream: TokenStream, first: int, last: int, split: str) -> Documents:
+        """The documents of some files that belong to a split."""
+        ends = stream.document_ends(first, last, sequences=self.config.data_order == "megatron")
+        begin, behind = stream.begin(first), stream.begin(last)
+        starts = np.concatenate([[begin], ends[:-1]]).astype(np.int64)
+        if self.config.own_splits:
+            return Documents(starts, ends - starts)
+        weights = (*(self.config.split or DEFAULT_SPLIT), 0.0, 0.0)[:3]
+        if len(ends) == 1:  # there are no documents to share out
+            low, high = split_bounds(behind - begin, weights)[SPLITS.index(split)]
+            return Documents(np.array([begin + low] * (high > low)), np.array([high - low] * (high > low)))
+        low, high = split_bounds(len(ends), weights)[SPLITS.index(split)]
+        return Documents(starts[low:high], ends[low:high] - starts[low:high])
+
+    def left_out(self) -> list[str]:
+        """Say what of the data that are open is not read, each with the reason."""
+        paths = dict.fromkeys(path for blend in self._blends if blend for path in blend.paths)
+        return [what for path in paths for what in self._sources.open(path).left_out]
+
+    def eod(self) -> int | None:
+        """Give the end-of-document token where samples are made with knowledge of it; None where they aren't.
+
+        Raises:
+            DataError: the tokenizer has none.
+        """
+        return self._sources.eod() if self.config.needs_eod else None
 
     def fingerprint(self) -> str:
         """Name the training samples: equal for runs that see the same tokens in the same order."""
-        samples = self.samples("train")
-        digest = xxhash.xxh3_128(repr((samples.num_tokens, self.config.seq_length, self.config.seed)).encode())
-        digest.update(samples.stream.document_ends.tobytes())
-        for index in np.linspace(0, samples.num_samples - 1, 16).astype(int):
-            digest.update(samples.sample(int(index)).tobytes())
-        return str(digest.hexdigest())
+        return self.samples("train").digest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loader:
     """Deals samples out to the data-parallel ranks; only `first` says where in the data a batch is."""
 
-    samples: PackedSamples
+    samples: Samples
     micro_batch_size: int
     dp_rank: int
     dp_size: int
+    eod: int | None = None
+    """End-of-document token, for the three flags below."""
+    reset_position_ids: bool = False
+    reset_attention_mask: bool = False
+    eod_mask_loss: bool = False
 
     def global_batch(self, first: int, size: int, limit: int | None = None) -> list[Batch]:
         """Give this rank's micro-batches of one global batch.
@@ -115,8 +228,41 @@ class Loader:
         return [self._batch(range(begin, begin + self.micro_batch_size), limit) for begin in begins]
 
     def _batch(self, indices: Sequence[int], limit: int | None) -> Batch:
-        rows_BS1 = torch.from_numpy(np.stack([self.samples.sample(i if limit is None else i % limit) for i in indices]))
-        labels_BS = rows_BS1[:, 1:].clone()
+        wanted = [index if limit is None else index % limit for index in indices]
+        resets = self.reset_position_ids or self.reset_attention_mask
+        begins_BS: npt.NDArray[np.bool_] | None = None
+        if resets:
+            found = [self.samples.sample_with_begins(index) for index in wanted]
+            rows = np.stack([ids for ids, _ in found])
+            begins_BS = self._begins(rows, [places for _, places in found])
+        else:
+            rows = np.stack([self.samples.sample(index) for index in wanted])
+        rows_BS1 = torch.from_numpy(rows)
+        tokens_BS, labels_BS = rows_BS1[:, :-1].contiguous(), rows_BS1[:, 1:].clone()
+        if self.eod_mask_loss:
+            labels_BS[tokens_BS == self.eod] = IGNORED_LABEL
         if limit is not None:
             labels_BS[[row for row, index in enumerate(indices) if index >= limit]] = IGNORED_LABEL
-        return Batch(tokens=rows_BS1[:, :-1].contiguous(), labels=labels_BS)
+        positions = (
+            torch.from_numpy(_positions(begins_BS)) if begins_BS is not None and self.reset_position_ids else None
+        )
+        documents = None
+        if begins_BS is not None and self.reset_attention_mask:
+            documents = torch.from_numpy(np.cumsum(begins_BS, axis=1, dtype=np.int32))
+        return Batch(tokens=tokens_BS, labels=labels_BS, position_ids=positions, document_ids=documents)
+
+    def _begins(self, rows: npt.NDArray[np.int64], places: Sequence[Sequence[int]]) -> npt.NDArray[np.bool_]:
+        """Mark the inputs that begin a document: by the files' own bounds, and behind each end-of-document token."""
+        begins_BS = np.zeros((len(rows), rows.shape[1] - 1), np.bool_)
+        for row, found in enumerate(places):
+            begins_BS[row, [place for place in found if place < begins_BS.shape[1]]] = True
+        if self.eod is not None:
+            begins_BS[:, 1:] |= rows[:, :-2] == self.eod
+        begins_BS[:, 0] = False
+        return begins_BS
+
+
+def _positions(begins_BS: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Count from 0 in each row, and again from each mark."""
+    places_S = np.arange(begins_BS.shape[1], dtype=np.int64)
+    return places_S - np.maximum.accumulate(np.where(begins_BS, places_S, 0), axis=1)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.data.config import MOCK
 from runtime.data.indexed import TokenFile, token_dtype
 
-MOCK = Path("--mock-data")
 _NUM_TOKENS = 1 << 22
 _MEAN_DOCUMENT = 512
 
@@ -25,4 +25,4 @@ def mock_tokens(vocab_size: int) -> TokenFile:
     random = np.random.Generator(np.random.Philox(0))
     tokens = random.integers(0, vocab_size, _NUM_TOKENS, dtype=np.int64).astype(token_dtype(vocab_size))
     ends = np.unique(random.integers(1, _NUM_TOKENS, _NUM_TOKENS // _MEAN_DOCUMENT))
-    return TokenFile(MOCK, tokens, np.append(ends, _NUM_TOKENS).astype(np.int64))
+    return TokenFile(Path(MOCK), tokens, np.append(ends, _NUM_TOKENS).astype(np.int64))

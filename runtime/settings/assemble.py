@@ -46,7 +46,6 @@ def make_run(given: Given, model: Model, where: Path) -> RunConfig:
     learning_rate = ScheduleConfig(**given.of("learning_rate"))
     recompute = RecomputeConfig(**given.of("recompute"))
     shared: dict[str, Any] = {"seq_length": train.seq_length, "seed": train.seed, "vocab_size": model.sizes["vocab"]}
-    require(("checkpoint", "load") in given.values, "--load is missing: name the checkpoint to start from")
     run = RunConfig(
         model=model,
         parallel=_parallel(given, model, where),
@@ -59,6 +58,7 @@ def make_run(given: Given, model: Model, where: Path) -> RunConfig:
         data=DataConfig(**given.of("data"), **shared),
         checkpoint=CheckpointConfig(**given.of("checkpoint")),
         log=LogConfig(**given.of("log")),
+        stated=dict(given.stated),
     )
     return dataclasses.replace(run, notes=(*given.notes, *check_idle(given, run)))
 

@@ -9,6 +9,7 @@ from moeconv.families.base import Model
 from moeconv.layout.degrees import OPTIONS, DegreesError
 from moeconv.layout.shard import divisors
 from moeconv.placement import check_degrees as check_model_degrees
+from runtime.data.config import DataConfig
 from runtime.errors import ConfigError, require
 from runtime.flag import flag_name
 from runtime.moe.config import MoEConfig
@@ -41,6 +42,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
     check_sequence(run.parallel, run.train)
     check_microbatches(run.parallel, run.train, world_size)
     check_precision(run)
+    check_documents(run.data)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -147,6 +149,19 @@ def check_microbatches(parallel: ParallelConfig, train: TrainConfig, world_size:
         f"--global-batch-size {num * train.micro_batch_size * dp} makes {num} micro-batches a step, with "
         f"{FLAGS['pp_schedule']} interleaved they must be a multiple of {PP} {pp}: give a multiple of {rounds}",
     )
+
+
+def check_documents(data: DataConfig) -> None:
+    """Refuse positions and attention that restart at documents, which the model does not compute.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    for name in ("reset_position_ids", "reset_attention_mask"):
+        require(
+            not getattr(data, name),
+            f"{flag_name(DataConfig, name)}: the model attends to whole samples, across the documents in them; leave it out",
+        )
 
 
 def check_precision(run: RunConfig) -> None:

@@ -25,8 +25,8 @@ def read_config(path: Path, known: Mapping[str, str | int | None]) -> list[Event
     """Read a `--config` file as the flags that it stands for.
 
     Args:
-        path: a YAML file: a mapping of flags' names, without the dashes before them, to values; true turns a switch on,
-            false and null leave it as it is by default; a mapping under any other name is a group of them.
+        path: a YAML file: a mapping of flags' names, without the dashes before them, to values; true and false turn a
+            switch on and off, null leaves a setting at its default; a mapping under any name is a group of them.
         known: option string -> how many words follow it, as argparse says it.
 
     Returns:
@@ -76,26 +76,28 @@ def _events(
         name = f"--{str(key).removeprefix('--').replace('_', '-')}"
         # Megatron has flags with an underscore in them.
         name = next((flag for flag in known if flag.replace("_", "-") == name), name)
-        if isinstance(value, dict) and name not in known:
+        if isinstance(value, dict):
             yield from _events(value, path, known, (*groups, str(key)))
             continue
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
             hint = f"; nearest: {', '.join(flag[2:] for flag in near)}" if near else ""
             raise ConfigError(f"--config {path}: unknown setting {'.'.join((*groups, str(key)))}{hint}")
-        event = _event(name, value, path, known[name])
+        event = _event(name, value, path, known)
         if event is not None:
             yield event
 
 
-def _event(name: str, value: Any, path: Path, nargs: str | int | None) -> Event | None:
-    where = f"--config {path}: "
+def _event(name: str, value: Any, path: Path, known: Mapping[str, str | int | None]) -> Event | None:
+    where, nargs, off = f"--config {path}: ", known[name], f"--no-{name[2:]}"
     if value is None:
         return None
     if nargs == 0:
         if not isinstance(value, bool):
             raise ConfigError(f"{where}{name[2:]} is {value!r}; expected true or false")
-        return Event(name, [], where) if value else None
+        return Event(name, [], where) if value else Event(off, [], where) if off in known else None
+    if nargs == "*":  # refused whatever it says, but for `false`
+        return None if value is False else Event(name, [], where)
     words = value if isinstance(value, list) else [value]
     if not all(isinstance(word, str) for word in words):
         raise ConfigError(f"{where}{name[2:]} is {value!r}; expected a value or a list of values")

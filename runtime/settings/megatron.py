@@ -85,7 +85,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--dist-ckpt-strictness": NoEffect("a tensor that is missing or left over is always an error", 1),
     "--exit-signal-handler": NoEffect("SIGTERM always saves and leaves"),
     "--distributed-backend": NoEffect("NCCL on GPUs, gloo on CPUs", 1),
-    "--num-workers": NoEffect("token files are mapped into memory", 1),
     "--no-mmap-bin-files": NoEffect("token files are mapped into memory"),
     "--log-throughput": NoEffect(_LOGGED),
     "--log-timers-to-tensorboard": NoEffect("the curves have the throughput"),
@@ -116,7 +115,8 @@ FIXED: dict[str, Fixed] = {
 }
 
 _RESULTS = "leave it out: the results are the same"
-_NO_FAMILY = "no model that the runtime trains has it"
+_NO_FAMILY = "no model that the runtime trains has it: leave it out"
+_ROPE = "the rotary frequencies come from the checkpoint's config.json; leave it out"
 _LAYERS = "give the layers of each stage with --pp-layers N,N,..."
 _PROFILE = "use an outside profiler, such as nsys or py-spy, on the command"
 
@@ -150,12 +150,21 @@ REFUSED: dict[str, str] = {
     "--decoupled-min-lr": "all parameters have one learning rate; leave it out",
     "--save-retain-interval": "--keep-last N keeps the newest checkpoints",
     "--multi-latent-attention": _NO_FAMILY,
+    "--q-lora-rank": _NO_FAMILY,
+    "--kv-lora-rank": _NO_FAMILY,
+    "--qk-head-dim": _NO_FAMILY,
+    "--qk-pos-emb-head-dim": _NO_FAMILY,
+    "--v-head-dim": _NO_FAMILY,
     "--mtp-num-layers": _NO_FAMILY,
+    "--mtp-loss-scaling-factor": _NO_FAMILY,
     "--squared-relu": _NO_FAMILY,
     "--apply-layernorm-1p": _NO_FAMILY,
     "--hybrid-layer-pattern": _NO_FAMILY,
     "--spec": "the architecture comes from the checkpoint; leave it out",
-    "--use-rope-scaling": "the rotary frequencies come from the checkpoint's config.json; leave it out",
+    "--use-rope-scaling": _ROPE,
+    "--rotary-scaling-factor": _ROPE,
+    "--mscale": _ROPE,
+    "--mscale-all-dim": _ROPE,
     "--moe-use-upcycling": "turn the checkpoint into a mixture with `moeconv upcycle` first",
     "--moe-router-force-load-balancing": "tokens go where the router sends them; leave it out",
     "--vocab-file": "give the tokenizer, a folder or file that transformers loads, with --tokenizer-model",

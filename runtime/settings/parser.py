@@ -117,11 +117,12 @@ def default_text(setting: Setting) -> str:
     if value is MISSING or value is None or value == () or value == "" or setting.kind is bool:
         return ""
     if isinstance(value, tuple):
-        return ("," if "," in setting.mark.metavar else " ").join(_word(part) for part in value)
-    return _word(value)
+        return ("," if "," in setting.mark.metavar else " ").join(word(part) for part in value)
+    return word(value)
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
+    """Write one value as it is typed."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else f"{value:.0f}"
     return str(value)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+from moeconv.errors import MoeconvError
 from runtime.settings.fields import GROUPS, Setting, settings
+from runtime.settings.parser import word
 from runtime.settings.run import RunConfig
 
 RUN_FILE = "run.yaml"
@@ -22,17 +25,17 @@ def run_file(run: RunConfig) -> str:
     """
     import yaml
 
-    table = {
-        group.name: {
-            setting.name[2:]: _plain(_shown(setting, value))
-            for setting, value in _values(run, group.name)
-            if value is not None and value != ()
-        }
-        for group in GROUPS
-    }
-    head = f"# The settings of this run. To start it again: torchrun [...] -m runtime.train --config {RUN_FILE}\n"
-    groups = {name: group for name, group in table.items() if group}
-    return head + str(yaml.safe_dump(groups, sort_keys=False, default_flow_style=None))
+    def inline(value: Any) -> str:
+        return str(yaml.safe_dump(value, default_flow_style=True, width=1000)).removesuffix("...\n").strip()
+
+    lines = [f"# The settings of this run. To start it again: moeconv train --config {RUN_FILE}"]
+    for group in GROUPS:
+        shown = [(s, value) for s, value in _values(run, group.name) if value is not None and value != ()]
+        lines += [f"{group.name}:"] if shown else []
+        lines += [f"  {setting.name[2:]}: {inline(_plain(_shown(setting, value)))}" for setting, value in shown]
+    lines += ["architecture:"] if run.stated else []
+    lines += [f"  {name[2:]}: {inline(value)}" for name, value in run.stated.items()]
+    return "\n".join(lines) + "\n"
 
 
 def summary(run: RunConfig) -> list[str]:
@@ -51,7 +54,7 @@ def summary(run: RunConfig) -> list[str]:
             if value == setting.default or value is None or value == ():
                 continue
             shown = _plain(_shown(setting, value))
-            words = " ".join(map(str, shown)) if isinstance(shown, list) else str(shown)
+            words = " ".join(map(word, shown)) if isinstance(shown, list) else word(shown)
             parts.append(setting.name[2:] if shown is True else f"{setting.name[2:]} {words}")
         if parts:
             lines.append(f"settings, {group.name.replace('_', ' ')}: {', '.join(parts)}")
@@ -62,7 +65,17 @@ def _values(run: RunConfig, group: str) -> list[tuple[Setting, Any]]:
     owner = getattr(run, group)
     if owner is None:  # no experts
         return []
-    return [(setting, getattr(owner, setting.field)) for setting in settings() if setting.group == group]
+    return [(setting, _as_given(owner, setting)) for setting in settings() if setting.group == group]
+
+
+def _as_given(owner: Any, setting: Setting) -> Any:
+    """A setting's value; where its default comes to the same, the default, so that it still follows the others."""
+    value = getattr(owner, setting.field)
+    try:
+        follows = getattr(dataclasses.replace(owner, **{setting.field: setting.default}), setting.field) == value
+    except (MoeconvError, TypeError):  # without it the others don't hold, or it has no default
+        return value
+    return setting.default if follows else value
 
 
 def _shown(setting: Setting, value: Any) -> Any:

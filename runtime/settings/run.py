@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from moeconv.families.base import Model
 from runtime.checkpoint.config import CheckpointConfig
@@ -35,6 +36,8 @@ class RunConfig:
     data: DataConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+    stated: dict[str, Any] = field(default_factory=dict)
+    """Flag -> value, for flags that stated something of the model; they were compared with it."""
     notes: tuple[str, ...] = ()
     """Lines for the log: what was given and has no effect."""
 

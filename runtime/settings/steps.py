@@ -93,3 +93,22 @@ class TrainConfig:
             f"data-parallel degree {dp}; take a multiple of {one_pass}",
         )
         return total // one_pass
+
+    def num_samples(self, dp: int) -> tuple[int | None, int | None, int | None]:
+        """Count the samples of train, valid and test that the whole run takes, as Megatron does.
+
+        Args:
+            dp: data-parallel degree.
+
+        Returns:
+            The three numbers; None for a part that is taken whole.
+
+        Source:
+            https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/training/training.py
+            (get_train_valid_test_num_samples)
+        """
+        batch = self.num_microbatches(dp) * self.micro_batch_size * dp
+        if self.eval_iters < 0:
+            return self.num_steps * batch, None, None
+        evaluations = self.num_steps // self.eval_interval + 1 if self.eval_interval else 1
+        return self.num_steps * batch, evaluations * self.eval_iters * batch, self.eval_iters * batch

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.overrides import TorchFunctionMode
 
 WORLD = 4
 
@@ -40,13 +44,17 @@ class Case:
     save: str | None = None
     save_metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def layout(self) -> tuple[int | None, ...]:
+        """What the process groups depend on."""
+        return self.tp, self.pp, self.vpp, self.ep, self.etp
 
-def run_cases(cases: list[Case], config: dict[str, Any], tokens: torch.Tensor, work: Path) -> list[torch.Tensor]:
+
+def run_cases(cases: list[Case], tokens: torch.Tensor, work: Path) -> list[torch.Tensor]:
     """Run cases one after another in one world of four ranks.
 
     Args:
         cases: what to load and save.
-        config: the Hugging Face config.
         tokens: int64 [batch, length].
         work: a scratch folder.
 
@@ -54,8 +62,7 @@ def run_cases(cases: list[Case], config: dict[str, Any], tokens: torch.Tensor, w
         For each case the logits, float32 [batch, length, vocabulary].
     """
     torch.save(tokens, work / "tokens.pt")
-    spec = {"cases": [asdict(c) for c in cases], "config": config}
-    (work / "cases.json").write_text(json.dumps(spec))
+    (work / "cases.json").write_text(json.dumps([asdict(c) for c in cases]))
     mp.spawn(_rank, args=(str(work),), nprocs=WORLD, join=True)
     return [torch.load(work / f"logits{i}.pt", weights_only=True) for i in range(len(cases))]
 
@@ -65,18 +72,53 @@ def _rank(rank: int, work: str) -> None:
     torch.set_num_threads(1)
     _allow_cpu()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{work}/rendezvous", rank=rank, world_size=WORLD)
-    spec = json.loads((Path(work) / "cases.json").read_text())
+    numbered = [
+        (number, Case(**case)) for number, case in enumerate(json.loads((Path(work) / "cases.json").read_text()))
+    ]
     tokens = torch.load(Path(work) / "tokens.pt", weights_only=True)
+    layouts = sorted({case.layout for _, case in numbered}, key=str)
     try:
-        for number, case in enumerate(spec["cases"]):
-            logits = _case(Case(**case), spec["config"], tokens)
-            if rank == 0:
-                torch.save(logits, Path(work) / f"logits{number}.pt")
+        for layout in layouts:
+            same = [(number, case) for number, case in numbered if case.layout == layout]
+            with groups(rank, Path(work) / f"rendezvous{layouts.index(layout)}", same[0][1]), Cpu():
+                for number, case in same:
+                    logits = _case(case, tokens)
+                    if rank == 0:
+                        torch.save(logits, Path(work) / f"logits{number}.pt")
     except BaseException:
         traceback.print_exc(file=sys.stderr)
         raise
+
+
+@contextlib.contextmanager
+def groups(rank: int, rendezvous: Path, case: Case) -> Iterator[None]:
+    """Have Megatron's process groups for a case's layout, and end them: gloo keeps threads for each, and Megatron makes dozens."""
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+    parallel_state.initialize_model_parallel(
+        case.tp,
+        case.pp,
+        virtual_pipeline_model_parallel_size=case.vpp,
+        expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=case.etp,
+    )
+    yield
+    parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+class Cpu(TorchFunctionMode):
+    """Give megatron-core the CPU where it asks for CUDA, and CUDA's name for the tensors' type."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        if func is torch.Tensor.cuda:
+            return args[0]
+        out = func(*args, **kwargs)
+        return out.replace("torch.", "torch.cuda.") if func is torch.Tensor.type and isinstance(out, str) else out
 
 
 def _allow_cpu() -> None:
@@ -93,96 +135,120 @@ def _allow_cpu() -> None:
     CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
 
 
-def _case(case: Case, config: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        case.tp,
-        case.pp,
-        virtual_pipeline_model_parallel_size=case.vpp,
-        expert_model_parallel_size=case.ep,
-        expert_tensor_parallel_size=case.etp,
-    )
-    models = _build(case, config)
+def _case(case: Case, tokens: torch.Tensor) -> torch.Tensor:
+    args = _args_of(case)
+    models = _build(case, args)
     with torch.no_grad():
         for model in models:
-            for parameter in model.parameters():
-                parameter.fill_(float("nan"))  # whatever the load leaves out shows in the logits
+            for name, held in (*model.named_parameters(), *model.named_buffers()):
+                if held.requires_grad or name.endswith("expert_bias"):
+                    held.fill_(float("nan"))  # whatever the load leaves out shows in the logits
         (_load_torch if case.fmt == "torch" else _load_dist)(case, models)
-        logits = _forward(case, models, tokens, config["vocab_size"])
+        logits = _forward(case, models, tokens, args.vocab_size)
     if case.save is not None:
-        (_save_torch if case.fmt == "torch" else _save_dist)(case, models, config)
+        (_save_torch if case.fmt == "torch" else _save_dist)(case, models, args)
     return logits
 
 
-def _settings(case: Case, config: dict[str, Any]) -> Any:
+def _args_of(case: Case) -> argparse.Namespace:
+    """Read the arguments of the checkpoint that a case loads, as Megatron does."""
+    from megatron.core import dist_checkpointing
+
+    root = Path(case.load)
+    said = (root / "latest_checkpointed_iteration.txt").read_text()
+    folder = root / (said if said == "release" else f"iter_{int(said):07d}")
+    if (folder / ".metadata").exists():
+        args = dist_checkpointing.load_common_state_dict(str(folder))["args"]
+    else:
+        args = torch.load(next(folder.rglob("model_optim_rng.pt")), weights_only=False)["args"]
+    assert isinstance(args, argparse.Namespace)
+    return args
+
+
+def _settings(case: Case, args: argparse.Namespace) -> Any:
+    """Make the configuration of a checkpoint's arguments as Megatron-LM does, but for how it runs here.
+
+    Source: https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/training/arguments.py
+    (core_transformer_config_from_args), and d98e8a64's argument_utils.py (_apply_yarn_config_from_args).
+    """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    return TransformerConfig(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        moe_ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=config["num_attention_heads"],
-        num_query_groups=config["num_key_value_heads"],
-        kv_channels=config["head_dim"],
-        num_moe_experts=config["num_local_experts"],
-        moe_router_topk=config["num_experts_per_tok"],
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="allgather",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        normalization="RMSNorm",
-        layernorm_epsilon=config["rms_norm_eps"],
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        use_cpu_initialization=True,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        tensor_model_parallel_size=case.tp,
-        pipeline_model_parallel_size=case.pp,
-        virtual_pipeline_model_parallel_size=case.vpp,
-        expert_model_parallel_size=case.ep,
-        expert_tensor_parallel_size=case.etp or case.tp,
-    )
+    said = {f.name: getattr(args, f.name) for f in dataclasses.fields(TransformerConfig) if hasattr(args, f.name)}
+    said |= {"num_moe_experts": args.num_experts, "layernorm_epsilon": args.norm_epsilon}
+    assert args.swiglu
+    said |= {"activation_func": torch.nn.functional.silu, "gated_linear_unit": True, "bias_activation_fusion": False}
+    said["num_query_groups"] = args.num_query_groups if args.group_query_attention else None
+    here = {
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+        "moe_grouped_gemm": False,
+        "use_cpu_initialization": True,
+        "params_dtype": torch.float32,
+        "pipeline_dtype": torch.float32,
+        "bf16": False,
+        "fp16": False,
+        "attention_dropout": 0.0,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+        "tensor_model_parallel_size": case.tp,
+        "pipeline_model_parallel_size": case.pp,
+        "virtual_pipeline_model_parallel_size": case.vpp,
+        "expert_model_parallel_size": case.ep,
+        "expert_tensor_parallel_size": case.etp or case.tp,
+    }
+    config = TransformerConfig(**{**said, **here})
+    if args.position_embedding_type == "yarn":
+        config.yarn_rotary_scaling_factor = args.rotary_scaling_factor
+        config.yarn_original_max_position_embeddings = args.yarn_original_max_position_embeddings
+        config.yarn_beta_fast, config.yarn_beta_slow = args.yarn_beta_fast, args.yarn_beta_slow
+        config.yarn_mscale, config.yarn_mscale_all_dim = args.mscale, args.mscale_all_dim
+        config.yarn_correction_range_round_to_int = args.yarn_correction_range_round_to_int
+    return config
 
 
-def _build(case: Case, config: dict[str, Any]) -> list[Any]:
+def _layers(settings: Any, case: Case, stage: int | None) -> Any:
+    """The layers of a stage, as Megatron-LM's gpt_builders.py chooses them."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+
+    if settings.num_moe_experts is None:
+        return get_gpt_layer_local_spec(qk_layernorm=settings.qk_layernorm, normalization="RMSNorm")
+    block = get_gpt_decoder_block_spec(settings, False, normalization="RMSNorm", vp_stage=stage)
+    if case.spec == "te":
+        # Transformer Engine does not run on a CPU. Its layers name the norm before experts without the renaming of
+        # local ones, which is the only difference between the two specs' sharded keys of tensors.
+        for layer in block.layer_specs:
+            if "MoE" in getattr(layer.submodules.mlp.module, "__name__", ""):
+                layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return block
+
+
+def _build(case: Case, args: argparse.Namespace) -> list[Any]:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    settings = _settings(case, config)
-    layer = get_gpt_layer_local_spec(
-        num_experts=config["num_local_experts"], moe_grouped_gemm=False, normalization="RMSNorm"
-    )
-    if case.spec == "te":
-        # Transformer Engine does not run on a CPU. Its layers name the norm before the experts without the renaming
-        # of local ones, which is the only difference between the two specs' sharded keys of tensors.
-        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    settings = _settings(case, args)
     multiple = 128 * case.tp
-    rows = (config["vocab_size"] + multiple - 1) // multiple * multiple
+    rows = (args.vocab_size + multiple - 1) // multiple * multiple
     models = []
     for stage in range(case.vpp or 1):
         virtual = {} if case.vpp is None else {"vp_stage": stage}
         where = {"ignore_virtual": case.vpp is None, **virtual}
         model = GPTModel(
             settings,
-            layer,
+            _layers(settings, case, None if case.vpp is None else stage),
             rows,
-            config["max_position_embeddings"],
+            args.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(**where),
             post_process=parallel_state.is_pipeline_last_stage(**where),
-            share_embeddings_and_output_weights=config["tie_word_embeddings"],
-            position_embedding_type="rope",
-            rotary_base=config["rope_theta"],
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type=args.position_embedding_type,
+            rotary_percent=args.rotary_percent,
+            rotary_base=args.rotary_base,
+            rope_scaling=args.use_rope_scaling,
+            rope_scaling_factor=args.rope_scaling_factor,
+            seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
             **virtual,
         )
         models.append(model.eval())
@@ -221,6 +287,7 @@ def _as_local(entries: dict[str, Any]) -> dict[str, Any]:
     out = {}
     for name, value in entries.items():
         name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+        name = name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
         head, experts, rest = name.partition("mlp.experts.linear_fc")
         if experts and rest[1:].startswith(".weight"):
             name = f"{head}mlp.experts.local_experts.{rest[8:]}.linear_fc{rest[0]}.weight"
@@ -253,8 +320,8 @@ def _load_dist(case: Case, models: list[Any]) -> None:
     loaded, left_over, missing = dist_checkpointing.load(_sharded(models, metadata), folder, strict=strict)
     assert not missing, missing
     # Keys must match both ways, but for the states of TE's norms, which local modules don't have.
-    norms = {"decoder.layers.pre_mlp_layernorm._extra_state", "decoder.final_layernorm._extra_state"}
-    assert left_over == (norms if case.spec == "te" else set()), left_over
+    assert (case.spec == "te") == bool(left_over), left_over
+    assert all(re.fullmatch(r".*(pre_mlp|final|[qk])_layernorm\._extra_state", key) for key in left_over), left_over
     for number, model in enumerate(models):
         model.load_state_dict(loaded["model" if len(models) == 1 else f"model{number}"], strict=True)
 
@@ -290,43 +357,24 @@ def _rows(case: Case, vocab: int) -> int:
     return (vocab + multiple - 1) // multiple * 128
 
 
-def _args(case: Case, config: dict[str, Any]) -> argparse.Namespace:
-    """Arguments as a run has them: those that an importer reads, and an enum that only Megatron can unpickle."""
+def _args(case: Case, args: argparse.Namespace) -> argparse.Namespace:
+    """Arguments as a run has them: the model's, its own layout, and an enum that only Megatron can unpickle."""
     from megatron.core.transformer.enums import AttnBackend
 
-    return argparse.Namespace(
-        attention_backend=AttnBackend.auto,
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        moe_ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=config["num_attention_heads"],
-        group_query_attention=True,
-        num_query_groups=config["num_key_value_heads"],
-        kv_channels=config["head_dim"],
-        num_experts=config["num_local_experts"],
-        moe_router_topk=config["num_experts_per_tok"],
-        moe_router_pre_softmax=False,
-        rotary_base=int(config["rope_theta"]),
-        layernorm_epsilon=config["rms_norm_eps"],
-        max_position_embeddings=config["max_position_embeddings"],
-        normalization="RMSNorm",
-        swiglu=True,
-        add_bias_linear=False,
-        position_embedding_type="rope",
-        untie_embeddings_and_output_weights=not config["tie_word_embeddings"],
-        vocab_size=config["vocab_size"],
-        tensor_model_parallel_size=case.tp,
-        pipeline_model_parallel_size=case.pp,
-        virtual_pipeline_model_parallel_size=case.vpp,
-        expert_model_parallel_size=case.ep,
-        expert_tensor_parallel_size=case.etp or case.tp,
-        params_dtype=torch.float32,
-    )
+    layout = {
+        "tensor_model_parallel_size": case.tp,
+        "pipeline_model_parallel_size": case.pp,
+        "virtual_pipeline_model_parallel_size": case.vpp,
+        "expert_model_parallel_size": case.ep,
+        "expert_tensor_parallel_size": case.etp or case.tp,
+        "params_dtype": torch.float32,
+        "moe_grouped_gemm": False,
+    }
+    return argparse.Namespace(**{**vars(args), **layout, "attention_backend": AttnBackend.auto})
 
 
-def _save_torch(case: Case, models: list[Any], config: dict[str, Any]) -> None:
-    state: dict[str, Any] = {"args": _args(case, config), "checkpoint_version": 3.0, "iteration": 7}
+def _save_torch(case: Case, models: list[Any], args: argparse.Namespace) -> None:
+    state: dict[str, Any] = {"args": _args(case, args), "checkpoint_version": 3.0, "iteration": 7}
     for number, model in enumerate(models):
         state["model" if len(models) == 1 else f"model{number}"] = model.state_dict_for_save_checkpoint()
     path = _rank_path(case, str(case.save), "iter_0000007")
@@ -338,7 +386,7 @@ def _save_torch(case: Case, models: list[Any], config: dict[str, Any]) -> None:
     (Path(str(case.save)) / "latest_checkpointed_iteration.txt").write_text("7")
 
 
-def _save_dist(case: Case, models: list[Any], config: dict[str, Any]) -> None:
+def _save_dist(case: Case, models: list[Any], args: argparse.Namespace) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -347,7 +395,7 @@ def _save_dist(case: Case, models: list[Any], config: dict[str, Any]) -> None:
         folder.mkdir(parents=True)
     dist.barrier()
     state = {
-        "args": _args(case, config),
+        "args": _args(case, args),
         "checkpoint_version": 3.0,
         "iteration": 7,
         **_sharded(models, case.save_metadata),

@@ -6,6 +6,7 @@ Hugging Face tensor follows from that tensor alone.
 
 from __future__ import annotations
 
+import argparse
 import json
 import warnings
 from dataclasses import asdict, dataclass
@@ -15,9 +16,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.overrides import TorchFunctionMode
 
-from tests.megatron.mcore_ranks import WORLD, Case, _allow_cpu, _args, _build, _load_dist, _sharded
+from tests.megatron.mcore_ranks import (
+    WORLD,
+    Case,
+    Cpu,
+    _allow_cpu,
+    _args,
+    _args_of,
+    _build,
+    _load_dist,
+    _sharded,
+    groups,
+)
 
 STEPS, BATCH, SEED = 2, 8, 1234
 LR, DECAY = 1e-3, 0.1
@@ -42,34 +53,20 @@ class Run:
     dtype: str = "float32"
 
 
-def run_all(runs: list[Run], config: dict[str, Any], work: Path) -> list[list[dict[str, torch.Tensor]]]:
+def run_all(runs: list[Run], work: Path) -> list[list[dict[str, torch.Tensor]]]:
     """Do runs one after another in one world of four ranks.
 
     Args:
         runs: what to do.
-        config: the Hugging Face config.
         work: a scratch folder.
 
     Returns:
         For each run what each rank holds at the end: weights, master weights, moments and step counts by name.
     """
     work.mkdir()
-    (work / "runs.json").write_text(json.dumps({"runs": [asdict(run) for run in runs], "config": config}))
+    (work / "runs.json").write_text(json.dumps([asdict(run) for run in runs]))
     mp.spawn(_rank, args=(str(work),), nprocs=WORLD, join=True)
     return [[torch.load(work / f"held{i}-{rank}.pt") for rank in range(WORLD)] for i in range(len(runs))]
-
-
-class _Cpu(TorchFunctionMode):
-    """Give megatron-core's optimizer the CPU where it asks for CUDA, and CUDA's name for the tensors' type."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        if func is torch.Tensor.cuda:
-            return args[0]
-        out = func(*args, **kwargs)
-        return out.replace("torch.", "torch.cuda.") if func is torch.Tensor.type and isinstance(out, str) else out
 
 
 def _rank(rank: int, work: str) -> None:
@@ -77,13 +74,11 @@ def _rank(rank: int, work: str) -> None:
     torch.set_num_threads(1)
     _allow_cpu()
     _keep_steps()
-    dist.init_process_group("gloo", init_method=f"file://{work}/rendezvous", rank=rank, world_size=WORLD)
-    spec = json.loads((Path(work) / "runs.json").read_text())
-    with _Cpu():
-        for number, fields in enumerate(spec["runs"]):
-            run = Run(**{**fields, "case": Case(**fields["case"])})
-            torch.save(_run(run, spec["config"]), Path(work) / f"held{number}-{rank}.pt")
-    dist.destroy_process_group()
+    for number, fields in enumerate(json.loads((Path(work) / "runs.json").read_text())):
+        run = Run(**{**fields, "case": Case(**fields["case"])})
+        with groups(rank, Path(work) / f"rendezvous{number}", run.case), Cpu():
+            held = _run(run)
+        torch.save(held, Path(work) / f"held{number}-{rank}.pt")
 
 
 def _keep_steps() -> None:
@@ -103,19 +98,15 @@ def _keep_steps() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = patched
 
 
-def _run(run: Run, config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    from megatron.core import parallel_state
+def _run(run: Run) -> dict[str, torch.Tensor]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     case = run.case
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        case.tp, case.pp, expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.etp
-    )
     dtype = getattr(torch, run.dtype)
-    models = [model.to(dtype) for model in _build(case, config)]
+    args = _args_of(case)
+    models = [model.to(dtype) for model in _build(case, args)]
     if not run.resume:
         _load_dist(case, models)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=run.distributed)
@@ -146,7 +137,7 @@ def _run(run: Run, config: dict[str, Any]) -> dict[str, torch.Tensor]:
         ones = [{n: torch.ones_like(p) for n, p in chunk.items()} for chunk in first]
         _step(optimizer, scheduler, models, ones)
     else:
-        _save(run, config, models, optimizer, scheduler)
+        _save(run, args, models, optimizer, scheduler)
     return _held(models, optimizer)
 
 
@@ -159,7 +150,7 @@ def _step(optimizer: Any, scheduler: Any, models: list[Any], gradients: list[dic
     scheduler.step(increment=BATCH)
 
 
-def _save(run: Run, config: dict[str, Any], models: list[Any], optimizer: Any, scheduler: Any) -> None:
+def _save(run: Run, base: argparse.Namespace, models: list[Any], optimizer: Any, scheduler: Any) -> None:
     """Save as Megatron's checkpointing.py does with --dist-ckpt-optim-fully-reshardable."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -169,7 +160,7 @@ def _save(run: Run, config: dict[str, Any], models: list[Any], optimizer: Any, s
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
-    args = _args(run.case, config)
+    args = _args(run.case, base)
     args.__dict__.update(iteration=STEPS, consumed_train_samples=STEPS * BATCH, global_batch_size=BATCH, seed=SEED)
     state: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": STEPS, **_sharded(models, metadata)}
     state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=metadata)

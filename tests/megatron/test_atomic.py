@@ -15,10 +15,10 @@ import pytest
 
 from moeconv.convert import Options
 from moeconv.errors import MoeconvError, WriteError
+from moeconv.formats import open_any
 from moeconv.io.staging import JOURNAL
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
-from moeconv.open import open_any
 
 ROOT = Path(__file__).parents[2]
 FORMS = ["torch", "torch_dist", "shards"]

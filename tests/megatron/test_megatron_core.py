@@ -54,9 +54,7 @@ def reference(hf_fp32: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(
-    hf_fp32: Path, config: dict[str, Any], reference: tuple[torch.Tensor, torch.Tensor], tmp_path_factory: Any
-) -> dict[str, Outcome]:
+def outcomes(hf_fp32: Path, reference: tuple[torch.Tensor, torch.Tensor], tmp_path_factory: Any) -> dict[str, Outcome]:
     work = tmp_path_factory.mktemp("mcore")
     cases: dict[str, Case] = {}
     for fmt, spec, layout in MATRIX:
@@ -68,8 +66,7 @@ def outcomes(
         first = next(c for c in cases.values() if (c.fmt, c.spec) == ("torch_dist", "local"))
         case = Case(load=first.load, fmt=fmt, save=str(work / f"other{number}"), save_metadata=metadata, **layout)
         cases[f"other{number}"] = case
-    theta = {**config, "rope_theta": config["rope_parameters"]["rope_theta"]}
-    logits = run_cases(list(cases.values()), theta, reference[0], work)
+    logits = run_cases(list(cases.values()), reference[0], work)
     return {name: Outcome(case, got) for (name, case), got in zip(cases.items(), logits, strict=True)}
 
 

@@ -18,9 +18,9 @@ from cli.main import main
 from moeconv import sweep
 from moeconv.convert import Options
 from moeconv.errors import IntegrityError, MappingError, SourceError, WriteError
+from moeconv.formats import open_any
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
-from moeconv.open import open_any
 from tests.megatron.conftest import assert_same, tensors_of
 from tests.megatron.test_round_trips import bring_back, export
 
@@ -85,7 +85,10 @@ def test_replicas_that_differ_are_refused(hf_bf16: Path, tmp_path: Path) -> None
         (lambda s: s["model"].update(stray=torch.zeros(2)), "stray in .* is no tensor"),
         (lambda s: s["model"].update({"decoder.final_layernorm.weight": torch.zeros(3)}), r"has shape \[3\]"),
         (lambda s: s["model"].pop("decoder.layers.3.mlp.experts.linear_fc1.weight5"), "lacks 1 tensors"),
-        (lambda s: setattr(s["args"], "moe_router_pre_softmax", True), "moe_router_pre_softmax=True"),
+        (
+            lambda s: setattr(s["args"], "moe_router_pre_softmax", True),
+            "moe_router_pre_softmax True in args, False in config",
+        ),
         (lambda s: setattr(s["args"], "rotary_base", 10000), "rotary_base 10000 in args"),
         (lambda s: setattr(s["args"], "num_layers", 5), "num_layers 5 in args, 4 in config"),
         (lambda s: s.update(surprise=1), "unknown entries"),

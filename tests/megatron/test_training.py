@@ -17,13 +17,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cli.main import main
+from moeconv.checking import compare
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.convert import Options
 from moeconv.errors import MappingError
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron.checkpoint import as_checkpoint
 from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
-from moeconv.verify import compare
 from runtime.checkpoint.position import TrainerState
 from tests.megatron.conftest import make_model, tensors_of
 from tests.megatron.mcore_ranks import Case
@@ -45,7 +45,7 @@ RESUMED = [name for name, (_, changes, _) in RUNS.items() if changes.get("distri
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: Any, hf_fp32: Path, hf_bf16: Path, config: dict[str, Any]) -> Path:
+def work(tmp_path_factory: Any, hf_fp32: Path, hf_bf16: Path) -> Path:
     """Where megatron-core saved each run (`NAME`) from `NAME-hf`, and what our import made of it (`NAME-shards`)."""
     work: Path = tmp_path_factory.mktemp("training")
     folders = {"float32": hf_fp32, "bfloat16": hf_bf16, "float16": make_model(work / "fp16", torch.float16)}
@@ -55,7 +55,7 @@ def work(tmp_path_factory: Any, hf_fp32: Path, hf_bf16: Path, config: dict[str, 
         weights = export(work / f"{name}-hf", work / f"{name}-weights", "torch_dist", layout, "local")
         case = Case(load=str(weights), fmt="torch_dist", save=str(work / name), **layout)
         runs.append(Run(case, **changes))
-    run_all(runs, {**config, "rope_theta": config["rope_parameters"]["rope_theta"]}, work / "saving")
+    run_all(runs, work / "saving")
     for name in RUNS:
         shards = work / f"{name}-shards"
         import_megatron(open_megatron(work / name, optimizer=True), shards, Degrees(tp=2, ep=4), Options())
@@ -110,7 +110,7 @@ def test_the_position_of_the_run(work: Path, name: str) -> None:
     assert state.optimizer == settings | scale
 
 
-def test_megatron_core_goes_on_from_our_export(work: Path, config: dict[str, Any], tmp_path: Path) -> None:
+def test_megatron_core_goes_on_from_our_export(work: Path, tmp_path: Path) -> None:
     """It loads its own save and ours, and does one more step: the same bits in every rank, under the run's own layout and another."""
     runs, names = [], []
     for name in RESUMED:
@@ -130,7 +130,7 @@ def test_megatron_core_goes_on_from_our_export(work: Path, config: dict[str, Any
             for load in (work / name, ours):
                 runs.append(Run(Case(load=str(load), fmt="torch_dist", **under), resume=True, **changes))
                 names.append(f"{name} under {under}")
-    held = run_all(runs, {**config, "rope_theta": config["rope_parameters"]["rope_theta"]}, tmp_path / "resuming")
+    held = run_all(runs, tmp_path / "resuming")
     for index in range(0, len(runs), 2):
         for theirs, ours_held in zip(held[index], held[index + 1], strict=True):
             assert theirs.keys() == ours_held.keys()

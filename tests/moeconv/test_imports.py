@@ -126,7 +126,7 @@ def test_rooms_import_downwards(package: str) -> None:
         "moeconv.convert",
         "moeconv.checkpoint",
         "moeconv.execute",
-        "moeconv.verify",
+        "moeconv.checking",
         "moeconv.describe",
         "moeconv.upcycle.expand",
     ],

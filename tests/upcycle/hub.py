@@ -45,6 +45,9 @@ def make_model(model_type: str, seed: int = 0, **options: Any) -> PreTrainedMode
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a shared expert of width 0
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config).float()
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn_like(buffer) * 0.3)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)

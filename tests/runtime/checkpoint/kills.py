@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from moeconv.checkpoint import open_checkpoint
-from moeconv.verify import verify
+from moeconv.checking import verify
 from runtime.checkpoint import folder as folders
 from tests.runtime.launch import start
 from tests.runtime.tiny import make_checkpoint, make_text

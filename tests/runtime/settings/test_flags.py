@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from transformers import LlamaConfig, MixtralConfig
 
 from moeconv.errors import MoeconvError
 from runtime.errors import ConfigError
+from runtime.settings.architecture import FACTS, Fact
 from runtime.settings.check import data_parallel_size
 from runtime.settings.flags import parse_flags
 from tests.runtime.settings.lines import MEGATRON, MIXTRAL_8X7B, SCRIPT, SHORT, judge, make
@@ -123,7 +123,7 @@ def test_switches_shorthands_and_lists() -> None:
     )
     assert given.values["train", "dtype"] == "bfloat16"
     assert given.values["checkpoint", "load_optim"] is False
-    assert given.values["data", "paths"] == (Path("c"),)
+    assert given.values["data", "data_path"] == ("c",)
     assert given.values["data", "split"] == (9.0, 1.0)
     assert given.values["moe", "capacity_factor"] == 1.0
     for line in (
@@ -154,6 +154,26 @@ def test_what_flags_say_of_the_model_is_compared(flags: str, message: str | None
         return
     with pytest.raises(ConfigError, match=message):
         make(f"{SHORT} {flags}")
+
+
+@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact.flag)
+def test_whatever_a_flag_says_of_the_model_is_compared(fact: Fact) -> None:
+    model = make(SHORT).model
+    found = fact.of_model(model)
+    wrong = {
+        int: lambda: found + 1,
+        float: lambda: found * 2,
+        str: lambda: "2" if isinstance(found, tuple) else f"{found}s",
+    }
+    if fact.kind is bool and found == fact.says:
+        make(f"{SHORT} {fact.flag}")
+        return
+    line = f"{SHORT} {fact.flag}" + ("" if fact.kind is bool else f" {wrong[fact.kind]()}")
+    with pytest.raises(ConfigError, match=f"^{fact.flag}(:| is ).*checkpoint ckpt") as error:
+        make(line)
+    assert "leave the flag out" in str(error.value)
+    if isinstance(found, int | float) and fact.kind is not bool:
+        make(f"{SHORT} {fact.flag} {found}")
 
 
 def test_heads_that_are_not_shared_disagree_with_grouped_queries() -> None:

@@ -16,7 +16,8 @@ from transformers import MixtralForCausalLM
 
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf
-from runtime.data.loader import DataConfig, DataSource
+from runtime.data.config import DataConfig
+from runtime.data.loader import DataSource
 from tests.runtime.launch import run, start, steps
 from tests.runtime.tiny import make_checkpoint, make_text
 from tests.runtime.words import VOCAB_SIZE
@@ -73,8 +74,8 @@ def test_transformers_loads_the_export_with_the_runtimes_loss(place: Workplace) 
     write_hf(open_checkpoint(place.folder / "plain" / "latest"), exported, None, Options())
     records = [json.loads(line) for line in (place.folder / "plain.jsonl").read_text().splitlines()]
     [evaluation] = [record for record in records if "eval_lm_loss" in record]
-    config = DataConfig(paths=(place.text,), split=(95, 5, 0), seq_length=64, vocab_size=VOCAB_SIZE)
-    samples = DataSource(replace(config, cache=place.folder / "cache"), exported).samples("valid")
+    config = DataConfig(data_path=(str(place.text),), split=(95, 5, 0), seq_length=64, vocab_size=VOCAB_SIZE)
+    samples = DataSource(replace(config, data_cache_path=place.folder / "cache"), exported).samples("valid")
     rows = torch.from_numpy(np.stack([samples.sample(i) for i in range(samples.num_samples)]))
     model = MixtralForCausalLM.from_pretrained(exported, dtype=torch.float32)
     with torch.no_grad():

@@ -1,0 +1,99 @@
+"""What a run's data are, in a line for each part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runtime.data.blended import BlendedSamples
+from runtime.data.loader import DataSource
+from runtime.data.packing import Samples
+from runtime.data.prepare import PrepareProgress
+
+_SHOWN = 5
+
+
+def describe_data(
+    data: DataSource, splits: Sequence[str], *, train_samples: int = 0, global_batch_size: int = 1
+) -> str:
+    """Say what data a run has, before its first step.
+
+    Args:
+        data: the opened data.
+        splits: parts that the run uses.
+        train_samples: samples that the whole run trains on.
+        global_batch_size: samples of a step.
+
+    Returns:
+        A line for each set (documents, tokens, samples; for training the epochs and the tokens of a step), and one that
+        says what was left out, where something was.
+    """
+    length = data.config.seq_length
+    lines = []
+    for split in splits:
+        for name, samples in data.sets(split):
+            label = f"{split} data" if name == split else f"{split} data {name}"
+            line = f"{label}: {describe_samples(samples, length)}"
+            if split == "train":
+                steps = -(-train_samples // global_batch_size)
+                line += f" | {samples.epochs(train_samples):.3g} epochs in {steps:,} steps of {global_batch_size * length:,} tokens"
+                line += _shares(data, samples, train_samples)
+            lines.append(line)
+    left_out = data.left_out()
+    if left_out:
+        more = f"; and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
+        lines.append(f"not read: {'; '.join(left_out[:_SHOWN])}{more}")
+    return "\n".join(lines)
+
+
+def describe_samples(samples: Samples, seq_length: int) -> str:
+    """Say how much one pass over samples is.
+
+    Args:
+        samples: the samples.
+        seq_length: tokens of each.
+
+    Returns:
+        For example "1,234 documents, 5.6 M tokens, 2,734 samples of 2,048".
+    """
+    text = f"{samples.num_documents:,} documents, {count(samples.num_tokens)} tokens, {samples.num_samples:,} samples of {seq_length:,}"
+    if samples.num_tokens <= seq_length:
+        text += " (fewer tokens than one sample takes: they are repeated)"
+    return text
+
+
+def _shares(data: DataSource, samples: Samples, train_samples: int) -> str:
+    if not isinstance(samples, BlendedSamples):
+        return ""
+    blend = data.blend("train")
+    assert blend is not None
+    parts = zip(blend.paths, samples.parts, samples.counts(train_samples), strict=True)
+    return "; " + ", ".join(
+        f"{path}: {number:,} samples, {part.epochs(number):.3g} epochs" for path, part, number in parts
+    )
+
+
+def count(number: float) -> str:
+    """Write a number as people read it, such as 1.23 B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,.0f}"
+
+
+def describe_progress(progress: PrepareProgress) -> str:
+    """Say how far tokenizing is.
+
+    Args:
+        progress: as `prepare` reports it.
+
+    Returns:
+        A line with share, tokens, tokens a second and the time that is left.
+    """
+    if progress.waiting:
+        return "waiting for another process that tokenizes the data"
+    share = progress.done_bytes / max(progress.total_bytes, 1)
+    line = f"tokenizing: {share:.1%} of {progress.total_bytes / 1e9:.2f} GB, {count(progress.tokens)} tokens, {count(progress.tokens_per_second)} tokens/s"
+    if progress.bytes_per_second > 0:
+        left = (progress.total_bytes - progress.done_bytes) / progress.bytes_per_second
+        line += f", {left / 60:.0f} min left" if left >= 90 else f", {left:.0f} s left"
+    return line

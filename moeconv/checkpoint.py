@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import numpy as np
 from moeconv.agreement import check_manifest, stage_layers
 from moeconv.errors import IntegrityError, MappingError, SourceError, WriteError
 from moeconv.families import family_of
-from moeconv.families.base import Family, Model
+from moeconv.families.base import CARRIED, Family, Model
 from moeconv.io.carried import Content, carried_files, read_content
 from moeconv.io.checksum import checksum
 from moeconv.io.decode import brief, parse_json
@@ -26,7 +27,7 @@ from moeconv.io.safetensors import Header, read_header
 from moeconv.io.staging import write_beneath
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect, check_cover
-from moeconv.pieces import NameMap, Piece, TensorInfo, check_complete
+from moeconv.pieces import NameMap, Piece, TensorInfo, as_stored, check_complete
 from moeconv.placement import split_optimizer_name
 from moeconv.plan import RowOp
 from moeconv.reading import read_rect
@@ -117,11 +118,12 @@ class Checkpoint:
         return read_rect(self.root, self.tensors[name], self.pieces[name], rect)
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
+def open_checkpoint(path: Path | str, carry: Sequence[str] = ()) -> Checkpoint:
     """Open a sharded checkpoint or a Hugging Face folder, and check that its tensors are exactly those that its config implies.
 
     Args:
         path: the folder.
+        carry: shell-style patterns of tensors of a Hugging Face folder that the family doesn't know and that go along unread.
 
     Returns:
         The checkpoint; no tensor has been read.
@@ -134,17 +136,18 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     root = Path(path)
     check_folder(root)
     if (root / MANIFEST).exists():
-        return _open_sharded(root)
+        return _open_sharded(root, carry)
     if list(root.glob("*-pp[0-9]*.safetensors")) or root.name.endswith(".partial"):
         raise SourceError(
             f"{root}: has no {MANIFEST}: the run that wrote it did not finish; finish it with --resume, or remove the folder"
         )
-    return _open_hf(root)
+    return _open_hf(root, carry)
 
 
-def _open_hf(root: Path) -> Checkpoint:
+def _open_hf(root: Path, carry: Sequence[str]) -> Checkpoint:
     folder = read_hf_folder(root)
-    model = model_of(folder.config, str(root / CONFIG))
+    shapes = {entry.name: entry.shape for header in folder.headers.values() for entry in header.entries}
+    model = as_stored(model_of(folder.config, str(root / CONFIG)), shapes, carry)
     names = NameMap(model)
     pieces: dict[str, list[Piece]] = {}
     for file, header in folder.headers.items():
@@ -162,10 +165,14 @@ def _open_hf(root: Path) -> Checkpoint:
     return Checkpoint(root, "hf", folder.config, model, tensors, ordered, {}, folder.carried, None, folder)
 
 
-def _open_sharded(root: Path) -> Checkpoint:
+def _open_sharded(root: Path, carry: Sequence[str]) -> Checkpoint:
+    if carry:
+        raise SourceError(f"{root}: --carry {carry[0]}: is sharded; say at the import what it carries")
     manifest = Manifest.decode(read_inside(root, MANIFEST, MAX_MANIFEST_BYTES), str(root / MANIFEST))
     config = parse_json(read_inside(root, CONFIG), str(root / CONFIG))
-    model = model_of(config, str(root / CONFIG))
+    shapes = {t.name: t.shape for record in manifest.files.values() for t in record.tensors}
+    unread = [t.name for name, f in manifest.files.items() if name.startswith(f"{CARRIED}-") for t in f.tensors]
+    model = as_stored(model_of(config, str(root / CONFIG)), shapes, [escape(name) for name in unread])
     pieces: dict[str, list[Piece]] = {}
     tensors: dict[str, TensorInfo] = {}
     checksums: dict[tuple[str, str], str] = {}

@@ -13,6 +13,7 @@ from moeconv.checkpoint import TRAINER, Checkpoint, make_manifest, natural
 from moeconv.dtypes import dtype
 from moeconv.errors import LayoutError, SourceError, WriteError
 from moeconv.execute import Progress, check_done, execute
+from moeconv.forms import Names, written
 from moeconv.io.carried import CarriedFile, Content, size_of
 from moeconv.io.checksum import checksum, new
 from moeconv.io.hf_folder import INDEX
@@ -20,7 +21,7 @@ from moeconv.io.manifest import MANIFEST, FileRecord
 from moeconv.io.safetensors import encode_header, parse_header
 from moeconv.io.staging import Staging, check_free, check_space
 from moeconv.layout.degrees import Degrees
-from moeconv.pieces import NameMap
+from moeconv.pieces import NameMap, TensorInfo
 from moeconv.placement import Placement, split_optimizer_name
 from moeconv.plan import Plan, TargetFile, make_plan, safetensors_target, sharded_files
 
@@ -81,12 +82,13 @@ def write_sharded(source: Checkpoint, out: Path, degrees: Degrees, options: Opti
     return plan
 
 
-def plan_hf(source: Checkpoint, max_shard_size: int | None) -> tuple[Plan, bytes | None]:
+def plan_hf(source: Checkpoint, max_shard_size: int | None, names: Names | None = None) -> tuple[Plan, bytes | None]:
     """Plan a checkpoint as a Hugging Face folder: with the source's own shard map, or cut anew under hub names.
 
     Args:
         source: a sharded checkpoint.
         max_shard_size: bytes of tensors a file at most; None for the source's own files.
+        names: the names to write experts under; None for the source's own, or where its files are cut anew, those in which checkpoints are published.
 
     Returns:
         The plan, and the index file's bytes (None where there is no index).
@@ -96,16 +98,18 @@ def plan_hf(source: Checkpoint, max_shard_size: int | None) -> tuple[Plan, bytes
     """
     tensors = {name: info for name, info in source.tensors.items() if split_optimizer_name(name)[0] is None}
     pieces = {name: source.pieces[name] for name in tensors}
-    if max_shard_size is None and source.manifest is not None and source.manifest.source:
+    if max_shard_size is None and names is None and source.manifest is not None and source.manifest.source:
         files, index = _own_files(source)
     else:
         files, index = _cut_files(
-            source, list(tensors), DEFAULT_SHARD_BYTES if max_shard_size is None else max_shard_size
+            source, list(tensors), DEFAULT_SHARD_BYTES if max_shard_size is None else max_shard_size, names or "hub"
         )
     return make_plan(tensors, pieces, files, ops=source.ops), index
 
 
-def write_hf(source: Checkpoint, out: Path, max_shard_size: int | None, options: Options) -> Plan:
+def write_hf(
+    source: Checkpoint, out: Path, max_shard_size: int | None, options: Options, names: Names | None = None
+) -> Plan:
     """Write a sharded checkpoint as a Hugging Face folder.
 
     Args:
@@ -113,6 +117,7 @@ def write_hf(source: Checkpoint, out: Path, max_shard_size: int | None, options:
         out: the folder to make.
         max_shard_size: bytes of tensors a file at most; None gives the source's own files, byte for byte.
         options: how to run.
+        names: as for `plan_hf`.
 
     Returns:
         The plan that was carried out.
@@ -122,7 +127,7 @@ def write_hf(source: Checkpoint, out: Path, max_shard_size: int | None, options:
     """
     if source.folder is not None:
         raise SourceError(f"{source.root}: is a Hugging Face folder already")
-    plan, index = plan_hf(source, max_shard_size)
+    plan, index = plan_hf(source, max_shard_size, names)
     beside = {name: content for name, content in source.carried_files.items() if name != TRAINER}
     if index is not None:
         beside[INDEX] = index
@@ -156,28 +161,28 @@ def _own_files(source: Checkpoint) -> tuple[list[TargetFile], bytes | None]:
     return files, index
 
 
-def _cut_files(source: Checkpoint, order: list[str], max_bytes: int) -> tuple[list[TargetFile], bytes | None]:
+def _cut_files(
+    source: Checkpoint, order: list[str], max_bytes: int, names: Names
+) -> tuple[list[TargetFile], bytes | None]:
     if max_bytes < 1:
         raise LayoutError(f"--max-shard-size {max_bytes}: expected at least 1 byte")
-    groups: list[list[str]] = [[]]
+    groups: list[list[TensorInfo]] = [[]]
     filled = 0
-    for name in order:
-        size = source.tensors[name].nbytes
+    for form in written(source.model, source.tensors, order, names):
+        size = form.info.nbytes
         if groups[-1] and filled + size > max_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append(name)
+        groups[-1].append(form.info)
         filled += size
-    files, weight_map = [], {}
+    files, weight_map, name_map = [], {}, NameMap(source.model)
     for number, group in enumerate(groups, 1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        ordered = sorted(group, key=lambda n: -dtype(source.tensors[n].dtype).itemsize)
-        infos = [source.tensors[name] for name in ordered]
+        infos = sorted(group, key=lambda info: -dtype(info.dtype).itemsize)
         header = encode_header([(i.name, i.dtype, i.shape) for i in infos], {"format": "pt"})
-        names = NameMap(source.model)
-        pieces = (p for e in header.entries for p in names.pieces(e.name, e.dtype, e.shape, file, e.begin))
+        pieces = (p for e in header.entries for p in name_map.pieces(e.name, e.dtype, e.shape, file, e.begin))
         files.append(safetensors_target(file, header, pieces))
-        weight_map.update(dict.fromkeys(group, file))
+        weight_map.update({info.name: file for info in group})
     if len(groups) == 1:
         return files, None
     total = sum(source.tensors[name].nbytes for name in order)

@@ -33,9 +33,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     model = checkpoint.model
     stored = [model.tensors[n] for n in checkpoint.tensors if split_optimizer_name(n)[0] is None]
-    total = sum(t.size for t in stored if not t.rule.buffer)
+    total = sum(t.parameters for t in stored)
     experts, top_k = model.sizes.get("experts", 0), model.sizes.get("top_k", 0)
-    in_experts = sum(t.size for t in stored if t.expert is not None)
+    in_experts = sum(t.parameters for t in stored if t.expert is not None)
     out: dict[str, Any] = {
         "path": str(checkpoint.root),
         "kind": checkpoint.title,

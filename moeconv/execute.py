@@ -60,7 +60,7 @@ class _Run:
         with (
             open_strips(self.root, job.sources, job.info.shape) as sources,
             open_strips(
-                self.staging.folder, targets, job.info.shape, lambda name: self.staging.open(name, os.O_WRONLY)
+                self.staging.folder, targets, job.info.shape, lambda name: self.staging.open(name, os.O_RDWR)
             ) as outs,
         ):
             hashers: dict[Rect, Any] = {}

@@ -17,9 +17,11 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from moeconv.checkpoint import Checkpoint
-from moeconv.families.base import fill
+from moeconv.families.base import Model
 from moeconv.families.inverse import layer_config
+from moeconv.families.names import fill
 from moeconv.layout.rect import Rect
+from moeconv.pieces import NameMap
 
 NUM_TOKENS = 64
 _VOCABULARY_ROWS = 8192
@@ -81,7 +83,11 @@ def logits(checkpoint: Checkpoint, tokens_BS: torch.Tensor) -> torch.Tensor:
         Logits [B, S, V], fp32.
     """
     *_, (final_BSD,) = hidden_states(checkpoint, [tokens_BS])
-    return torch.cat([final_BSD @ head.T for head in _head(checkpoint)], -1)
+    out_BSV = torch.cat([final_BSD @ head.T for head in _head(checkpoint)], -1)
+    bias = checkpoint.model.find("head.bias")
+    if bias is not None:
+        out_BSV = out_BSV + read_tensor(checkpoint, bias.name)
+    return out_BSV / checkpoint.model.compute.logits_divisor
 
 
 def loss(checkpoint: Checkpoint, tokens_BS: torch.Tensor) -> float:
@@ -128,7 +134,7 @@ def hidden_states(
         block.register_forward_hook(lambda m, i, o, seen=seen: seen.update(out=o[0] if isinstance(o, tuple) else o))
         for number, state in enumerate(states):
             with torch.no_grad():
-                last = model.base_model(inputs_embeds=state, use_cache=False).last_hidden_state
+                last = model.model(inputs_embeds=state, use_cache=False).last_hidden_state
             states[number] = last if layer == num_layers - 1 else seen["out"]
             if watch is not None:
                 watch(layer, number, seen["feed"])
@@ -143,9 +149,14 @@ def _layer_model(checkpoint: Checkpoint, layer: int) -> Any:
         for t in held.tensors.values()
         if t.layer == layer and t.name in checkpoint.tensors
     }
-    norm = held.tensor("final_norm").name
-    state |= {norm: read_tensor(checkpoint, norm)}
+    state = _published(held, layer, state)
+    for role in ("final_norm", "final_norm.bias"):
+        norm = held.find(role)
+        if norm is not None:
+            state[norm.name] = read_tensor(checkpoint, norm.name)
     state |= {held.rule(role).name: torch.zeros(1, held.sizes["hidden"]) for role in ("embedding", "head")}
+    if held.has("head.bias"):
+        state[held.rule("head.bias").name] = torch.zeros(1)
     config = AutoConfig.for_model(**layer_config(held, layer))
     architecture = getattr(transformers, checkpoint.family.architecture)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -153,6 +164,19 @@ def _layer_model(checkpoint: Checkpoint, layer: int) -> Any:
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a shared expert of width 0
         model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     return model.train(False)
+
+
+def _published(model: Model, layer: int, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put a layer's tensors, under the names of layer 0, into the form in which checkpoints of the family are published."""
+    names = NameMap(model)
+    for alias in model.family.aliases:
+        groups = names.members(alias, layer) if alias.hub else None
+        if groups is not None:
+            fused = [
+                torch.cat([state.pop(fill(t.rule.name, 0, t.expert)) for t in group], alias.dim) for group in groups
+            ]
+            state[fill(alias.name, 0, None)] = torch.stack(fused) if alias.stack else fused[0]
+    return state
 
 
 def read_tensor(checkpoint: Checkpoint, name: str, rect: Rect | None = None) -> torch.Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 
 from moeconv.dtypes import dtype
 from moeconv.errors import MappingError
-from moeconv.families.base import EXPERT, Alias, Model, fill, match
+from moeconv.families.base import Alias, GlobalTensor, Model
+from moeconv.families.names import EXPERT, fill, match
 from moeconv.layout.rect import Rect
 
 
@@ -58,7 +60,8 @@ class NameMap:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._aliases = [(alias, alias.name.split("{", 1)[0]) for alias in model.family.aliases]
+        self.aliases = [*model.family.aliases, *(_part_aliases(model) if model.quantised else ())]
+        self._aliases = [(alias, alias.name.split("{", 1)[0]) for alias in self.aliases]
 
     def pieces(self, name: str, kind: str, shape: Sequence[int], file: str, begin: int) -> list[Piece]:
         """Describe a stored tensor as pieces of global tensors.
@@ -80,26 +83,80 @@ class NameMap:
         if tensor is not None:
             self._check_shape(name, tuple(shape), tensor.shape, file)
             return [Piece(name, kind, Rect.whole(tensor.shape), file, begin)]
+        found = self.alias(name)
+        if found is None:
+            raise self._unknown(name, file)
+        return self._alias_pieces(*found, name, kind, tuple(shape), file, begin)
+
+    def alias(self, name: str) -> tuple[Alias, list[list[GlobalTensor]]] | None:
+        """Find the stored form that a name is one of.
+
+        Args:
+            name: a stored tensor's name.
+
+        Returns:
+            The alias, and for each thing that it stacks (one, where it stacks nothing) the tensors that it concatenates; None for no alias.
+        """
         for alias, prefix in self._aliases:
             found = match(alias.name, name) if name.startswith(prefix) else None
-            if found is not None and found[0] in self.model.moe_layers:
-                assert found[0] is not None
-                return self._alias_pieces(alias, found[0], name, kind, tuple(shape), file, begin)
-        raise self._unknown(name, file)
+            if found is not None and found[0] is not None:
+                parts = self.members(alias, found[0])
+                if parts is not None:
+                    return alias, parts
+        return None
+
+    def weights(self, name: str) -> list[str]:
+        """List the tensors that a name stands for: itself, or what an alias holds; none for an unknown name."""
+        if name in self.model.plain:
+            return [name]
+        found = self.alias(name)
+        return [tensor.name for group in found[1] for tensor in group] if found is not None else []
+
+    def members(self, alias: Alias, layer: int) -> list[list[GlobalTensor]] | None:
+        """List the tensors of a layer that an alias holds, as `alias` gives them; None where the layer lacks one."""
+        experts = range(self.model.sizes.get("experts", 0)) if alias.stack else (None,)
+        names = [[fill(part, layer, expert) for part in alias.parts] for expert in experts]
+        held = self.model.tensors
+        if not names or any(name not in held for group in names for name in group):
+            return None
+        return [[held[name] for name in group] for group in names]
+
+    @staticmethod
+    def alias_name(alias: Alias, layer: int) -> str:
+        """Give the name of a stored form of a layer."""
+        return fill(alias.name, layer, None)
+
+    def alias_shape(self, alias: Alias, parts: list[list[GlobalTensor]]) -> tuple[int, ...]:
+        """Give the shape of a stored form that holds these tensors."""
+        first = parts[0]
+        inner = list(first[0].shape)
+        inner[alias.dim] = sum(t.shape[alias.dim] for t in first)
+        return (len(parts), *inner) if alias.stack else tuple(inner)
 
     def _alias_pieces(
-        self, alias: Alias, layer: int, name: str, kind: str, shape: tuple[int, ...], file: str, begin: int
+        self,
+        alias: Alias,
+        parts: list[list[GlobalTensor]],
+        name: str,
+        kind: str,
+        shape: tuple[int, ...],
+        file: str,
+        begin: int,
     ) -> list[Piece]:
-        experts = range(self.model.sizes["experts"]) if alias.stack else (None,)
-        parts = [[self.model.tensors[fill(part, layer, expert)] for part in alias.parts] for expert in experts]
-        first = parts[0]
-        assert alias.dim == 0, "only the first dimension keeps the parts contiguous"
-        inner = (sum(t.shape[0] for t in first), *first[0].shape[1:])
-        self._check_shape(name, shape, (len(parts), *inner) if alias.stack else inner, file)
+        expected = self.alias_shape(alias, parts)
+        self._check_shape(name, shape, expected, file)
+        inner = expected[1:] if alias.stack else expected
+        strides = tuple(prod(inner[d + 1 :]) for d in range(len(inner)))
         out, itemsize = [], dtype(kind).itemsize
-        for tensor in (t for group in parts for t in group):
-            out.append(Piece(tensor.name, kind, Rect.whole(tensor.shape), file, begin))
-            begin += tensor.size * itemsize
+        for group in parts:
+            offset = 0
+            for tensor in group:
+                at = begin + offset * strides[alias.dim] * itemsize
+                # Rows of dim 0 follow each other; parts of another dim take turns.
+                gaps = strides if alias.dim else None
+                out.append(Piece(tensor.name, kind, Rect.whole(tensor.shape), file, at, gaps))
+                offset += tensor.shape[alias.dim]
+            begin += prod(inner) * itemsize
         return out
 
     def _check_shape(self, name: str, got: tuple[int, ...], expected: tuple[int, ...], file: str) -> None:
@@ -115,7 +172,8 @@ class NameMap:
         if layer and int(layer[1]) >= sizes["layers"]:
             key = self.model.family.sizes["layers"]
             return MappingError(
-                f"{name} in {file}: config.json has {key} {sizes['layers']}, so layers end at {sizes['layers'] - 1}. Correct config.json"
+                f"{name} in {file}: config.json has {key} {sizes['layers']}, so layers end at {sizes['layers'] - 1}. Correct config.json, "
+                f"or have it go along unread with --carry 'model.layers.{layer[1]}.*'"
             )
         expert = re.search(r"\.experts\.(\d+)\.", name)
         if expert and int(expert[1]) >= sizes.get("experts", 0):
@@ -127,8 +185,45 @@ class NameMap:
         )
         hint = f"; the nearest known name is {near[0]}" if near else ""
         return MappingError(
-            f"{name} in {file} is no tensor of {self.model.family.name}{hint}. Nothing is dropped silently: remove it from the source if it is not wanted"
+            f"{name} in {file} is no tensor of {self.model.family.name}{hint}. Nothing is dropped silently: have it go along unread with --carry {name!r} "
+            "(a pattern takes several), or remove it from the source if it is not wanted"
         )
+
+
+def as_stored(model: Model, shapes: Mapping[str, tuple[int, ...]], carry: Iterable[str]) -> Model:
+    """Give a model with what the names in a checkpoint say that its config can't: which weights are quantised, and what is carried along.
+
+    Args:
+        model: the model that the config describes.
+        shapes: the shape of every stored tensor, by its name.
+        carry: shell-style patterns of names; tensors that are the model's own are never carried.
+
+    Returns:
+        The model.
+    """
+    names, patterns = NameMap(model), list(carry)
+    quantised, carried = set[str](), dict[str, tuple[int, ...]]()
+    for name, shape in shapes.items():
+        weights = [w for weight in model.scheme.weights(name) for w in names.weights(weight)] if model.scheme else []
+        if weights:
+            quantised |= set(weights)
+        elif (
+            name not in model.plain
+            and not name.startswith("optimizer.")
+            and (model.carries(name) or any(fnmatchcase(name, pattern) for pattern in patterns))
+            and names.alias(name) is None
+        ):
+            carried[name] = shape
+    return model.stored_as(quantised, carried)
+
+
+def _part_aliases(model: Model) -> Iterator[Alias]:
+    """Give the stored forms of quantised weights' parts, which follow from those of the weights."""
+    for alias in model.family.aliases:
+        for part in model.scheme.parts if model.scheme is not None else ():
+            name, parts = part.rename(alias.name), [part.rename(p) for p in alias.parts]
+            if name is not None and name != alias.name and None not in parts:
+                yield Alias(name, tuple(p for p in parts if p is not None), alias.stack, alias.dim, alias.hub)
 
 
 def check_complete(model: Model, present: Iterable[str], where: str) -> None:

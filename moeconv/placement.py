@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeconv.errors import LayoutError
-from moeconv.families.base import GlobalTensor, Model
+from moeconv.families.base import CARRIED, GlobalTensor, Model
+from moeconv.families.quantised import BlockSplitError, Part
 from moeconv.layout.degrees import Degrees, DegreesError, chunk_layers, stage_of_layers
 from moeconv.layout.rect import Rect
 from moeconv.layout.shard import divisors, split_ceil, split_even, split_units
@@ -83,11 +84,20 @@ def misfits(model: Model, degrees: Degrees) -> Iterator[Misfit]:
         what, fits = f"an expert's width of {width}", tuple(divisors(width))
         yield Misfit(axis="etp", degree=degrees.etp, what=what, size=width, fits=fits, note=note)
     for rule in model.rules:
-        if rule.split is not None and rule.split.axis == "tp" and rule.split.units is None and not rule.split.rounded:
-            size = model.shape(rule)[rule.split.dim]
-            if size % tp:
-                what = f"the {size} elements of {rule.name}"
-                yield Misfit(axis="tp", degree=tp, what=what, size=size, fits=tuple(divisors(size)))
+        if (
+            rule.split is None
+            or rule.split.axis != "tp"
+            or rule.split.rounded
+            or rule.split.units in ("heads", "kv_heads")
+        ):
+            continue
+        units = rule.split.units
+        count = model.shape(rule)[rule.split.dim] if units is None else sizes[units]
+        if count % tp and (units is None or tp % count):
+            what = f"the {count} {'elements' if units is None else 'heads'} of {rule.name}"
+            yield Misfit(axis="tp", degree=tp, what=what, size=count, fits=tuple(divisors(count)))
+    if not (heads % tp or experts % degrees.ep or (experts and sizes["ffn"] % degrees.etp)):
+        yield from _cut_blocks(model, degrees)
 
 
 def check_degrees(model: Model, degrees: Degrees) -> None:
@@ -106,6 +116,36 @@ def check_degrees(model: Model, degrees: Degrees) -> None:
     chunk_layers(model.sizes["layers"], degrees)
 
 
+def _cut_blocks(model: Model, degrees: Degrees) -> Iterator[Misfit]:
+    """List where a rank's part of a quantised weight would end inside a block; weights of a rule are cut alike, so each rule is worked out once."""
+    seen = set()
+    for name in sorted(model.quantised):
+        weight = model.plain[name]
+        split = weight.rule.split
+        if split is None or weight.rule in seen:
+            continue
+        seen.add(weight.rule)
+        problem = _block_problem(model, weight, degrees)
+        if problem is not None and model.scheme is not None:
+            size = weight.units or weight.shape[split.dim]
+            others = ((d, replace(degrees, tp=d, etp=d, pp=1, vpp=1, pp_layers=None)) for d in divisors(size))
+            fits = tuple(d for d, other in others if _block_problem(model, weight, other) is None)
+            note = " (<etp> defaults to <tp>)" if split.axis == "etp" else ""
+            note += ". Or import the model as plain numbers with --dtype bfloat16"
+            what = f"{name}, stored as {model.scheme.name}, of which {problem},"
+            degree = getattr(degrees, split.axis)
+            yield Misfit(axis=split.axis, degree=degree, what=what, size=size, fits=fits, note=note)
+
+
+def _block_problem(model: Model, weight: GlobalTensor, degrees: Degrees) -> str | None:
+    try:
+        for part in model.parts(weight):
+            rank_rects(part, degrees)
+    except BlockSplitError as error:
+        return str(error)
+    return None
+
+
 def rank_rects(tensor: GlobalTensor, degrees: Degrees) -> list[Rect]:
     """Give the rectangle that each rank along the tensor's own axis holds.
 
@@ -119,7 +159,10 @@ def rank_rects(tensor: GlobalTensor, degrees: Degrees) -> list[Rect]:
 
     Raises:
         LayoutError: the dimension doesn't divide.
+        BlockSplitError: a part of a quantised weight would be cut inside a block.
     """
+    if tensor.part is not None and tensor.base is not None:
+        return _part_rects(tensor, tensor.part, tensor.base, degrees)
     split = tensor.rule.split
     if split is None:
         return [Rect.whole(tensor.shape)]
@@ -131,6 +174,15 @@ def rank_rects(tensor: GlobalTensor, degrees: Degrees) -> list[Rect]:
     else:
         ranges = split_even(size, parts)
     return [Rect.slab(tensor.shape, split.dim, begin, end) for begin, end in ranges]
+
+
+def _part_rects(tensor: GlobalTensor, part: Part, weight: GlobalTensor, degrees: Degrees) -> list[Rect]:
+    """Cut a part of a quantised weight as the weight is cut."""
+    rects = []
+    for rect in rank_rects(weight, degrees):
+        cut = part.cut(weight.shape, rect.offsets, rect.shape, transposed=weight.rule.transposed)
+        rects.append(Rect(*cut))
+    return rects[:1] if all(rect == rects[0] for rect in rects) else rects
 
 
 class Placement:
@@ -174,6 +226,8 @@ class Placement:
     def file(self, tensor: GlobalTensor, rank: int) -> str:
         """Name the file for rank `rank` along the tensor's own axis."""
         stage = self.stage(tensor)
+        if tensor.rule.role == CARRIED:
+            return f"{CARRIED}-pp{stage}.safetensors"
         if tensor.expert is None:
             return f"dense-tp{rank}-pp{stage}.safetensors"
         return f"experts-ep{self.expert_rank(tensor)}-etp{rank}-pp{stage}.safetensors"
@@ -208,8 +262,10 @@ class Placement:
                 )
         tied_head = self.model.flags.get("tied", False) and pp == self.degrees.pp - 1
         for tensor in self.model.tensors.values():
-            here = self.stage(tensor) == pp or (tied_head and tensor.rule.where == "first")
+            here = self.stage(tensor) == pp or (tied_head and tensor.rule.role == "embedding")
             if not here or (tensor.expert is not None and self.expert_rank(tensor) != ep):
+                continue
+            if tensor.rule.role == CARRIED and (tp or ep or etp):  # for the stage's first rank
                 continue
             rects = rank_rects(tensor, self.degrees)
             rect = rects[0] if len(rects) == 1 else rects[etp if tensor.expert is not None else tp]

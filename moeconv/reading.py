@@ -29,7 +29,7 @@ def read_rect(
     Args:
         root: the folder that the files are in.
         info: the tensor.
-        pieces: where it is; row-major.
+        pieces: where it is.
         rect: the part to read; None for the whole tensor.
         touched: told of each piece that was read; None saves the hashing.
 
@@ -44,6 +44,11 @@ def read_rect(
     for piece in pieces:
         part = piece.rect.intersect(wanted)
         if part is None:
+            continue
+        if piece.strides is not None:
+            _read_strided(root / piece.file, piece, part, out[part.within(wanted).slices()])
+            if touched is not None:
+                touched(piece, None)
             continue
         hasher = new() if touched is not None and part == piece.rect else None
         # Rows of dim 0 are contiguous in the file: read just those, and where they are wanted whole, into their place.
@@ -76,6 +81,22 @@ def _read_into(path: Path, offset: int, target: np.ndarray[Any, Any], hasher: An
             if hasher is not None:
                 hasher.update(left[:count])
             left = left[count:]
+
+
+def _read_strided(path: Path, piece: Piece, part: Rect, target: np.ndarray[Any, Any]) -> None:
+    """Fill an array with a part of a piece that is not stored row by row."""
+    assert piece.strides is not None
+    itemsize = target.dtype.itemsize
+    inner = part.within(piece.rect)
+    span = 1 + sum((n - 1) * s for n, s in zip(inner.shape, piece.strides, strict=True))
+    held = np.empty(span, target.dtype)
+    _read_into(
+        path,
+        piece.begin + itemsize * sum(o * s for o, s in zip(inner.offsets, piece.strides, strict=True)),
+        held,
+        None,
+    )
+    target[...] = np.ndarray(inner.shape, target.dtype, held, 0, [s * itemsize for s in piece.strides])
 
 
 def check_sum(root: Path, piece: Piece, checksums: Mapping[tuple[str, str], str], digest: str | None) -> None:

@@ -133,7 +133,10 @@ class Sweep:
                 data = packed
             if strip.hasher is not None:
                 strip.hasher.update(data.data)
-            _pwrite(strip, data, strip.position(begin))
+            if strip.piece.strides:
+                _scatter(strip, strip.piece.strides, begin, end, data)
+            else:
+                _pwrite(strip, data, strip.position(begin))
 
 
 _local = threading.local()
@@ -152,16 +155,33 @@ def _pread(strip: Strip, data: Bytes, position: int) -> None:
 
 def _gather(strip: Strip, strides: tuple[int, ...], begin: int, end: int, out: Bytes) -> None:
     """Read rows of a piece that is not stored row by row (columns of a matrix, a transposed one) into `out`, [rows, bytes a row]."""
+    _map(strip, strides, begin, end, mmap.ACCESS_READ, lambda v: np.copyto(out.view(v.dtype).reshape(v.shape), v))
+
+
+def _scatter(strip: Strip, strides: tuple[int, ...], begin: int, end: int, data: Bytes) -> None:
+    """Write rows, [rows, bytes a row], to a piece that is not stored row by row."""
+    _map(strip, strides, begin, end, mmap.ACCESS_WRITE, lambda v: np.copyto(v, data.view(v.dtype).reshape(v.shape)))
+
+
+def _map(
+    strip: Strip,
+    strides: tuple[int, ...],
+    begin: int,
+    end: int,
+    access: int,
+    copy: Callable[[np.ndarray[Any, np.dtype[Any]]], None],
+) -> None:
+    """Map the rows of a piece, and only those and only while they are copied."""
     piece, size = strip.piece, dtype(strip.piece.dtype).itemsize
     shape = (end - begin, *piece.rect.shape[1:])
     first = piece.begin + size * (begin - strip.first) * strides[0]
     last = first + size * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
     if last > os.fstat(strip.fd).st_size:
         raise SourceError(f"{piece.file}: ends inside {piece.tensor}; the file was truncated")
-    skip = first % mmap.ALLOCATIONGRANULARITY  # only these rows are mapped, and only while they are copied
-    with mmap.mmap(strip.fd, last - first + skip, access=mmap.ACCESS_READ, offset=first - skip) as mapped:
+    skip = first % mmap.ALLOCATIONGRANULARITY
+    with mmap.mmap(strip.fd, last - first + skip, access=access, offset=first - skip) as mapped:
         view = np.ndarray(shape, np.dtype(f"u{size}"), mapped, skip, [s * size for s in strides])
-        np.copyto(out.view(view.dtype).reshape(shape), view)
+        copy(view)
         del view  # the mapping closes only once nothing looks into it
 
 

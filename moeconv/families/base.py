@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
 from moeconv.errors import MappingError
 from moeconv.families.compute import Compute, ComputeRule, resolve
+from moeconv.families.layers import LinearLayers, MoELayers, linear_layers, moe_layers
+from moeconv.families.names import EXPERT, evaluate, fill, layer_of
+from moeconv.families.quantised import Part, Scheme, scheme_of
 
 Axis = Literal["tp", "etp"]
 Where = Literal["first", "layers", "last"]
-Layers = Literal["all", "moe", "dense"]
-LAYER, EXPERT = "{layer}", "{expert}"
+Layers = Literal["all", "moe", "dense", "linear", "full"]
 MAX_LAYERS, MAX_EXPERTS = 4096, 16384
-# What a tensor can do. A part has `gate`, `up`, `down` where it is a gated feed-forward network.
+# What a tensor can do. A part has `gate`, `up`, `down` where it is a gated feed-forward network, `gate_up` where a matrix holds the two in turns.
 ROLES = frozenset(
     (
         *("embedding", "final_norm", "head", "attention_norm", "mlp_norm", "router", "router.bias", "shared.router"),
-        *(f"attention.{name}" for name in ("q", "k", "v", "o", "q_norm", "k_norm")),
-        *(f"attention.{name}.bias" for name in ("q", "k", "v", "o")),
+        *("final_norm.bias", "head.bias", "attention_norm.bias", "mlp_norm.bias", "router.linear.bias"),
+        *(f"attention.{name}" for name in ("q", "k", "v", "o", "q_norm", "k_norm", "sinks")),
+        *(f"attention.{name}" for name in ("q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm", "kv_b")),
+        *(f"attention.{name}.bias" for name in ("q", "k", "v", "o", "q_a", "kv_a")),
         *(f"{part}.{name}" for part in ("mlp", "expert", "shared") for name in ("gate", "up", "down")),
-        *(f"mlp.{name}.bias" for name in ("gate", "up", "down")),
+        *(f"{part}.{name}.bias" for part in ("mlp", "shared") for name in ("gate", "up", "down")),
+        *("expert.gate_up", "expert.gate_up.bias", "expert.down.bias"),
+        *(f"linear.{name}" for name in ("in", "in_qkv", "in_z", "in_ba", "in_b", "in_a", "conv", "conv.bias", "out")),
+        *(f"linear.{name}" for name in ("x", "dt", "dt.bias", "a", "d", "norm", "dt_norm", "b_norm", "c_norm")),
     )
 )
+CARRIED = "carried"  # the role of tensors that go along unread
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +52,9 @@ class TensorRule:
     """The tensors of one kind: what they do, a name with `{layer}` and `{expert}`, the sizes of their dimensions (`heads*head_dim`), their split.
 
     The `role` is what every room asks by: `attention.k`, `attention.k_norm`, `router.bias`, `expert.gate`, ... (ROLES lists them).
-    `absent_if` names a flag of the config (`tied`) under which the tensor need not be stored; `only_if` one without which it does not exist.
-    `layers` says whether every layer has it, or only those whose feed-forward part is a mixture of experts, or dense. A `buffer` is no parameter.
+    `absent_if` names a flag of the config (`tied`) under which the tensor need not be stored; `only_if` a flag, or a size, without which it does
+    not exist (`!flag`: with which; `a&b`: both). `layers` says whether every layer has it, or only those whose feed-forward part is a mixture of experts or
+    dense, or whose attention is linear or full. A `buffer` is no parameter. A `transposed` matrix is stored as [in, out].
     """
 
     role: str
@@ -57,21 +66,26 @@ class TensorRule:
     only_if: str | None = None
     layers: Layers = "all"
     buffer: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """Another stored form of some tensors: the named tensors, concatenated along `dim`, stacked over experts where `stack` is set."""
+    """Another stored form of some tensors: the named tensors, concatenated along `dim`, stacked over experts where `stack` is set.
+
+    With `hub` it is the form in which checkpoints are published; the names of the parts then exist only inside this program's checkpoints.
+    """
 
     name: str
     parts: tuple[str, ...]
     stack: bool = False
     dim: int = 0
+    hub: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class GlobalTensor:
-    """One tensor of a model, whole, under its name on the hub."""
+    """One tensor of a model, whole, under its name on the hub. A `part` of a quantised weight has that weight as `base`."""
 
     name: str
     shape: tuple[int, ...]
@@ -79,22 +93,33 @@ class GlobalTensor:
     units: int | None = None
     layer: int | None = None
     expert: int | None = None
+    part: Part | None = None
+    base: GlobalTensor | None = None
 
     @property
     def size(self) -> int:
         """The number of elements."""
         return prod(self.shape)
 
+    @property
+    def parameters(self) -> int:
+        """The number of the model's parameters that it stands for: packed numbers for all they hold, scales for none."""
+        if self.part is None or self.base is None:
+            return 0 if self.rule.buffer or self.rule.role == CARRIED else self.size
+        return self.base.size if self.part.role == "weight" else 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """A model family as data.
 
-    `sizes` says which config key gives each size; a tuple gives alternatives, and a size that no key gives is a default product of others.
-    `flags` says which config key gives each flag, with the value where the config is silent. `may_be_zero` names the sizes that need not be
-    at least 1. `dense_layers` says how a config names layers without experts. `compute` says what is computed with the tensors.
-    `tokens` has the special tokens that transformers takes where a config is silent, `stated` what a config made for this family says besides,
-    `mergekit` what mergekit-moe calls an output of this family.
+    `sizes` says which config key gives each size; a tuple gives alternatives, and a size that no key gives is a default sum of products of
+    others. `flags` says which config key gives each flag, with the value where the config is silent. `may_be_zero` names the sizes that need
+    not be at least 1, `null` those whose 0 a config states as null. `dense_layers` says how a config names layers without experts,
+    `linear_layers` those with linear attention. `compute` says what is computed with the tensors. `also` has further values of `model_type`.
+    `carried` are shell-style patterns of tensors that are no part of this (`mtp.*`), `mtp` the keys of a number of further layers for
+    predicting more tokens: they go along unread. `tokens` has the special tokens that transformers takes where a config is silent, `stated`
+    what a config made for this family says besides.
     """
 
     name: str
@@ -106,8 +131,13 @@ class Family:
     defaults: Mapping[str, str] = field(default_factory=dict)
     flags: Mapping[str, str | tuple[str, bool]] = field(default_factory=dict)
     may_be_zero: tuple[str, ...] = ()
-    dense_layers: Literal["none", "listed", "first"] = "none"
+    null: tuple[str, ...] = ()
+    dense_layers: MoELayers = "none"
+    linear_layers: LinearLayers = "none"
     aliases: tuple[Alias, ...] = ()
+    also: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    mtp: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
     stated: Mapping[str, Any] = field(default_factory=dict)
     mergekit: str | None = None
@@ -119,18 +149,25 @@ class Family:
 
     def width(self, part: str) -> str | None:
         """Give the formula of the neurons of a feed-forward part (`mlp`, `expert`, `shared`), as `shared*ffn`; None where the family has no such part."""
-        return next((rule.shape[0] for rule in self.rules if rule.role == f"{part}.gate"), None)
+        down = next((rule for rule in self.rules if rule.role == f"{part}.down"), None)
+        return down.shape[0 if down.transposed else 1] if down is not None else None
 
 
 @dataclass(frozen=True)
 class Model:
-    """A family with its sizes filled in from a config: every tensor that a checkpoint of the model must hold."""
+    """A family with its sizes filled in from a config: every tensor that a checkpoint of the model must hold.
+
+    What a config can't say comes from a checkpoint's names (`stored_as`): the weights that are `quantised`, and the shapes of `carried` tensors.
+    """
 
     family: Family
     sizes: dict[str, int]
     flags: dict[str, bool]
     moe_layers: frozenset[int]
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    linear_layers: frozenset[int] = frozenset()
+    quantised: frozenset[str] = field(default=frozenset(), repr=False)
+    carried: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_config(cls, family: Family, config: Mapping[str, Any]) -> Model:
@@ -165,7 +202,46 @@ class Model:
         named = {flag: (key, False) if isinstance(key, str) else key for flag, key in family.flags.items()}
         flags = {flag: bool(config.get(key, silent)) for flag, (key, silent) in named.items()}
         _check_limits(sizes)
-        return cls(family, sizes, flags, _moe_layers(family, config, sizes), config)
+        moe = moe_layers(family.dense_layers, config, sizes["layers"]) if "experts" in sizes else frozenset[int]()
+        return cls(family, sizes, flags, moe, config, linear_layers(family.linear_layers, config, sizes["layers"]))
+
+    def stored_as(self, quantised: Iterable[str], carried: Mapping[str, tuple[int, ...]]) -> Model:
+        """Give the model with what a checkpoint's names say of it.
+
+        Args:
+            quantised: names of weights that are stored quantised.
+            carried: the shapes of tensors that go along unread, by name.
+
+        Returns:
+            The model whose `tensors` are those of the checkpoint.
+        """
+        return replace(self, quantised=frozenset(quantised), carried=dict(carried))
+
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        """How quantised weights are stored, if the config says so in a way that is known.
+
+        Raises:
+            MappingError: the parameters of the method mean nothing.
+        """
+        return scheme_of(self.config)
+
+    def kinds(self, layer: int) -> tuple[Layers, ...]:
+        """Give the kinds that a layer is of, as `TensorRule.layers` names them."""
+        return (
+            "all",
+            "moe" if layer in self.moe_layers else "dense",
+            "linear" if layer in self.linear_layers else "full",
+        )
+
+    def carries(self, name: str) -> bool:
+        """Say whether the family marks a tensor that is none of the model's as one to carry along."""
+        if any(fnmatchcase(name, pattern) for pattern in self.family.carried):
+            return True
+        further = layer_of(name)
+        count = next((self.config[key] for key in self.family.mtp if self.config.get(key) is not None), None)
+        first = self.sizes["layers"]
+        return isinstance(count, int) and further is not None and first <= further < first + count
 
     @cached_property
     def compute(self) -> Compute:
@@ -219,29 +295,67 @@ class Model:
         return {rule.role: rule for rule in self.rules}
 
     @cached_property
-    def tensors(self) -> dict[str, GlobalTensor]:
-        """Every tensor by its hub name, in the order of the model; tensors that a flag makes optional included."""
+    def plain(self) -> dict[str, GlobalTensor]:
+        """Every tensor by its hub name as if nothing were quantised, in the order of the model; tensors that a flag makes optional included."""
         return {t.name: t for t in self._expand()}
+
+    @cached_property
+    def tensors(self) -> dict[str, GlobalTensor]:
+        """Every tensor by its hub name, in the order of the model: `plain`, with quantised weights as their parts, and the carried ones."""
+        if not self.quantised and not self.carried:
+            return self.plain
+        out: dict[str, GlobalTensor] = {}
+        for tensor in self.plain.values():
+            stored = self.parts(tensor) if tensor.name in self.quantised else [tensor]
+            out |= {t.name: t for t in stored}
+        return out | {name: self._carried(name, shape) for name, shape in self.carried.items()}
+
+    def parts(self, weight: GlobalTensor) -> list[GlobalTensor]:
+        """Give the tensors that a weight is stored as where it is quantised; those of its scheme that need not be there included."""
+        out = []
+        for part in self.scheme.parts if self.scheme is not None else ():
+            name, template = part.rename(weight.name), part.rename(weight.rule.name)
+            if name is not None and template is not None:
+                rule = replace(weight.rule, role=f"{weight.rule.role}: {part.role}", name=template, split=None)
+                shape = part.shape(weight.shape, transposed=weight.rule.transposed)
+                out.append(
+                    GlobalTensor(name, shape, rule, layer=weight.layer, expert=weight.expert, part=part, base=weight)
+                )
+        return out
+
+    def _carried(self, name: str, shape: tuple[int, ...]) -> GlobalTensor:
+        """Carried tensors of a layer are stored with it, those of layers past the last with the last one, others with the first."""
+        layer = layer_of(name)
+        here = layer if layer is not None and layer < self.sizes["layers"] else None
+        late = "mtp" in name.lower() or (layer is not None and here is None)
+        where: Where = "layers" if here is not None else "last" if late else "first"
+        return GlobalTensor(name, shape, TensorRule(CARRIED, name, (), where=where), layer=here)
 
     @cached_property
     def rules(self) -> tuple[TensorRule, ...]:
         """The rules of the tensors that the model has."""
-        absent = {"moe": not self.moe_layers, "dense": len(self.moe_layers) == self.sizes["layers"]}
-        return tuple(
-            r
-            for r in self.family.rules
-            if (r.only_if is None or self.flags.get(r.only_if)) and not absent.get(r.layers, False)
+        kinds = {kind for layer in range(self.sizes["layers"]) for kind in self.kinds(layer)}
+        return tuple(r for r in self.family.rules if r.layers in kinds and self._given(r.only_if))
+
+    def _given(self, condition: str | None) -> bool:
+        """Say whether a flag is set, or a size not 0; the opposite after `!`, all of several between `&`."""
+        return condition is None or all(
+            (bool(self.flags.get(name := term.removeprefix("!"))) or self.sizes.get(name, 0) > 0)
+            != term.startswith("!")
+            for term in condition.split("&")
         )
 
     def optional(self, tensor: GlobalTensor) -> bool:
-        """Say whether a checkpoint may lack the tensor (an output head tied to the embedding)."""
+        """Say whether a checkpoint may lack the tensor (an output head tied to the embedding, a scale that not every writer stores)."""
+        if tensor.part is not None and tensor.part.optional:
+            return True
         return tensor.rule.absent_if is not None and self.flags.get(tensor.rule.absent_if, False)
 
     def _expand(self) -> Iterator[GlobalTensor]:
         for where in ("first", "layers", "last"):
             for layer in range(self.sizes["layers"]) if where == "layers" else (None,):
-                kind = "moe" if layer in self.moe_layers else "dense"
-                rules = [r for r in self.rules if r.where == where and (layer is None or r.layers in ("all", kind))]
+                kinds = self.kinds(layer) if layer is not None else ()
+                rules = [r for r in self.rules if r.where == where and (layer is None or r.layers in kinds)]
                 for rule in rules:
                     if EXPERT not in rule.name:
                         yield self._tensor(rule, layer, None)
@@ -259,38 +373,6 @@ class Model:
         return tuple(evaluate(term, self.sizes) for term in rule.shape)
 
 
-def fill(template: str, layer: int | None, expert: int | None) -> str:
-    """Put layer and expert numbers into a name."""
-    return template.replace(LAYER, str(layer)).replace(EXPERT, str(expert))
-
-
-def evaluate(term: str, sizes: Mapping[str, int]) -> int:
-    """Give the value of a product of sizes and numbers, such as `heads*head_dim`."""
-    return prod(int(factor) if factor.isdigit() else sizes[factor] for factor in term.split("*"))
-
-
-def match(template: str, name: str) -> tuple[int | None, int | None] | None:
-    """Find the layer and expert numbers of a name.
-
-    Args:
-        template: a name with `{layer}` and `{expert}`.
-        name: a tensor's name.
-
-    Returns:
-        `(layer, expert)`, with None for what the template lacks; None where the name is of another kind.
-    """
-    pattern = (
-        re.escape(template)
-        .replace(re.escape(LAYER), r"(?P<layer>0|[1-9]\d*)")
-        .replace(re.escape(EXPERT), r"(?P<expert>0|[1-9]\d*)")
-    )
-    found = re.fullmatch(pattern, name)
-    if found is None:
-        return None
-    numbers = found.groupdict()
-    return tuple(int(numbers[key]) if key in numbers else None for key in ("layer", "expert"))  # type: ignore[return-value]
-
-
 def _check_limits(sizes: Mapping[str, int]) -> None:
     """Refuse sizes that no model has, before anything of that size is made."""
     for name, most in (("layers", MAX_LAYERS), ("experts", MAX_EXPERTS)):
@@ -300,26 +382,6 @@ def _check_limits(sizes: Mapping[str, int]) -> None:
         raise MappingError(
             f"config.json says {max(sizes, key=lambda n: sizes[n])} {max(sizes.values())}; no model is so large"
         )
-
-
-def _moe_layers(family: Family, config: Mapping[str, Any], sizes: Mapping[str, int]) -> frozenset[int]:
-    """Find the layers with experts, as transformers does: `mlp_only_layers` and `decoder_sparse_step`, or `first_k_dense_replace`."""
-    layers = range(sizes["layers"] if "experts" in sizes else 0)
-    if family.dense_layers == "listed":
-        listed, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
-        if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
-            raise MappingError(f"config.json: mlp_only_layers is {str(listed)[:80]}; expected a list of layers")
-        if not isinstance(step, int) or isinstance(step, bool) or step < 1:
-            raise MappingError(f"config.json: decoder_sparse_step is {step!r}; expected a whole number of at least 1")
-        return frozenset(layer for layer in layers if layer not in listed and (layer + 1) % step == 0)
-    if family.dense_layers == "first":
-        first = config.get("first_k_dense_replace")
-        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-            raise MappingError(
-                f"config.json: first_k_dense_replace is {first!r}; {family.name} needs the number of dense layers"
-            )
-        return frozenset(layers[first:])
-    return frozenset(layers)
 
 
 def _default(name: str, formula: str, sizes: Mapping[str, int]) -> int:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import log
 from typing import Any, Literal
 
 from moeconv.errors import MappingError
 from moeconv.families.rope import Rope, RopeRule
 
-Score = Literal["softmax", "sigmoid"]
+Score = Literal["softmax", "sigmoid", "sparsemixer"]
+Norm = Literal["rms", "layer"]
+NormPlace = Literal["before", "after"]
+HeadNorms = Literal["before rotation", "after rotation"]
 WINDOWED, FULL = "sliding_attention", "full_attention"  # a layer's kind of attention in `layer_types`
+
+
+GATE = ("alpha", "limit")
+SCALES = ("embedding_scale", "residual_scale", "logits_divisor")
+CONSTANT = ("norm", "norm_place", "head_norms", "latent_norm_eps", "lacks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +36,13 @@ class Key:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowRule:
-    """Which layers attend through a sliding window: all of them, those from a layer on, or every second one below a layer.
+    """Which layers attend through a sliding window: all of them, those from a layer on, every second one below a layer, or every second one.
 
     `size` counts positions, the token's own included. With `switch` there is a window only where that key is true; `bound` is the layer
-    of the last two patterns, which yield to `layer_types` where the config lists them.
+    of "from" and "even below". All patterns but "all" yield to `layer_types` where the config lists them.
     """
 
-    pattern: Literal["all", "from", "even below"]
+    pattern: Literal["all", "from", "even below", "alternate"]
     size: Key
     switch: Key | None = None
     bound: Key | None = None
@@ -49,6 +58,25 @@ class RouterRule:
     groups: Key | int = 1
     group_top_k: Key | int = 1
     group_best: int = 2
+    grouped: tuple[Key, Any] | None = None
+    "Where there are groups only if a key has a value: the two."
+    jitter: Key | float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateRule:
+    """A gated activation that is clamped: gate * sigmoid(alpha * gate) * (up + 1), with gate at most `limit` and up between -limit and limit."""
+
+    alpha: Key
+    limit: Key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """The parameters of a clamped gated activation; see `GateRule`."""
+
+    alpha: float
+    limit: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +86,9 @@ class Router:
     The scores of all experts are a softmax or sigmoids of the logits. The `top_k` best are chosen, among those of the `group_top_k`
     best of `groups` equal groups, whose value is the sum of their `group_best` best scores; a stored bias (role `router.bias`) counts in the
     choice alone. The chosen scores, divided by their sum where `normalise` is set and multiplied by `scale`, are the weights.
+
+    A `sparsemixer` chooses two experts one after the other; the weight of each is its softmax over those logits that are within 2 * `jitter`
+    of the best one, relative to the larger of the two.
     """
 
     experts: int
@@ -69,11 +100,16 @@ class Router:
     group_top_k: int = 1
     group_best: int = 2
     bias: bool = False
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeRule:
-    """What a family computes. `fixed` names keys of config.json that everyone who computes needs to have the given value."""
+    """What a family computes; see `Compute` for the fields that both have.
+
+    `fixed` names keys of config.json that everyone who computes needs to have the given value. With `yarn_scale` positions that are stretched by
+    yarn also scale the attention. `lacks` names what no rule here describes, where a family computes something of the kind.
+    """
 
     norm_eps: Key
     max_positions: Key
@@ -82,6 +118,17 @@ class ComputeRule:
     init_std: Key = Key("initializer_range", 0.02)
     window: WindowRule | None = None
     router: RouterRule | None = None
+    gate: GateRule | None = None
+    norm: Norm = "rms"
+    norm_place: NormPlace = "before"
+    head_norms: HeadNorms = "before rotation"
+    latent_norm_eps: float = 1e-6
+    yarn_scale: bool = False
+    attention_scale: Key | None = None
+    embedding_scale: Key | float = 1.0
+    residual_scale: Key | float = 1.0
+    logits_divisor: Key | float = 1.0
+    lacks: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=lambda: {"attention_dropout": 0.0})
 
 
@@ -90,8 +137,12 @@ class Compute:
     """What a model computes: a family's rules with the values of a config.
 
     `windows` has the sliding window of each layer in positions, the token's own included; None attends to everything before.
-    `router` is None for a dense model. `others` holds keys under which the model computes something that no rule describes, with
-    their values.
+    `router` is None for a dense model. `gate` is the experts' clamped activation; None for silu(gate) * up. Norms are root-mean-square ones, or layer
+    norms with a bias; they stand before attention and feed-forward part, or after each. Norms of heads come before or after the rotation.
+    `latent_norm_eps` is that of the norms of latent queries, keys and values. `attention_scale` multiplies queries times keys; None: one over the
+    root of a head's elements. `embedding_scale` multiplies embeddings, `residual_scale` what is added to the residual; logits are divided by
+    `logits_divisor`. `lacks` names, in words, something that no rule describes. `others` holds keys under which the model computes
+    something that no rule describes, with their values.
     """
 
     norm_eps: float
@@ -102,6 +153,16 @@ class Compute:
     windows: tuple[int | None, ...]
     router: Router | None
     others: Mapping[str, Any]
+    gate: Gate | None = None
+    norm: Norm = "rms"
+    norm_place: NormPlace = "before"
+    head_norms: HeadNorms = "before rotation"
+    latent_norm_eps: float = 1e-6
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
+    lacks: str | None = None
 
 
 def resolve(rule: ComputeRule, config: Mapping[str, Any], sizes: Mapping[str, int], *, bias: bool) -> Compute:
@@ -122,16 +183,40 @@ def resolve(rule: ComputeRule, config: Mapping[str, Any], sizes: Mapping[str, in
     others = {key: config[key] for key, value in rule.fixed.items() if config.get(key) not in (None, value)}
     if config.get("quantization_config") is not None:
         others["quantization_config"] = config["quantization_config"].get("quant_method", "?")
+    rope = rule.rope.resolve(config, sizes["head_dim"], number(rule.max_positions, config, int))
     return Compute(
         norm_eps=number(rule.norm_eps, config, float),
         max_positions=number(rule.max_positions, config, int),
-        rope=rule.rope.resolve(config, sizes["head_dim"], number(rule.max_positions, config, int)),
+        rope=rope,
         act=str(rule.act.of(config)),
         init_std=number(rule.init_std, config, float),
         windows=_windows(rule.window, config, sizes["layers"]),
         router=_router(rule.router, config, sizes, bias=bias) if rule.router is not None else None,
         others=others,
+        gate=Gate(**{name: number(getattr(rule.gate, name), config, float) for name in GATE}) if rule.gate else None,
+        **{name: getattr(rule, name) for name in CONSTANT},
+        **{name: _value(getattr(rule, name), config, float) for name in SCALES},
+        attention_scale=_attention_scale(rule, config, rope, sizes),
     )
+
+
+def _attention_scale(
+    rule: ComputeRule, config: Mapping[str, Any], rope: Rope, sizes: Mapping[str, int]
+) -> float | None:
+    """Read the factor on queries times keys; None where it is the usual one.
+
+    Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/deepseek_v3/modeling_deepseek_v3.py
+    """
+    if rule.attention_scale is not None:
+        return float(number(rule.attention_scale, config, float))
+    factor, weight = rope.parameters.get("factor"), rope.parameters.get("mscale_all_dim")
+    if not rule.yarn_scale or not factor or not weight or factor <= 1:
+        return None
+    return float(sizes["qk_dim"] ** -0.5 * (0.1 * weight * log(factor) + 1.0) ** 2)
+
+
+def _value(source: Any, config: Mapping[str, Any], kind: type[int] | type[float]) -> Any:
+    return number(source, config, kind) if isinstance(source, Key) else source
 
 
 def number(key: Key, config: Mapping[str, Any], kind: type[int] | type[float]) -> Any:
@@ -154,11 +239,11 @@ def _windows(rule: WindowRule | None, config: Mapping[str, Any], layers: int) ->
         return (None,) * layers
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise MappingError(f"config.json: {rule.size.name} is {size!r}; expected null or a whole number of at least 1")
-    if rule.pattern == "all" or rule.bound is None:
+    if rule.pattern == "all":
         return (size,) * layers
     kinds = config.get("layer_types")
     if kinds is None:
-        bound = number(rule.bound, config, int)
+        bound = number(rule.bound, config, int) if rule.bound is not None else layers
         has = [i >= bound if rule.pattern == "from" else i % 2 == 0 and i < bound for i in range(layers)]
         return tuple(size if windowed else None for windowed in has)
     if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {WINDOWED, FULL}:
@@ -169,20 +254,19 @@ def _windows(rule: WindowRule | None, config: Mapping[str, Any], layers: int) ->
 
 
 def _router(rule: RouterRule, config: Mapping[str, Any], sizes: Mapping[str, int], *, bias: bool) -> Router:
-    def value(source: Any, kind: type[int] | type[float]) -> Any:
-        return number(source, config, kind) if isinstance(source, Key) else source
-
     normalise = rule.normalise.of(config) if isinstance(rule.normalise, Key) else rule.normalise
+    grouped = rule.grouped is None or rule.grouped[0].of(config) == rule.grouped[1]
     router = Router(
         experts=sizes["experts"],
         top_k=sizes["top_k"],
         score=rule.score,
         normalise=bool(normalise),
-        scale=float(value(rule.scale, float)),
-        groups=value(rule.groups, int),
-        group_top_k=value(rule.group_top_k, int),
+        scale=float(_value(rule.scale, config, float)),
+        groups=_value(rule.groups, config, int) if grouped else 1,
+        group_top_k=_value(rule.group_top_k, config, int) if grouped else 1,
         group_best=rule.group_best,
         bias=bias,
+        jitter=float(_value(rule.jitter, config, float)),
     )
     if router.top_k > router.experts:
         raise MappingError(f"config.json: {router.top_k} experts a token of {router.experts}; expected at most all")
@@ -198,101 +282,3 @@ def _router(rule: RouterRule, config: Mapping[str, Any], sizes: Mapping[str, int
             f"and all groups of a token {router.top_k}"
         )
     return router
-
-
-def config_keys(rule: ComputeRule, compute: Compute) -> dict[str, Any]:
-    """Write what is computed as the keys of a family's config: the inverse of `resolve`.
-
-    Args:
-        rule: the family's rules.
-        compute: what a model computes.
-
-    Returns:
-        Every key with its value, also where transformers would take the same.
-
-    Raises:
-        MappingError: the family's config can't say it; names each thing.
-    """
-    keys, problems = config_keys_and_problems(rule, compute)
-    if problems:
-        raise MappingError(f"no config of this family says {'; '.join(problems)}")
-    return keys
-
-
-def config_keys_and_problems(rule: ComputeRule, compute: Compute) -> tuple[dict[str, Any], list[str]]:
-    """Write what is computed as the keys of a family's config, as far as it can say it.
-
-    Args:
-        rule: the family's rules.
-        compute: what a model computes.
-
-    Returns:
-        The keys, and in words what the family's config can't say.
-    """
-    keys = {
-        rule.norm_eps.name: compute.norm_eps,
-        rule.max_positions.name: compute.max_positions,
-        rule.act.name: compute.act,
-        rule.init_std.name: compute.init_std,
-    }
-    problems = [f"{name} = {value!r}" for name, value in compute.others.items()]
-    if rule.rope.share is None and compute.rope.share != 1.0:
-        problems.append(f"rotary positions that turn {compute.rope.share:g} of each head")
-    else:
-        keys |= rule.rope.config_keys(compute.rope)
-    windows = window_keys(rule.window, compute.windows)
-    if windows is None:
-        mixed = len(set(compute.windows)) > 1
-        problems.append("sliding windows that differ between layers" if mixed else "a sliding window")
-    keys |= windows or {}
-    if compute.router is not None and rule.router is not None:
-        found, wrong = router_keys(rule.router, compute.router)
-        keys |= found
-        problems += wrong
-    return keys, problems
-
-
-def window_keys(rule: WindowRule | None, windows: tuple[int | None, ...]) -> dict[str, Any] | None:
-    """Give the keys that put windows on these layers; None where the family has none that do."""
-    sizes = {size for size in windows if size is not None}
-    if rule is None:
-        return None if sizes else {}
-    off: dict[str, Any] = {rule.switch.name: False} if rule.switch is not None else {rule.size.name: None}
-    if not sizes:
-        return off
-    if len(sizes) > 1 or (rule.pattern == "all" and None in windows):
-        return None
-    keys: dict[str, Any] = {rule.size.name: sizes.pop()}
-    if rule.switch is not None:
-        keys[rule.switch.name] = True
-    if rule.pattern != "all":
-        keys["layer_types"] = [FULL if size is None else WINDOWED for size in windows]
-    return keys
-
-
-def router_keys(rule: RouterRule, router: Router) -> tuple[dict[str, Any], list[str]]:
-    """Write a router as a family's keys.
-
-    Returns:
-        The keys, and in words what the family's config can't say.
-    """
-    keys: dict[str, Any] = {}
-    problems = []
-    if rule.score != router.score:
-        problems.append(f"a router that scores by {router.score}")
-    pairs = (
-        (
-            rule.normalise,
-            router.normalise,
-            "routing weights " + ("that sum to 1" if router.normalise else "that are not renormalised"),
-        ),
-        (rule.scale, router.scale, f"routing weights times {router.scale:g}"),
-        (rule.groups, router.groups, f"{router.groups} groups of experts"),
-        (rule.group_top_k, router.group_top_k, f"{router.group_top_k} groups a token"),
-    )
-    for source, value, words in pairs:
-        if isinstance(source, Key):
-            keys[source.name] = value
-        elif source != value:
-            problems.append(words)
-    return keys, problems

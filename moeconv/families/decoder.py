@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moeconv.families.base import Alias, Axis, Layers, Split, TensorRule
 from moeconv.families.compute import Key, RouterRule
 
@@ -28,11 +30,6 @@ ENDS = (
 NORMS = (
     TensorRule("attention_norm", "model.layers.{layer}.input_layernorm.weight", ("hidden",)),
     TensorRule("mlp_norm", "model.layers.{layer}.post_attention_layernorm.weight", ("hidden",)),
-)
-MLP_BIASES = (
-    TensorRule("mlp.gate.bias", MLP + "gate_proj.bias", ("ffn",), Split("tp", 0), only_if="mlp_bias"),
-    TensorRule("mlp.up.bias", MLP + "up_proj.bias", ("ffn",), Split("tp", 0), only_if="mlp_bias"),
-    TensorRule("mlp.down.bias", MLP + "down_proj.bias", ("hidden",), only_if="mlp_bias"),
 )
 PROJECTIONS = (
     TensorRule("attention.q", ATTENTION + "q_proj.weight", ("heads*head_dim", "hidden"), Split("tp", 0, "heads")),
@@ -86,6 +83,29 @@ def head_norms(flag: str | None = None) -> tuple[TensorRule, ...]:
     )
 
 
+def wide_head_norms() -> tuple[TensorRule, ...]:
+    """Give the norms over all query heads together, and over all key heads."""
+    return tuple(
+        TensorRule(f"attention.{q}_norm", ATTENTION + f"{q}_norm.weight", (f"{heads}*head_dim",), Split("tp", 0, heads))
+        for q, heads in (("q", "heads"), ("k", "kv_heads"))
+    )
+
+
+def only(layers: Layers, rules: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:
+    """Give rules for layers of one kind."""
+    return tuple(replace(rule, layers=layers) for rule in rules)
+
+
+def feed_forward_biases(part: str, prefix: str, size: str, *, flag: str, layers: Layers) -> tuple[TensorRule, ...]:
+    """Give the biases of a gated feed-forward part; arguments as of `feed_forward`, `flag` as of `biases`."""
+    split = Split("tp", 0)
+    return (
+        TensorRule(f"{part}.gate.bias", f"{prefix}gate_proj.bias", (size,), split, only_if=flag, layers=layers),
+        TensorRule(f"{part}.up.bias", f"{prefix}up_proj.bias", (size,), split, only_if=flag, layers=layers),
+        TensorRule(f"{part}.down.bias", f"{prefix}down_proj.bias", ("hidden",), only_if=flag, layers=layers),
+    )
+
+
 def feed_forward(
     part: str,
     prefix: str,
@@ -122,23 +142,46 @@ def router(name: str, *, bias: str | None = None, layers: Layers = "all") -> tup
     return (matrix, TensorRule("router.bias", bias, ("experts",), layers=layers, buffer=True))
 
 
-def group_limited(*, normalise: bool) -> RouterRule:
-    """Give the router of DeepSeek-V3 and its kin: sigmoids, chosen by groups, scaled; `normalise` is what a silent config means."""
+def group_limited(*, normalise: bool, scale: float = 1.0, groups: int = 1, group_top_k: int = 1) -> RouterRule:
+    """Give the router of DeepSeek-V3 and its kin: sigmoids, chosen by groups, scaled; the arguments are what a silent config means."""
     return RouterRule(
         score="sigmoid",
         normalise=Key("norm_topk_prob", normalise),
-        scale=Key("routed_scaling_factor", 1.0),
-        groups=Key("n_group", 1),
-        group_top_k=Key("topk_group", 1),
+        scale=Key("routed_scaling_factor", scale),
+        groups=Key("n_group", groups),
+        group_top_k=Key("topk_group", group_top_k),
     )
 
 
-# The form that transformers 5 keeps in memory and writes with save_original_format=False.
-FUSED_EXPERTS = (
-    Alias(
-        MLP + "experts.gate_up_proj",
-        (MLP + "experts.{expert}.gate_proj.weight", MLP + "experts.{expert}.up_proj.weight"),
-        stack=True,
-    ),
-    Alias(MLP + "experts.down_proj", (MLP + "experts.{expert}.down_proj.weight",), stack=True),
-)
+def fused_experts(
+    fused: tuple[str, str] = (MLP + "experts.gate_up_proj", MLP + "experts.down_proj"),
+    prefix: str = MLP + "experts.{expert}.",
+    names: tuple[str, str, str] = ("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
+    *,
+    hub: bool = False,
+    dim: int = 0,
+) -> tuple[Alias, ...]:
+    """Give the stacks of all experts' matrices, the form that transformers 5 keeps in memory and writes with save_original_format=False.
+
+    Args:
+        fused: their names: gate and up together, and down.
+        prefix: what the names of one expert's matrices begin with.
+        names: what its gate, up and down projections are called.
+        hub: whether checkpoints are published so.
+        dim: the dimension of a matrix along which gate and up follow each other.
+
+    Returns:
+        The stored forms.
+    """
+    gate, up, down = (prefix + name for name in names)
+    return (
+        Alias(fused[0], (gate, up), stack=True, dim=dim, hub=hub),
+        Alias(fused[1], (down,), stack=True, hub=hub),
+    )
+
+
+FUSED_EXPERTS = fused_experts()
+# Mixtral and its kin call experts w1, w3 and w2, and transformers 5 keeps them under other names.
+SPARSE = "model.layers.{layer}.block_sparse_moe."
+W132 = ("w1", "w3", "w2")
+FUSED_W132 = fused_experts(prefix=SPARSE + "experts.{expert}.", names=("w1.weight", "w3.weight", "w2.weight"))

@@ -15,6 +15,17 @@ data file and list it in `families/__init__.py`: the converter, the trainer, upc
 """
 
 
+_DENSE = {
+    "none": "",
+    "listed": "listed",
+    "first": "the first ones",
+    "types": "listed by kind",
+    "between": "outside a range",
+    "every": "all but every few",
+    "period": "all but every few",
+}
+
+
 def page() -> str:
     """Give the page's text."""
     return "\n".join([HEAD, *_overview(), *(line for family in FAMILIES.values() for line in _family(family))])
@@ -31,13 +42,17 @@ def _overview() -> Iterator[str]:
 
 def _attention(family: Family) -> str:
     roles = {rule.role: rule for rule in family.rules}
-    words = ["grouped queries" if "attention.q" in roles else "latent"]
+    words = ["latent" if "attention.kv_b" in roles else "grouped queries"]
+    if any(role.startswith("linear.") for role in roles):
+        words.append("linear or state-space attention in most layers")
+    if "attention.sinks" in roles:
+        words.append("sinks")
     if "attention.q.bias" in roles:
         words.append(_maybe(roles["attention.q.bias"], "biases"))
     norm = roles.get("attention.q_norm")
     if norm is not None:
         words.append(_maybe(norm, "norm of each head" if norm.shape == ("head_dim",) else "norm of all heads together"))
-    if family.compute.rope.share is not None:
+    if family.compute.rope.share not in (None, 1.0):
         words.append("part of each head turned")
     window = family.compute.window
     if window is not None:
@@ -53,7 +68,8 @@ def _experts(family: Family) -> tuple[str, str, str, str]:
     rule = family.compute.router
     if rule is None:
         return ("dense", "", "", "")
-    stored = family.template("expert.gate") or ""
+    stored = family.template("expert.gate") or family.template("expert.gate_up") or ""
+    hub = next((alias.name.rsplit(".experts.", 1)[-1] for alias in family.aliases if alias.hub and alias.stack), None)
     words = [rule.score, _choice(rule.normalise, "weights sum to 1", "weights as they are")]
     if isinstance(rule.groups, Key):
         words.append("groups of experts (option)")
@@ -62,8 +78,9 @@ def _experts(family: Family) -> tuple[str, str, str, str]:
     shared = ""
     if family.template("shared.gate") is not None:
         shared = "shared expert" + (" with a gate" if family.template("shared.router") is not None else "")
-    layers = {"none": "", "listed": "listed", "first": "the first ones"}[family.dense_layers]
-    return (f"`{stored.rsplit('{expert}.', 1)[-1]}` ...", ", ".join(words), shared, layers)
+    layers = _DENSE[family.dense_layers]
+    experts = f"`{hub}` ..., stacked" if hub is not None else f"`{stored.rsplit('{expert}.', 1)[-1]}` ..."
+    return (experts, ", ".join(words), shared, layers)
 
 
 def _choice(value: Key | bool, yes: str, no: str) -> str:
@@ -86,9 +103,19 @@ def _family(family: Family) -> Iterator[str]:
     for what, key in _keys(family):
         yield f"| {what} | `{key.name}` | {key.silent} |"
     yield f"| rotary base | `rope_theta` | {family.compute.rope.theta:g} |"
+    if family.compute.lacks is not None:
+        yield f"| what the trainer doesn't compute: {family.compute.lacks} | | |"
     if family.compute.rope.share is not None:
         yield f"| turned share of a head | `partial_rotary_factor` | {family.compute.rope.share:g} |"
     yield ""
+
+
+_LAYERS = {
+    "moe": "layers with experts",
+    "dense": "layers without experts",
+    "linear": "layers with linear or state-space attention",
+    "full": "layers with softmax attention",
+}
 
 
 def _split(rule: TensorRule) -> str:
@@ -100,16 +127,16 @@ def _split(rule: TensorRule) -> str:
 
 def _condition(family: Family, rule: TensorRule) -> str:
     def key(flag: str) -> str:
-        found = family.flags[flag]
+        found = family.flags.get(flag) or family.sizes[flag]
         return found if isinstance(found, str) else found[0]
 
     words = []
-    if rule.only_if is not None:
-        words.append(f"only with `{key(rule.only_if)}`")
+    for term in (rule.only_if or "").split("&") if rule.only_if else ():
+        words.append(f"only {'without' if term.startswith('!') else 'with'} `{key(term.removeprefix('!'))}`")
     if rule.absent_if is not None:
         words.append(f"may be missing with `{key(rule.absent_if)}`")
     if rule.layers != "all":
-        words.append({"moe": "layers with experts", "dense": "layers without experts"}[rule.layers])
+        words.append(_LAYERS[rule.layers])
     return f"; {', '.join(words)}" if words else ""
 
 
@@ -130,6 +157,18 @@ def _keys(family: Family) -> Iterator[tuple[str, Key]]:
         for name, value in zip(names, values, strict=True):
             if isinstance(value, Key):
                 yield name, value
+    scales = (
+        ("factor on queries times keys", compute.attention_scale),
+        ("factor on embeddings", compute.embedding_scale),
+        ("factor on what is added to the residual", compute.residual_scale),
+        ("divisor of logits", compute.logits_divisor),
+    )
+    for name, scale in scales:
+        if isinstance(scale, Key):
+            yield name, scale
+    if compute.gate is not None:
+        yield "steepness of the experts' gate", compute.gate.alpha
+        yield "bound of the experts' gate and up projection", compute.gate.limit
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ GLM4_MOE = Family(
         rope=RopeRule(share=0.5),
         router=group_limited(normalise=True),
     ),
+    mtp=("num_nextn_predict_layers", "num_mtp_layers"),
     stated={"num_nextn_predict_layers": 0},
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/glm4_moe/modeling_glm4_moe.py",
 )

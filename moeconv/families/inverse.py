@@ -7,8 +7,11 @@ from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any
 
-from moeconv.families.base import Family, Model, evaluate
-from moeconv.families.compute import Compute, Key, config_keys_and_problems, window_keys
+from moeconv.families.base import Family, Model
+from moeconv.families.compute import Compute, Key
+from moeconv.families.keys import config_keys_and_problems, window_keys
+from moeconv.families.layers import linear_keys, moe_keys, pattern_keys
+from moeconv.families.names import evaluate
 
 # Keys that mean the same in every family, or change nothing that is computed.
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -25,7 +28,7 @@ _HARMLESS = (
 )
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 LAYER_TYPES = "layer_types"
-_LAYERS = (LAYER_TYPES, "mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace")
+_OF_LAYERS = (LAYER_TYPES, "no_rope_layers")  # lists of one entry a layer
 # What a model has that others lack, by the roles of its tensors.
 _WORDS = {
     **dict.fromkeys(("mlp.gate", "mlp.up", "mlp.down"), "dense layers"),
@@ -53,6 +56,7 @@ class Description:
     moe_layers: frozenset[int]
     tied: bool
     compute: Compute
+    linear_layers: frozenset[int] = frozenset()
     free: frozenset[str] = frozenset()
 
 
@@ -77,22 +81,26 @@ def write_config(family: Family, wanted: Description) -> tuple[dict[str, Any], l
     sizes, problems = _sizes(family, wanted)
     if problems:
         return {}, problems
-    dense, problems = _dense_layers(family, wanted.sizes, wanted.moe_layers)
+    dense, problems = dict[str, Any](), list[str]()
+    if "experts" in sizes:
+        dense, problems = moe_keys(family.dense_layers, wanted.sizes["layers"], wanted.moe_layers)
+    linear, wrong_kinds = linear_keys(family.linear_layers, wanted.sizes["layers"], wanted.linear_layers)
     others = {key: value for key, value in wanted.compute.others.items() if key in family.compute.fixed}
     rest = {key: value for key, value in wanted.compute.others.items() if key not in others}
     computed, wrong = config_keys_and_problems(family.compute, replace(wanted.compute, others=rest))
     config = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **{_first(family.sizes[name]): value for name, value in sizes.items()},
+        **{_first(family.sizes[name]): value or (None if name in family.null else 0) for name, value in sizes.items()},
         **dense,
         **_flags(family, wanted),
         **computed,
+        **linear,
         **others,
         **family.stated,
     }
     model = Model.from_config(family, config)
-    problems = list(dict.fromkeys([*_roles(model, wanted), *problems, *wrong]))
+    problems = list(dict.fromkeys([*_roles(model, wanted), *problems, *wrong_kinds, *wrong]))
     if not problems and model.compute != wanted.compute:
         problems.append("what it computes")
     return config, problems
@@ -123,21 +131,35 @@ def layer_config(model: Model, layer: int) -> dict[str, Any]:
         The model's config with the keys that name its size, its special tokens and the kinds of its layers changed.
     """
     family, sizes = model.family, dict(model.sizes) | {"layers": 1, "vocab": 1}
-    dense, _ = _dense_layers(family, sizes, frozenset((0,) if layer in model.moe_layers else ()))
-    config = {key: value for key, value in model.config.items() if key != LAYER_TYPES}
-    config |= {_first(family.sizes[name]): 1 for name in ("layers", "vocab")} | dense | dict.fromkeys(SPECIAL_TOKENS)
+    dense, _ = moe_keys(family.dense_layers, 1, frozenset((0,) if layer in model.moe_layers else ()))
+    linear, _ = linear_keys(family.linear_layers, 1, frozenset((0,) if layer in model.linear_layers else ()))
+    config = {
+        key: value[layer : layer + 1] if key in _OF_LAYERS and value else value for key, value in model.config.items()
+    }
+    if layer > 0 and isinstance(family.compute.embedding_scale, Key):
+        config[family.compute.embedding_scale.name] = 1.0  # what comes in is no embedding
+    config |= {_first(family.sizes[name]): 1 for name in ("layers", "vocab")} | dict.fromkeys(SPECIAL_TOKENS)
+    config |= (dense if "experts" in sizes else {}) | linear
     config |= dict.fromkeys(_tied_keys(family), False)
     return config | (window_keys(family.compute.window, model.compute.windows[layer : layer + 1]) or {})
 
 
 def known_keys(family: Family) -> frozenset[str]:
     """Give the keys of a family's config that say what its tensors are and what is computed, or that change neither."""
-    keys = {*_HARMLESS, *_ROPE, *_LAYERS, *CARRIED, *family.compute.fixed}
+    keys = {*_HARMLESS, *_ROPE, LAYER_TYPES, *CARRIED, *family.compute.fixed}
+    keys |= set(pattern_keys(family.dense_layers, family.linear_layers))
     keys |= {key for names in family.sizes.values() for key in ((names,) if isinstance(names, str) else names)}
     keys |= {key if isinstance(key, str) else key[0] for key in family.flags.values()}
-    for rule in (family.compute, family.compute.window, family.compute.router):
+    for rule in (family.compute, family.compute.window, family.compute.router, family.compute.gate):
         values = [getattr(rule, field.name) for field in fields(rule)] if rule is not None else []
         keys |= {value.name for value in values if isinstance(value, Key)}
+    rope, router = family.compute.rope, family.compute.router
+    keys |= {
+        key
+        for key in (rope.turned, *(rope.interleaved if isinstance(rope.interleaved, tuple) else ()))
+        if isinstance(key, str)
+    }
+    keys |= {router.grouped[0].name} if router is not None and router.grouped is not None else set()
     return frozenset(keys)
 
 
@@ -163,20 +185,9 @@ def _sizes(family: Family, wanted: Description) -> tuple[dict[str, int], list[st
             sizes[unknown[0]] = width // known
         elif known != width:
             problems.append(f"a width of {width} ({part})")
+    if any(name not in sizes and name not in family.defaults for name in family.sizes):
+        problems.append("attention of another kind")
     return sizes, problems
-
-
-def _dense_layers(
-    family: Family, sizes: Mapping[str, int], moe_layers: frozenset[int]
-) -> tuple[dict[str, Any], list[str]]:
-    """Name the layers without experts as the family's config does."""
-    dense = sorted(set(range(sizes["layers"])) - moe_layers) if "experts" in sizes else []
-    if family.dense_layers == "listed":
-        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}, []
-    if family.dense_layers == "first":
-        first = dense == list(range(len(dense)))
-        return {"first_k_dense_replace": len(dense)}, [] if first else ["dense layers after one with experts"]
-    return {}, ["dense layers"] if dense else []
 
 
 def _flags(family: Family, wanted: Description) -> dict[str, bool]:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from moeconv.families.base import Family
 from moeconv.families.compute import ComputeRule, Key
-from moeconv.families.decoder import BOS_EOS, ENDS, MLP, MLP_BIASES, NORMS, PROJECTIONS, SIZES, biases, feed_forward
+from moeconv.families.decoder import (
+    BOS_EOS,
+    ENDS,
+    MLP,
+    NORMS,
+    PROJECTIONS,
+    SIZES,
+    biases,
+    feed_forward,
+    feed_forward_biases,
+)
 from moeconv.families.rope import RopeRule
 
 LLAMA = Family(
@@ -19,7 +29,7 @@ LLAMA = Family(
         *NORMS,
         *PROJECTIONS,
         *biases("attention_bias", output=True),
-        *MLP_BIASES,
+        *feed_forward_biases("mlp", MLP, "ffn", flag="mlp_bias", layers="all"),
         *feed_forward("mlp", MLP, "ffn"),
     ),
     compute=ComputeRule(

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from moeconv.families.base import Alias, Family
 from moeconv.families.compute import ComputeRule, Key, RouterRule, WindowRule
-from moeconv.families.decoder import BOS_EOS, ENDS, NORMS, PROJECTIONS, SIZES, feed_forward, router
+from moeconv.families.decoder import (
+    BOS_EOS,
+    ENDS,
+    FUSED_W132,
+    MLP,
+    NORMS,
+    PROJECTIONS,
+    SIZES,
+    SPARSE,
+    W132,
+    feed_forward,
+    router,
+)
 from moeconv.families.rope import RopeRule
-
-_MOE = "model.layers.{layer}.block_sparse_moe."
 
 MIXTRAL = Family(
     name="Mixtral",
@@ -25,8 +35,8 @@ MIXTRAL = Family(
         *ENDS,
         *NORMS,
         *PROJECTIONS,
-        *router(_MOE + "gate.weight"),
-        *feed_forward("expert", _MOE + "experts.{expert}.", "ffn", names=("w1", "w3", "w2")),
+        *router(SPARSE + "gate.weight"),
+        *feed_forward("expert", SPARSE + "experts.{expert}.", "ffn", names=W132),
     ),
     compute=ComputeRule(
         norm_eps=Key("rms_norm_eps", 1e-5),
@@ -36,16 +46,7 @@ MIXTRAL = Family(
         # The softmax over all experts, renormalised over the chosen ones.
         router=RouterRule(score="softmax", normalise=True),
     ),
-    # transformers 5 keeps experts fused in memory and writes these names with save_original_format=False.
-    aliases=(
-        Alias("model.layers.{layer}.mlp.gate.weight", (_MOE + "gate.weight",)),
-        Alias(
-            "model.layers.{layer}.mlp.experts.gate_up_proj",
-            (_MOE + "experts.{expert}.w1.weight", _MOE + "experts.{expert}.w3.weight"),
-            stack=True,
-        ),
-        Alias("model.layers.{layer}.mlp.experts.down_proj", (_MOE + "experts.{expert}.w2.weight",), stack=True),
-    ),
+    aliases=(Alias(MLP + "gate.weight", (SPARSE + "gate.weight",)), *FUSED_W132),
     tokens=BOS_EOS,
     mergekit="mixtral",
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mixtral/modeling_mixtral.py",

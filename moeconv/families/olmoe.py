@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from moeconv.families.base import Family, Split, TensorRule
+from moeconv.families.base import Family
 from moeconv.families.compute import ComputeRule, Key, RouterRule
 from moeconv.families.decoder import (
-    ATTENTION,
     ENDS,
     FUSED_EXPERTS,
     MLP,
@@ -15,6 +14,7 @@ from moeconv.families.decoder import (
     biases,
     feed_forward,
     router,
+    wide_head_norms,
 )
 from moeconv.families.rope import RopeRule
 
@@ -35,8 +35,7 @@ OLMOE = Family(
         *NORMS,
         *PROJECTIONS,
         *biases("attention_bias", output=True),
-        TensorRule("attention.q_norm", ATTENTION + "q_norm.weight", ("heads*head_dim",), Split("tp", 0, "heads")),
-        TensorRule("attention.k_norm", ATTENTION + "k_norm.weight", ("kv_heads*head_dim",), Split("tp", 0, "kv_heads")),
+        *wide_head_norms(),
         *router(MLP + "gate.weight"),
         *feed_forward("expert", MLP + "experts.{expert}.", "ffn"),
     ),
@@ -48,5 +47,6 @@ OLMOE = Family(
         router=RouterRule(score="softmax", normalise=Key("norm_topk_prob", False)),
         fixed={"attention_dropout": 0.0, "clip_qkv": None},
     ),
+    tokens={"eos_token_id": 50279, "pad_token_id": 1},
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/olmoe/modeling_olmoe.py",
 )

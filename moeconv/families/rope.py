@@ -17,6 +17,7 @@ KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
+    "alpha": (("alpha",), ()),  # a fixed stretch of the base, which configs call dynamic too
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": (
         ("factor",),
@@ -42,8 +43,8 @@ _NULLABLE = ("factor",)  # yarn takes the ratio of the lengths instead
 class Rope:
     """Rotary positions.
 
-    `dim` is how many of a head's elements are turned, the first ones, in pairs (i, i + dim / 2), and `share` their share. `parameters` are those of the kind;
-    `original_max_position_embeddings` is always among them where the kind has it.
+    `dim` is how many of a head's elements are turned, the first ones, in pairs (i, i + dim / 2), or neighbours where they are `interleaved`, and
+    `share` their share. `parameters` are those of the kind; `original_max_position_embeddings` is always among them where the kind has it.
     """
 
     theta: float
@@ -51,17 +52,26 @@ class Rope:
     share: float = 1.0
     kind: str = "default"
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeRule:
     """How a family's config states rotary positions: the base and the turned share of a head where it is silent.
 
-    `share` is None for families that turn whole heads and have no key for it.
+    `share` is None for families that turn whole heads and have no key for it; `turned` is a key for the number of turned elements instead.
+    `interleaved` says whether pairs are neighbours, or names the key that does, with what it means where the config is silent. `silent` are
+    the parameters where the config states none. `alpha` says that a dynamic kind with that parameter is a kind of its own; `magnitudes` that
+    stretched positions come with factors of their own, for short and for long sequences, and are of the kind longrope alone.
     """
 
     theta: float = 10000.0
     share: float | None = None
+    turned: str | None = None
+    interleaved: bool | tuple[str, bool] = False
+    silent: Mapping[str, Any] | None = None
+    alpha: bool = False
+    magnitudes: bool = False
 
     def resolve(self, config: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
         """Read the rotary positions from a config.
@@ -77,14 +87,20 @@ class RopeRule:
         Raises:
             MappingError: a parameter is missing, of the wrong type, or of an unknown kind.
         """
-        table = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        table = config.get("rope_scaling") or config.get("rope_parameters") or self.silent or {}
         if not isinstance(table, Mapping):
             raise MappingError(f"config.json: the rotary parameters are {table!r}; expected an object")
         kind = table.get("rope_type", table.get("type", "default"))
-        if not isinstance(kind, str) or kind not in KINDS:
-            raise MappingError(f"config.json: rope_type is {kind!r}; known kinds are {', '.join(KINDS)}")
+        kind = "alpha" if self.alpha and kind == "dynamic" and table.get("alpha") else kind
+        known = ("default", "longrope") if self.magnitudes else tuple(KINDS)
+        if not isinstance(kind, str) or kind not in known:
+            raise MappingError(f"config.json: rope_type is {kind!r}; known kinds are {', '.join(known)}")
         theta = table.get("rope_theta", config.get("rope_theta"))
-        share = table.get("partial_rotary_factor", config.get("partial_rotary_factor", self.share))
+        share = table.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        turned = config.get(self.turned) if self.turned is not None else None
+        if share is None and isinstance(turned, int) and turned > 0:
+            share = turned / head_dim
+        share = self.share if share is None else share
         share = 1.0 if share is None else share
         for name, value, most in (("rope_theta", theta, float("inf")), ("partial_rotary_factor", share, 1.0)):
             if value is not None and not (_is_number(value) and 0 < value <= most):
@@ -97,22 +113,36 @@ class RopeRule:
         if dim < 2 or dim % 2:
             raise MappingError(f"config.json: {dim} of {head_dim} elements of a head are turned; they must be pairs")
         rotary = float(self.theta if theta is None else theta)
-        parameters = _parameters(kind, table, dim, max_positions)
-        return Rope(theta=rotary, dim=dim, share=float(share), kind=kind, parameters=parameters)
+        more = ("short_mscale", "long_mscale") if self.magnitudes and kind != "default" else ()
+        parameters = _parameters(kind, table, dim, max_positions, more)
+        key = self.interleaved
+        said = config.get(key[0], key[1]) if isinstance(key, tuple) else key
+        return Rope(theta=rotary, dim=dim, share=float(share), kind=kind, parameters=parameters, interleaved=bool(said))
+
+    def problems(self, rope: Rope) -> list[str]:
+        """Say in words what a config of this family can't say of rotary positions."""
+        found = []
+        if self.share is None and rope.share != 1.0:
+            found.append(f"rotary positions that turn {rope.share:g} of each head")
+        if not isinstance(self.interleaved, tuple) and self.interleaved != rope.interleaved:
+            found.append("rotary positions that turn " + ("neighbours" if rope.interleaved else "halves"))
+        if self.magnitudes != ("short_mscale" in rope.parameters) and rope.kind != "default":
+            found.append(f"rotary positions of the kind {rope.kind}")
+        if rope.kind == "alpha" and not self.alpha:
+            found.append("rotary positions whose base is stretched by alpha")
+        return found
 
     def config_keys(self, rope: Rope) -> dict[str, Any]:
-        """Write rotary positions as keys that transformers 4 and 5 both read.
-
-        Raises:
-            MappingError: a part of each head is turned, which the family has no key for.
-        """
+        """Write rotary positions as keys that transformers 4 and 5 both read; what `problems` names is left out."""
         keys: dict[str, Any] = {"rope_theta": rope.theta}
         if self.share is not None:
             keys["partial_rotary_factor"] = rope.share
-        elif rope.share != 1.0:
-            raise MappingError(f"no config of this family turns {rope.share:g} of each head")
+        if isinstance(self.interleaved, tuple):
+            keys[self.interleaved[0]] = rope.interleaved
         if rope.kind != "default":
-            keys["rope_scaling"] = {"rope_type": rope.kind, **rope.parameters}
+            keys["rope_scaling"] = {"rope_type": "dynamic" if rope.kind == "alpha" else rope.kind, **rope.parameters}
+        elif self.silent is not None:
+            keys["rope_scaling"] = {"rope_type": "default"}
         return keys
 
 
@@ -120,8 +150,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _parameters(kind: str, table: Mapping[str, Any], dim: int, max_positions: int) -> dict[str, Any]:
+def _parameters(
+    kind: str, table: Mapping[str, Any], dim: int, max_positions: int, more: tuple[str, ...]
+) -> dict[str, Any]:
     needed, optional = KINDS[kind]
+    needed = (*needed, *more)
     values = {name: table[name] for name in (*needed, *optional) if table.get(name) is not None}
     if "original_max_position_embeddings" in optional:
         values.setdefault("original_max_position_embeddings", max_positions)

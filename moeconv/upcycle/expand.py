@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import RecipeError
-from moeconv.families.base import GlobalTensor, Model, fill
+from moeconv.families.base import GlobalTensor, Model
+from moeconv.families.names import fill
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece
 from moeconv.upcycle.build import Made

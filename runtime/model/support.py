@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from moeconv.families.base import Model
 from runtime.errors import require
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.dtypes import DtypeName
+
+# The roles that the trainer's modules take. A model with others would be trained without them.
+TAKES = frozenset(
+    (
+        *("embedding", "final_norm", "head", "attention_norm", "mlp_norm", "router", "router.bias", "shared.router"),
+        *(f"attention.{name}" for name in ("q", "k", "v", "o", "q_norm", "k_norm")),
+        *(f"attention.{name}.bias" for name in ("q", "k", "v", "o")),
+        *(f"{part}.{name}" for part in ("mlp", "expert", "shared") for name in ("gate", "up", "down")),
+        *(f"{part}.{name}.bias" for part in ("mlp", "shared") for name in ("gate", "up", "down")),
+    )
+)
+# Fields of `Compute` that have one value in everything that the trainer computes.
+_ALWAYS: Mapping[str, Any] = {
+    "norm": "rms",
+    "norm_place": "before",
+    "head_norms": "before rotation",
+    "attention_scale": None,
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "logits_divisor": 1.0,
+    "gate": None,
+    "lacks": None,
+}
 
 
 def check_supported(model: Model, where: Path) -> None:
@@ -26,6 +50,16 @@ def check_supported(model: Model, where: Path) -> None:
     require(
         compute.act == "silu",
         f"{where}: {model.family.compute.act.name} is {compute.act!r}; the trainer computes 'silu' (SwiGLU)",
+    )
+    strange = sorted({rule.role for rule in model.rules} - TAKES)
+    strange += [
+        f"{name} {getattr(compute, name)!r}" for name, value in _ALWAYS.items() if getattr(compute, name) != value
+    ]
+    if compute.router is not None and (compute.router.score not in ("softmax", "sigmoid") or compute.router.jitter):
+        strange.append(f"a router that scores by {compute.router.score}")
+    require(
+        not strange,
+        f"{where}: the trainer doesn't compute {model.family.name}: {', '.join(strange)}; it converts, and trains elsewhere",
     )
     for key, value in compute.others.items():
         require(False, f"{where}: config.json says {key} = {value!r}, which the trainer doesn't compute")

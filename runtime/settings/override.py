@@ -9,7 +9,8 @@ from typing import Any
 
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
-from moeconv.families.compute import Router, router_keys
+from moeconv.families.compute import Router
+from moeconv.families.keys import router_keys
 from runtime.errors import ConfigError, require
 
 _FIELDS: Mapping[str, str] = {

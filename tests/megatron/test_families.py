@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from moeconv.verify import compare
 from transformers import AutoModelForCausalLM
 
 from moeconv.checkpoint import open_checkpoint
@@ -22,7 +23,6 @@ from moeconv.forward import relative_difference, transformers_logits
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron.checkpoint import as_checkpoint, open_any
 from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
-from moeconv.verify import compare
 from tests.megatron.mcore_ranks import Case, run_cases
 from tests.megatron.test_round_trips import export
 from tests.upcycle.hub import make_folder

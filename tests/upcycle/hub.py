@@ -15,6 +15,12 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 _ROUTED = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 _SHARED = {"n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1, "norm_topk_prob": True}
+_CHOSEN = {"num_experts": 4, "num_experts_per_tok": 2}
+_LATENT = {
+    "q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8, "num_key_value_heads": 4,
+    "n_group": 2, "topk_group": 1,
+}  # fmt: skip
+_DELTA = {"linear_key_head_dim": 4, "linear_value_head_dim": 6, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -25,8 +31,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _ROUTED | {"num_experts": 4, "norm_topk_prob": True},
     "glm4_moe": _ROUTED | _SHARED | {"num_nextn_predict_layers": 0},
     "dots1": _ROUTED | _SHARED | {"sliding_window": None},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-}
+    "olmoe": _CHOSEN,
+    "deepseek_v2": _ROUTED | _SHARED | _LATENT | {"topk_method": "group_limited_greedy", "norm_topk_prob": False},
+    "deepseek_v3": _ROUTED | _SHARED | _LATENT | {"num_nextn_predict_layers": 0},
+    "glm4_moe_lite": _ROUTED | _SHARED | _LATENT,
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 2, "pad_token_id": 0},
+    "granitemoe": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7, "logits_scaling": 2.0,
+    },
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "pad_token_id": 0},
+    "flex_olmo": _CHOSEN | {"pad_token_id": 0},
+    "qwen3_next": _ROUTED | _DELTA | {"num_hidden_layers": 4, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    "qwen3_5_moe_text": _ROUTED | _DELTA | {"num_hidden_layers": 4, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 40, "moe_layers": [1]},
+    "jamba": _CHOSEN | {"mamba_d_state": 4, "mamba_dt_rank": 3, "attn_layer_period": 2, "attn_layer_offset": 1, "pad_token_id": 0},
+}  # fmt: skip
 
 
 def make_model(model_type: str, seed: int = 0, **options: Any) -> PreTrainedModel:

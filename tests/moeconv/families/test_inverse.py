@@ -10,7 +10,7 @@ import pytest
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
 from moeconv.families.inverse import Description, known_keys, layer_config, shapes_of, write_config
-from tests.moeconv.families.test_compute import SAYINGS, reference, silent
+from tests.moeconv.families.test_compute import COMPUTED, SAYINGS, reference, silent, skips
 
 FLAGS: list[dict[str, Any]] = [
     {"attention_bias": True},
@@ -33,6 +33,7 @@ def describe(model: Model) -> Description:
         widths={part: model.width(part) for part in parts},
         shapes=shapes_of(model),
         moe_layers=model.moe_layers,
+        linear_layers=model.linear_layers,
         tied=model.tied,
         compute=model.compute,
     )
@@ -43,10 +44,12 @@ def model_of(config: dict[str, Any]) -> Model:
 
 
 @pytest.mark.parametrize("saying", [*SAYINGS, *FLAGS], ids=lambda s: "-".join(s))
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", COMPUTED)
 def test_a_family_says_what_it_said(model_type: str, saying: dict[str, Any]) -> None:
     if model_type == "glm4_moe" and "longrope" in str(saying):
         pytest.skip("half of each head is turned, so these factors are too many")
+    if skips(model_type, saying):
+        pytest.skip("transformers wants more parameters of such positions")
     model = model_of(silent(model_type) | saying)
     config, problems = write_config(model.family, describe(model))
     assert problems == []
@@ -57,10 +60,10 @@ def test_a_family_says_what_it_said(model_type: str, saying: dict[str, Any]) -> 
     assert config.keys() - {"rope_scaling"} - FAMILIES[model_type].stated.keys() <= known_keys(model.family)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", COMPUTED)
 def test_another_family_names_what_it_lacks(model_type: str) -> None:
     model = model_of(silent(model_type))
-    for name, family in FAMILIES.items():
+    for name, family in ((n, FAMILIES[n]) for n in COMPUTED):
         config, problems = write_config(family, describe(model))
         if not problems:
             assert model_of(config).compute == model.compute

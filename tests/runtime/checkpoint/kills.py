@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
-from moeconv.checkpoint import open_checkpoint
 from moeconv.checking import verify
+from moeconv.checkpoint import open_checkpoint
 from runtime.checkpoint import folder as folders
 from tests.runtime.launch import start
 from tests.runtime.tiny import make_checkpoint, make_text

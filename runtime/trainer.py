@@ -303,7 +303,9 @@ class Trainer:
             self._note(f"saved iteration {outcome.iteration} to {outcome.path} in {outcome.seconds:.1f} s")
             return
         last = folders.latest(self.run.checkpoint.save or Path())
-        self._note(f"SAVE FAILED at iteration {outcome.iteration}: {outcome.error}; the last good checkpoint is {last}")
+        self._note(
+            f"SAVE FAILED at iteration {outcome.iteration}: {outcome.error}; the last good checkpoint is {last or 'none yet'}"
+        )
 
     def _note(self, text: str) -> None:
         if self._log is not None:

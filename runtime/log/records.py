@@ -172,8 +172,9 @@ def _routing(reports: Sequence[RoutingReport]) -> tuple[dict[str, float | None],
         "router_entropy": _layer_means([report.entropy_L for report in reports]),
     }
     scalars: dict[str, float | None] = {
-        "aux_loss": _mean([report.aux_loss for report in reports]),
-        "z_loss": _mean([report.z_loss for report in reports]),
+        # Exactly 0 is a loss that nobody computes.
+        "aux_loss": _mean([report.aux_loss for report in reports]) or None,
+        "z_loss": _mean([report.z_loss for report in reports]) or None,
         "load_max_over_mean": float(ratio_L.max()),
         "dropped_share": int(dropped_L.sum()) / max(int(load_LE.sum()), 1),
         "router_entropy": _mean([report.entropy for report in reports]),

@@ -30,8 +30,8 @@ def interval_line(record: IntervalRecord, train_iters: int) -> str:
     if "aux_loss" in value:  # without further losses the two are one
         add("loss", "loss {:.6f}")
     add("lm_loss", "lm loss {:.6f}")
-    add("aux_loss", "aux loss {:.4f}", always=False)
-    add("z_loss", "z loss {:.4f}", always=False)
+    add("aux_loss", "aux loss {:.4f}")
+    add("z_loss", "z loss {:.4f}")
     add("grad_norm", "grad norm {:.4f}")
     add("learning_rate", "lr {:.3e}")
     add("tokens_per_second", "{:.0f} tokens/s")

@@ -87,6 +87,7 @@ class RouterMetrics:
             for layer in module.modules()
             if isinstance(layer, DecoderLayer) and moe_layers(layer)
         }
+        self._index = torch.tensor(list(self._layers), dtype=torch.int64, device=context.device)
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -96,34 +97,42 @@ class RouterMetrics:
     def pack(self) -> Tensor:
         """Give this rank's summands: [L * (6 + E)] fp64 on the device, no synchronisation; [0] for a dense model."""
         num_layers, num_experts = self._shape
-        device = self._context.device
         if num_experts == 0:
-            return torch.zeros(0, dtype=torch.float64, device=device)
+            return torch.zeros(0, dtype=torch.float64, device=self._context.device)
         width = len(_COLUMNS) + num_experts
-        rows = {index: self._row(layer) for index, layer in self._layers.items()}
-        empty = torch.zeros(width, dtype=torch.float64, device=device)
-        return torch.cat([rows.get(index, empty) for index in range(num_layers)])
+        table = torch.zeros(num_layers, width, dtype=torch.float64, device=self._context.device)
+        if self._layers:
+            table.index_copy_(0, self._index, self._rows())
+        return table.flatten()
 
-    def _row(self, layer: MoELayer) -> Tensor:
-        stats = layer.stats
-        zero = torch.zeros_like(stats.entropy)
-        balancing = [value for name, value in stats.losses.items() if name != "z_loss"]
-        aux_loss = torch.stack(balancing).mean() if balancing else zero
-        z_loss = stats.losses.get("z_loss", zero)
-        columns = (aux_loss, z_loss, self._added(layer, zero), stats.entropy, stats.nonfinite, stats.dropped)
-        return torch.cat([torch.stack([value.double() for value in columns]), stats.load_E.double()])
+    def _rows(self) -> Tensor:
+        """[l, 6 + E] fp64 of the l layers of this rank; all layers at once, since each kernel costs a launch."""
+        stats = [layer.stats for layer in self._layers.values()]
+        sums = torch.stack([item.sums for item in stats])
+        num_experts = (sums.shape[1] - 3) // 2
+        losses = {name: torch.stack([item.losses[name] for item in stats]).double() for name in stats[0].losses}
+        zero = torch.zeros_like(sums[:, -1])
+        balancing = [value for name, value in losses.items() if name != "z_loss"]
+        columns = {
+            "aux_loss": torch.stack(balancing).mean(0) if balancing else zero,
+            "z_loss": losses.get("z_loss", zero),
+            "added": sum((losses[name] * weight for name, weight in self._weights() if name in losses), zero),
+            "entropy": sums[:, -2],
+            "nonfinite": sums[:, -1],
+            "dropped": torch.stack([item.dropped for item in stats]).double(),
+        }
+        return torch.cat(
+            [torch.stack([columns[name] for name in _COLUMNS], 1), sums[:, num_experts : 2 * num_experts]], 1
+        )
 
-    def _added(self, layer: MoELayer, zero: Tensor) -> Tensor:
-        config, losses = layer.config, layer.stats.losses
-        # The pooled loss of mode hf is the model's and stands in each of its layers.
-        share = 1 / len(self._layers) if config.aux_loss_mode == "hf" else 1.0
-        names = dict(config.aux_losses)
-        if config.aux_loss_mode == "hf" and names:
-            names = {"aux_loss": next(iter(names.values()))}
-        terms = [losses[name].double() * (coeff * share) for name, coeff in names.items() if name in losses]
-        if "z_loss" in losses:
-            terms.append(losses["z_loss"].double() * config.z_loss_coeff)
-        return torch.stack(terms).sum() if terms else zero
+    def _weights(self) -> list[tuple[str, float]]:
+        """By which factor each loss of a layer adds to what is minimised."""
+        config = next(iter(self._layers.values())).config
+        pairs = [*config.aux_losses, ("z_loss", config.z_loss_coeff)]
+        if config.aux_loss_mode == "hf":
+            # The pooled loss is the model's and stands in each of its layers, under one name.
+            pairs = [("aux_loss", coeff / len(self._layers)) for _, coeff in config.aux_losses[:1]] + pairs[-1:]
+        return pairs
 
     def unpack(self, total: Tensor, num_microbatches: int) -> RoutingReport | None:
         """Read the sum over all ranks.

@@ -87,6 +87,17 @@ def test_an_interval_has_the_same_numbers_everywhere(tmp_path: Path) -> None:
     assert [record["split"] for record in read(tmp_path / "log.jsonl", "eval")] == ["valid", "code"]
 
 
+def test_a_loss_that_the_run_does_not_have_is_null(tmp_path: Path) -> None:
+    out = io.StringIO()
+    log = open_log(out, file=tmp_path / "log.jsonl", train_iters=1)
+    none = torch.zeros(2, dtype=torch.float64)
+    log.step(step(1, routing=routing([[10, 30], [20, 20]], aux_loss_L=none, z_loss_L=none, added_L=none)))
+    log.close()
+    [record] = read(tmp_path / "log.jsonl", "train")
+    assert (record["aux_loss"], record["z_loss"], record["loss"]) == (None, None, record["lm_loss"])
+    assert "aux loss" not in out.getvalue()
+
+
 def test_what_is_unknown_is_left_out_and_null(tmp_path: Path) -> None:
     out = io.StringIO()
     log = open_log(out, file=tmp_path / "log.jsonl", train_iters=2, speed=Speed(flops_per_token=1e9, num_gpus=1))

@@ -24,7 +24,7 @@ from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
 from runtime.model.ends import take_positions
 from runtime.model.recompute import RecomputeConfig
-from runtime.model.routing_report import RouterMetrics
+from runtime.model.routing_report import RouterMetrics, RoutingReport
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import moe_layers, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
@@ -49,16 +49,27 @@ class StepResult:
 
     lm_loss: float
     """Mean cross entropy over the global batch, nats a token."""
-    aux_loss: float
-    """Balancing loss without its coefficient, mean over layers; 1 is balanced. 0 without MoE layers."""
-    z_loss: float
-    """Router z-loss without its coefficient, mean over layers."""
     grad_norm: float
     """Norm of the whole gradient, before clipping."""
-    expert_load: Tensor | None
-    """[L, E] int64 on the CPU: choices of each expert; None for a dense model."""
     skipped: bool
     """Whether the update was left out because a number was not finite."""
+    routing: RoutingReport | None
+    """What the routers did; None for a dense model."""
+
+    @property
+    def aux_loss(self) -> float:
+        """Balancing loss without its coefficient, mean over layers; 1 is balanced. 0 without MoE layers."""
+        return self.routing.aux_loss if self.routing is not None else 0.0
+
+    @property
+    def z_loss(self) -> float:
+        """Router z-loss without its coefficient, mean over layers."""
+        return self.routing.z_loss if self.routing is not None else 0.0
+
+    @property
+    def expert_load(self) -> Tensor | None:
+        """[L, E] int64 on the CPU: choices of each expert; None for a dense model."""
+        return self.routing.load_LE if self.routing is not None else None
 
 
 class Engine:
@@ -345,14 +356,11 @@ class Engine:
         self.store.share_weights()
 
     def _report(self, sums: Tensor, num_microbatches: int) -> StepResult:
-        routing = self._metrics.unpack(sums[2:-1], num_microbatches)
         return StepResult(
             lm_loss=float(sums[1] / sums[-1]),
-            aux_loss=routing.aux_loss,
-            z_loss=routing.z_loss,
             grad_norm=float(sums[0].sqrt()) / self.loss_scale.scale,
-            expert_load=routing.load,
             skipped=not bool(torch.isfinite(sums[:2]).all()),
+            routing=self._metrics.unpack(sums[2:-1], num_microbatches),
         )
 
     def _conclude(self, result: StepResult, tokens: Sequence[Tensor], labels: Sequence[Tensor]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch.distributed.distributed_c10d import Store
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.families.base import Model
+from moeconv.io.manifest import MANIFEST
 from runtime.checkpoint import folder as folders
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
@@ -25,8 +25,12 @@ from runtime.engine import Engine
 from runtime.errors import require
 from runtime.job.failure import USER_ERROR, end_with, tell_launcher
 from runtime.job.processes import Process, connect, one_first, start
-from runtime.job.watchdog import Progress, StopRequest, Watchdog
+from runtime.job.signals import StopRequest
+from runtime.job.watchdog import FAILURE_STATUS, Progress, Watchdog
+from runtime.log.config import LOG_NAME
+from runtime.log.flops import device_peak, training_flops
 from runtime.log.metrics import MetricLog
+from runtime.log.records import Speed
 from runtime.model.context import TORCH_DTYPES
 from runtime.moe.grouped_gemm import describe_backend
 from runtime.parallel.mesh import ParallelMesh
@@ -51,12 +55,13 @@ class Origin:
     """Lines for the log: how it came to be this one."""
 
 
-def find_origin(load: Path, save: Path | None) -> Origin:
+def find_origin(load: Path, save: Path | None, step: int | None = None) -> Origin:
     """Find the checkpoint that a run starts from: its own latest one if it has saved already, else what it is told.
 
     Args:
         load: what --load says.
         save: what --save says.
+        step: what --ckpt-step says: the iteration, instead of the latest.
 
     Returns:
         The checkpoint, opened; no tensor has been read.
@@ -65,11 +70,25 @@ def find_origin(load: Path, save: Path | None) -> Origin:
         MoeconvError: there is none, it can't be read, or --save holds a run of another model than --load.
     """
     mine = folders.latest(save) if save is not None else None
-    path = mine or folders.resolve(load)
-    origin = Origin(path=path, checkpoint=open_checkpoint(path), own=mine is not None)
+    if step is not None:
+        path = folders.at_step(save if save is not None and mine is not None else load, step).resolve()
+    else:
+        path = mine or folders.resolve(load)
+    try:
+        origin = Origin(path=path, checkpoint=_open(path), own=mine is not None)
+    except MoeconvError as error:
+        raise type(error)(f"{error}{folders.way_back(path, _open)}") from None
     if mine is None or path == folders.resolve(load).resolve():
         return origin
     return dataclasses.replace(origin, notes=_compare_with_load(origin, load, save or mine))
+
+
+def _open(path: Path) -> Checkpoint:
+    """Open a checkpoint, and make sure that its position in a run, if it has one, can be read."""
+    checkpoint = open_checkpoint(path)
+    if (path / TRAINER_FILE).is_file():
+        TrainerState.from_json((path / TRAINER_FILE).read_text(), path / TRAINER_FILE)
+    return checkpoint
 
 
 def _compare_with_load(origin: Origin, load: Path, save: Path) -> tuple[str, ...]:
@@ -129,7 +148,8 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     where = given.of("checkpoint")
     require("load" in where, "--load is missing: name the checkpoint to start from (an example: --help)")
     places = CheckpointConfig(**where)
-    origin = find_origin(places.load, places.save)
+    # A restart goes on from what the attempts before have saved.
+    origin = find_origin(places.load, places.save, places.ckpt_step if process.attempt == 0 else None)
     if places.override_router:
         model = override_router(given.stated, origin.checkpoint.model, origin.path)
         note = f"--override-router: {model.compute.router}"
@@ -174,19 +194,23 @@ def start_run(given: Given) -> int:
         store = connect(process, "health")
         watchdog = Watchdog(store, process.rank, process.world_size, stall_seconds=hang_timeout)
         watchdog.start()
-        stop = StopRequest()
+        stop = StopRequest(speaks=process.rank == 0)
         watchdog.progress("joining the job", limited=False)
         # The watchdog comes first: it knows which rank stands still and where.
         device = start(process, connect(process, "groups"), 2 * hang_timeout + 60)
-        run_job(run, origin, process, device, connect(process, "data"), watchdog.progress, lambda: stop.received)
+        data_store = connect(process, "data")
+        run_job(run, origin, process, device, data_store, watchdog.progress, stop)
     except MoeconvError as error:
         if watchdog is None or watchdog.fail(error):
             tell_launcher(error)
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     except BaseException as error:
-        if watchdog is not None:
-            watchdog.fail(error)
+        if watchdog is None:
+            raise
+        if not watchdog.fail(error):
+            return FAILURE_STATUS
+        sys.excepthook = lambda *_: None  # the traceback stands above already, before those of the others
         raise
     watchdog.stop()
     dist.destroy_process_group()
@@ -200,7 +224,7 @@ def run_job(
     device: torch.device,
     store: Store,
     progress: Progress,
-    stop_requested: Callable[[], bool],
+    stop: StopRequest | None = None,
 ) -> None:
     """Do what needs all processes, which have met: load, train or evaluate, save.
 
@@ -211,16 +235,18 @@ def run_job(
         device: what to compute on.
         store: of this job, for what is no collective.
         progress: told what happens next, for the watchdog.
-        stop_requested: whether this process was asked to stop.
+        stop: whether this process was asked to stop; None: nobody asks.
 
     Raises:
         MoeconvError: data or checkpoint can't be used, a loss is not finite, or the last save failed.
     """
-    log = _open_log(run, process)
-    if log is not None:
-        log.note("\n".join([*run.notes, describe(run, origin, process)]))
     progress("trying the --save folder", limited=False)
+    claims: list[folders.Claim] = []
+    one_first(process.rank == 0, lambda: _claim(run, origin, process, claims))
     one_first(process.rank == 0, lambda: _try_save(run, origin, process))
+    log = _open_log(run, origin, process, device)
+    if log is not None:
+        log.note("\n".join([*run.notes, *_remains(run), describe(run, origin, process)]))
     dp = data_parallel_size(run.parallel, process.world_size)
     data = DataSource(run.data, origin.path, run.train.num_samples(dp))
     progress("preparing the data", limited=False)
@@ -233,16 +259,37 @@ def run_job(
     mesh = ParallelMesh(run.parallel, process.world_size)
     dtype = TORCH_DTYPES[run.dtype]
     engine = Engine(run.model, dtype, run.parallel, run.moe, run.optim, run.recompute, mesh, device)
-    state = load(engine, run, origin)
+    try:
+        state = load(engine, run, origin)
+    except MoeconvError as error:
+        raise type(error)(f"{error}{folders.way_back(origin.path, _open)}") from None
     trainer = Trainer(run, engine, mesh, origin.checkpoint, data, log, progress)
     if state is not None:
         trainer.resume(state, own=origin.own)
-    stopped = False if run.train.skip_train else trainer.train(stop_requested)
+    stopped = False if run.train.skip_train else trainer.train(stop)
     if run.train.eval_iters and not stopped:
         for split in ("valid", "test") if data.has("test") else ("valid",):
             trainer.evaluate(split)
     if log is not None:
         log.close()
+    for claim in claims:
+        claim.release()
+
+
+def _claim(run: RunConfig, origin: Origin, process: Process, claims: list[folders.Claim]) -> None:
+    """Keep other runs from the --save folder, and go back in it where that is asked for; one rank does it for all."""
+    if process.rank == 0 and run.checkpoint.save is not None and not run.train.skip_train:
+        claims.append(folders.Claim(run.checkpoint.save))
+        if origin.own and run.checkpoint.ckpt_step is not None and process.attempt == 0:
+            folders.point_latest(origin.path)
+
+
+def _remains(run: RunConfig) -> list[str]:
+    """Name folders that look like checkpoints and are none; nothing removes what another program may have written."""
+    found = folders.incomplete(run.checkpoint.save) if run.checkpoint.save is not None else []
+    return [
+        f"{path}: no complete checkpoint (no {MANIFEST}): never read; remove it if it is a save's" for path in found
+    ]
 
 
 def _try_save(run: RunConfig, origin: Origin, process: Process) -> None:
@@ -250,8 +297,7 @@ def _try_save(run: RunConfig, origin: Origin, process: Process) -> None:
     save = run.checkpoint.save
     if save is None or run.train.skip_train:
         return
-    tensors = [t for t in origin.checkpoint.tensors.values() if not t.name.startswith("optimizer.")]
-    count = sum(math.prod(t.shape) for t in tensors)
+    count = num_parameters(origin.checkpoint)
     # Master weights and two moments, each in fp32, or fp64 where the weights are.
     weight, state = TORCH_DTYPES[run.dtype].itemsize, 8 if run.dtype == "float64" else 4
     folders.try_writing(save, count * (weight + (3 * state if run.checkpoint.save_optim else 0)))
@@ -271,7 +317,7 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
         The line.
     """
     parallel, train = run.parallel, run.train
-    size = sum(math.prod(t.shape) for t in origin.checkpoint.tensors.values() if not t.name.startswith("optimizer."))
+    size = num_parameters(origin.checkpoint)
     dp = data_parallel_size(parallel, process.world_size)
     degrees = {"dp": dp} | {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp", "ep", "etp")}
     batch = train.num_microbatches(dp) * train.micro_batch_size * dp
@@ -280,6 +326,11 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
         f"{process.world_size} ranks: {' '.join(f'{axis}{degree}' for axis, degree in degrees.items() if degree > 1)} | "
         f"{batch} sequences of {train.seq_length} tokens a step"
     )
+
+
+def num_parameters(checkpoint: Checkpoint) -> int:
+    """Count the weights of a checkpoint, without the optimizer's state."""
+    return sum(math.prod(t.shape) for t in checkpoint.tensors.values() if not t.name.startswith("optimizer."))
 
 
 def describe_run_data(run: RunConfig, data: DataSource, dp: int) -> str:
@@ -325,8 +376,26 @@ def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
     return state if with_optimizer else dataclasses.replace(state, optimizer={})
 
 
-def _open_log(run: RunConfig, process: Process) -> MetricLog | None:
+def _open_log(run: RunConfig, origin: Origin, process: Process, device: torch.device) -> MetricLog | None:
+    import yaml
+
     if process.rank != 0:
         return None
-    settings = dataclasses.asdict(run)
-    return MetricLog(run.log, train_iters=run.train.num_steps, interval=run.log.interval, settings=settings)
+    log, save = run.log, run.checkpoint.save
+    if log.file is None and save is not None and not run.train.skip_train:
+        log = dataclasses.replace(log, file=save / LOG_NAME)
+    speed = Speed(
+        flops_per_token=training_flops(origin.checkpoint.model, run.train.seq_length),
+        num_gpus=process.world_size,
+        peak_flops=device_peak(device, TORCH_DTYPES[run.dtype]),
+    )
+    job = {
+        "model": origin.checkpoint.model.family.name,
+        "parameters": num_parameters(origin.checkpoint),
+        "experts": origin.checkpoint.model.sizes.get("experts", 0),
+        "world_size": process.world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "start": str(origin.path),
+    }
+    settings = {"job": job} | yaml.safe_load(run_file(run))
+    return MetricLog(log, train_iters=run.train.num_steps, interval=log.interval, settings=settings, speed=speed)

@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from moeconv.checkpoint import Checkpoint
@@ -22,9 +21,11 @@ from runtime.data.packing import Samples
 from runtime.data.prefetch import Prefetcher
 from runtime.engine import Engine, StepResult
 from runtime.errors import require
-from runtime.job.processes import any_rank
+from runtime.job.processes import STARTED, max_over_ranks, peak_memory
+from runtime.job.signals import StopRequest
 from runtime.job.watchdog import Progress
-from runtime.log.metrics import EvalRecord, MetricLog, StepRecord
+from runtime.log.metrics import MetricLog
+from runtime.log.records import EvalRecord, StepRecord
 from runtime.optim.schedule import Schedule
 from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.resolved import RUN_FILE, run_file
@@ -59,7 +60,6 @@ class Trainer:
         self._log, self._progress = log, progress
         self.state = TrainerState(seed=run.train.seed)
         self._schedule = run.schedule
-        self._begin = time.monotonic()
         dp_size = mesh.size("dp")
         self._global_batch_size = run.train.num_microbatches(dp_size) * run.train.micro_batch_size * dp_size
         self._control = dist.new_group(backend="gloo")
@@ -96,11 +96,11 @@ class Trainer:
         if changed:
             self._note(f"the learning rate's schedule changes: {', '.join(changed)}")
 
-    def train(self, stop_requested: Callable[[], bool]) -> bool:
+    def train(self, stop: StopRequest | None = None) -> bool:
         """Train to the last iteration, or until somebody asks to stop; then save.
 
         Args:
-            stop_requested: whether this rank was asked to stop.
+            stop: whether this rank was asked to stop; None: nobody asks.
 
         Returns:
             Whether the run was stopped early.
@@ -122,11 +122,12 @@ class Trainer:
             )
             self._note(f"{flag} is reached already, at iteration {self.state.iteration}: nothing is left to train")
         reason = ""
+        if stop is not None:
+            stop.begin_training()
         with _collecting_garbage(config.manual_gc):
             while self.state.iteration < config.num_steps and not reason:
-                self._step(loader)
+                reason = self._step(loader, stop)
                 iteration = self.state.iteration
-                reason = self._reason_to_stop(stop_requested)
                 due = config.eval_iters and config.eval_interval and iteration % config.eval_interval == 0
                 save = save_interval and iteration % save_interval == 0
                 self._collect_garbage(bool(due or save))
@@ -137,24 +138,22 @@ class Trainer:
                 elif self._saver is not None and self._saver.finished():
                     self._report(self._saver.wait())
             loader.close()
+            if self._log is not None:
+                self._log.flush()
             if reason:
-                self._note(f"{reason}: saving after iteration {self.state.iteration} and leaving")
+                what = "saving" if self._saver is not None else "nothing is saved without --save:"
+                self._note(f"{reason}: {what} after iteration {self.state.iteration} and leaving")
             self._finish()
         return bool(reason)
 
-    def _reason_to_stop(self, stop_requested: Callable[[], bool]) -> str:
+    def _reason_to_stop(self, asked: bool, late: bool) -> str:
         """Say why the run is to be left after this step, the same on every rank; empty to go on."""
         config = self.run.train
-        minutes = (time.monotonic() - self._begin) / 60
-        late = bool(config.exit_duration_in_mins) and minutes > config.exit_duration_in_mins
-        if any_rank(stop_requested(), self._control):
+        if asked:
             return "asked to stop"
         if config.exit_interval and self.state.iteration % config.exit_interval == 0:
             return f"--exit-interval {config.exit_interval} divides the iteration"
-        # Clocks of ranks differ, so they agree.
-        if config.exit_duration_in_mins and any_rank(late, self._control):
-            return f"--exit-duration-in-mins {config.exit_duration_in_mins:g} are over"
-        return ""
+        return f"--exit-duration-in-mins {config.exit_duration_in_mins:g} are over" if late else ""
 
     def _collect_garbage(self, pause: bool) -> None:
         config = self.run.train
@@ -188,6 +187,7 @@ class Trainer:
                 EvalRecord(
                     iteration=self.state.iteration,
                     split=name,
+                    consumed_tokens=self.state.consumed_train_samples * config.seq_length,
                     lm_loss=loss,
                     tokens=count * config.seq_length,
                     seconds=time.perf_counter() - start,
@@ -208,20 +208,32 @@ class Trainer:
         )
         return Prefetcher(loader, num_workers=config.num_workers, pin=self.engine.device.type == "cuda")
 
-    def _step(self, loader: Prefetcher) -> None:
+    def _step(self, loader: Prefetcher, stop: StopRequest | None) -> str:
+        """Do a step.
+
+        Returns:
+            Why the run is to be left after it, the same on every rank; empty to go on.
+        """
         iteration = self.state.iteration + 1
         self._progress(f"iteration {iteration}")
         start = time.perf_counter()
         batches = loader.global_batch(self.state.consumed_train_samples, self._global_batch_size)
+        waited = time.perf_counter() - start
         done = self.state.consumed_train_samples if self._schedule.unit == "samples" else self.state.iteration
         learning_rate = self._schedule.lr(done)
         self.engine.set_lr(learning_rate)
         axes = ("dp", "cp", "pp", "tp") if self.run.parallel.sp else ("dp", "cp", "pp")
         seed_step(self.state.seed, iteration, *(self.mesh.rank(axis) for axis in axes))
-        result = self.engine.train_step(batches)
+        result = self.engine.train_step(batches)  # waits for the device: the time below is the whole step's
+        seconds = time.perf_counter() - start
         consumed = self.state.consumed_train_samples + self._global_batch_size
         self.state = dataclasses.replace(self.state, iteration=iteration, consumed_train_samples=consumed)
-        self._record(result, learning_rate, start, self._measure())
+        # Clocks, memory and signals of ranks differ, so they agree.
+        late = 0 < self.run.train.exit_duration_in_mins <= (time.monotonic() - STARTED) / 60
+        mine = (stop is not None and stop.received, late, peak_memory(self.engine.device), waited)
+        asked, over, memory, longest = max_over_ranks(mine, self._control)
+        self._record(result, learning_rate, seconds, longest, int(memory))
+        return self._reason_to_stop(bool(asked), bool(over))
 
     def _measure(self) -> dict[str, float]:
         """Measure what is asked for beyond the step's own numbers, at the steps that the log has a line of; collective."""
@@ -231,26 +243,27 @@ class Trainer:
         out: dict[str, float] = {"params_norm": self.engine.params_norm()} if config.params_norm else {}
         return out | ({"num_zeros": self.engine.num_zeros()} if config.num_zeros else {})
 
-    def _record(self, result: StepResult, learning_rate: float, start: float, measured: dict[str, float]) -> None:
+    def _record(
+        self, result: StepResult, learning_rate: float, seconds: float, data_seconds: float, memory: int
+    ) -> None:
+        measured = self._measure()
         if self._log is None:
             return
-        load = result.expert_load
-        lm_loss = float(result.lm_loss)  # waits for the device: the time below is the whole step's
-        seconds = time.perf_counter() - start
-        tokens = self._global_batch_size * self.run.train.seq_length
+        seq_length = self.run.train.seq_length
         self._log.step(
             StepRecord(
                 iteration=self.state.iteration,
-                consumed_train_samples=self.state.consumed_train_samples,
-                lm_loss=lm_loss,
-                aux_loss=float(result.aux_loss),
-                z_loss=float(result.z_loss),
-                grad_norm=float(result.grad_norm),
+                consumed_samples=self.state.consumed_train_samples,
+                consumed_tokens=self.state.consumed_train_samples * seq_length,
+                num_tokens=self._global_batch_size * seq_length,
+                lm_loss=result.lm_loss,
+                grad_norm=result.grad_norm,
                 learning_rate=learning_rate,
                 skipped=result.skipped,
                 seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                expert_load=[] if load is None else load.to(torch.int64).tolist(),
+                data_seconds=data_seconds,
+                memory_bytes=memory,
+                routing=result.routing,
                 measured=measured,
             )
         )
@@ -290,7 +303,9 @@ class Trainer:
             self._note(f"saved iteration {outcome.iteration} to {outcome.path} in {outcome.seconds:.1f} s")
             return
         last = folders.latest(self.run.checkpoint.save or Path())
-        self._note(f"SAVE FAILED at iteration {outcome.iteration}: {outcome.error}; the last good checkpoint is {last}")
+        self._note(
+            f"SAVE FAILED at iteration {outcome.iteration}: {outcome.error}; the last good checkpoint is {last or 'none yet'}"
+        )
 
     def _note(self, text: str) -> None:
         if self._log is not None:

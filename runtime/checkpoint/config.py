@@ -20,6 +20,9 @@ class CheckpointConfig:
     """Iterations between saves; 0 saves at the end only."""
     keep_last: int = flag(0, at_least=0)
     """Checkpoints that are kept; 0 keeps all."""
+    ckpt_step: int | None = None
+    """Go on from the checkpoint of this iteration instead of the latest, of --save or --load (--ckpt-step). Of a run's
+    own saves it becomes the latest at once, so that a restart goes on from what is saved after it."""
     override_router: bool = False
     """Let the --moe-router flags change what the model's router computes, on purpose: config.json says so from then on."""
     finetune: bool = False

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from moeconv.errors import WriteError
+from moeconv.errors import MoeconvError, SourceError, WriteError
 from moeconv.io.manifest import MANIFEST
 from moeconv.io.staging import sync_path
 
 LATEST = "latest"
 PARTIAL = ".partial"
 _OLD = ".old"
+_TRIAL = ".trial-"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -60,6 +64,113 @@ def resolve(path: Path) -> Path:
     return latest(path) or path
 
 
+def at_step(root: Path, iteration: int) -> Path:
+    """Find the checkpoint of an iteration.
+
+    Args:
+        root: the save folder.
+        iteration: its iteration.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        SourceError: the folder has no complete checkpoint of it; names those that it has.
+    """
+    found = complete(root)
+    if iteration in found:
+        return found[iteration]
+    have = f"it has those of {', '.join(map(str, found))}" if found else "it has none"
+    raise SourceError(f"--ckpt-step {iteration}: {root} has no complete checkpoint of iteration {iteration}; {have}")
+
+
+def way_back(path: Path, opens: Callable[[Path], object]) -> str:
+    """Say how to go on where a checkpoint is damaged: from the newest older one that opens.
+
+    Args:
+        path: the damaged checkpoint.
+        opens: opens a checkpoint, or raises a MoeconvError.
+
+    Returns:
+        The end of a message; empty where the checkpoint is no run's save.
+    """
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        return ""
+    for iteration, older in reversed(complete(path.parent).items()):
+        if iteration < int(match[1]):
+            with contextlib.suppress(MoeconvError):
+                opens(older)
+                return f". The newest older save that opens is {older.name}: --ckpt-step {iteration} goes on from it"
+    return f". No older save in {path.parent} opens"
+
+
+class Claim:
+    """The right to save to a folder, which one run has at a time; it ends with the process."""
+
+    def __init__(self, root: Path) -> None:
+        """Take the folder, and remove what killed saves have left in it.
+
+        Args:
+            root: the save folder; it is made if it isn't there.
+
+        Raises:
+            WriteError: another run saves to it, or it can't be written.
+        """
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self._folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+            self._lock(root)
+            clean(root)
+        except OSError as error:
+            raise WriteError(f"--save {root}: can't be written: {error.strerror} ({error.filename})") from None
+
+    def _lock(self, root: Path) -> None:
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise WriteError(
+                f"--save {root}: another run is saving to this folder; end it first, or give another folder"
+            ) from None
+        except OSError:
+            return  # a file system without locks: nothing tells whether there is another run
+
+    def release(self) -> None:
+        """Give the folder back."""
+        os.close(self._folder)
+
+
+def clean(root: Path) -> None:
+    """Remove what killed saves and removals have left in a save folder; complete checkpoints never have such names.
+
+    Args:
+        root: the save folder.
+
+    Raises:
+        OSError: something can't be removed.
+    """
+    for path in root.iterdir():
+        suffix = next((s for s in (PARTIAL, _OLD) if path.name.endswith(s)), None)
+        if suffix is None or path.is_symlink():
+            continue
+        if _NAME.fullmatch(path.name.removesuffix(suffix)):
+            shutil.rmtree(path)
+    for path in (root / (LATEST + PARTIAL), *root.glob(f"{_TRIAL}*")):
+        path.unlink(missing_ok=True)
+
+
+def incomplete(root: Path) -> list[Path]:
+    """List folders under checkpoints' names that are none: earlier versions left such behind where they were killed.
+
+    Nothing removes them, since other programs use these names, too.
+
+    Args:
+        root: the save folder.
+    """
+    return sorted(p for p in root.glob("iter_*") if _NAME.fullmatch(p.name) and not (p / MANIFEST).is_file())
+
+
 def prepare(root: Path, iteration: int) -> Path:
     """Make the empty folder that a checkpoint is written into; what a killed save left behind is removed.
 
@@ -75,8 +186,7 @@ def prepare(root: Path, iteration: int) -> Path:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for stale in (*root.glob(f"iter_*{PARTIAL}"), *root.glob(f"iter_*{_OLD}")):
-            shutil.rmtree(stale)
+        clean(root)
         partial = root / (folder_name(iteration) + PARTIAL)
         partial.mkdir()
     except OSError as error:
@@ -94,7 +204,7 @@ def try_writing(root: Path, size: int) -> None:
     Raises:
         WriteError: the folder can't be written to, or has no room for one checkpoint.
     """
-    trial = root / f".trial-{secrets.token_hex(8)}"
+    trial = root / f"{_TRIAL}{secrets.token_hex(8)}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         trial.write_bytes(b"moeconv")
@@ -110,7 +220,7 @@ def try_writing(root: Path, size: int) -> None:
 
 
 def publish(partial: Path) -> Path:
-    """Give a written checkpoint its name, and point `latest` at it.
+    """Give a written checkpoint its name, and point `latest` at it: nothing has the name before it is whole.
 
     Args:
         partial: what `prepare` made, with everything in it on disk.
@@ -120,29 +230,46 @@ def publish(partial: Path) -> Path:
     """
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     old = final.with_name(final.name + _OLD)
+    sync_path(partial)
     if final.exists():
         os.replace(final, old)
     os.replace(partial, final)
-    link = final.parent / (LATEST + PARTIAL)
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, final.parent / LATEST)
-    sync_path(final.parent)
+    point_latest(final)
     shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def point_latest(checkpoint: Path) -> None:
+    """Make a checkpoint of a save folder the one that runs go on from.
+
+    Args:
+        checkpoint: a complete checkpoint.
+    """
+    root = checkpoint.parent
+    link = root / (LATEST + PARTIAL)
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint.name)
+    os.replace(link, root / LATEST)
+    sync_path(root)
+
+
 def prune(root: Path, keep_last: int) -> None:
-    """Remove all but the newest checkpoints.
+    """Remove all but the newest checkpoints up to the latest one.
+
+    Those of later iterations are of a run that this one went back before (--ckpt-step): they stay until they are
+    saved again, and don't count.
 
     Args:
         root: the save folder.
         keep_last: how many stay; 0 keeps all.
     """
-    if keep_last < 1:
-        return
     current = latest(root)
-    for path in list(complete(root).values())[:-keep_last]:
-        if path.resolve() != current:
-            (path / MANIFEST).unlink()  # first: a reader must never meet half a checkpoint
-            shutil.rmtree(path)
+    if keep_last < 1 or current is None:
+        return
+    found = complete(root)
+    last = next((iteration for iteration, path in found.items() if path.resolve() == current), max(found))
+    for path in [path for iteration, path in found.items() if iteration <= last][:-keep_last]:
+        # Renamed first: a reader must never meet half a checkpoint, and the next save finishes what is begun here.
+        doomed = path.with_name(path.name + _OLD)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import resource
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
@@ -14,6 +16,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from moeconv.errors import MoeconvError
 
+STARTED = time.monotonic()
+"""When this process began, near enough: --exit-duration-in-mins counts from here."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Process:
@@ -22,11 +27,14 @@ class Process:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    attempt: int = 0
+    """How often the launcher has started the job again."""
 
     @classmethod
     def from_environment(cls) -> Process:
         """Read the place from torchrun's variables."""
         names = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
+        names["attempt"] = "TORCHELASTIC_RESTART_COUNT"
         return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
 
 
@@ -131,3 +139,35 @@ def any_rank(mine: bool, group: dist.ProcessGroup) -> bool:
     flag = torch.tensor([int(mine)], dtype=torch.int32)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return bool(flag.item())
+
+
+def max_over_ranks(mine: Sequence[float], group: dist.ProcessGroup) -> list[float]:
+    """Find the largest of each of some numbers.
+
+    Args:
+        mine: this rank's numbers, equally many on each rank.
+        group: a gloo group of all ranks, so that no device has to be waited for.
+
+    Returns:
+        The same numbers on every rank.
+    """
+    values = torch.tensor(mine, dtype=torch.float64)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    found: list[float] = values.tolist()
+    return found
+
+
+def peak_memory(device: torch.device) -> int:
+    """Give the peak since the last call: bytes of the GPU's memory that tensors took.
+
+    Args:
+        device: what the process computes on.
+
+    Returns:
+        Bytes; on a CPU the process's own peak since it began.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return int(peak)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -22,7 +22,7 @@ class RouterStats:
     sums: Tensor
     """[2E + 3] fp64, as in `Scored`: one addition a micro-batch keeps all of them."""
     dropped: Tensor
-    """0-dim int64 choices without a row."""
+    """0-dim int64 choices without a row: above an expert's capacity, or of a token that the expert did not choose."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Each loss without its coefficient: 1 is balanced for the auxiliary losses."""
     num_tokens: int = 0
@@ -61,8 +61,10 @@ class RouterStats:
         self.sums += scored.sums.detach()
         if drops:
             num_experts = (self.sums.shape[0] - 3) // 2
-            kept = (routing.experts_TK < num_experts) & (routing.weights_TK.detach() > 0)
-            self.dropped += routing.chosen_TK.numel() - kept.sum()
+            # With a column for each expert, rows that only fill up to the capacity are no choices.
+            wide = routing.experts_TK.shape != routing.chosen_TK.shape
+            experts = routing.experts_TK.gather(1, routing.chosen_TK) if wide else routing.experts_TK
+            self.dropped += (experts == num_experts).sum()
         self.num_tokens += routing.chosen_TK.shape[0]
         self.num_choices += routing.chosen_TK.numel()
         self.num_microbatches += 1

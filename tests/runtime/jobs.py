@@ -44,4 +44,4 @@ def _run(arguments: tuple[str, ...]) -> None:
     run, origin = prepare(parse_flags(arguments), process)
     store = dist.PrefixStore("data", dist.distributed_c10d._get_default_store())
     with contextlib.redirect_stdout(io.StringIO()):
-        run_job(run, origin, process, torch.device("cpu"), store, lambda doing, **_: None, lambda: False)
+        run_job(run, origin, process, torch.device("cpu"), store, lambda doing, **_: None)

@@ -110,6 +110,27 @@ def _at_write(iteration: int, action: Callable[[], object]) -> None:
     writer.write_shard_file = write_shard_file
 
 
+def _slow_renames() -> None:
+    """Take a while for every renaming and removal of a checkpoint, so that a kill often meets one."""
+    from runtime.checkpoint import folder
+
+    plain_replace, plain_rmtree = os.replace, folder.shutil.rmtree
+
+    def replace(*args: Any, **options: Any) -> None:
+        if ".partial" in str(args) or ".old" in str(args):
+            time.sleep(0.05)
+        plain_replace(*args, **options)
+
+    def rmtree(path: Any, *args: Any, **options: Any) -> None:
+        for name in sorted(Path(path).glob("*"))[:3]:
+            name.unlink()
+            time.sleep(0.05)
+        plain_rmtree(path, *args, **options)
+
+    folder.os.replace = replace
+    folder.shutil.rmtree = rmtree  # type: ignore[assignment]
+
+
 def _raise(error: BaseException) -> Callable[[], object]:
     def action() -> None:
         raise error
@@ -123,6 +144,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "full-disk": lambda: _at_write(4, _raise(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))),
     "kill-in-save": lambda: _at_write(8, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "slow-steps": lambda: _before_steps(lambda _: time.sleep(0.2)),
+    "slow-renames": _slow_renames,
     "slow-save": lambda: _at_write(4, lambda: time.sleep(2)),
 }
 

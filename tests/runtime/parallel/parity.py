@@ -158,12 +158,13 @@ def copies(items: Iterable[StateTensor]) -> list[tuple[str, tuple[int, ...], Rec
 def run_rank(case: Case) -> dict[str, Any]:
     """Two steps and an evaluation on this rank."""
     engine, mesh = make_engine(case)
-    numbers: dict[str, list[float]] = {"lm_loss": [], "aux_loss": [], "z_loss": [], "grad_norm": []}
+    numbers: dict[str, list[float]] = {"lm_loss": [], "aux_loss": [], "z_loss": [], "grad_norm": [], "entropy": []}
     load, gradients = [], []
     for step in range(2):
         result = engine.train_step(own_share(global_batch(case, step), mesh))
-        for name, values in numbers.items():
-            values.append(getattr(result, name))
+        for name in ("lm_loss", "aux_loss", "z_loss", "grad_norm"):
+            numbers[name].append(getattr(result, name))
+        numbers["entropy"].append(result.routing.entropy if result.routing is not None else 0.0)
         if result.expert_load is not None:
             load.append(result.expert_load.numpy())
         if step == 0:

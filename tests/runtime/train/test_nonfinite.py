@@ -31,7 +31,7 @@ def test_it_stops_with_a_report_or_leaves_the_step_out(tmp_path: Path) -> None:
         with pytest.raises(RankError, match=rf"NonFiniteError: .*first bad: weight {BAD}, on rank 0"):
             run_jobs([Job(1, (*arguments, "--train-iters", "3"))], pool)
     records = steps(tmp_path / "log")
-    assert [records[step]["skipped"] for step in (1, 2)] == [True, True]
+    assert [records[step]["skipped_steps"] for step in (1, 2)] == [1, 1]
     assert 3 not in records
     saved = open_checkpoint(tmp_path / "out" / "latest")
     for name in tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from dataclasses import replace
@@ -106,7 +107,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(place: Workplace) -> None:
     process = start(2, place.arguments("term"), fault="slow-steps")
     log = place.folder / "term.jsonl"
     deadline = time.monotonic() + 60
-    while not (log.exists() and len(log.read_text().splitlines()) >= 5) and time.monotonic() < deadline:
+    while not (log.exists() and log.read_text().count('"train"') >= 5) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -123,7 +124,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(place: Workplace) -> None:
 def test_a_failing_rank_ends_the_attempt_and_torchrun_resumes_it(place: Workplace) -> None:
     status, output = run(2, place.arguments("raise"), fault="raise", max_restarts=1)
     assert status == 0, output
-    assert "RuntimeError: parity error in memory" in output
+    own = output.index("[rank 1] failed in iteration 7:\nTraceback")
+    assert own < output.index("RuntimeError: parity error in memory") < output.index("[rank 0] ends in iteration 7: ")
     assert "going on after iteration 4" in output
     check_equal_to_plain(place, "raise")
 
@@ -131,8 +133,7 @@ def test_a_failing_rank_ends_the_attempt_and_torchrun_resumes_it(place: Workplac
 def test_a_hanging_rank_is_named_with_its_stack(place: Workplace) -> None:
     status, output = run(2, place.arguments("hang", "--distributed-timeout-minutes", 0.08), fault="hang")
     assert status != 0
-    assert "stands still for" in output
-    assert "in iteration 3 (--distributed-timeout-minutes)" in output
+    assert re.search(r"rank \d on \S+ stands still for \d+ s in iteration 3 \(--distributed-timeout-minutes\)", output)
     assert "launch.py" in output  # where rank 1 sleeps
 
 
@@ -141,7 +142,7 @@ def test_a_failed_write_is_reported_and_training_goes_on(place: Workplace) -> No
     assert status == 0, output
     assert "SAVE FAILED at iteration 4: rank 1:" in output
     assert "No space left on device" in output
-    assert "the last good checkpoint is None" in output
+    assert "the last good checkpoint is none yet" in output
     assert place.saved("full") == ["iter_0000008", "iter_0000012", "latest"]
     check_equal_to_plain(place, "full")
 

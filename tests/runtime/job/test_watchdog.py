@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import re
 import threading
 import time
 from datetime import timedelta
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from runtime.job.watchdog import FAILURE_STATUS, StopRequest, Watchdog
+from runtime.job.watchdog import FAILURE_STATUS, Watchdog
 
 
 class Rank:
@@ -45,10 +44,48 @@ def test_a_failure_ends_the_other_rank_with_the_traceback(capfd: pytest.CaptureF
     assert first.gone.wait(5)
     assert first.left == [FAILURE_STATUS]
     message = capfd.readouterr().err
-    assert "rank 1 on" in message
-    assert "failed in iteration 7" in message
-    assert 'raise RuntimeError("bad memory")' in message
+    own, others = message.split("[rank 0] ends in start-up: ")
+    assert own.startswith("[rank 1] failed in iteration 7:")
+    assert 'raise RuntimeError("bad memory")' in own, "the traceback comes first"
+    assert others.startswith("rank 1 on")
+    assert others.endswith("failed in iteration 7: RuntimeError: bad memory\n"), "and once"
     assert not second.left
+
+
+def test_what_follows_from_a_failure_is_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    first, second = (Rank(store, rank, interval=60.0) for rank, store in enumerate(clients()))
+    assert second.watchdog.fail(RuntimeError("bad memory"))
+    assert not first.watchdog.fail(ConnectionError("closed by peer"))
+    message = capfd.readouterr().err
+    assert message.endswith("[rank 0] ends in start-up: another rank has failed before\n")
+    assert "closed by peer" not in message
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_stopped_rank_is_blamed_by_the_one_that_waits(which: int, capfd: pytest.CaptureFixture[str]) -> None:
+    ranks = [Rank(store, rank, stall_seconds=0.5) for rank, store in enumerate(clients())]
+    for rank in ranks:
+        rank.watchdog.progress("iteration 3")
+    time.sleep(0.2)
+    ranks[which].watchdog._stop.set()  # as SIGSTOP does: no heartbeat, long before the time of silence is over
+    waiting = ranks[1 - which]
+    assert waiting.gone.wait(5)
+    message = capfd.readouterr().err
+    assert f"[rank {1 - which}] ends in iteration 3: rank {which} on" in message
+    assert f"gives no sign of life while rank {1 - which} waits in iteration 3" in message
+
+
+def test_a_rank_that_is_behind_is_blamed(capfd: pytest.CaptureFixture[str]) -> None:
+    ranks = [Rank(store, rank, stall_seconds=0.5) for rank, store in enumerate(clients())]
+    for number, rank in enumerate(ranks):
+        for iteration in range(1, 4 - number):
+            rank.watchdog.progress(f"iteration {iteration}")
+    assert all(rank.gone.wait(5) for rank in ranks)
+    message = capfd.readouterr().err
+    assert message.count("rank 1 on") == 2
+    assert re.search(
+        r"rank 1 on \S+ stands still (for \d+ s in iteration 2|in iteration 2 while rank 0 waits)", message
+    )
 
 
 def test_standing_still_ends_every_rank_and_shows_the_stacks(capfd: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +98,7 @@ def test_standing_still_ends_every_rank_and_shows_the_stacks(capfd: pytest.Captu
     message = capfd.readouterr().err
     assert "rank 1 on" in message
     assert "in iteration 3 (--distributed-timeout-minutes)" in message
-    assert "test_health.py" in message  # the stack of the thread that stood still
+    assert "test_watchdog.py" in message  # the stack of the thread that stood still
 
 
 def test_progress_keeps_a_rank_alive_and_a_silent_one_is_missed(capfd: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +115,7 @@ def test_progress_keeps_a_rank_alive_and_a_silent_one_is_missed(capfd: pytest.Ca
         alive.watchdog.progress("working")
         time.sleep(0.03)
     assert alive.left == [FAILURE_STATUS]
-    assert "rank 1 gave no sign of life" in capfd.readouterr().err
+    assert "gave no sign of life for 1 s" in capfd.readouterr().err
 
 
 def test_a_rank_that_ends_as_it_should_is_not_missed() -> None:
@@ -89,13 +126,3 @@ def test_a_rank_that_ends_as_it_should_is_not_missed() -> None:
     time.sleep(0.6)
     assert not alive.left
     alive.watchdog.stop()
-
-
-def test_sigterm_is_a_request() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    request = StopRequest()
-    assert not request.received
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert request.received
-    request.restore()
-    assert signal.getsignal(signal.SIGTERM) is before

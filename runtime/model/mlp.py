@@ -89,6 +89,8 @@ class MoEMLP(nn.Module):
         parameters.tag_whole(self.moe.router.weight, "router", layer=layer, partial=True)
         parameters.tag_experts(self.moe.experts.w13, "expert.gate", "expert.up", layer=layer)
         parameters.tag_experts(self.moe.experts.w2, "expert.down", layer=layer)
+        if self.moe.router.linear_bias is not None:
+            parameters.tag_whole(self.moe.router.linear_bias, "router.linear.bias", layer=layer, partial=True)
         if parameters.has("router.bias", layer):
             parameters.keep_buffer(self.moe.router, "expert_bias", "router.bias", layer=layer)
         shared = any(parameters.has(role, layer) for role in ("shared.gate", "shared.router"))

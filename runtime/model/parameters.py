@@ -27,6 +27,8 @@ class StoredBuffer:
     attribute: str
     name: str
     """The tensor's name on the hub."""
+    shape: tuple[int, ...]
+    """Its shape there, of as many elements as the buffer."""
 
 
 class Parameters:
@@ -83,15 +85,15 @@ class Parameters:
         """Make this rank's rows of an embedding or head, padded in memory only.
 
         Args:
-            role: `embedding` or `head`; a tied head is the embedding.
+            role: `embedding`, `head` or `head.bias`; a tied head is the embedding.
 
         Returns:
-            [V padded, D], equally many rows on every rank of tp.
+            [V padded, D], equally many rows on every rank of tp; a vector for the bias.
         """
-        tied = self.model.tied
+        tied = self.model.tied and role in ("embedding", "head")
         tensor = self.model.tensor("embedding" if tied else role)
         rows = [rect.shape[0] for rect in rank_rects(tensor, self._degrees)]
-        weight = self._empty(-(-max(rows) // _ROW_MULTIPLE) * _ROW_MULTIPLE, tensor.shape[1])
+        weight = self._empty(-(-max(rows) // _ROW_MULTIPLE) * _ROW_MULTIPLE, *tensor.shape[1:])
         pieces = self._pieces([tensor]) if rows[self._mesh.rank("tp")] else ()
         # First and last stage each hold tied embeddings, and each have a part of their gradient.
         ends = ("ends",) if tied and self._mesh.size("pp") > 1 else ()
@@ -135,7 +137,8 @@ class Parameters:
 
     def keep_buffer(self, module: nn.Module, attribute: str, role: str, *, layer: int) -> None:
         """Have a module's buffer loaded and saved as the tensor of a role."""
-        self.buffers.append(StoredBuffer(module, attribute, self.model.tensor(role, layer).name))
+        tensor = self.model.tensor(role, layer)
+        self.buffers.append(StoredBuffer(module, attribute, tensor.name, tensor.shape))
 
     def _empty(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))

@@ -15,6 +15,7 @@ _KEYS: dict[str, Any] = {
     "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "intermediate_size": 32, "moe_intermediate_size": 32, "vocab_size": 64, "rms_norm_eps": 1e-5,
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "moe_num_experts": 8, "moe_k": 2, "moe_topk": 2, "moe_num_shared_experts": 1,
     "n_shared_experts": 1, "shared_expert_intermediate_size": 32, "first_k_dense_replace": 0, "norm_topk_prob": True,
     "sliding_window": None, "max_position_embeddings": 128, "n_group": 1, "topk_group": 1,
     "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8,

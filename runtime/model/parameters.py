@@ -122,13 +122,17 @@ class Parameters:
         """Tag the stacked tensors of this rank's experts.
 
         Args:
-            parameter: [E_local, rows of all roles, columns]: for each expert its rectangles, one below the other.
+            parameter: [E_local, rows of all roles, columns]: for each expert its rectangles, one below the other; vectors of all
+                experts in one vector.
             roles: what the tensors do.
             layer: their layer.
         """
         tensors = [self.model.tensor(role, layer, expert) for expert in self.local_experts() for role in roles]
         pieces = self._pieces(tensors)
-        self._tag(parameter, pieces, sharded=("ep", "etp"), data_axis="edp")
+        if self.model.rule(roles[0]).split is None:  # of the last bias each rank of etp adds its share
+            self._tag(parameter, pieces, sharded=("ep",), replicated=("etp",), partial=("etp",), data_axis="edp")
+        else:
+            self._tag(parameter, pieces, sharded=("ep", "etp"), data_axis="edp")
 
     def tag_whole(self, parameter: nn.Parameter, role: str, *, layer: int, partial: bool) -> None:
         """Tag a parameter that somebody else has made and every rank of tp holds whole; `partial` as for `take`."""

@@ -20,6 +20,7 @@ TAKES = frozenset(
         *(f"attention.{name}.bias" for name in ("q", "k", "v", "o", "q_a", "kv_a")),
         *(f"{part}.{name}" for part in ("mlp", "expert", "shared") for name in ("gate", "up", "down")),
         *(f"{part}.{name}.bias" for part in ("mlp", "shared") for name in ("gate", "up", "down")),
+        *("expert.gate_up", "expert.gate_up.bias", "expert.down.bias"),
     )
 )
 
@@ -42,7 +43,6 @@ def check_supported(model: Model, where: Path) -> None:
     )
     strange = sorted({rule.role for rule in model.rules} - TAKES)
     strange += [compute.lacks] if compute.lacks is not None else []
-    strange += ["clamped experts"] if compute.gate is not None else []
     require(
         not strange,
         f"{where}: the trainer doesn't compute {model.family.name}: {', '.join(strange)}; it converts, and trains elsewhere",

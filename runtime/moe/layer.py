@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeconv.errors import LayoutError, MoeconvError
+from moeconv.families.compute import Gate
+from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.config import MoEConfig
 from runtime.moe.dispatch import run_all_gather, run_all_to_all, run_local
 from runtime.moe.experts import Experts
@@ -43,6 +45,7 @@ class MoELayer(nn.Module):
         dtype: torch.dtype = torch.float32,
         router_param_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        gate: Gate | None = None,
     ) -> None:
         """Build the layer for this rank.
 
@@ -56,6 +59,7 @@ class MoELayer(nn.Module):
             dtype: of the parameters and the tokens.
             router_param_dtype: of the router's weight where it differs.
             device: where the parameters live.
+            gate: of experts with biases and a clamped gate; None for plain SwiGLU.
 
         Raises:
             LayoutError: experts or widths don't divide over the groups.
@@ -71,14 +75,12 @@ class MoELayer(nn.Module):
             ffn_local_size = ffn_hidden_size // etp
         self.config, self.groups = config, groups
         self.router = Router(config, groups, hidden_size=hidden_size, dtype=router_param_dtype or dtype, device=device)
-        self.experts = Experts(
-            config,
-            num_local_experts=num_local_experts,
-            hidden_size=hidden_size,
-            ffn_local_size=ffn_local_size,
-            dtype=dtype,
-            device=device,
-        )
+        sizes = {"num_local_experts": num_local_experts, "hidden_size": hidden_size, "ffn_local_size": ffn_local_size}
+        self.experts: Experts | ClampedExperts
+        if gate is None:
+            self.experts = Experts(config, **sizes, dtype=dtype, device=device)
+        else:
+            self.experts = ClampedExperts(config, gate, **sizes, shares=etp, dtype=dtype, device=device)
 
     @property
     def stats(self) -> RouterStats:

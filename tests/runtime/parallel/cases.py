@@ -34,6 +34,12 @@ LATENT_2 = {
     "topk_method": "group_limited_greedy",
     "norm_topk_prob": False,
 }
+OSS: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "sliding_window": 5,
+    "rope_parameters": {"rope_type": "default"},
+    "swiglu_limit": 1.0,
+}
 ERNIE = {"model_type": "ernie4_5_moe", "use_bias": True, "moe_layer_start_index": 1, "tie_word_embeddings": False}
 PHI = {"model_type": "phimoe", "lm_head_bias": True, "attention_bias": True, "vocab_size": 65}
 GRANITE = {
@@ -139,6 +145,11 @@ CASES = (
     case("tp2 sp ep2 dp2 neighbours turned, softmax with a bias", 4, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, model=ERNIE),
     case("tp4 vocabulary 65, sparsemixer, layer norms", 4, {"tp": 4}, model=PHI),
     case("pp2 tp2 sp factors everywhere", 4, {"pp": 2, "tp": 2} | SP, model=GRANITE),
+    case("tp2 sp ep2 etp1 sinks, clamped experts with biases", 2, {"tp": 2, "ep": 2, "etp": 1} | SP, model=OSS),
+    case("tp4 etp2 sinks, clamped experts in parts", 4, {"tp": 4, "etp": 2}, model=OSS),
+    case("ep2 etp2 dp4 clamped experts", 4, {"ep": 2, "etp": 2} | DIST, model=OSS),
+    case("pp2 cp2 sinks, clamped experts", 4, {"pp": 2, "cp": 2}, model=OSS),
+    case("ep2 dp2 fully sharded, clamped experts recomputed", 4, {"ep": 2} | SHARD, model=OSS, recompute={"granularity": "full"}),
     case("tp2 sp norms last", 2, {"tp": 2} | SP, model={"model_type": "flex_olmo"}, dtype="float64"),
     case("tp4 norms of heads after the rotation", 4, {"tp": 4}, model={"model_type": "hunyuan_v1_moe"}),
     case("tp4 sp ep2 etp1 part turned, sigmoid", 4, {"tp": 4, "ep": 2, "etp": 1} | SP, model={"model_type": "minimax_m2", "rotary_dim": 4}),

@@ -15,7 +15,8 @@ TAKES = frozenset(
     (
         *("embedding", "final_norm", "head", "attention_norm", "mlp_norm", "router", "router.bias", "shared.router"),
         *("final_norm.bias", "head.bias", "attention_norm.bias", "mlp_norm.bias", "router.linear.bias"),
-        *(f"attention.{name}" for name in ("q", "k", "v", "o", "q_norm", "k_norm", "sinks")),
+        *(f"attention.{name}" for name in ("q", "k", "v", "o", "sinks")),
+        *("attention.q_norm", "attention.k_norm"),
         *(f"attention.{name}" for name in ("q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm", "kv_b")),
         *(f"attention.{name}.bias" for name in ("q", "k", "v", "o", "q_a", "kv_a")),
         *(f"{part}.{name}" for part in ("mlp", "expert", "shared") for name in ("gate", "up", "down")),

@@ -5,7 +5,7 @@ Legend: T tokens of this rank, D hidden size, E experts.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,14 @@ from runtime.moe.statistics import RouterStats
 from runtime.parallel.collectives import gather_from, group_size, split_to
 
 __all__ = ["MoEGroups", "MoELayer", "moe_layers", "set_loss_scale"]
+
+
+class ExpertSizes(NamedTuple):
+    """What experts of either kind are built with."""
+
+    num_local_experts: int
+    hidden_size: int
+    ffn_local_size: int
 
 
 class MoELayer(nn.Module):
@@ -75,12 +83,12 @@ class MoELayer(nn.Module):
             ffn_local_size = ffn_hidden_size // etp
         self.config, self.groups = config, groups
         self.router = Router(config, groups, hidden_size=hidden_size, dtype=router_param_dtype or dtype, device=device)
-        sizes = {"num_local_experts": num_local_experts, "hidden_size": hidden_size, "ffn_local_size": ffn_local_size}
+        sizes = ExpertSizes(num_local_experts, hidden_size, ffn_local_size)
         self.experts: Experts | ClampedExperts
         if gate is None:
-            self.experts = Experts(config, **sizes, dtype=dtype, device=device)
+            self.experts = Experts(config, **sizes._asdict(), dtype=dtype, device=device)
         else:
-            self.experts = ClampedExperts(config, gate, **sizes, shares=etp, dtype=dtype, device=device)
+            self.experts = ClampedExperts(config, gate, **sizes._asdict(), shares=etp, dtype=dtype, device=device)
 
     @property
     def stats(self) -> RouterStats:

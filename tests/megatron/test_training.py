@@ -52,7 +52,7 @@ def work(tmp_path_factory: Any, hf_fp32: Path, hf_bf16: Path) -> Path:
     work: Path = tmp_path_factory.mktemp("training")
     folders = {"float32": hf_fp32, "bfloat16": hf_bf16, "float16": make_model(work / "fp16", torch.float16)}
     # Layers with and without experts, shared experts, head norms, and a stored bias of the router that no optimizer moves.
-    folders["glm4"] = make_folder(work / "glm4_moe", "glm4_moe", n_routed_experts=8, use_qk_norm=True)
+    folders["glm4"] = make_folder(work / "glm4_moe", "glm4_moe", n_routed_experts=8, use_qk_norm=True, vocab_size=250)
     runs = []
     for name, (layout, changes, _) in RUNS.items():
         (work / f"{name}-hf").symlink_to(folders.get(name, folders[changes.get("dtype", "float32")]))

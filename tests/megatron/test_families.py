@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from moeconv.verify import compare
 from transformers import AutoModelForCausalLM
 
+from moeconv.checking import compare
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf
 from moeconv.errors import MappingError

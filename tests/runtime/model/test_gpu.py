@@ -17,7 +17,7 @@ from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from tests.runtime.parallel.parity import initial_reader
-from tests.support.configs import tiny_model
+from tests.support.configs import tiny_config, tiny_model, trained_families
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,13 +25,20 @@ pytestmark = [
 ]
 
 
-def make_engine(dtype: Any, device: str, granularity: Any = "none", **moe: Any) -> Engine:
-    model = tiny_model(
-        hidden_size=128, num_hidden_layers=3, head_dim=64, intermediate_size=128, vocab_size=256,
-    )  # fmt: skip
+# Sizes that a GPU's kernels take; each config takes those that its family reads.
+WIDE = {
+    "num_hidden_layers": 3, "hidden_size": 128, "head_dim": 64, "intermediate_size": 128, "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128, "vocab_size": 256, "q_lora_rank": 64, "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32,
+}  # fmt: skip
+
+
+def make_engine(dtype: Any, device: str, granularity: Any = "none", family: str = "mixtral", **moe: Any) -> Engine:
+    model = tiny_model(family, **{key: value for key, value in WIDE.items() if key in tiny_config(family)})
     parallel = ParallelConfig()
-    assert model.compute.router is not None
-    options = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.02,), z_loss_coeff=1e-3, **moe)
+    options = None
+    if model.compute.router is not None:
+        options = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.02,), z_loss_coeff=1e-3, **moe)
     recompute = RecomputeConfig(granularity=granularity)
     engine = Engine(
         model,
@@ -59,6 +66,18 @@ def test_bf16_follows_fp32_on_the_cpu() -> None:
         assert got.lm_loss == pytest.approx(want.lm_loss, rel=0.02)
         assert got.aux_loss == pytest.approx(want.aux_loss, rel=0.05)  # single choices of experts turn
         assert got.grad_norm == pytest.approx(want.grad_norm, rel=0.1)
+
+
+@pytest.mark.parametrize("family", trained_families())
+def test_every_family_follows_fp32_on_the_cpu(family: str) -> None:
+    want = make_engine("float32", "cpu", family=family).train_step([batch(0)])
+    exact = make_engine("float32", "cuda", family=family).train_step([batch(0)])
+    rounded = make_engine("bfloat16", "cuda", family=family).train_step([batch(0)])
+    assert exact.lm_loss == pytest.approx(want.lm_loss, rel=1e-5)
+    assert exact.aux_loss == pytest.approx(want.aux_loss, rel=1e-4)
+    assert exact.grad_norm == pytest.approx(want.grad_norm, rel=1e-3)
+    assert rounded.lm_loss == pytest.approx(want.lm_loss, rel=0.02)
+    assert rounded.grad_norm == pytest.approx(want.grad_norm, rel=0.1)
 
 
 def test_the_host_waits_for_no_kernel_but_those_whose_numbers_it_reads() -> None:

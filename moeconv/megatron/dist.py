@@ -240,7 +240,6 @@ def locate(
     trainer = read_trainer(reader.common, reader.args, str(root / iteration)) if collectors else None
     spec = "te" if any(key.endswith("pre_mlp_layernorm.weight") for key in reader.tensors) else "local"
     experts = "grouped" if reader.args.get("moe_grouped_gemm") else "sequential"
-    dropped = _dropped(reader, optimizer)
     chunks = [chunk for tensor in reader.tensors.values() for chunk in tensor.chunks]
     return MegatronSource(
         root=root,
@@ -253,7 +252,7 @@ def locate(
         model=model,
         config=config,
         pieces=pieces,
-        dropped=dropped,
+        dropped=_dropped(reader, optimizer),
         trainer=trainer,
         archives=[(f"{iteration}/{c.file}", c.offset, c.length) for c in chunks],
     )

@@ -134,7 +134,7 @@ def test_megatron_core_goes_on_from_our_export(work: Path, tmp_path: Path) -> No
             experts="sequential",
             options=Options(),
         )
-        for under in (layout, degrees):
+        for under in (layout, degrees) if name != "glm4" else (layout,):
             for load in (work / name, ours):
                 runs.append(Run(Case(load=str(load), fmt="torch_dist", **under), resume=True, **changes))
                 names.append(f"{name} under {under}")

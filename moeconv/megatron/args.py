@@ -26,6 +26,11 @@ class RunArgs:
     def __init__(self, args: Any) -> None:
         state = args.state if isinstance(args, Opaque) else args
         self.values: Mapping[str, Any] = state if isinstance(state, dict) else {}
+        for name in self.values:
+            if not isinstance(name, str):
+                raise MappingError(
+                    f"the checkpoint's args hold {shown(name)}, which is no argument's name; they are damaged"
+                )
 
     def __bool__(self) -> bool:
         return bool(self.values)

@@ -22,6 +22,7 @@ from moeconv.layout.degrees import Degrees
 from moeconv.megatron import dist, legacy
 from moeconv.megatron.args import RunArgs
 from moeconv.megatron.checkpoint import as_checkpoint
+from moeconv.megatron.dist_metadata import METADATA
 from moeconv.megatron.export import Target, torch_files
 from moeconv.megatron.export_dist import torch_dist_files
 from moeconv.megatron.model_args import builder_note, check_args, config_from_args, flags
@@ -73,7 +74,7 @@ def open_megatron(
     """
     root, name = find_iteration(path, iteration)
     folder = root / name
-    kind = dist.DistReader if os.path.lexists(folder / dist.METADATA) else legacy.LegacyReader
+    kind = dist.DistReader if os.path.lexists(folder / METADATA) else legacy.LegacyReader
     reader = kind(folder)
     config = _config(root, reader.args, reader.dtype, hf_config)
     model = model_of(config, f"{root}: its config")

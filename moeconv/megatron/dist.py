@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from moeconv.dtypes import dtype
 from moeconv.errors import MappingError, SourceError
 from moeconv.families.base import Model
-from moeconv.io.decode import MAX_NAME_CHARS, Name, Shape, Size, brief, parse_json, typed
-from moeconv.io.paths import check_file, check_inside, read_inside, read_whole
+from moeconv.io.decode import brief, parse_json
+from moeconv.io.paths import check_inside, read_inside
 from moeconv.io.torch_archive import read_archive, with_numbers
-from moeconv.io.unpickle import MAX_PICKLE_BYTES, TORCH_DTYPES, Opaque, Symbol, TensorRef, load_pickle
+from moeconv.io.unpickle import TensorRef
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
 from moeconv.megatron.args import RunArgs
+from moeconv.megatron.dist_metadata import Chunk, DistTensor, Metadata
 from moeconv.megatron.names import EXTRA_STATE, LAYERS, TOP, Found, parse
 from moeconv.megatron.source import Collector, MegatronSource
 from moeconv.megatron.tensors import MegatronTensor, Part, cut, megatron_tensors, place_parts
 from moeconv.megatron.training import read_trainer
 from moeconv.pieces import Piece
 
-METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
+COMMON, CONFIG = "common.pt", "metadata.json"
 COMMON_STATE = "common_state/shard_0_1"
 # How Megatron names the optimizer's tensors (its distributed optimizer, then its others), and how they are named here.
 OPTIMIZER_STATES = {"param": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "fp32_param": "master"}
@@ -38,46 +36,6 @@ _DROPPED = {
     "common_state": "read as the run's arguments",
     "content_metadata": "read as the run's arguments",
 }
-
-
-# What `.metadata` must hold, field by field: the state of torch's MetadataIndex, _StorageInfo and ChunkStorageMetadata.
-
-
-class _Index(msgspec.Struct):
-    fqn: Name
-    offset: Shape | None = None
-
-
-class _Item(msgspec.Struct):
-    relative_path: Name
-    offset: Size
-    length: Size
-    transform_descriptors: list[Any] | None = None
-
-
-class _Rect(msgspec.Struct):
-    offsets: Shape
-    sizes: Shape
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A chunk of a global tensor: its rectangle, and the file, offset and length in bytes of the item that holds it."""
-
-    rect: Rect
-    file: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class DistTensor:
-    """A global tensor of a `torch_dist` checkpoint: its safetensors dtype, shape and chunks."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
 
 
 class DistReader:
@@ -95,71 +53,10 @@ class DistReader:
         config = parse_json(read_inside(folder, CONFIG), str(folder / CONFIG))
         if config.get("sharded_backend") != "torch_dist":
             raise SourceError(f"{folder}: its backend is {brief(config.get('sharded_backend'))}; expected torch_dist")
-        where = str(folder / METADATA)
-        raw = load_pickle(read_whole(check_file(folder, METADATA), MAX_PICKLE_BYTES), where)
-        entries = raw.get("state_dict_metadata") if isinstance(raw, Opaque) else None
-        stored = raw.get("storage_data") if isinstance(raw, Opaque) else None
-        if not isinstance(entries, dict) or not isinstance(stored, dict):
-            raise SourceError(f"{where}: holds no metadata of torch.distributed.checkpoint")
-        if not all(isinstance(key, str) and len(key) <= MAX_NAME_CHARS for key in entries):
-            raise SourceError(f"{where}: holds something whose key is no name")
-        self._items = self._storage(stored, where)
-        self.tensors = {k: self._tensor(k, v, where) for k, v in entries.items() if _has_size(v)}
-        self.objects = [k for k in entries if k not in self.tensors]
+        self.metadata = Metadata(folder)
+        self.tensors, self.objects = self.metadata.tensors, self.metadata.objects
         self.common = self._common()
         self.args = RunArgs(self.common.get("args"))
-
-    def _storage(self, stored: dict[Any, Any], where: str) -> dict[tuple[str, tuple[int, ...] | None], _Item]:
-        """Check where each item is; no two share a byte, or what one of them holds would be read twice and another never."""
-        out = {}
-        for index, info in stored.items():
-            if not isinstance(index, Opaque) or not isinstance(info, Opaque):
-                raise SourceError(f"{where}: an entry of its storage data is malformed")
-            key = typed(index.state, _Index, where)
-            item = typed(info.state, _Item, where)
-            if item.transform_descriptors:
-                raise SourceError(f"{self.folder}: {key.fqn} is compressed; save it without a stream transform")
-            if (key.fqn, key.offset) in out:
-                raise SourceError(f"{where}: says twice where {key.fqn} {key.offset or ''} is stored")
-            out[key.fqn, key.offset] = item
-        end_of: dict[str, int] = {}
-        for item in sorted(out.values(), key=lambda i: (i.relative_path, i.offset)):
-            if item.offset < end_of.get(item.relative_path, 0):
-                raise SourceError(f"{where}: two items share bytes of {brief(item.relative_path)}; the file is damaged")
-            end_of[item.relative_path] = item.offset + item.length
-        for name in end_of:
-            check_inside(self.folder, name)
-        return out
-
-    def _chunk(self, key: str, rect: Rect | None) -> Chunk:
-        item = self._items.get((key, rect.offsets if rect else None))
-        if item is None:
-            raise SourceError(f"{self.folder}: {METADATA} lists {key} {rect or ''} but not where it is stored")
-        return Chunk(rect or Rect((), ()), item.relative_path, item.offset, item.length)
-
-    def _tensor(self, key: str, entry: Opaque, where: str) -> DistTensor:
-        properties, chunks = entry.get("properties"), entry.get("chunks")
-        symbol = None
-        if isinstance(properties, Opaque):
-            first = properties.state[:1] if isinstance(properties.state, tuple) else (properties.get("dtype"),)
-            symbol = first[0] if first else None
-        known = isinstance(symbol, Symbol) and symbol.module == "torch" and symbol.name in TORCH_DTYPES
-        if not known or not isinstance(chunks, list) or not all(isinstance(c, Opaque) for c in chunks):
-            raise SourceError(f"{where}: the entry of {key} is malformed")
-        assert isinstance(symbol, Symbol)
-        size = typed(entry.get("size"), Shape, where)
-        rects = []
-        for chunk in chunks:
-            found = typed(chunk.state, _Rect, where)
-            rect = Rect(found.offsets, found.sizes)
-            inside = len(rect.offsets) == len(rect.shape) == len(size)
-            if not inside or any(end > n for end, n in zip(rect.ends, size, strict=True)):
-                raise SourceError(
-                    f"{where}: {key} of shape {list(size)} has a chunk outside it, at {list(found.offsets)}"
-                )
-            rects.append(rect)
-        found_chunks = tuple(self._chunk(key, rect) for rect in rects)
-        return DistTensor(key, TORCH_DTYPES[symbol.name], size, found_chunks)
 
     def _common(self) -> dict[str, Any]:
         if os.path.lexists(self.folder / COMMON):
@@ -180,7 +77,7 @@ class DistReader:
         Raises:
             SourceError: it is damaged, or no data.
         """
-        chunk = self._chunk(key, None)
+        chunk = self.metadata.chunk(key, None)
         return with_numbers(read_archive(self.folder / chunk.file, chunk.offset, chunk.length))
 
     def dtype(self) -> str:
@@ -256,11 +153,6 @@ def locate(
         trainer=trainer,
         archives=[(f"{iteration}/{c.file}", c.offset, c.length) for c in chunks],
     )
-
-
-def _has_size(entry: Any) -> bool:
-    """Tell a tensor's entry from that of a byte object."""
-    return isinstance(entry, Opaque) and bool(entry.get("size"))
 
 
 def _split_optimizer(key: str) -> tuple[str | None, str]:

@@ -18,7 +18,8 @@ from moeconv.io.torch_archive import ArchiveLayout, lay_out_archive, tensor_valu
 from moeconv.io.unpickle import Symbol
 from moeconv.layout.degrees import stage_of_layers
 from moeconv.layout.rect import Rect
-from moeconv.megatron.dist import COMMON, CONFIG, METADATA
+from moeconv.megatron.dist import COMMON, CONFIG
+from moeconv.megatron.dist_metadata import METADATA
 from moeconv.megatron.export import Target, common_state
 from moeconv.megatron.files import add_archive, last_row, padded_pieces, parts_dtype
 from moeconv.megatron.names import dist_extra_states, dist_key

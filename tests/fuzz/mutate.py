@@ -279,6 +279,17 @@ def mutate_pickle(rng: Random, raw: bytes) -> bytes:
     return b"".join(ops)
 
 
+def mutate_in_pickle(rng: Random, raw: bytes) -> bytes:
+    """Mutate bytes where an archive's pickle is; it keeps its length, so that the zip stays whole."""
+    begin = raw.index(b"\x80\x02")
+    end = raw.index(b"PK", begin + 1000)
+    out = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(begin, end)
+        out[at] = rng.choice((rng.randrange(256), out[at] ^ 1, *b"(.0]}RQq"))
+    return bytes(out)
+
+
 _SIGNATURES = (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07")
 
 

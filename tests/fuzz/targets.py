@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import shutil
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -16,8 +14,8 @@ from typing import Any
 import safetensors
 
 from moeconv.checking import verify
-from moeconv.checkpoint import Checkpoint, model_of, open_checkpoint
-from moeconv.convert import Options, plan_hf, plan_sharded, write_sharded
+from moeconv.checkpoint import Checkpoint, open_checkpoint
+from moeconv.convert import Options, plan_sharded, write_sharded
 from moeconv.describe import describe
 from moeconv.errors import MoeconvError
 from moeconv.io.checksum import checksum
@@ -28,35 +26,21 @@ from moeconv.io.safetensors import parse_header, read_header
 from moeconv.io.staging import JOURNAL
 from moeconv.io.torch_archive import check_archive, lay_out_archive, read_archive, with_numbers
 from moeconv.io.trainer_file import parse_trainer
-from moeconv.io.unpickle import Opaque, Symbol, TensorRef, load_pickle
+from moeconv.io.unpickle import Symbol, TensorRef, load_pickle
 from moeconv.layout.degrees import Degrees
-from moeconv.megatron.args import RunArgs
-from moeconv.megatron.checkpoint import as_checkpoint
-from moeconv.megatron.convert import export_megatron, open_megatron
-from moeconv.megatron.model_args import check_args, config_from_args
-from moeconv.megatron.source import TRACKER, find_iteration
-from moeconv.upcycle.planned import plan_upcycle
-from moeconv.upcycle.recipe import Recipe
+from tests.fuzz.megatron_targets import exports, megatron_dist, megatron_torch, run_args, tracker
 from tests.fuzz.mutate import (
     encode_json,
     flip_bytes,
     header_bytes,
+    mutate_in_pickle,
     mutate_json,
     mutate_pickle,
     mutate_tokens,
     mutate_tree,
     mutate_zip,
 )
-
-# A case takes the case's own random numbers. It raises MoeconvError for what it refuses, and gives what contradicts
-# itself in what it accepted, None where nothing does.
-Case = Callable[[Random], str | None]
-# Takes the corpus and an empty folder of its own.
-Target = Callable[[Path, Path], Case]
-
-
-def _copy(corpus: Path, scratch: Path, name: str) -> Path:
-    return Path(shutil.copytree(corpus / name, scratch / Path(name).name))
+from tests.fuzz.support import Case, Target, copied, outside
 
 
 def safetensors_header(corpus: Path, scratch: Path) -> Case:
@@ -96,7 +80,7 @@ def manifest_codec(corpus: Path, scratch: Path) -> Case:
 
 def manifest_open(corpus: Path, scratch: Path) -> Case:
     """Checkpoints whose manifest was changed and has a right checksum: opened, described, verified, planned."""
-    folder = _copy(corpus, scratch, "shards")
+    folder = copied(corpus, scratch, "shards")
     before = open_checkpoint(folder)
     tree = json.loads((folder / MANIFEST).read_bytes())
 
@@ -117,7 +101,7 @@ def manifest_open(corpus: Path, scratch: Path) -> Case:
 
 def manifest_bytes(corpus: Path, scratch: Path) -> Case:
     """Checkpoints whose manifest was changed without its checksum: only white space may be another."""
-    folder = _copy(corpus, scratch, "shards")
+    folder = copied(corpus, scratch, "shards")
     raw = (folder / MANIFEST).read_bytes()
     tree = json.loads(raw)
 
@@ -143,7 +127,7 @@ def _signed(rng: Random, value: Any) -> bytes:
 
 def config_json(corpus: Path, scratch: Path) -> Case:
     """config.json of every family; an accepted one has the sizes that the tensors have."""
-    folders = {p.name: _copy(corpus, scratch, f"families/{p.name}") for p in sorted((corpus / "families").iterdir())}
+    folders = {p.name: copied(corpus, scratch, f"families/{p.name}") for p in sorted((corpus / "families").iterdir())}
     raws = {name: (folder / CONFIG).read_bytes() for name, folder in folders.items()}
     counts = {name: sum(math.prod(i.shape) for i in open_checkpoint(f).tensors.values()) for name, f in folders.items()}
 
@@ -162,7 +146,7 @@ def config_json(corpus: Path, scratch: Path) -> Case:
 
 def index_json(corpus: Path, scratch: Path) -> Case:
     """The index of a folder; an accepted one says where each tensor is."""
-    folder = _copy(corpus, scratch, "hf")
+    folder = copied(corpus, scratch, "hf")
     raw = (folder / INDEX).read_bytes()
     tree = json.loads(raw)
 
@@ -227,95 +211,15 @@ def _tensors(value: Any) -> list[TensorRef]:
 
 def bin_folder(corpus: Path, scratch: Path) -> Case:
     """Folders from before safetensors."""
-    folder = _copy(corpus, scratch, "bin")
+    folder = copied(corpus, scratch, "bin")
     path = folder / "pytorch_model.bin"
     raw = path.read_bytes()
 
     def case(rng: Random) -> str | None:
-        path.write_bytes(mutate_zip(rng, raw) if rng.random() < 0.5 else _in_pickle(rng, raw))
+        path.write_bytes(mutate_zip(rng, raw) if rng.random() < 0.5 else mutate_in_pickle(rng, raw))
         found = open_checkpoint(folder)
         plan_sharded(found, Degrees(tp=2))
-        return _outside(found)
-
-    return case
-
-
-def _in_pickle(rng: Random, raw: bytes) -> bytes:
-    """Mutate bytes where an archive's pickle is; it keeps its length, so that the zip stays whole."""
-    begin = raw.index(b"\x80\x02")
-    end = raw.index(b"PK", begin + 1000)
-    out = bytearray(raw)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        at = rng.randrange(begin, end)
-        out[at] = rng.choice((rng.randrange(256), out[at] ^ 1, *b"(.0]}RQq"))
-    return bytes(out)
-
-
-def _outside(found: Checkpoint) -> str | None:
-    for name, pieces in found.pieces.items():
-        for piece in pieces:
-            if piece.begin < 0 or (
-                not piece.strides and piece.begin + piece.nbytes > os.stat(found.root / piece.file).st_size
-            ):
-                return f"{name} is outside its file"
-    return None
-
-
-def _megatron(form: str, patterns: tuple[str, ...], change: Callable[[Random, bytes, Path], bytes]) -> Target:
-    def target(corpus: Path, scratch: Path) -> Case:
-        folder = _copy(corpus, scratch, form)
-        raws = {path: path.read_bytes() for pattern in patterns for path in sorted(folder.glob(pattern))}
-
-        def case(rng: Random) -> str | None:
-            path = rng.choice(list(raws))
-            try:
-                path.write_bytes(change(rng, raws[path], path))
-                found = as_checkpoint(open_megatron(folder, optimizer=True))
-                plan_sharded(found, Degrees(tp=2))
-                if rng.random() < 0.2:
-                    found.check()
-                return _outside(found)
-            finally:
-                path.write_bytes(raws[path])
-
-        return case
-
-    target.__doc__ = f"Megatron checkpoints of the {form} format: {', '.join(patterns)}."
-    return target
-
-
-def _change_archive(rng: Random, raw: bytes, path: Path) -> bytes:
-    if path.name == ".metadata":
-        return mutate_pickle(rng, raw)
-    if path.suffix in (".json", ".txt"):
-        return mutate_json(rng, raw, json.loads(raw)) if path.suffix == ".json" else flip_bytes(rng, raw)
-    return (
-        mutate_zip(rng, raw)
-        if rng.random() < 0.6
-        else _in_pickle(rng, raw)
-        if len(raw) > 3000
-        else flip_bytes(rng, raw)
-    )
-
-
-megatron_torch = _megatron("torch", ("*/*/*.pt", TRACKER, CONFIG), _change_archive)
-megatron_dist = _megatron(
-    "torch_dist", ("*/.metadata", "*/common.pt", "*/metadata.json", "*/*.distcp", TRACKER, CONFIG), _change_archive
-)
-
-
-def run_args(corpus: Path, scratch: Path) -> Case:
-    """Megatron's args: a config is made of them, and its model opened."""
-    source = open_megatron(corpus / "torch")
-    tree = {k: v for k, v in source.args.values.items() if not isinstance(v, Symbol | Opaque)}
-
-    def case(rng: Random) -> str | None:
-        args = RunArgs(mutate_tree(rng, tree))
-        config = config_from_args(args, "bfloat16")
-        model = model_of(json.loads(json.dumps(config)), CONFIG)
-        check_args(args, model)
-        args.degree("tensor_model_parallel_size")
-        return None if model.sizes["layers"] == args.num_layers else "the config has another number of layers"
+        return outside(found)
 
     return case
 
@@ -392,47 +296,6 @@ def _killed(source: Checkpoint, out: Path, partial: Path) -> Path:
     finally:
         convert.make_manifest = real
     return partial.rename(partial.with_name("killed"))
-
-
-def tracker(corpus: Path, scratch: Path) -> Case:
-    """The file that names Megatron's latest iteration."""
-    folder = scratch / "root"
-    (folder / "release").mkdir(parents=True)
-    words = (b"release", b"12", b"../..", b"/", b"1" * 400, b"\xff", b"-1", b"\xd9\xa1", b"release\0", b"")
-
-    def case(rng: Random) -> str | None:
-        (folder / TRACKER).write_bytes(flip_bytes(rng, rng.choice(words)) if rng.random() < 0.8 else rng.choice(words))
-        root, name = find_iteration(folder)
-        return None if (root, name) == (folder, "release") else "another folder"
-
-    return case
-
-
-def exports(corpus: Path, scratch: Path) -> Case:
-    """upcycle and export-megatron of a model whose config was changed: planned whole, nothing written."""
-    dense, mixture = _copy(corpus, scratch, "families/llama"), _copy(corpus, scratch, "megatron-source")
-    raws = {folder: (folder / CONFIG).read_bytes() for folder in (dense, mixture)}
-    recipe = Recipe(method="copy", experts=2, top_k=1)
-    options = Options(sync=False)
-
-    def case(rng: Random) -> str | None:
-        folder = rng.choice((dense, mixture))
-        (folder / CONFIG).write_bytes(mutate_json(rng, raws[folder], json.loads(raws[folder])))
-        if folder == dense and rng.random() < 0.5:
-            plan_hf(plan_upcycle(open_checkpoint(dense), recipe), None)
-            return None
-        export_megatron(
-            *(folder, scratch / "out"),
-            fmt=rng.choice(("torch", "torch_dist")),
-            degrees=Degrees(tp=2),
-            spec="local",
-            experts="sequential",
-            options=options,
-            dry_run=True,
-        )
-        return None
-
-    return case
 
 
 # Name -> target and its share of a million cases.

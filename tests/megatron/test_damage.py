@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from moeconv.errors import IntegrityError, MoeconvError, SourceError
+from moeconv.errors import IntegrityError, MappingError, MoeconvError, SourceError
 from moeconv.io.pickling import Call, Persistent, dump_pickle
 from moeconv.io.torch_archive import (
     check_archive,
@@ -24,6 +24,7 @@ from moeconv.io.torch_archive import (
     with_numbers,
 )
 from moeconv.io.unpickle import Symbol, load_pickle
+from moeconv.megatron.args import RunArgs
 from moeconv.megatron.checkpoint import as_checkpoint
 from moeconv.megatron.convert import open_megatron
 from moeconv.megatron.source import TRACKER
@@ -288,3 +289,8 @@ def test_metadata_that_contradicts_itself(saves: Path, tmp_path: Path, edit: Any
     edit_metadata(folder, edit)
     with pytest.raises(MoeconvError):
         open_megatron(folder)
+
+
+def test_args_whose_names_are_none() -> None:
+    with pytest.raises(MappingError, match="no argument's name"):
+        RunArgs({"num_layers": 4, None: True})

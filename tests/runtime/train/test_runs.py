@@ -107,7 +107,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(place: Workplace) -> None:
     process = start(2, place.arguments("term"), fault="slow-steps")
     log = place.folder / "term.jsonl"
     deadline = time.monotonic() + 60
-    while not (log.exists() and log.read_text().count('"train"') >= 5) and time.monotonic() < deadline:
+    while not (log.exists() and log.read_text().count('"kind":"train"') >= 5) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)

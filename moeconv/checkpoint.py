@@ -28,9 +28,10 @@ from moeconv.io.staging import write_beneath
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect, check_cover
 from moeconv.pieces import NameMap, Piece, TensorInfo, as_stored, check_complete
-from moeconv.placement import split_optimizer_name
+from moeconv.placement import Placement, split_optimizer_name
 from moeconv.plan import RowOp
 from moeconv.reading import read_rect
+from moeconv.unread import write_carried
 
 TRAINER = "trainer.json"
 MAX_LAYERS, MAX_BLOCKS = 10_000, 200_000  # layers, or experts of a layer; experts of a model: several times the largest
@@ -271,7 +272,10 @@ def finish_checkpoint(folder: Path, source: Checkpoint, degrees: Degrees, record
     Raises:
         IntegrityError: the files don't cover every tensor exactly once.
         WriteError: a file can't be written.
+        SourceError: the tensors that the source carries are gone.
     """
+    if source.model.carried:
+        records = [*records, *_carry_tensors(folder, source, degrees)]
     shapes: dict[str, tuple[int, ...]] = {}
     parts: dict[str, list[tuple[Rect, str]]] = {}
     for record in records:
@@ -293,6 +297,26 @@ def finish_checkpoint(folder: Path, source: Checkpoint, degrees: Degrees, record
             source, degrees, records, {name: (len(data), checksum(data)) for name, data in carried.items()}
         )
         write_beneath(folder, MANIFEST, manifest.encode())
+    except OSError as error:
+        raise WriteError(f"{folder}: can't be written: {error.strerror or error}") from None
+
+
+def _carry_tensors(folder: Path, source: Checkpoint, degrees: Degrees) -> list[FileRecord]:
+    """Write the tensors that a run doesn't read, from its source, or where that is gone from a checkpoint that the run saved before."""
+    tensors = [source.tensors[name] for name in source.model.carried]
+    files = {piece.file for info in tensors for piece in source.pieces[info.name]}
+    holder = source
+    if not all((source.root / file).exists() for file in files):
+        saved = sorted(folder.parent.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        others = (open_checkpoint(path.parent) for path in saved if path.parent != folder)
+        found = next((other for other in others if other.model.carried == source.model.carried), None)
+        if found is None:
+            raise SourceError(
+                f"{source.root}: is gone, and with it {len(tensors)} tensors that go along unread; no checkpoint beside {folder} has them either"
+            )
+        holder = found
+    try:
+        return write_carried(folder, tensors, Placement(source.model, degrees), holder.read)
     except OSError as error:
         raise WriteError(f"{folder}: can't be written: {error.strerror or error}") from None
 

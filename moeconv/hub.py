@@ -56,7 +56,7 @@ def local_folder(source: str, revision: str | None = None) -> Path:
     try:
         manifest = _manifest(source, revision)
         if manifest is None:
-            return Path(snapshot_download(source, revision=revision, ignore_patterns=list(_IGNORED)))
+            return Path(snapshot_download(source, revision=revision, ignore_patterns=_ignored(source, revision)))
         return Path(snapshot_download(source, revision=revision, allow_patterns=_listed(manifest)))
     except MoeconvError:
         raise
@@ -65,6 +65,22 @@ def local_folder(source: str, revision: str | None = None) -> Path:
         raise SourceError(
             f"{source}: no such folder, and the hub can't give it: {reason}. Gated repositories need `hf auth login`"
         ) from None
+
+
+def _ignored(repository: str, revision: str | None) -> list[str]:
+    """Choose what not to download: everything that could be a second copy of the weights; of an old repository, its .bin files are the first."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        found = HfApi().model_info(repository, revision=revision).siblings or []
+    except (OfflineModeIsEnabled, ConnectionError):  # the cache may hold the folder all the same
+        return list(_IGNORED)
+    names = [file.rfilename for file in found]
+    if any(name.endswith(".safetensors") and not name.startswith("consolidated") for name in names):
+        return list(_IGNORED)
+    others = [name for name in names if name.endswith(".bin") and not name.startswith("pytorch_model")]
+    return [pattern for pattern in _IGNORED if pattern != "*.bin"] + [glob.escape(name) for name in others]
 
 
 def _manifest(repository: str, revision: str | None) -> Path | None:

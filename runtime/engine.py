@@ -257,7 +257,7 @@ class Engine:
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The buffers of this stage that checkpoints hold as tensors, by their names on the hub."""
         for buffer in self._context.parameters.buffers:
-            yield buffer.name, getattr(buffer.module, buffer.attribute)
+            yield buffer.name, getattr(buffer.module, buffer.attribute).view(buffer.shape)
 
     @property
     def _wide(self) -> torch.dtype:

@@ -252,7 +252,13 @@ class Model:
         Raises:
             MappingError: the config states something that transformers doesn't compute.
         """
-        return resolve(self.family.compute, self.config, self.sizes, bias=self.has("router.bias"))
+        return resolve(
+            self.family.compute,
+            self.config,
+            self.sizes,
+            bias=self.has("router.bias"),
+            linear_bias=self.has("router.linear.bias"),
+        )
 
     @cached_property
     def tied(self) -> bool:

@@ -83,9 +83,10 @@ class Gate:
 class Router:
     """What a router computes.
 
-    The scores of all experts are a softmax or sigmoids of the logits. The `top_k` best are chosen, among those of the `group_top_k`
-    best of `groups` equal groups, whose value is the sum of their `group_best` best scores; a stored bias (role `router.bias`) counts in the
-    choice alone. The chosen scores, divided by their sum where `normalise` is set and multiplied by `scale`, are the weights.
+    The scores of all experts are a softmax or sigmoids of the logits, which a bias of the projection (role `router.linear.bias`) is part of
+    with `linear_bias`. The `top_k` best are chosen, among those of the `group_top_k` best of `groups` equal groups, whose value is the sum of
+    their `group_best` best scores; with `bias` a stored one (role `router.bias`) counts in the choice alone. The chosen scores, divided by their
+    sum where `normalise` is set and multiplied by `scale`, are the weights.
 
     A `sparsemixer` chooses two experts one after the other; the weight of each is its softmax over those logits that are within 2 * `jitter`
     of the best one, relative to the larger of the two.
@@ -100,6 +101,7 @@ class Router:
     group_top_k: int = 1
     group_best: int = 2
     bias: bool = False
+    linear_bias: bool = False
     jitter: float = 0.0
 
 
@@ -165,14 +167,17 @@ class Compute:
     lacks: str | None = None
 
 
-def resolve(rule: ComputeRule, config: Mapping[str, Any], sizes: Mapping[str, int], *, bias: bool) -> Compute:
+def resolve(
+    rule: ComputeRule, config: Mapping[str, Any], sizes: Mapping[str, int], *, bias: bool, linear_bias: bool = False
+) -> Compute:
     """Read from a config what a family's model computes.
 
     Args:
         rule: the family's rules.
         config: config.json as parsed.
         sizes: the model's sizes.
-        bias: whether the model has a stored bias of the router.
+        bias: whether the model has a stored bias of the router's choice.
+        linear_bias: whether the router's projection has a bias.
 
     Returns:
         What is computed.
@@ -191,7 +196,7 @@ def resolve(rule: ComputeRule, config: Mapping[str, Any], sizes: Mapping[str, in
         act=str(rule.act.of(config)),
         init_std=number(rule.init_std, config, float),
         windows=_windows(rule.window, config, sizes["layers"]),
-        router=_router(rule.router, config, sizes, bias=bias) if rule.router is not None else None,
+        router=_router(rule.router, config, sizes, bias, linear_bias) if rule.router is not None else None,
         others=others,
         gate=Gate(**{name: number(getattr(rule.gate, name), config, float) for name in GATE}) if rule.gate else None,
         **{name: getattr(rule, name) for name in CONSTANT},
@@ -253,7 +258,9 @@ def _windows(rule: WindowRule | None, config: Mapping[str, Any], layers: int) ->
     return tuple(size if kind == WINDOWED else None for kind in kinds)
 
 
-def _router(rule: RouterRule, config: Mapping[str, Any], sizes: Mapping[str, int], *, bias: bool) -> Router:
+def _router(
+    rule: RouterRule, config: Mapping[str, Any], sizes: Mapping[str, int], bias: bool, linear_bias: bool
+) -> Router:
     normalise = rule.normalise.of(config) if isinstance(rule.normalise, Key) else rule.normalise
     grouped = rule.grouped is None or rule.grouped[0].of(config) == rule.grouped[1]
     router = Router(
@@ -266,8 +273,11 @@ def _router(rule: RouterRule, config: Mapping[str, Any], sizes: Mapping[str, int
         group_top_k=_value(rule.group_top_k, config, int) if grouped else 1,
         group_best=rule.group_best,
         bias=bias,
+        linear_bias=linear_bias,
         jitter=float(_value(rule.jitter, config, float)),
     )
+    if rule.score == "sparsemixer" and router.top_k != 2:
+        raise MappingError(f"config.json: {router.top_k} experts a token; a sparsemixer chooses 2")
     if router.top_k > router.experts:
         raise MappingError(f"config.json: {router.top_k} experts a token of {router.experts}; expected at most all")
     per_group = router.experts // max(router.groups, 1)

@@ -11,6 +11,7 @@ from typing import Any
 from moeconv.errors import SourceError
 from moeconv.io.decode import parse_json
 from moeconv.io.paths import check_folder, check_inside, check_name, read_inside
+from moeconv.io.recognise import recognise
 from moeconv.io.safetensors import Header, read_header
 from moeconv.io.torch_bin import BIN_INDEX, bin_names, read_bin
 
@@ -65,9 +66,14 @@ def read_hf_folder(root: Path) -> HFFolder:
         SourceError: config or weights are missing, malformed, disagree, or lie outside the folder.
     """
     check_folder(root)
+    present = sorted(p.name for p in root.glob("*.safetensors") if not p.name.startswith("consolidated"))
+    weights = [*present, *bin_names(root), *(n for n in (INDEX, BIN_INDEX) if (root / n).exists())]
+    if not (root / CONFIG).exists() or not weights or any((root / name).is_dir() for name in weights):
+        what = recognise(root)
+        if what is not None:
+            raise SourceError(what)
     config_bytes = read_inside(root, CONFIG)
     config = parse_json(config_bytes, f"{root / CONFIG}")
-    present = sorted(p.name for p in root.glob("*.safetensors") if not p.name.startswith("consolidated"))
     old = not present and not (root / INDEX).exists()  # a folder from before safetensors
     present, index_name = (bin_names(root), BIN_INDEX) if old else (present, INDEX)
     index = read_inside(root, index_name) if (root / index_name).exists() else None

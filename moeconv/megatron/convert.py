@@ -11,7 +11,7 @@ from typing import Any, Literal
 from moeconv.checkpoint import TRAINER, Checkpoint, model_of, open_checkpoint
 from moeconv.convert import Options, plan_sharded, write_plan, write_sharded
 from moeconv.errors import MappingError
-from moeconv.families.base import Model
+from moeconv.families.base import CARRIED, Model
 from moeconv.io.carried import Content, read_content, size_of
 from moeconv.io.decode import parse_json
 from moeconv.io.hf_folder import CONFIG
@@ -130,7 +130,9 @@ def export_megatron(
     check_degrees(found.model, degrees)
     trainer = _trainer(found, fmt) if optimizer else None
     kept = [name for name in found.tensors if trainer is not None or split_optimizer_name(name)[0] is None]
-    names = [name for name in kept if found.tensors[name].nbytes]  # Megatron has no shared experts of width 0
+    unread = [name for name in kept if split_optimizer_name(name)[0] is None and _is_carried(found, name)]
+    # Megatron has no shared experts of width 0.
+    names = [name for name in kept if name not in unread and found.tensors[name].nbytes]
     target = Target(
         model=found.model,
         dtypes={name: found.tensors[name].dtype for name in names},
@@ -149,9 +151,14 @@ def export_megatron(
         tracker = target.iteration.encode()
         write_plan(found, out, plan, beside, options, lambda staging, *_: staging.write(TRACKER, tracker))
     left = len(found.tensors) - len(kept)
-    dropped = (f"{left} tensors of optimizer state (--no-optimizer)",) if left else ()
+    dropped = [f"{left} tensors of optimizer state (--no-optimizer)"] if left else []
+    dropped += [f"{len(unread)} tensors that the model does not compute with, such as {unread[0]}"] if unread else []
     nbytes = plan.nbytes + sum(map(size_of, beside.values()))
-    return Summary(len(files) + len(beside) + 1, nbytes, dropped, str(degrees), tuple(_notes(found.model)))
+    return Summary(len(files) + len(beside) + 1, nbytes, tuple(dropped), str(degrees), tuple(_notes(found.model)))
+
+
+def _is_carried(found: Checkpoint, name: str) -> bool:
+    return found.model.tensors[name].rule.role == CARRIED
 
 
 def _notes(model: Model) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import MISSING, fields
 from typing import Any
 
 from moeconv.errors import MappingError
@@ -67,7 +68,12 @@ def _unsaid(model: Model) -> Iterable[str]:
     if compute.act != "silu":
         yield f"{compute.act} in a gated feed-forward part (its --swiglu is silu)"
     yield from (f"{name} = {shown(value)}" for name, value in compute.others.items() if name != DROPOUT)
+    for field in fields(compute):  # what most models compute alike has a default
+        if field.default is not MISSING and getattr(compute, field.name) != field.default:
+            yield f"{field.name.replace('_', ' ')}: {shown(getattr(compute, field.name))}"
     rope = compute.rope
+    if rope.interleaved:
+        yield "rotary positions of neighbouring pairs"
     if rope.kind not in ("default", "linear", "llama3", "yarn"):
         yield f"rotary positions scaled by {rope.kind}"
     if rope.kind == "llama3":
@@ -91,14 +97,17 @@ def _unsaid(model: Model) -> Iterable[str]:
 def _unsaid_router(model: Model) -> Iterable[str]:
     router = model.compute.router
     assert router is not None
-    if router.experts > 1 and router.top_k == 1 and router.normalise:
+    if router.experts > 1 and router.top_k == 1 and router.normalise and router.score != "sparsemixer":
         yield "one expert a token with a routing weight of 1 (it weighs the expert by its score)"
     if router.score == "sigmoid" and router.top_k > 1 and not router.normalise:
         yield "sigmoid routing weights that don't sum to 1"
-    if router.score == "softmax" and router.bias:
-        yield "a bias of the choice of a softmax router"
-    if limited(router) and router.top_k // router.group_top_k != 2:
-        yield f"groups of experts valued by 2 of theirs (it takes {router.top_k // router.group_top_k})"
+    if router.score not in ("softmax", "sigmoid"):
+        yield f"a router that scores by {router.score}"
+    if router.score != "sigmoid" and router.bias:
+        yield "a bias of the choice of a router without sigmoids"
+    if limited(router) and router.top_k // router.group_top_k != router.group_best:
+        taken = router.top_k // router.group_top_k
+        yield f"groups of experts valued by their {router.group_best} best (it takes {taken})"
     if limited(router) and router.score == "softmax" and router.normalise:
         yield "groups of experts valued by a softmax over all (it takes the logits)"
 
@@ -198,6 +207,7 @@ def _describe_router(args: RunArgs, sizes: dict[str, int]) -> Router:
         scale=args.number("moe_router_topk_scaling_factor", 1.0),
         groups=number,
         group_top_k=chosen,
+        group_best=top_k // chosen if number > 1 else 2,
         bias=args.flag("moe_router_enable_expert_bias"),
     )
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from moeconv.dtypes import dtype
 from moeconv.errors import LayoutError, MappingError
-from moeconv.families.base import Axis, Model
+from moeconv.families.base import CARRIED, Axis, Model
 from moeconv.io.torch_archive import row_major
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece
@@ -150,6 +150,11 @@ def megatron_tensors(model: Model) -> list[MegatronTensor]:
     Raises:
         MappingError: Megatron-Core has no form for this family here, or the parts miss a tensor.
     """
+    stored = [rule.role for rule in model.rules if rule.transposed]
+    if stored:
+        raise MappingError(
+            f"{model.family.name}: stores {', '.join(stored)} as [in, out], which has no Megatron form here"
+        )
     ends = {kind: _whole(model, kind, role, None) for kind, role in _ENDS}
     out = [*ends["embedding"]]
     for layer in range(model.sizes["layers"]):
@@ -160,6 +165,8 @@ def megatron_tensors(model: Model) -> list[MegatronTensor]:
     for part in (p for t in out for p in t.parts):
         covered[part.tensor] = covered.get(part.tensor, 0) + part.rect.size
     for tensor in model.tensors.values():
+        if tensor.rule.role == CARRIED:
+            continue
         if covered.pop(tensor.name, 0) != tensor.size and not model.optional(tensor):
             raise MappingError(
                 f"{tensor.name}: Megatron-Core's form of {model.family.name} has no place for it ({tensor.rule.role})"

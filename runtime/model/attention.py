@@ -13,7 +13,7 @@ from runtime.model.context import ModelContext
 from runtime.model.norm import RMSNorm, SharedRMSNorm
 from runtime.ops.context_attention import causal_attention
 from runtime.ops.linear import linear, linears
-from runtime.ops.rotary import rotary
+from runtime.ops.rotary import rotary, split_pairs
 
 
 class Attention(nn.Module):
@@ -25,12 +25,16 @@ class Attention(nn.Module):
         self._context = context
         self._head_dim = model.sizes["head_dim"]
         self._window = model.compute.windows[layer]
+        self._scale = model.compute.attention_scale
+        self._neighbours = model.compute.rope.interleaved
+        self._norms_last = model.compute.head_norms == "after rotation"
         self.q_weight = parameters.take("attention.q", layer=layer)
         self.kv_weight = parameters.take("attention.k", "attention.v", layer=layer)
         self.q_bias = parameters.take_optional("attention.q.bias", layer=layer)
         self.kv_bias = parameters.take_optional("attention.k.bias", "attention.v.bias", layer=layer)
         self.o_weight = parameters.take("attention.o", layer=layer)
         self.o_bias = parameters.take_optional("attention.o.bias", layer=layer, partial=context.sp)
+        self.sinks = parameters.take_optional("attention.sinks", layer=layer)
         self.q_norm = self._norm("attention.q_norm", layer)
         self.k_norm = self._norm("attention.k_norm", layer)
         self._recompute = context.recomputes("core_attn")
@@ -69,10 +73,17 @@ class Attention(nn.Module):
 
     def _core(self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         k, v = kv.chunk(2, dim=-1)
-        q_SBHK, k_SBGK = rotary(self._heads(q, self.q_norm), self._heads(k, self.k_norm), cos, sin)
+        norms = (None, None) if self._norms_last else (self.q_norm, self.k_norm)
+        q_SBHK, k_SBGK = self._heads(q, norms[0]), self._heads(k, norms[1])
+        if self._neighbours:
+            q_SBHK, k_SBGK = (split_pairs(x, cos.shape[-1]) for x in (q_SBHK, k_SBGK))
+        q_SBHK, k_SBGK = rotary(q_SBHK, k_SBGK, cos, sin)
+        if self._norms_last and self.q_norm is not None and self.k_norm is not None:
+            q_SBHK, k_SBGK = self.q_norm(q_SBHK), self.k_norm(k_SBGK)
         # A copy, so that the backward pass doesn't keep the keys as they were before.
         v_SBGK = self._heads(v.contiguous(), None)
-        return causal_attention(q_SBHK, k_SBGK, v_SBGK, self._context.mesh.group("cp"), self._window)
+        group, scale = self._context.mesh.group("cp"), self._scale
+        return causal_attention(q_SBHK, k_SBGK, v_SBGK, group, self._window, scale=scale, sinks_H=self.sinks)
 
     def _heads(self, x: Tensor, norm: RMSNorm | SharedRMSNorm | None) -> Tensor:
         """Cut the last dim into heads, with the norm before or after."""

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from runtime.model.attention import Attention
 from runtime.model.context import ModelContext
 from runtime.model.ends import Embedding, Head
+from runtime.model.latent import LatentAttention
 from runtime.model.mlp import GatedMLP, MoEMLP
-from runtime.model.norm import ResidualNorm
+from runtime.model.norm import ResidualLayerNorm, ResidualNorm
 from runtime.model.rope import Rotary
 from runtime.moe.tape import RoutingTape
 
@@ -27,7 +28,10 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.index = layer
         self.attention_norm = _norm(context, "attention_norm", layer)
-        self.attention = Attention(context, layer)
+        latent = context.model.has("attention.kv_b")
+        self.attention: nn.Module = LatentAttention(context, layer) if latent else Attention(context, layer)
+        self._norms_last = context.model.compute.norm_place == "after"
+        self._scale = context.model.compute.residual_scale
         self.mlp_norm = _norm(context, "mlp_norm", layer)
         if context.moe is not None and layer in context.model.moe_layers:
             self.mlp: nn.Module = MoEMLP(context, context.moe, layer)
@@ -48,16 +52,32 @@ class DecoderLayer(nn.Module):
             The residual, and what this layer adds to it.
         """
         delta_SBD = summands_SBD.pop() if len(summands_SBD) > 1 else None
+        if self._norms_last:
+            return self._with_norms_last(summands_SBD.pop(), delta_SBD, cos, sin)
         normed, x_SBD = self.attention_norm(summands_SBD.pop(), delta_SBD)
         del delta_SBD
-        normed, x_SBD = self.mlp_norm(x_SBD, self.attention(normed, cos, sin))
-        return x_SBD, self.mlp(normed)
+        normed, x_SBD = self.mlp_norm(x_SBD, self._scaled(self.attention(normed, cos, sin)))
+        return x_SBD, self._scaled(self.mlp(normed))
+
+    def _scaled(self, delta_SBD: Tensor) -> Tensor:
+        return delta_SBD if self._scale == 1.0 else delta_SBD * self._scale
+
+    def _with_norms_last(
+        self, x_SBD: Tensor, delta_SBD: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The norms are of what attention and feed-forward part give, before it is added."""
+        x_SBD = x_SBD if delta_SBD is None else x_SBD + delta_SBD
+        x_SBD = x_SBD + self._scaled(self.attention_norm(self.attention(x_SBD, cos, sin))[0])
+        return x_SBD, self._scaled(self.mlp_norm(self.mlp(x_SBD))[0])
 
 
-def _norm(context: ModelContext, role: str, layer: int | None = None) -> ResidualNorm:
+def _norm(context: ModelContext, role: str, layer: int | None = None) -> ResidualNorm | ResidualLayerNorm:
     """Make a norm over the hidden dim; with sequence parallelism the ranks of tp see different tokens."""
     weight = context.parameters.take(role, layer=layer, partial=context.sp)
-    return ResidualNorm(weight, context.model.compute.norm_eps)
+    if context.model.compute.norm == "rms":
+        return ResidualNorm(weight, context.model.compute.norm_eps)
+    bias = context.parameters.take(f"{role}.bias", layer=layer, partial=context.sp)
+    return ResidualLayerNorm(weight, bias, context.model.compute.norm_eps)
 
 
 def _sum(summands: list[Tensor]) -> Tensor:
@@ -87,7 +107,7 @@ class DecoderStage(nn.Module):
         self.is_first, self.is_last = layers.start == 0, layers.stop == model.sizes["layers"]
         self.embedding = Embedding(context) if self.is_first else None
         self.layers = nn.ModuleList(DecoderLayer(context, layer) for layer in layers)
-        self.norm: ResidualNorm | None = None
+        self.norm: ResidualNorm | ResidualLayerNorm | None = None
         self.head: Head | None = None
         if self.is_last:
             self.norm = _norm(context, "final_norm")

@@ -35,12 +35,16 @@ class Embedding(nn.Module):
         tokens_SB = take_positions(tokens_BS, context)
         sinks = not context.model.tied
         if mesh.size("tp") == 1:
-            return embedding(tokens_SB, self.weight, sinks=sinks)
+            return self._scaled(embedding(tokens_SB, self.weight, sinks=sinks))
         begin, end = context.parameters.vocabulary_range()
         mine = (tokens_SB >= begin) & (tokens_SB < end)
         # Another rank's tokens get a row that is no one's.
         ids_SB = torch.where(mine, tokens_SB - begin, self.weight.shape[0])
-        return context.leave(embedding(ids_SB, self.weight, sinks=sinks, partial=True))
+        return context.leave(self._scaled(embedding(ids_SB, self.weight, sinks=sinks, partial=True)))
+
+    def _scaled(self, x_SBD: Tensor) -> Tensor:
+        scale = self._context.model.compute.embedding_scale
+        return x_SBD if scale == 1.0 else x_SBD * scale
 
 
 def take_positions(values_BS: Tensor, context: ModelContext) -> Tensor:
@@ -59,7 +63,11 @@ class Head(nn.Module):
         super().__init__()
         self._context = context
         self.weight = tied if tied is not None else context.parameters.take_vocabulary("head")
+        has_bias = context.model.has("head.bias")
+        self.bias = context.parameters.take_vocabulary("head.bias") if has_bias else None
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D], split over tp with sequence parallelism, to [S, B, V], V with the padding."""
-        return linear(self._context.enter(x_SBD), self.weight, sinks=not self._context.model.tied)
+        x, divisor = self._context.enter(x_SBD), self._context.model.compute.logits_divisor
+        logits = linear(x, self.weight, self.bias, sinks=not self._context.model.tied)
+        return logits if divisor == 1.0 else logits / divisor

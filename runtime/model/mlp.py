@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.model.context import ModelContext
+from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import MoEGroups, MoELayer
 from runtime.ops.linear import linear
@@ -82,13 +83,23 @@ class MoEMLP(nn.Module):
             hidden_size=model.sizes["hidden"],
             ffn_hidden_size=model.sizes["ffn"],
             num_local_experts=len(parameters.local_experts()),
-            ffn_local_size=parameters.local_width("expert.gate", layer),
+            ffn_local_size=parameters.local_width("expert.down", layer),
             dtype=context.dtype,
             device=torch.device("meta"),
+            gate=model.compute.gate,
         )
         parameters.tag_whole(self.moe.router.weight, "router", layer=layer, partial=True)
-        parameters.tag_experts(self.moe.experts.w13, "expert.gate", "expert.up", layer=layer)
-        parameters.tag_experts(self.moe.experts.w2, "expert.down", layer=layer)
+        experts = self.moe.experts
+        if isinstance(experts, ClampedExperts):
+            parameters.tag_experts(experts.gate_up, "expert.gate_up", layer=layer)
+            parameters.tag_experts(experts.gate_up_bias, "expert.gate_up.bias", layer=layer)
+            parameters.tag_experts(experts.down, "expert.down", layer=layer)
+            parameters.tag_experts(experts.down_bias, "expert.down.bias", layer=layer)
+        else:
+            parameters.tag_experts(experts.w13, "expert.gate", "expert.up", layer=layer)
+            parameters.tag_experts(experts.w2, "expert.down", layer=layer)
+        if self.moe.router.linear_bias is not None:
+            parameters.tag_whole(self.moe.router.linear_bias, "router.linear.bias", layer=layer, partial=True)
         if parameters.has("router.bias", layer):
             parameters.keep_buffer(self.moe.router, "expert_bias", "router.bias", layer=layer)
         shared = any(parameters.has(role, layer) for role in ("shared.gate", "shared.router"))

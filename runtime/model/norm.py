@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.moe.tape import active_tape
@@ -41,6 +42,19 @@ class ResidualNorm(nn.Module):
         """
         # A tape runs where a layer is checkpointed.
         return add_rms_norm(x_SBD, delta_SBD, self.weight, self.eps, remade=active_tape() is None)
+
+
+class ResidualLayerNorm(nn.Module):
+    """As `ResidualNorm`, a layer norm with a bias."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def forward(self, x_SBD: Tensor, delta_SBD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add and normalise; see `ResidualNorm`."""
+        total = x_SBD if delta_SBD is None else x_SBD + delta_SBD
+        return F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps), total
 
 
 class SharedRMSNorm(nn.Module):

@@ -27,6 +27,8 @@ class StoredBuffer:
     attribute: str
     name: str
     """The tensor's name on the hub."""
+    shape: tuple[int, ...]
+    """Its shape there, of as many elements as the buffer."""
 
 
 class Parameters:
@@ -83,15 +85,15 @@ class Parameters:
         """Make this rank's rows of an embedding or head, padded in memory only.
 
         Args:
-            role: `embedding` or `head`; a tied head is the embedding.
+            role: `embedding`, `head` or `head.bias`; a tied head is the embedding.
 
         Returns:
-            [V padded, D], equally many rows on every rank of tp.
+            [V padded, D], equally many rows on every rank of tp; a vector for the bias.
         """
-        tied = self.model.tied
+        tied = self.model.tied and role in ("embedding", "head")
         tensor = self.model.tensor("embedding" if tied else role)
         rows = [rect.shape[0] for rect in rank_rects(tensor, self._degrees)]
-        weight = self._empty(-(-max(rows) // _ROW_MULTIPLE) * _ROW_MULTIPLE, tensor.shape[1])
+        weight = self._empty(-(-max(rows) // _ROW_MULTIPLE) * _ROW_MULTIPLE, *tensor.shape[1:])
         pieces = self._pieces([tensor]) if rows[self._mesh.rank("tp")] else ()
         # First and last stage each hold tied embeddings, and each have a part of their gradient.
         ends = ("ends",) if tied and self._mesh.size("pp") > 1 else ()
@@ -120,13 +122,17 @@ class Parameters:
         """Tag the stacked tensors of this rank's experts.
 
         Args:
-            parameter: [E_local, rows of all roles, columns]: for each expert its rectangles, one below the other.
+            parameter: [E_local, rows of all roles, columns]: for each expert its rectangles, one below the other; vectors of all
+                experts in one vector.
             roles: what the tensors do.
             layer: their layer.
         """
         tensors = [self.model.tensor(role, layer, expert) for expert in self.local_experts() for role in roles]
         pieces = self._pieces(tensors)
-        self._tag(parameter, pieces, sharded=("ep", "etp"), data_axis="edp")
+        if self.model.rule(roles[0]).split is None:  # of the last bias each rank of etp adds its share
+            self._tag(parameter, pieces, sharded=("ep",), replicated=("etp",), partial=("etp",), data_axis="edp")
+        else:
+            self._tag(parameter, pieces, sharded=("ep", "etp"), data_axis="edp")
 
     def tag_whole(self, parameter: nn.Parameter, role: str, *, layer: int, partial: bool) -> None:
         """Tag a parameter that somebody else has made and every rank of tp holds whole; `partial` as for `take`."""
@@ -135,7 +141,8 @@ class Parameters:
 
     def keep_buffer(self, module: nn.Module, attribute: str, role: str, *, layer: int) -> None:
         """Have a module's buffer loaded and saved as the tensor of a role."""
-        self.buffers.append(StoredBuffer(module, attribute, self.model.tensor(role, layer).name))
+        tensor = self.model.tensor(role, layer)
+        self.buffers.append(StoredBuffer(module, attribute, tensor.name, tensor.shape))
 
     def _empty(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))

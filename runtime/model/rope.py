@@ -52,6 +52,10 @@ def _dynamic(rope: Rope, num_positions: int, max_positions: int) -> tuple[Tensor
     return _inverse(rope.theta * growth ** (rope.dim / (rope.dim - 2)), rope.dim), 1.0
 
 
+def _alpha(rope: Rope, num_positions: int, max_positions: int) -> tuple[Tensor, float]:
+    return _inverse(rope.theta * rope.parameters["alpha"] ** (rope.dim / (rope.dim - 2)), rope.dim), 1.0
+
+
 def _llama3(rope: Rope, num_positions: int, max_positions: int) -> tuple[Tensor, float]:
     values = rope.parameters
     factor, low, high = values["factor"], values["low_freq_factor"], values["high_freq_factor"]
@@ -97,7 +101,11 @@ def _longrope(rope: Rope, num_positions: int, max_positions: int) -> tuple[Tenso
     factor, attention = values.get("factor") or max_positions / original, values.get("attention_factor")
     if attention is None:
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    factors = torch.tensor(values["long_factor" if num_positions > original else "short_factor"], dtype=torch.float32)
+    length = "long" if num_positions > original else "short"
+    if f"{length}_mscale" in values:
+        # As transformers computes Phi-MoE: the factor follows the length, the frequencies don't.
+        attention, length = values[f"{length}_mscale"], "short"
+    factors = torch.tensor(values[f"{length}_factor"], dtype=torch.float32)
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
     return 1.0 / (factors * rope.theta**exponents), float(attention)
 
@@ -106,6 +114,7 @@ _KINDS: Mapping[str, Callable[[Rope, int, int], tuple[Tensor, float]]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
+    "alpha": _alpha,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,

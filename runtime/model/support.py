@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from moeconv.families.base import Model
 from runtime.errors import require
@@ -15,25 +14,16 @@ from runtime.model.dtypes import DtypeName
 TAKES = frozenset(
     (
         *("embedding", "final_norm", "head", "attention_norm", "mlp_norm", "router", "router.bias", "shared.router"),
-        *(f"attention.{name}" for name in ("q", "k", "v", "o")),
+        *("final_norm.bias", "head.bias", "attention_norm.bias", "mlp_norm.bias", "router.linear.bias"),
+        *(f"attention.{name}" for name in ("q", "k", "v", "o", "sinks")),
         *("attention.q_norm", "attention.k_norm"),
-        *(f"attention.{name}.bias" for name in ("q", "k", "v", "o")),
+        *(f"attention.{name}" for name in ("q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm", "kv_b")),
+        *(f"attention.{name}.bias" for name in ("q", "k", "v", "o", "q_a", "kv_a")),
         *(f"{part}.{name}" for part in ("mlp", "expert", "shared") for name in ("gate", "up", "down")),
         *(f"{part}.{name}.bias" for part in ("mlp", "shared") for name in ("gate", "up", "down")),
+        *("expert.gate_up", "expert.gate_up.bias", "expert.down.bias"),
     )
 )
-# Fields of `Compute` that have one value in everything that the trainer computes.
-_ALWAYS: Mapping[str, Any] = {
-    "norm": "rms",
-    "norm_place": "before",
-    "head_norms": "before rotation",
-    "attention_scale": None,
-    "embedding_scale": 1.0,
-    "residual_scale": 1.0,
-    "logits_divisor": 1.0,
-    "gate": None,
-    "lacks": None,
-}
 
 
 def check_supported(model: Model, where: Path) -> None:
@@ -53,17 +43,18 @@ def check_supported(model: Model, where: Path) -> None:
         f"{where}: {model.family.compute.act.name} is {compute.act!r}; the trainer computes 'silu' (SwiGLU)",
     )
     strange = sorted({rule.role for rule in model.rules} - TAKES)
-    strange += [
-        f"{name} {getattr(compute, name)!r}" for name, value in _ALWAYS.items() if getattr(compute, name) != value
-    ]
-    if compute.router is not None and (compute.router.score not in ("softmax", "sigmoid") or compute.router.jitter):
-        strange.append(f"a router that scores by {compute.router.score}")
-    if compute.router is not None and compute.router.bias and compute.router.score != "sigmoid":
-        strange.append(f"a bias in the choice of a {compute.router.score} router")
+    strange += [compute.lacks] if compute.lacks is not None else []
     require(
         not strange,
         f"{where}: the trainer doesn't compute {model.family.name}: {', '.join(strange)}; it converts, and trains elsewhere",
     )
+    if model.quantised:
+        name = model.scheme.name if model.scheme is not None else "quantised"
+        require(
+            False,
+            f"{where}: holds {len(model.quantised)} weights as {name}, which the trainer doesn't train; "
+            "make plain ones of them with `moeconv import-hf SRC OUT --dtype bfloat16`",
+        )
     for key, value in compute.others.items():
         require(False, f"{where}: config.json says {key} = {value!r}, which the trainer doesn't compute")
     require(

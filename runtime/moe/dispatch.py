@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.experts import Experts
 from runtime.moe.groups import MoEGroups
 from runtime.moe.losses import count_choices
@@ -27,8 +28,10 @@ from runtime.parallel.collectives import (
     reduce_scatter,
 )
 
+AnyExperts = Experts | ClampedExperts
 
-def run_local(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+
+def run_local(x_TD: Tensor, routing: Routing, experts: AnyExperts) -> Tensor:
     """All experts whole on this rank: no communication, and the host never waits for the device."""
     plan = experts.plan(routing.experts_TK, routing.max_rows)
     out: Tensor = experts(x_TD, routing.weights_TK, plan)
@@ -49,7 +52,7 @@ class _Counts:
         return numbers
 
 
-def _plan_arrivals(blocks_N: Tensor, experts: Experts, bound: int) -> RowPlan:
+def _plan_arrivals(blocks_N: Tensor, experts: AnyExperts, bound: int) -> RowPlan:
     """Order rows that arrive in blocks by expert.
 
     Args:
@@ -67,7 +70,7 @@ def _plan_arrivals(blocks_N: Tensor, experts: Experts, bound: int) -> RowPlan:
     return experts.plan(ids.unsqueeze(1), bound)
 
 
-def run_all_to_all(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoEGroups) -> Tensor:
+def run_all_to_all(x_TD: Tensor, routing: Routing, experts: AnyExperts, groups: MoEGroups) -> Tensor:
     """Send each choice to the rank of its expert, and its result back.
 
     What doesn't depend on the numbers of rows is launched before the host waits for them.
@@ -119,7 +122,7 @@ def run_all_to_all(x_TD: Tensor, routing: Routing, experts: Experts, groups: MoE
 
 
 def run_all_gather(
-    x_TD: Tensor, routing: Routing, experts: Experts, groups: MoEGroups, *, equal_tokens: bool = False
+    x_TD: Tensor, routing: Routing, experts: AnyExperts, groups: MoEGroups, *, equal_tokens: bool = False
 ) -> Tensor:
     """Gather all ranks' tokens, apply this rank's experts, and sum the partial results back.
 

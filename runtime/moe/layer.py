@@ -5,13 +5,15 @@ Legend: T tokens of this rank, D hidden size, E experts.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeconv.errors import LayoutError, MoeconvError
+from moeconv.families.compute import Gate
+from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.config import MoEConfig
 from runtime.moe.dispatch import run_all_gather, run_all_to_all, run_local
 from runtime.moe.experts import Experts
@@ -22,6 +24,14 @@ from runtime.moe.statistics import RouterStats
 from runtime.parallel.collectives import gather_from, group_size, split_to
 
 __all__ = ["MoEGroups", "MoELayer", "moe_layers", "set_loss_scale"]
+
+
+class ExpertSizes(NamedTuple):
+    """What experts of either kind are built with."""
+
+    num_local_experts: int
+    hidden_size: int
+    ffn_local_size: int
 
 
 class MoELayer(nn.Module):
@@ -43,6 +53,7 @@ class MoELayer(nn.Module):
         dtype: torch.dtype = torch.float32,
         router_param_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        gate: Gate | None = None,
     ) -> None:
         """Build the layer for this rank.
 
@@ -56,6 +67,7 @@ class MoELayer(nn.Module):
             dtype: of the parameters and the tokens.
             router_param_dtype: of the router's weight where it differs.
             device: where the parameters live.
+            gate: of experts with biases and a clamped gate; None for plain SwiGLU.
 
         Raises:
             LayoutError: experts or widths don't divide over the groups.
@@ -71,14 +83,12 @@ class MoELayer(nn.Module):
             ffn_local_size = ffn_hidden_size // etp
         self.config, self.groups = config, groups
         self.router = Router(config, groups, hidden_size=hidden_size, dtype=router_param_dtype or dtype, device=device)
-        self.experts = Experts(
-            config,
-            num_local_experts=num_local_experts,
-            hidden_size=hidden_size,
-            ffn_local_size=ffn_local_size,
-            dtype=dtype,
-            device=device,
-        )
+        sizes = ExpertSizes(num_local_experts, hidden_size, ffn_local_size)
+        self.experts: Experts | ClampedExperts
+        if gate is None:
+            self.experts = Experts(config, **sizes._asdict(), dtype=dtype, device=device)
+        else:
+            self.experts = ClampedExperts(config, gate, **sizes._asdict(), shares=etp, dtype=dtype, device=device)
 
     @property
     def stats(self) -> RouterStats:

@@ -99,7 +99,7 @@ def aux_scores(logits_TE: Tensor, score_function: str) -> Tensor:
         [T, E] rows that sum to 1, in fp32 or fp64.
     """
     logits = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
-    if score_function == "softmax":
+    if score_function != "sigmoid":
         return torch.softmax(logits, dim=-1)
     scores = torch.sigmoid(logits)
     return scores / (scores.sum(-1, keepdim=True) + 1e-20)

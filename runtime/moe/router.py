@@ -59,6 +59,9 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.groups = config, groups
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=dtype, device=device))
+        self.linear_bias: nn.Parameter | None = None
+        if config.router.linear_bias:
+            self.linear_bias = nn.Parameter(torch.zeros(config.num_experts, dtype=dtype, device=device))
         bias = torch.zeros(config.num_experts, device=device) if config.has_bias else None
         self.register_buffer("expert_bias", bias)
         self.loss_scale: Tensor | float = 1.0
@@ -100,6 +103,8 @@ class Router(nn.Module):
         """
         config = self.config
         logits = router_linear(self._jitter(x_TD), self.weight, ROUTER_DTYPES[config.router_dtype])
+        if self.linear_bias is not None:
+            logits = logits + self.linear_bias.to(logits.dtype)
         tape = active_tape()
         counting = tape is None or not tape.replaying
         # With a tape both runs take the same path: checkpointing compares what they save for the backward pass.

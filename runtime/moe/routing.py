@@ -94,7 +94,7 @@ def choose(logits_TE: Tensor, config: MoEConfig, *, training: bool, bias_E: Tens
         logits_TE: [T, E] router logits.
         config: the layer's options; for expert_choice the result only serves statistics.
         training: sinkhorn balances in training only.
-        bias_E: [E] added to the sigmoid scores for the choice alone.
+        bias_E: [E] added to the scores for the choice alone.
 
     Returns:
         [T, topk] int64, best first.
@@ -107,8 +107,10 @@ def choose(logits_TE: Tensor, config: MoEConfig, *, training: bool, bias_E: Tens
             scores = torch.sigmoid(logits_TE)
             if bias_E is not None:
                 scores = scores + bias_E
-        elif config.router.groups > 1:
+        elif config.router.groups > 1 or bias_E is not None:
             scores = torch.softmax(logits_TE, dim=-1)
+            if bias_E is not None:
+                scores = scores + bias_E
         if config.router.groups > 1:
             return group_limited_topk(scores, config.router)
         return scores.topk(config.topk, dim=-1).indices
@@ -131,6 +133,8 @@ def weigh(logits_TE: Tensor, chosen_TK: Tensor, config: MoEConfig) -> Tensor:
         full = torch.sigmoid(logits_TE) if config.topk == 1 else torch.softmax(logits_TE, dim=-1)
         return full.gather(1, chosen_TK)
     router = config.router
+    if router.score == "sparsemixer":
+        return sparsemixer_weights(logits_TE, chosen_TK, router.jitter)
     if router.score == "sigmoid":
         weights = torch.sigmoid(logits_TE.gather(1, chosen_TK))
         if router.normalise:
@@ -140,6 +144,32 @@ def weigh(logits_TE: Tensor, chosen_TK: Tensor, config: MoEConfig) -> Tensor:
     else:
         weights = torch.softmax(logits_TE, dim=-1).gather(1, chosen_TK)
     return weights if router.scale == 1.0 else weights * router.scale
+
+
+def sparsemixer_weights(logits_TE: Tensor, chosen_TK: Tensor, jitter: float) -> Tensor:
+    """The weights of two experts that are chosen one after the other: each its softmax over the logits near the best one that is left.
+
+    Args:
+        logits_TE: [T, E] router logits.
+        chosen_TK: [T, 2] int64, the largest logit first.
+        jitter: a logit counts where its distance from the best, relative to the larger of the two, is at most twice this.
+
+    Returns:
+        [T, 2], differentiable in the logits. The random sampling of the paper is left out: the weights are those that
+        inference takes.
+
+    Source: https://arxiv.org/abs/2409.12136, as
+        https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/phimoe/modeling_phimoe.py has it
+    """
+    left, weights = logits_TE, []
+    for k in range(chosen_TK.shape[1]):
+        chosen_T1 = chosen_TK[:, k : k + 1]
+        with torch.no_grad():
+            best = logits_TE.gather(1, chosen_T1)
+            far = (best - logits_TE) / torch.maximum(logits_TE.abs(), best) > 2 * jitter
+        weights.append(torch.softmax(left.masked_fill(far, float("-inf")), dim=-1).gather(1, chosen_T1))
+        left = left.scatter(1, chosen_T1, float("-inf"))
+    return torch.cat(weights, dim=1)
 
 
 def _fill(weights_TE: Tensor, mask_TE: Tensor, chosen_TK: Tensor, max_rows: int) -> Routing:

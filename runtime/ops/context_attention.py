@@ -43,28 +43,39 @@ def _in_order(gathered_SBGK: Tensor, cp_size: int) -> Tensor:
     return torch.cat(early + late)
 
 
-def causal_attention(q_SBHK: Tensor, k_SBGK: Tensor, v_SBGK: Tensor, group: Group, window: int | None) -> Tensor:
+def causal_attention(
+    q_SBHK: Tensor,
+    k_SBGK: Tensor,
+    v_SBGV: Tensor,
+    group: Group,
+    window: int | None,
+    *,
+    scale: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """Causal self-attention, over all ranks of a context-parallel group.
 
     Args:
         q_SBHK: [S / cp, B, H, K] queries of this rank's two chunks.
         k_SBGK: [S / cp, B, G, K] keys of the same positions.
-        v_SBGK: [S / cp, B, G, K] values.
+        v_SBGV: [S / cp, B, G, V] values.
         group: the context-parallel ranks; None for one.
         window: positions that a query looks back, itself included; None is all.
+        scale: of queries times keys; None is one over the root of K.
+        sinks_H: [H] a logit of each head that takes a share of the attention and gives nothing; None for none.
 
     Returns:
-        [S / cp, B, H, K].
+        [S / cp, B, H, V].
     """
     size, rank = group_size(group), group_rank(group)
     if size == 1:
-        return attend(q_SBHK, k_SBGK, v_SBGK, window)
-    kv = _in_order(all_gather(torch.cat([k_SBGK, v_SBGK], dim=2), 0, group), size)
+        return attend(q_SBHK, k_SBGK, v_SBGV, window, scale=scale, sinks_H=sinks_H)
+    kv = _in_order(all_gather(torch.cat([k_SBGK, v_SBGV], dim=-1), 0, group), size)
     early, late = q_SBHK.chunk(2, dim=0)
     chunk = early.shape[0]
     ends = ((rank + 1) * chunk, (2 * size - rank) * chunk)
     out = []
     for q, end in zip((early, late), ends, strict=True):
-        k, v = kv[:end].chunk(2, dim=2)
-        out.append(attend(q, k, v, window))
+        k, v = kv[:end, ..., : k_SBGK.shape[-1]], kv[:end, ..., k_SBGK.shape[-1] :]
+        out.append(attend(q, k, v, window, scale=scale, sinks_H=sinks_H))
     return torch.cat(out)

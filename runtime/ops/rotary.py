@@ -30,6 +30,23 @@ def rotate(x_SBHK: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
 
+def split_pairs(x_SBHK: Tensor, rotated: int) -> Tensor:
+    """Put pairs of neighbours (2i, 2i + 1) among the first dims of each head where `rotate` looks for them, (i, i + R / 2).
+
+    Queries and keys put in the same order have the same products.
+
+    Args:
+        x_SBHK: [S, B, H, K].
+        rotated: R.
+
+    Returns:
+        [S, B, H, K].
+    """
+    turned = x_SBHK[..., :rotated]
+    pairs = turned.reshape(*turned.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)
+    return pairs if rotated == x_SBHK.shape[-1] else torch.cat((pairs, x_SBHK[..., rotated:]), dim=-1)
+
+
 def _even(x: Tensor) -> Tensor:
     """As it is where a kernel can read it: heads contiguous, tokens equally far apart."""
     regular = x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.cli.conftest import digests
 from tests.cli.hub_server import COMMIT, Hub, running_hub
@@ -104,3 +106,15 @@ def test_a_sharded_checkpoint_comes_with_all_that_its_manifest_names(hub: Hub, m
     hub.files["me/evil"] = stored | {"moeconv.json": stored["moeconv.json"].replace(b"xxh3", b"xxh4")}
     result = call(hub, tmp_path / "home", "verify", "me/evil")
     assert (result.returncode, "moeconv.json: differs from the checksum" in result.stderr) == (1, True)
+
+
+def test_of_an_old_repository_the_bin_files_are_the_weights(hub: Hub, mixtral: Path, tmp_path: Path) -> None:
+    weights = {name: tensor for file in mixtral.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    rest = {p.name: p.read_bytes() for p in mixtral.iterdir() if "safetensors" not in p.name}
+    old = rest | {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()}
+    hub.files["old/Tiny"] = old | {"training_args.bin": b"x", "tf_model.h5": b"x", "consolidated.00.pth": b"x"}
+    result = call(hub, tmp_path / "home", "import-hf", "old/Tiny", tmp_path / "ckpt")
+    assert result.returncode == 0, result.stderr
+    assert set(hub.served) == set(old)
+    assert call(hub, tmp_path / "home", "verify", tmp_path / "ckpt", "--against", mixtral).returncode == 0

@@ -16,7 +16,7 @@ from typing import Any
 import safetensors
 
 from moeconv.checking import verify
-from moeconv.checkpoint import Checkpoint, open_checkpoint
+from moeconv.checkpoint import Checkpoint, model_of, open_checkpoint
 from moeconv.convert import Options, plan_hf, plan_sharded, write_sharded
 from moeconv.describe import describe
 from moeconv.errors import MoeconvError
@@ -30,9 +30,10 @@ from moeconv.io.torch_archive import check_archive, lay_out_archive, read_archiv
 from moeconv.io.trainer_file import parse_trainer
 from moeconv.io.unpickle import Opaque, Symbol, TensorRef, load_pickle
 from moeconv.layout.degrees import Degrees
-from moeconv.megatron.args import RunArgs, check_expressible, config_from_args
+from moeconv.megatron.args import RunArgs
 from moeconv.megatron.checkpoint import as_checkpoint
 from moeconv.megatron.convert import export_megatron, open_megatron
+from moeconv.megatron.model_args import check_args, config_from_args
 from moeconv.megatron.source import TRACKER, find_iteration
 from moeconv.upcycle.planned import plan_upcycle
 from moeconv.upcycle.recipe import Recipe
@@ -310,10 +311,11 @@ def run_args(corpus: Path, scratch: Path) -> Case:
 
     def case(rng: Random) -> str | None:
         args = RunArgs(mutate_tree(rng, tree))
-        check_expressible(args)
-        json.dumps(config_from_args(args, "BF16"))
+        config = config_from_args(args, "bfloat16")
+        model = model_of(json.loads(json.dumps(config)), CONFIG)
+        check_args(args, model)
         args.degree("tensor_model_parallel_size")
-        return None
+        return None if model.sizes["layers"] == args.num_layers else "the config has another number of layers"
 
     return case
 

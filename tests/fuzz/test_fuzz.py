@@ -86,9 +86,7 @@ def test_a_few_thousand_cases(work: Path) -> None:
     cases = shares(CASES, list(TARGETS))
     found = run(SHORT, work, json.dumps(cases))
     assert {name: counts["cases"] for name, counts in found.items()} == cases
-    for key in ("contradictions", "escapes"):
+    for key in ("tracebacks", "contradictions", "escapes"):
         assert {name: counts[key] for name, counts in found.items() if counts[key]} == {}
-    lines = [what for counts in found.values() for what in counts["tracebacks"]]
-    assert [what for what in lines if "moeconv/megatron/args.py" not in what] == []
     assert [name for name, counts in found.items() if not counts["refused"]] in ([], ["dump_pickle"])
     assert sum(counts["accepted"] for counts in found.values()) > CASES // 20

@@ -69,3 +69,28 @@ def test_a_gap_is_no_checkpoint(source: Path, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=first.name):
         finish_checkpoint(tmp_path, open_checkpoint(source), Degrees(), [record])
     assert not (tmp_path / "moeconv.json").exists()
+
+
+def test_what_a_run_does_not_read_goes_along(source: Path, tmp_path: Path) -> None:
+    """From the source, and once that is gone, from what the run saved before."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    hf = Path(shutil.copytree(source, tmp_path / "hf"))
+    more = {"model.visual.weight": torch.randn(3, 4), "mtp.norm.weight": torch.randn(5).to(torch.float8_e4m3fn)}
+    save_file(load_file(hf / "model.safetensors") | more, hf / "model.safetensors", {"format": "pt"})
+    start = open_checkpoint(hf, ["model.visual.*", "mtp.*"])
+    trained = [e for e in entries(source, "float32") if e.name not in more]
+    _ = start.carried_bytes
+    for step in ("1", "2"):
+        folder = tmp_path / "run" / step
+        folder.mkdir(parents=True)
+        record = write_shard_file(folder, "dense-tp0-pp0.safetensors", trained)
+        finish_checkpoint(folder, start, Degrees(), [record])
+        found = open_checkpoint(folder)
+        assert set(found.model.carried) == set(more)
+        for name, tensor in more.items():
+            assert found.read(name).tobytes() == tensor.view(torch.uint8).numpy().tobytes()
+        shutil.rmtree(hf, ignore_errors=True)

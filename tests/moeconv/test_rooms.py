@@ -21,7 +21,7 @@ FOREIGN = {
         # arguments of Megatron's
         *("attention_dropout", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_experts", "vocab_size"),
         # modules of Megatron's
-        *("input_layernorm", "shared_experts"),
+        *("input_layernorm", "final_layernorm", "shared_experts"),
         # a parameter of yarn and llama3, by the name that moeconv.families.rope has for it
         "original_max_position_embeddings",
     },

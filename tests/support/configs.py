@@ -28,6 +28,10 @@ _ALWAYS = {
 }  # fmt: skip
 
 
+# transformers computes no other value of it.
+_OWN: dict[str, dict[str, Any]] = {"deepseek_v2": {"norm_topk_prob": False}}
+
+
 def tiny_config(model_type: str = "mixtral", **options: Any) -> dict[str, Any]:
     """Give a config.json of 4 layers of 32.
 
@@ -40,7 +44,7 @@ def tiny_config(model_type: str = "mixtral", **options: Any) -> dict[str, Any]:
     """
     family = FAMILIES[model_type]
     read = {key for names in family.sizes.values() for key in ((names,) if isinstance(names, str) else names)}
-    keys = {key: value for key, value in _KEYS.items() if key in read | _ALWAYS}
+    keys = {key: value for key, value in _KEYS.items() if key in read | _ALWAYS} | _OWN.get(model_type, {})
     return {"model_type": model_type, "architectures": [family.architecture], **keys, **options}
 
 

@@ -30,6 +30,9 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
     "longrope": {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 8},
 }  # fmt: skip
+YARN_SCALE = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "max_position_embeddings": 64}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in trained_families()},
@@ -52,13 +55,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe-groups": ("glm4_moe", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}),
     "glm4_moe-no-shared": ("glm4_moe", {"n_shared_experts": 0, "norm_topk_prob": False, "partial_rotary_factor": 1.0}),
     "olmoe-bias": ("olmoe", {"attention_bias": True, "norm_topk_prob": True}),
+    "deepseek_v2-greedy": ("deepseek_v2", {"topk_method": "greedy", "q_lora_rank": None, "attention_bias": True}),
+    "deepseek_v3-yarn": ("deepseek_v3", {"rope_parameters": YARN_SCALE, "attention_bias": True}),
+    "deepseek_v3-halves": ("deepseek_v3", {"rope_interleave": False, "norm_topk_prob": False, "q_lora_rank": None}),
+    "glm4_moe_lite-all": ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense"], "n_group": 1, "topk_group": 1}),
+    "gpt_oss-yarn": ("gpt_oss", {"rope_parameters": YARN_SCALE | {"truncate": False}, "num_local_experts": 8, "swiglu_limit": 0.5}),
+    "gpt_oss-window-everywhere": ("gpt_oss", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 3, "num_key_value_heads": 1, "swiglu_alpha": 0.9}),
+    "gpt_oss-no-biases": ("gpt_oss", {"attention_bias": False, "layer_types": ["full_attention"] * 2}),
+    "minimax_m2-whole": ("minimax_m2", {"rotary_dim": None, "num_key_value_heads": 1}),
+    "ernie4_5_moe-biases": ("ernie4_5_moe", {"use_bias": True, "tie_word_embeddings": False, "moe_num_shared_experts": 0}),
+    "granitemoe-bias": ("granitemoe", {"attention_bias": True, "tie_word_embeddings": True}),
+    "phimoe-near": ("phimoe", {"router_jitter_noise": 0.3, "attention_bias": False, "lm_head_bias": False, "sliding_window": 5}),
+    "phimoe-longrope": ("phimoe", {"rope_scaling": ROPES["longrope"] | {"short_mscale": 1.1, "long_mscale": 1.3}, "max_position_embeddings": 64}),
+    "hunyuan_v1_moe-alpha": ("hunyuan_v1_moe", {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0, "alpha": 100.0}, "attention_bias": True}),
+    "flex_olmo-normalised": ("flex_olmo", {"norm_topk_prob": True, "num_key_value_heads": 4}),
     "dots1-bias": ("dots1", {"attention_bias": True, "norm_topk_prob": False, "sliding_window": 5, "max_window_layers": 1}),
 }  # fmt: skip
 
 
 def make_model(model_type: str, **options: Any) -> Any:
     """A tiny transformers model whose stored buffers are not at their trivial starting values either."""
-    model = make_random(model_type, attn_implementation="sdpa", **options)
+    attention = "eager" if model_type == "gpt_oss" else "sdpa"  # it has no other on a CPU
+    model = make_random(model_type, attn_implementation=attention, **options)
+    model.train(model_type != "phimoe")  # which samples its experts at random in training
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)) * 0.2)

@@ -17,6 +17,38 @@ GLM: dict[str, Any] = {
     "attention_bias": True,
 }
 GATED: dict[str, Any] = {"model_type": "qwen2_moe"}
+LATENT: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+}
+LATENT_2 = {
+    "q_lora_rank": None,
+    "model_type": "deepseek_v2",
+    "topk_method": "group_limited_greedy",
+    "norm_topk_prob": False,
+}
+OSS: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "sliding_window": 5,
+    "rope_parameters": {"rope_type": "default"},
+    "swiglu_limit": 1.0,
+}
+ERNIE = {"model_type": "ernie4_5_moe", "use_bias": True, "moe_layer_start_index": 1, "tie_word_embeddings": False}
+PHI = {"model_type": "phimoe", "lm_head_bias": True, "attention_bias": True, "vocab_size": 65}
+GRANITE = {
+    "model_type": "granitemoe",
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 1.5,
+}
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
 
 
@@ -105,4 +137,20 @@ CASES = (
     case("cp2 tp2 sp ep2 etp1 head norms", 4, {"cp": 2, "tp": 2, "ep": 2, "etp": 1} | SP, model={"model_type": "qwen3_moe", "norm_topk_prob": False}),
     case("tp2 sp ep2 norms over all heads", 4, {"tp": 2, "ep": 2, "etp": 1} | SP, model={"model_type": "olmoe"}),
     case("tp4 norms over all heads, two kv heads", 4, {"tp": 4}, model={"model_type": "olmoe"}),
+    # Latent attention, with its whole projections' gradients in parts, and further kinds of positions, norms and routers.
+    case("tp2 sp ep2 etp1 latent attention", 2, {"tp": 2, "ep": 2, "etp": 1} | SP, model=LATENT),
+    case("tp4 etp2 latent attention", 4, {"tp": 4, "etp": 2}, model=LATENT | {"attention_bias": True}),
+    case("cp2 pp2 latent attention, queries without", 4, {"cp": 2, "pp": 2}, model=LATENT | LATENT_2),
+    case("tp2 sp cp2 latent attention of GLM", 4, {"tp": 2, "cp": 2} | SP, model=LATENT | {"model_type": "glm4_moe_lite"}),
+    case("tp2 sp ep2 dp2 neighbours turned, softmax with a bias", 4, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, model=ERNIE),
+    case("tp4 vocabulary 65, sparsemixer, layer norms", 4, {"tp": 4}, model=PHI),
+    case("pp2 tp2 sp factors everywhere", 4, {"pp": 2, "tp": 2} | SP, model=GRANITE),
+    case("tp2 sp ep2 etp1 sinks, clamped experts with biases", 2, {"tp": 2, "ep": 2, "etp": 1} | SP, model=OSS),
+    case("tp4 etp2 sinks, clamped experts in parts", 4, {"tp": 4, "etp": 2}, model=OSS),
+    case("ep2 etp2 dp4 clamped experts", 4, {"ep": 2, "etp": 2} | DIST, model=OSS),
+    case("pp2 cp2 sinks, clamped experts", 4, {"pp": 2, "cp": 2}, model=OSS),
+    case("ep2 dp2 fully sharded, clamped experts recomputed", 4, {"ep": 2} | SHARD, model=OSS, recompute={"granularity": "full"}),
+    case("tp2 sp norms last", 2, {"tp": 2} | SP, model={"model_type": "flex_olmo"}, dtype="float64"),
+    case("tp4 norms of heads after the rotation", 4, {"tp": 4}, model={"model_type": "hunyuan_v1_moe"}),
+    case("tp4 sp ep2 etp1 part turned, sigmoid", 4, {"tp": 4, "ep": 2, "etp": 1} | SP, model={"model_type": "minimax_m2", "rotary_dim": 4}),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.runtime.parallel.cases import CASES
-from tests.runtime.parallel.parity import EMPTY_EXPERT, Case, Outcome, errors, outcome, run_rank
+from tests.runtime.parallel.parity import EMPTY_EXPERT, Case, Outcome, errors, model_of, outcome, run_rank
 from tests.runtime.ranks import RankPool
 
 TOLERANCE = 1e-5
@@ -26,8 +26,6 @@ def test_layout_equals_one_rank(case: Case, pool: RankPool, references: dict[str
     # What the reference must contain for the comparison to mean something.
     assert want.numbers["grad_norm"][0] > 0.5, "gradients are clipped"
     if want.load:
-        assert (want.load[0].sum(1) > 0).sum() == len(want.load[0]) - len(
-            case.model.get("mlp_only_layers", range(case.model.get("first_k_dense_replace", 0)))
-        )
+        assert (want.load[0].sum(1) > 0).sum() == len(model_of(case).moe_layers)
     if want.load and not case.model.keys() & {"mlp_only_layers", "model_type"} and not case.moe:
         assert (want.load[0][:, EMPTY_EXPERT] == 0).all(), "one expert gets no token"

@@ -1,0 +1,88 @@
+"""Multi-head latent attention: queries, keys and values of all heads come from small latent vectors, tensor-parallel over heads.
+
+Every rank of tp computes the latent vectors of all tokens; its heads alone are its own.
+
+Legend: S positions, B sequences, D hidden size, H heads of this rank, K elements of a query or key, R of them turned, L elements of the latent
+vector of keys and values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from runtime.model.context import ModelContext
+from runtime.model.norm import RMSNorm
+from runtime.ops.context_attention import causal_attention
+from runtime.ops.linear import linear
+from runtime.ops.rotary import rotary, split_pairs
+
+
+class LatentAttention(nn.Module):
+    """Latent attention of one layer: the latent projections, and this rank's heads."""
+
+    def __init__(self, context: ModelContext, layer: int) -> None:
+        super().__init__()
+        model, parameters = context.model, context.parameters
+        sizes, eps = model.sizes, model.compute.latent_norm_eps
+        self._context, self._latent = context, sizes["kv_rank"]
+        self._plain, self._turned, self._value = sizes["nope_dim"], sizes["head_dim"], sizes["v_dim"]
+        self._scale = model.compute.attention_scale
+        self._neighbours = model.compute.rope.interleaved
+
+        def whole(role: str) -> nn.Parameter | None:
+            # Of what every rank of tp holds whole, each has the part of the gradient that its heads give.
+            return parameters.take_optional(role, layer=layer, partial=True)
+
+        def norm(role: str) -> RMSNorm | None:
+            weight = whole(role)
+            return RMSNorm(weight, eps) if weight is not None else None
+
+        self.q_weight = parameters.take_optional("attention.q", layer=layer)
+        self.q_a_weight, self.q_a_bias = whole("attention.q_a"), whole("attention.q_a.bias")
+        self.q_b_weight = parameters.take_optional("attention.q_b", layer=layer)
+        self.kv_a_weight, self.kv_a_bias = whole("attention.kv_a"), whole("attention.kv_a.bias")
+        self.kv_b_weight = parameters.take("attention.kv_b", layer=layer)
+        self.o_weight = parameters.take("attention.o", layer=layer)
+        self.o_bias = parameters.take_optional("attention.o.bias", layer=layer, partial=context.sp)
+        self.q_norm, self.kv_norm = norm("attention.q_a_norm"), norm("attention.kv_a_norm")
+        self._recompute = context.recomputes("core_attn")
+
+    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Attend; see `Attention`."""
+        assert self.kv_a_weight is not None
+        assert self.kv_norm is not None
+        x = self._context.enter(x_SBD)
+        q = self._queries(x)
+        latent = linear(x, self.kv_a_weight, self.kv_a_bias)
+        latent_SBL, k_turned_SBR = latent[..., : self._latent], latent[..., self._latent :]
+        kv = linear(self.kv_norm(latent_SBL.contiguous()), self.kv_b_weight)
+        if self._recompute and torch.is_grad_enabled():
+            out = checkpoint(self._core, q, kv, k_turned_SBR, cos, sin, use_reentrant=False)
+        else:
+            out = self._core(q, kv, k_turned_SBR, cos, sin)
+        out = self._context.leave(linear(out.flatten(-2), self.o_weight))
+        return out if self.o_bias is None else out + self.o_bias
+
+    def _queries(self, x: Tensor) -> Tensor:
+        if self.q_weight is not None:
+            return linear(x, self.q_weight)
+        assert self.q_a_weight is not None
+        assert self.q_b_weight is not None
+        assert self.q_norm is not None
+        latent: Tensor = self.q_norm(linear(x, self.q_a_weight, self.q_a_bias))
+        return linear(latent, self.q_b_weight)
+
+    def _core(self, q: Tensor, kv: Tensor, k_turned_SBR: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q_SBHK = q.view(*q.shape[:-1], -1, self._plain + self._turned)
+        kv_SBHK = kv.view(*kv.shape[:-1], -1, self._plain + self._value)
+        q_plain, q_turned = q_SBHK[..., : self._plain], q_SBHK[..., self._plain :]
+        k_plain, v = kv_SBHK[..., : self._plain], kv_SBHK[..., self._plain :]
+        k_turned = k_turned_SBR.unsqueeze(2)
+        if self._neighbours:
+            q_turned, k_turned = split_pairs(q_turned, self._turned), split_pairs(k_turned, self._turned)
+        q_turned, k_turned = rotary(q_turned, k_turned, cos, sin)
+        queries = torch.cat([q_plain, q_turned], dim=-1)
+        keys = torch.cat([k_plain, k_turned.expand(*k_plain.shape[:3], -1)], dim=-1)
+        return causal_attention(queries, keys, v, self._context.mesh.group("cp"), None, scale=self._scale)

@@ -1,0 +1,158 @@
+"""Experts with biases, whose gate is clamped: gate * sigmoid(alpha * gate) * (up + 1), in plain steps.
+
+Their matrices are kept as checkpoints of the family hold them, [in, out], with gate and up columns in turns.
+
+Legend: T tokens, K choices per token, R rows in expert order, E experts of this rank, D hidden size, F width of this
+rank's piece of an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from moeconv.errors import MoeconvError
+from moeconv.families.compute import Gate
+from runtime.moe.config import MoEConfig
+from runtime.moe.grouped_gemm import GroupedGemm, make_gemm, resolve_backend
+from runtime.moe.passes import permute, unpermute
+from runtime.moe.permutation import RowPlan, plan_rows
+
+
+class _RowsTimes(torch.autograd.Function):
+    """Each expert's rows times its matrix, plus its bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_RK: Tensor, weight_EKN: Tensor, bias_EN: Tensor, plan: RowPlan, gemm: GroupedGemm
+    ) -> Tensor:
+        ctx.save_for_backward(rows_RK, weight_EKN)
+        ctx.plan, ctx.gemm = plan, gemm
+        expert_R, used_R1 = _experts_of_rows(plan)
+        out = gemm.rows_times(rows_RK, weight_EKN, plan) + bias_EN[expert_R]
+        return out.masked_fill_(~used_R1, 0)  # rows past the last expert's may hold anything
+
+    @staticmethod
+    def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        rows_RK, weight_EKN = ctx.saved_tensors
+        plan, gemm = ctx.plan, ctx.gemm
+        _, used_R1 = _experts_of_rows(plan)
+        grad_RN = grad_RN.contiguous().masked_fill(~used_R1, 0)
+        grad_rows = gemm.rows_times_transposed(grad_RN, weight_EKN, plan).masked_fill(~used_R1, 0)
+        grad_weight = gemm.transposed_times_rows(rows_RK, grad_RN, plan)
+        # Sums over each expert's rows in a fixed order: a product with ones, 8 wide since kernels want whole eights.
+        ones_R8 = grad_RN.new_ones(grad_RN.shape[0], 8)
+        grad_bias = gemm.transposed_times_rows(ones_R8, grad_RN, plan)[:, 0]
+        return grad_rows, grad_weight, grad_bias, None, None
+
+
+def _experts_of_rows(plan: RowPlan) -> tuple[Tensor, Tensor]:
+    """[R] the expert of each row, and [R, 1] whether a choice fills it."""
+    places = torch.arange(plan.num_rows, device=plan.offsets_E.device, dtype=plan.offsets_E.dtype)
+    expert_R = torch.searchsorted(plan.offsets_E, places, right=True).clamp(max=plan.offsets_E.shape[0] - 1)
+    return expert_R, (plan.slot_of_row_R >= 0).unsqueeze(1)
+
+
+def clamped_gate(hidden_R2F: Tensor, gate: Gate) -> Tensor:
+    """The activation.
+
+    Args:
+        hidden_R2F: [R, 2F], gate and up in turns.
+        gate: steepness and bound.
+
+    Returns:
+        [R, F].
+
+    Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/gpt_oss/modeling_gpt_oss.py
+    """
+    wide = hidden_R2F if hidden_R2F.dtype == torch.float64 else hidden_R2F.float()
+    left = wide[:, ::2].clamp(max=gate.limit)
+    right = wide[:, 1::2].clamp(-gate.limit, gate.limit)
+    return ((right + 1) * left * torch.sigmoid(gate.alpha * left)).to(hidden_R2F.dtype)
+
+
+class ClampedExperts(nn.Module):
+    """The experts of this rank: gate_up [E, D, 2F] and down [E, F, D], and their biases, each as one vector."""
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        gate: Gate,
+        *,
+        num_local_experts: int,
+        hidden_size: int,
+        ffn_local_size: int,
+        shares: int,
+        dtype: torch.dtype,
+        device: torch.device | None,
+    ) -> None:
+        """Build.
+
+        Args:
+            config: what the layer computes.
+            gate: the activation's parameters.
+            num_local_experts: E.
+            hidden_size: D.
+            ffn_local_size: F.
+            shares: ranks that share an expert, whose results are summed: each adds its share of the last bias.
+            dtype: of parameters and tokens.
+            device: where the parameters live.
+
+        Raises:
+            MoeconvError: the backend computes other experts alone.
+        """
+        super().__init__()
+        if config.gemm_backend == "te" or config.fp8_format is not None:
+            raise MoeconvError("experts with biases and a clamped gate run on other grouped GEMMs than te; take auto")
+        experts, width = num_local_experts, ffn_local_size
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+
+        self.gate_up, self.down = empty(experts, hidden_size, 2 * width), empty(experts, width, hidden_size)
+        self.gate_up_bias, self.down_bias = empty(experts * 2 * width), empty(experts * hidden_size)
+        self.fused = config.permute_fusion
+        self._config, self._gate, self._shares = config, gate, shares
+        self._gemm: tuple[torch.device, torch.dtype, GroupedGemm] | None = None
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts of this rank."""
+        return self.gate_up.shape[0]
+
+    def gemm(self) -> GroupedGemm:
+        """The backend for the device and dtype that the weights are in now."""
+        key = (self.gate_up.device, self.gate_up.dtype)
+        if self._gemm is None or self._gemm[:2] != key:
+            self._gemm = (*key, make_gemm(resolve_backend(self._config, *key)))
+        return self._gemm[2]
+
+    def plan(self, experts_TK: Tensor, max_rows: int) -> RowPlan:
+        """Order choices of this rank's experts as the backend needs them; arguments as of `plan_rows`."""
+        alignment = self.gemm().row_alignment
+        return plan_rows(experts_TK, self.num_local_experts, max_rows, alignment=alignment, fused=self.fused)
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan) -> Tensor:
+        """Weighted sum of each token's experts.
+
+        Args:
+            x_TD: [T, D] tokens.
+            weights_TK: [T, K] routing weights.
+            plan: which choice is which row.
+
+        Returns:
+            [T, D] in the dtype of x: this rank's summand, where several share an expert.
+        """
+        gemm, experts = self.gemm(), self.num_local_experts
+        rows_RD, weights_R = permute(x_TD, weights_TK, plan, fused=self.fused)
+        hidden = _apply(rows_RD, self.gate_up, self.gate_up_bias.view(experts, -1), plan, gemm)
+        bias = self.down_bias.view(experts, -1)
+        bias = bias if self._shares == 1 else bias / self._shares
+        out_RD = _apply(clamped_gate(hidden, self._gate), self.down, bias, plan, gemm)
+        return unpermute((out_RD * weights_R.unsqueeze(1)).to(out_RD.dtype), plan, fused=self.fused)
+
+
+def _apply(rows: Tensor, weight: Tensor, bias: Tensor, plan: RowPlan, gemm: GroupedGemm) -> Tensor:
+    return cast(Tensor, _RowsTimes.apply(rows, weight, bias, plan, gemm))  # type: ignore[no-untyped-call]

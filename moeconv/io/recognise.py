@@ -65,7 +65,9 @@ KINDS: tuple[Kind, ...] = (
         "export it with NeMo's own script to Hugging Face, and convert that",
     ),
     Kind(
-        _any(r".*\.gguf"), "a GGUF model, whose weights are quantised for another program", "convert the original repository"
+        _any(r".*\.gguf"),
+        "a GGUF model, whose weights are quantised for another program",
+        "convert the original repository",
     ),
     Kind(
         _any(r"consolidated[\w.-]*\.(pth|safetensors)"),

@@ -124,6 +124,8 @@ class Watchdog:
     def stop(self) -> None:
         """Stop watching: the process ends as it should."""
         self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * self._interval)  # a beat that comes after the farewell would be missed for ever
         with contextlib.suppress(RuntimeError):  # the job's store may be gone already: everybody is leaving
             self._store.set(f"{_ALIVE}/{self._rank}", _LEFT.decode())
 
@@ -142,9 +144,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         number = 0
-        while not self._stop.wait(self._interval):
+        while not self._stop.is_set():
             number += 1
             try:
+                # The first beat comes before the first wait: a rank that has joined is missed from then on.
                 beat = Beat(number, self._steps, self._limited, self._doing, self._host)
                 self._store.set(f"{_ALIVE}/{self._rank}", json.dumps(asdict(beat)))
                 report = self._read_failure() or self._own_stall() or self._silent_neighbour()
@@ -154,6 +157,7 @@ class Watchdog:
             if report is not None and not self._stop.is_set():
                 self._end(report)
                 return
+            self._stop.wait(self._interval)
 
     def _own_stall(self) -> Report | None:
         seconds = time.monotonic() - self._since

@@ -118,6 +118,16 @@ def test_progress_keeps_a_rank_alive_and_a_silent_one_is_missed(capfd: pytest.Ca
     assert "gave no sign of life for 1 s" in capfd.readouterr().err
 
 
+def test_a_rank_that_is_lost_right_after_the_start_is_missed(capfd: pytest.CaptureFixture[str]) -> None:
+    stores = clients()
+    lost = Rank(stores[1], 1, interval=60.0)
+    time.sleep(0.2)
+    lost.watchdog._stop.set()
+    other = Rank(stores[0], 0, silence_seconds=0.3)
+    assert other.gone.wait(5)
+    assert "rank 1 on" in capfd.readouterr().err
+
+
 def test_a_rank_that_ends_as_it_should_is_not_missed() -> None:
     stores = clients()
     alive = Rank(stores[0], 0, silence_seconds=0.2)

@@ -150,11 +150,14 @@ def _coordinates(text: str) -> dict[str, int]:
 def _screen(value: dict[str, Any]) -> list[str]:
     sizes = value["sizes"]
     optimizer = ", with optimizer state" if value["optimizer_state"] else ""
+    quantised = value["quantised"]
     lines = [
         f"{value['path']}: {value['family']}, {value['kind']}, {', '.join(value['dtypes'])}",
         f"  parameters  {value['parameters']:,} total, {value['active_parameters']:,} active for a token",
         f"  sizes       {', '.join(f'{name} {size}' for name, size in sizes.items())}{', tied embeddings' if value['tied_embeddings'] else ''}",
         f"  stored      {value['tensors']} tensors, {amount(value['bytes'])} in {value['files']} files{optimizer}",
+        *([f"  quantised   {quantised['weights']} weights as {quantised['as']}"] if quantised else []),
+        *([f"  carried     {value['carried_tensors']} tensors, unread"] if value["carried_tensors"] else []),
     ]
     if "degrees" in value:
         lines.append("  layout      " + ", ".join(f"{name} {degree}" for name, degree in value["degrees"].items()))

@@ -48,6 +48,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "active_parameters": total - in_experts + (in_experts * top_k // experts if experts else 0),
         "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
         "files": len(checkpoint.files),
+        "quantised": {"as": model.scheme.name, "weights": len(model.quantised)}
+        if model.quantised and model.scheme
+        else None,
+        "carried_tensors": len(model.carried),
         "optimizer_state": len(stored) < len(checkpoint.tensors),
     }
     if checkpoint.manifest is not None:

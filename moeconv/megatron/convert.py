@@ -31,6 +31,7 @@ from moeconv.megatron.run_args import TORCH_NAMES
 from moeconv.megatron.source import TRACKER, MegatronSource, find_iteration
 from moeconv.placement import check_degrees, split_optimizer_name
 from moeconv.plan import make_plan
+from moeconv.quant import require_plain
 
 Format = Literal["torch", "torch_dist"]
 
@@ -128,6 +129,7 @@ def export_megatron(
         MoeconvError: as the source, layout or output demands; nothing is left under `out`.
     """
     found = open_checkpoint(src)
+    require_plain(found.model, src, "Megatron's format")
     check_degrees(found.model, degrees)
     trainer = _trainer(found, fmt) if optimizer else None
     kept = [name for name in found.tensors if trainer is not None or split_optimizer_name(name)[0] is None]

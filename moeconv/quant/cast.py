@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from moeconv.layout.rect import Rect
 from moeconv.pieces import TensorInfo
 from moeconv.plan import RowOp
 from moeconv.quant import FP8, PLAIN
-from moeconv.quant.numbers import Array, fp8_blocks, mxfp4_to_bf16, scale_values, spread
+from moeconv.quant.numbers import Array, fp8_blocks, fp8_to_float, mxfp4_to_bf16, scale_values, times_scales
 
 _BLOCK = (128, 128)
 # Roles of matrices that stay plain in FP8 checkpoints: they are small, or precision counts.
@@ -45,6 +46,17 @@ class CastCheckpoint(Checkpoint):
         """As of the source, with the config that names the new types."""
         config = (json.dumps(self.config, indent=2, ensure_ascii=False) + "\n").encode()
         return super().carried_files | {CONFIG: config}
+
+    def read(self, name: str, rect: Rect | None = None) -> Array:
+        """Make a part of a tensor; see `Checkpoint.read`."""
+        op, info = self.ops.get(name), self.tensors[name]
+        if op is None:
+            return super().read(name, rect)
+        wanted, kind = rect or Rect.whole(info.shape), numpy_dtype(info.dtype)
+        count = wanted.shape[0]
+        band = np.empty((count, prod(info.shape[1:]) * kind.itemsize), np.uint8)
+        rows: Array = op(band, wanted.offsets[0]).view(kind).reshape(count, *info.shape[1:])
+        return rows[(slice(None), *wanted.slices()[1:])]
 
 
 def cast(source: Checkpoint, dtype: str) -> CastCheckpoint:
@@ -77,7 +89,7 @@ def cast(source: Checkpoint, dtype: str) -> CastCheckpoint:
     for name in sorted(model.quantised):
         weight = model.plain[name]
         parts = {t.part.role: t for t in model.parts(weight) if t.part is not None}
-        ops[name] = _Rows(how(source, weight, parts, model.scheme), numpy_dtype(PLAIN[dtype]))
+        ops[name] = _Rows(how(source, weight, parts), numpy_dtype(PLAIN[dtype]))
         made[name] = TensorInfo(name, PLAIN[dtype], weight.shape)
     exact = _exact(source, dtype)
     note = f"{len(made)} weights of {model.scheme.name} become {dtype}: " + (
@@ -132,7 +144,7 @@ class _Rows:
         return values.view(np.uint8).reshape(len(band), -1)
 
 
-Dequantiser = Callable[[Checkpoint, GlobalTensor, dict[str, GlobalTensor], Scheme], Rows]
+Dequantiser = Callable[[Checkpoint, GlobalTensor, dict[str, GlobalTensor]], Rows]
 
 
 def _dequantiser(scheme: Scheme) -> Dequantiser | None:
@@ -144,31 +156,38 @@ def _dequantiser(scheme: Scheme) -> Dequantiser | None:
     return None
 
 
-def _mxfp4(source: Checkpoint, weight: GlobalTensor, parts: dict[str, GlobalTensor], scheme: Scheme) -> Rows:
+def _mxfp4(source: Checkpoint, weight: GlobalTensor, parts: dict[str, GlobalTensor]) -> Rows:
     blocks, scales = parts["weight"], parts["scale"]
+    held: list[Array] = []
 
     def rows(first: int, last: int) -> Array:
         if not weight.rule.transposed:
             return mxfp4_to_bf16(_read_rows(source, blocks, first, last), _read_rows(source, scales, first, last))
-        # Rows of a transposed weight are columns of the blocks: whole groups of 32 are read.
+        # Rows of a transposed weight are columns of the blocks, whole groups of 32: all are read once, for the first.
+        if not held:
+            held[:] = [source.read(t.name) for t in (blocks, scales)]
         begin, end = first // 32, -(-last // 32)
-        held = (source.read(t.name, Rect.slab(t.shape, 1, begin, end)) for t in (blocks, scales))
-        return mxfp4_to_bf16(*held).T[first - begin * 32 : last - begin * 32]
+        out = mxfp4_to_bf16(held[0][:, begin:end], held[1][:, begin:end]).T[first - begin * 32 : last - begin * 32]
+        if last == weight.shape[0]:
+            held.clear()
+        return out
 
     return rows
 
 
-def _fp8(source: Checkpoint, weight: GlobalTensor, parts: dict[str, GlobalTensor], scheme: Scheme) -> Rows:
+def _fp8(source: Checkpoint, weight: GlobalTensor, parts: dict[str, GlobalTensor]) -> Rows:
     numbers, scales = parts["weight"], parts["scale"]
+    assert scales.part is not None
+    per = [count for _, count in scales.part.dims]  # of each dimension along which there are several scales
 
     def rows(first: int, last: int) -> Array:
-        values = _read_rows(source, numbers, first, last).astype(np.float32)
-        if scheme.block is None:
+        values = fp8_to_float(_read_rows(source, numbers, first, last))
+        if len(per) < 2:  # one for the weight, or one a row
             scale = scale_values(source.read(scales.name))
-            return values * (scale if scale.size == 1 else scale.reshape(-1, 1)[first:last])
-        down = scheme.block[0]
-        of_blocks = scale_values(_read_rows(source, scales, first // down, -(-last // down)))
-        return values * spread(of_blocks, scheme.block, first, (last - first, values.shape[1]))
+            values *= scale.reshape(-1, 1)[first:last] if per else scale.reshape(())
+            return values
+        of_blocks = scale_values(_read_rows(source, scales, first // per[0], -(-last // per[0])))
+        return times_scales(values, of_blocks, (per[0], per[1]), first)
 
     return rows
 

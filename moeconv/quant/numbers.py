@@ -40,10 +40,42 @@ def mxfp4_to_bf16(blocks: Array, scales: Array) -> Array:
 
     Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/integrations/mxfp4.py
     """
-    index = scales.view(np.uint8).astype(np.uint16)[..., None] << 8 | blocks.view(np.uint8)
-    pairs = _mxfp4_pairs().reshape(-1)[index]
+    index = scales.view(np.uint8).astype(np.intp)[..., None] << 8 | blocks.view(np.uint8)
+    pairs = np.take(_mxfp4_pairs().reshape(-1), index, mode="clip")
     out: Array = pairs.view(ml_dtypes.bfloat16).reshape(blocks.shape[0], -1)
     return out
+
+
+@cache
+def _fp8_values() -> Array:
+    out: Array = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return out
+
+
+def fp8_to_float(numbers: Array) -> Array:
+    """Give FP8 numbers (E4M3) as fp32, exactly."""
+    out: Array = np.take(_fp8_values(), numbers.view(np.uint8), mode="clip")
+    return out
+
+
+def times_scales(values: Array, scales: Array, block: tuple[int, int], first: int) -> Array:
+    """Multiply rows with the scales of their blocks, in place.
+
+    Args:
+        values: [R, C] fp32.
+        scales: [rows of blocks, columns of blocks] fp32, from the block of row `first` on.
+        block: rows and columns of a block.
+        first: number of the first row in the matrix.
+
+    Returns:
+        The values.
+    """
+    row = 0
+    for scale in scales:
+        end = min(((first + row) // block[0] + 1) * block[0] - first, values.shape[0])
+        values[row:end] *= np.repeat(scale, block[1])[: values.shape[1]]
+        row = end
+    return values
 
 
 def spread(scales: Array, block: tuple[int, int], first: int, shape: tuple[int, int]) -> Array:

@@ -19,6 +19,7 @@ from moeconv.io.carried import Content
 from moeconv.io.hf_folder import CONFIG
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece, TensorInfo
+from moeconv.quant import require_plain
 from moeconv.sweep import Sweep, open_strips
 from moeconv.upcycle.build import Builder, Made
 from moeconv.upcycle.carriers import SOURCES, choose, left_out
@@ -122,6 +123,7 @@ def plan_upcycle(
         MappingError: a tensor of the source would be lost.
     """
     check_source(source, "a dense checkpoint")
+    require_plain(source.model, source.root, "upcycling")
     if source.family.model_type not in SOURCES:
         hint = "; enlarge a mixture with --method expand" if "experts" in source.model.sizes else ""
         raise RecipeError(f"{source.root}: is {source.family.name}; dense sources are {', '.join(SOURCES)}{hint}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from moeconv.families.base import Model
+from moeconv.quant import require_plain
 from runtime.errors import require
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.dtypes import DtypeName
@@ -35,7 +36,7 @@ def check_supported(model: Model, where: Path) -> None:
 
     Raises:
         ConfigError: names what the trainer doesn't compute.
-        MappingError: config.json states something that nobody computes.
+        MappingError: config.json states something that nobody computes, or weights are quantised.
     """
     compute = model.compute
     require(
@@ -48,13 +49,7 @@ def check_supported(model: Model, where: Path) -> None:
         not strange,
         f"{where}: the trainer doesn't compute {model.family.name}: {', '.join(strange)}; it converts, and trains elsewhere",
     )
-    if model.quantised:
-        name = model.scheme.name if model.scheme is not None else "quantised"
-        require(
-            False,
-            f"{where}: holds {len(model.quantised)} weights as {name}, which the trainer doesn't train; "
-            "make plain ones of them with `moeconv import-hf SRC OUT --dtype bfloat16`",
-        )
+    require_plain(model, where, "training")
     for key, value in compute.others.items():
         require(False, f"{where}: config.json says {key} = {value!r}, which the trainer doesn't compute")
     require(

@@ -195,3 +195,23 @@ def test_casts_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     for dtype, message in (("bfloat16", "no cast of AWQ"), ("fp8", "AWQ int4 already")):
         with pytest.raises(MappingError, match=message):
             cast(packed, dtype)
+
+
+def test_who_needs_plain_weights_says_how_to_get_them(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from cli.main import main
+
+    shards = tmp_path / "shards"
+    source = open_checkpoint(quantise_folder(tmp_path / "hf", "qwen3", "fp8", linear, **WIDE))
+    write_sharded(source, shards, Degrees(), Options())
+    shown = CliRunner().invoke(main, ["inspect", str(shards)])
+    assert "14 weights as FP8 with 128x128 block scales" in shown.output
+    for arguments in (
+        ["upcycle", str(tmp_path / "hf"), str(tmp_path / "out"), "--experts", "4"],
+        ["export-megatron", str(shards), str(tmp_path / "out"), "--format", "torch_dist"],
+    ):
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code != 0
+        assert "--dtype bfloat16" in done.output, done.output
+        assert not (tmp_path / "out").exists()

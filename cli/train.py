@@ -51,7 +51,9 @@ moeconv train [--nproc-per-node N] [--max-restarts N] FLAGS     train, on every 
 moeconv train --example MODEL > run.yaml                        write a commented --config file for a checkpoint
 
 On several machines, start it on each with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set (under Slurm the first two
-are found). FLAGS are those of `torchrun [...] -m runtime.train`:
+are found). FLAGS are those of `torchrun [...] -m runtime.train`.
+
+Example: moeconv train --load ckpt --data corpus.jsonl --save run --train-iters 1000 --global-batch-size 128 --bf16
 """
 
 

@@ -63,9 +63,8 @@ def test_an_interrupted_run_says_how_to_go_on(mixtral: Path, tmp_path: Path, num
         process.send_signal(number)
         said = process.stderr.read()
     assert process.returncode == code
-    assert (
-        said.splitlines()[-1] == f"interrupted: {tmp_path / 'a'}.partial keeps what was finished; go on with --resume"
-    )
+    # A worker may still end its piece, and print, after this.
+    assert f"interrupted: {tmp_path / 'a'}.partial keeps what was finished; go on with --resume" in said.splitlines()
     again = subprocess.run([sys.executable, "-c", SLOW.format(slow="False"), *words, "--resume"], cwd=ROOT)
     assert again.returncode == 0
     write_sharded(open_checkpoint(mixtral), tmp_path / "whole", Degrees(), Options())

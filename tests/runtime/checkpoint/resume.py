@@ -132,7 +132,8 @@ class Table:
 
 def losses(log: Path) -> dict[int, float]:
     """Read the losses of a log file."""
-    return {r["iteration"]: r["lm_loss"] for r in map(json.loads, log.read_text().splitlines())}
+    records = map(json.loads, log.read_text().splitlines())
+    return {record["iteration"]: record["lm_loss"] for record in records if "lm_loss" in record}
 
 
 def compare(path: Path, reference: Path) -> dict[str, float]:

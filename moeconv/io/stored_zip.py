@@ -123,6 +123,8 @@ def _records(path: Path, raw: BinaryIO, offset: int, length: int) -> dict[str, Z
                 f"{path}: its directory names {brief(name)} twice, or what is no name; the file is damaged"
             )
         header = offset + info.header_offset
+        if not 0 <= info.header_offset < length:
+            raise SourceError(f"{path}: {brief(name)} begins outside the archive; the file is damaged")
         begin = _data_begin(path, raw, header, name)
         spans.append((header, begin + info.file_size, name))
         found[name] = ZipRecord(name, info.CRC, begin, begin + info.file_size)

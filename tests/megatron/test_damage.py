@@ -151,6 +151,8 @@ def test_archives_that_contradict_themselves(tmp_path: Path) -> None:
         "an encrypted record": damaged((named_one - 46 + 8, b"\x01\x08")),
         "names that are no text": damaged((zero, b"\xff\xfe\xfd")),
         "sizes apart": damaged((named_one - 46 + 20, struct.pack("<I", 4))),
+        "a directory that is said to be elsewhere": damaged((len(good) - 6, struct.pack("<I", central + 99_999))),
+        "a record that begins far behind the end": damaged((where, struct.pack("<I", 2**31))),
         "no records": b"PK\x05\x06" + bytes(18),
     }
     path.write_bytes(good)

@@ -10,6 +10,7 @@ from pathlib import Path
 from moeconv.errors import MoeconvError, SourceError, WriteError
 from moeconv.io.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from moeconv.io.paths import brief_path, read_whole
+from moeconv.io.torch_bin import BIN_PATTERN
 
 # Everything that could be a second copy of the weights stays where it is.
 _IGNORED = (
@@ -55,9 +56,13 @@ def local_folder(source: str, revision: str | None = None) -> Path:
 
     try:
         manifest = _manifest(source, revision)
-        if manifest is None:
-            return Path(snapshot_download(source, revision=revision, ignore_patterns=_ignored(source, revision)))
-        return Path(snapshot_download(source, revision=revision, allow_patterns=_listed(manifest)))
+        if manifest is not None:
+            return Path(snapshot_download(source, revision=revision, allow_patterns=_listed(manifest)))
+        folder = Path(snapshot_download(source, revision=revision, ignore_patterns=list(_IGNORED)))
+        if any(folder.glob("*.safetensors")):
+            return folder
+        # A repository from before safetensors: its .bin files are no second copy. The folder's name is the commit.
+        return Path(snapshot_download(source, revision=folder.name, allow_patterns=[BIN_PATTERN]))
     except MoeconvError:
         raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -65,22 +70,6 @@ def local_folder(source: str, revision: str | None = None) -> Path:
         raise SourceError(
             f"{source}: no such folder, and the hub can't give it: {reason}. Gated repositories need `hf auth login`"
         ) from None
-
-
-def _ignored(repository: str, revision: str | None) -> list[str]:
-    """Choose what not to download: everything that could be a second copy of the weights; of an old repository, its .bin files are the first."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    try:
-        found = HfApi().model_info(repository, revision=revision).siblings or []
-    except (OfflineModeIsEnabled, ConnectionError):  # the cache may hold the folder all the same
-        return list(_IGNORED)
-    names = [file.rfilename for file in found]
-    if any(name.endswith(".safetensors") and not name.startswith("consolidated") for name in names):
-        return list(_IGNORED)
-    others = [name for name in names if name.endswith(".bin") and not name.startswith("pytorch_model")]
-    return [pattern for pattern in _IGNORED if pattern != "*.bin"] + [glob.escape(name) for name in others]
 
 
 def _manifest(repository: str, revision: str | None) -> Path | None:

@@ -159,6 +159,4 @@ def _no_weights(root: Path) -> str:
             f"{root}: only pickle weights ({pickles[0]}), which can run code when read, and are refused; "
             "save the model with transformers' save_pretrained, which writes safetensors"
         )
-    if any(root.glob("consolidated*.safetensors")):
-        return f"{root}: only consolidated.*.safetensors, in Mistral's own names; download the repository's model*.safetensors files"
     return f"{root}: no *.safetensors file; expected a Hugging Face checkpoint"

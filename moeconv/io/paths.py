@@ -17,6 +17,9 @@ from moeconv.errors import SourceError, WriteError
 MAX_PART_BYTES = 240
 MAX_NAME_BYTES = 1024
 MAX_READ_BYTES = 64 << 20  # what is read whole and parsed
+# What git leaves in place of a file that Git LFS didn't fetch.
+# Source: https://github.com/git-lfs/git-lfs/blob/v3.5.1/docs/spec.md
+_POINTER, _MAX_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 _DEVICES = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 
 
@@ -89,7 +92,7 @@ def check_inside(root: Path, name: str) -> Path:
         The file's path.
 
     Raises:
-        SourceError: the name is none, or the file is missing, a link to elsewhere, or no regular file.
+        SourceError: the name is none, or the file is missing, a link to elsewhere, no regular file, or a Git LFS pointer.
     """
     return check_file(root, check_name(name, str(root)))
 
@@ -98,7 +101,7 @@ def check_file(root: Path, name: str) -> Path:
     """Check a file inside a folder, as `check_inside`, whose name is a format's own and may begin with a dot.
 
     Raises:
-        SourceError: the file is missing, a link to elsewhere, or no regular file.
+        SourceError: the file is missing, a link to elsewhere, no regular file, or a Git LFS pointer.
     """
     path = root / name
     try:
@@ -108,13 +111,15 @@ def check_file(root: Path, name: str) -> Path:
             allowed.append(base.parent.parent / "blobs")
         if not any(real.is_relative_to(folder) for folder in allowed):
             raise SourceError(f"{path}: is a link to {real}, outside the folder; copy the file into it")
-        mode = os.stat(real).st_mode
+        status = os.stat(real)
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file; the download is incomplete") from None
     except OSError as error:
         raise SourceError(f"{path}: can't be read: {error.strerror or error}") from None
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise SourceError(f"{path}: is no regular file")
+    if len(_POINTER) < status.st_size < _MAX_POINTER_BYTES and read_whole(real).startswith(_POINTER):
+        raise SourceError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
     return path
 
 

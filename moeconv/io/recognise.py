@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST = 20_000  # names that are looked at
 
 
@@ -129,8 +128,3 @@ def _names(root: Path) -> Iterator[str]:
             yield entry.relative_to(root).as_posix()
             if depth < 3 and entry.is_dir() and not entry.is_symlink():
                 pending.append((entry, depth + 1))
-
-
-def is_lfs_pointer(raw: bytes) -> bool:
-    """Say whether a file's first bytes are those of a Git LFS pointer, which stands in for a file that was not fetched."""
-    return raw.startswith(LFS_POINTER)

@@ -14,7 +14,6 @@ from moeconv.dtypes import dtype
 from moeconv.errors import SourceError
 from moeconv.io.decode import MAX_DIMS, MAX_NAME_CHARS, brief, parse_json
 from moeconv.io.paths import open_regular
-from moeconv.io.recognise import LFS_POINTER, is_lfs_pointer
 
 # Source: https://github.com/huggingface/safetensors/blob/24b0b28/safetensors/src/tensor.rs (MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
@@ -59,9 +58,6 @@ def read_header(path: Path) -> Header:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(_PREFIX)
-        if is_lfs_pointer(prefix + file.read(len(LFS_POINTER) - len(prefix))):
-            raise SourceError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
-        file.seek(len(prefix))
         if len(prefix) < _PREFIX:
             raise SourceError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
         length = int.from_bytes(prefix, "little")

@@ -9,6 +9,7 @@ from moeconv.errors import SourceError
 from moeconv.io.decode import MAX_NAME_CHARS, brief
 from moeconv.io.safetensors import Entry, Header
 
+BIN_PATTERN = "pytorch_model*.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
 # transformers before 4.32 saved these buffers; it and every reader since compute them from config.json.
 _COMPUTED = ".rotary_emb.inv_freq"
@@ -16,7 +17,7 @@ _COMPUTED = ".rotary_emb.inv_freq"
 
 def bin_names(root: Path) -> list[str]:
     """List the weight files of a folder that has no safetensors."""
-    return sorted(p.name for p in root.glob("pytorch_model*.bin"))
+    return sorted(p.name for p in root.glob(BIN_PATTERN))
 
 
 def read_bin(path: Path) -> tuple[Header, list[str]]:

@@ -80,6 +80,15 @@ def test_a_cached_download_is_not_repeated(hub: Hub, tmp_path: Path) -> None:
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
+def test_a_cached_download_needs_no_connection(hub: Hub, tmp_path: Path) -> None:
+    assert call(hub, tmp_path / "home", "import-hf", "mistralai/Tiny", tmp_path / "a").returncode == 0
+    hub.shutdown()
+    hub.server_close()
+    result = call(hub, tmp_path / "home", "import-hf", "mistralai/Tiny", tmp_path / "b")
+    assert result.returncode == 0, result.stderr
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
 def test_what_the_hub_refuses_is_one_line(hub: Hub, tmp_path: Path) -> None:
     hub.files["big/secret"] = {}
     hub.gated.add("big/secret")

@@ -56,11 +56,14 @@ def test_weights_that_are_a_folder(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_pointers_of_git_lfs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.model"])
+def test_pointers_of_git_lfs(tmp_path: Path, name: str) -> None:
     folder = make_folder(tmp_path / "hf", Spec())
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
     text = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
-    (folder / "model.safetensors").write_text(text)
-    with pytest.raises(SourceError, match=r"Git LFS pointer.*git lfs pull"):
+    (folder / name).write_text(text)
+    with pytest.raises(SourceError, match=rf"{name}: is a Git LFS pointer.*git lfs pull"):
         open_checkpoint(folder)
 
 

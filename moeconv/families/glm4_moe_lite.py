@@ -4,44 +4,21 @@ from __future__ import annotations
 
 from moeconv.families.base import Family
 from moeconv.families.compute import ComputeRule, Key
-from moeconv.families.decoder import (
-    ENDS,
-    FUSED_EXPERTS,
-    MLP,
-    NORMS,
-    feed_forward,
-    group_limited,
-    router,
-)
-from moeconv.families.latent import LATENT_ATTENTION, LATENT_DEFAULTS, LATENT_SIZES
+from moeconv.families.decoder import FUSED_EXPERTS, group_limited
+from moeconv.families.latent import LATENT_DEFAULTS, LATENT_SIZES, latent_mixture
 from moeconv.families.rope import RopeRule
 
 GLM4_MOE_LITE = Family(
     name="GLM-4-MoE-Lite",
     model_type="glm4_moe_lite",
     architecture="Glm4MoeLiteForCausalLM",
-    sizes={
-        **LATENT_SIZES,
-        "ffn": "moe_intermediate_size",
-        "dense_ffn": "intermediate_size",
-        "shared": "n_shared_experts",
-        "experts": "n_routed_experts",
-        "top_k": "num_experts_per_tok",
-    },
+    sizes=LATENT_SIZES,
     defaults=LATENT_DEFAULTS,
     may_be_zero=("q_rank", "shared"),
     null=("q_rank",),
     flags={"tied": "tie_word_embeddings", "attention_bias": "attention_bias"},
     dense_layers="types",
-    rules=(
-        *ENDS,
-        *NORMS,
-        *LATENT_ATTENTION,
-        *feed_forward("mlp", MLP, "dense_ffn", layers="dense"),
-        *router(MLP + "gate.weight", bias=MLP + "gate.e_score_correction_bias", layers="moe"),
-        *feed_forward("expert", MLP + "experts.{expert}.", "ffn", layers="moe"),
-        *feed_forward("shared", MLP + "shared_experts.", "shared*ffn", layers="moe"),
-    ),
+    rules=latent_mixture(router_bias=True),
     aliases=FUSED_EXPERTS,
     compute=ComputeRule(
         norm_eps=Key("rms_norm_eps", 1e-5),

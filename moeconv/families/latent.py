@@ -1,4 +1,4 @@
-"""Multi-head latent attention as data: queries, keys and values of all heads come from small latent vectors.
+"""Multi-head latent attention as data, with experts in all but some layers: queries, keys and values of all heads come from small latent vectors.
 
 A rank of tp holds whole heads of what leads from the latent vectors to the heads; what leads to the latent vectors, and their norms, are the same on
 every rank. Of each query and key `nope_dim` elements have no position; `head_dim` elements, of a key the same in all heads, are turned.
@@ -7,7 +7,7 @@ every rank. Of each query and key `nope_dim` elements have no position; `head_di
 from __future__ import annotations
 
 from moeconv.families.base import Split, TensorRule
-from moeconv.families.decoder import ATTENTION
+from moeconv.families.decoder import ATTENTION, ENDS, MLP, NORMS, feed_forward, router
 
 LATENT_SIZES: dict[str, str | tuple[str, ...]] = {
     "layers": "num_hidden_layers",
@@ -20,6 +20,11 @@ LATENT_SIZES: dict[str, str | tuple[str, ...]] = {
     "q_rank": "q_lora_rank",
     "kv_rank": "kv_lora_rank",
     "vocab": "vocab_size",
+    "ffn": "moe_intermediate_size",
+    "dense_ffn": "intermediate_size",
+    "shared": "n_shared_experts",
+    "experts": "n_routed_experts",
+    "top_k": "num_experts_per_tok",
 }
 LATENT_DEFAULTS = {
     "q_rank": "0",
@@ -27,7 +32,7 @@ LATENT_DEFAULTS = {
 }  # without a rank of queries they come from the hidden state
 
 _HEADS, _COLUMNS = Split("tp", 0, "heads"), Split("tp", 1, "heads")
-LATENT_ATTENTION = (
+_ATTENTION = (
     TensorRule("attention.q", ATTENTION + "q_proj.weight", ("heads*qk_dim", "hidden"), _HEADS, only_if="!q_rank"),
     TensorRule("attention.q_a", ATTENTION + "q_a_proj.weight", ("q_rank", "hidden"), only_if="q_rank"),
     TensorRule("attention.q_a.bias", ATTENTION + "q_a_proj.bias", ("q_rank",), only_if="q_rank&attention_bias"),
@@ -42,3 +47,24 @@ LATENT_ATTENTION = (
     TensorRule("attention.o", ATTENTION + "o_proj.weight", ("hidden", "heads*v_dim"), _COLUMNS),
     TensorRule("attention.o.bias", ATTENTION + "o_proj.bias", ("hidden",), only_if="attention_bias"),
 )
+
+
+def latent_mixture(*, router_bias: bool) -> tuple[TensorRule, ...]:
+    """Give the tensors of a model with latent attention and shared experts.
+
+    Args:
+        router_bias: whether the router has a stored bias of the choice.
+
+    Returns:
+        The rules of all tensors.
+    """
+    bias = MLP + "gate.e_score_correction_bias" if router_bias else None
+    return (
+        *ENDS,
+        *NORMS,
+        *_ATTENTION,
+        *feed_forward("mlp", MLP, "dense_ffn", layers="dense"),
+        *router(MLP + "gate.weight", bias=bias, layers="moe"),
+        *feed_forward("expert", MLP + "experts.{expert}.", "ffn", layers="moe"),
+        *feed_forward("shared", MLP + "shared_experts.", "shared*ffn", layers="moe"),
+    )

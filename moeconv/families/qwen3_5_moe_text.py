@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from moeconv.families.base import Family, Split, TensorRule
 from moeconv.families.compute import ComputeRule, Key, RouterRule
-from moeconv.families.decoder import (
-    FUSED_EXPERTS,
-    SIZES,
-)
-from moeconv.families.qwen3_next import SHARED_RULES
+from moeconv.families.decoder import FUSED_EXPERTS
+from moeconv.families.qwen3_next import SHARED_RULES, SHARED_SIZES
 from moeconv.families.rope import RopeRule
 
 _LINEAR = "model.layers.{layer}.linear_attn."
@@ -18,18 +15,7 @@ QWEN3_5_MOE_TEXT = Family(
     name="Qwen3.5-MoE",
     model_type="qwen3_5_moe_text",
     architecture="Qwen3_5MoeForCausalLM",
-    sizes={
-        **SIZES,
-        "lin_k_heads": "linear_num_key_heads",
-        "lin_v_heads": "linear_num_value_heads",
-        "lin_k_dim": "linear_key_head_dim",
-        "lin_v_dim": "linear_value_head_dim",
-        "lin_conv": "linear_conv_kernel_dim",
-        "ffn": "moe_intermediate_size",
-        "shared_ffn": "shared_expert_intermediate_size",
-        "experts": ("num_experts", "num_local_experts"),
-        "top_k": "num_experts_per_tok",
-    },
+    sizes=SHARED_SIZES,
     defaults={"head_dim": "256"},
     flags={"tied": "tie_word_embeddings", "attention_bias": "attention_bias"},
     linear_layers="types",

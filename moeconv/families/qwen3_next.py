@@ -24,6 +24,20 @@ _LINEAR = "model.layers.{layer}.linear_attn."
 _CHANNELS = "2*lin_k_heads*lin_k_dim+lin_v_heads*lin_v_dim"
 _KEY_HEADS = Split("tp", 0, "lin_k_heads")
 
+# The sizes that Qwen3.5 has too.
+SHARED_SIZES: dict[str, str | tuple[str, ...]] = {
+    **SIZES,
+    "lin_k_heads": "linear_num_key_heads",
+    "lin_v_heads": "linear_num_value_heads",
+    "lin_k_dim": "linear_key_head_dim",
+    "lin_v_dim": "linear_value_head_dim",
+    "lin_conv": "linear_conv_kernel_dim",
+    "ffn": "moe_intermediate_size",
+    "shared_ffn": "shared_expert_intermediate_size",
+    "experts": ("num_experts", "num_local_experts"),
+    "top_k": "num_experts_per_tok",
+}
+
 # The rules that Qwen3.5 has too: gated attention, with a gate beside each query head, and what both write into the linear state.
 SHARED_RULES = (
     *ENDS,
@@ -60,17 +74,8 @@ QWEN3_NEXT = Family(
     model_type="qwen3_next",
     architecture="Qwen3NextForCausalLM",
     sizes={
-        **SIZES,
-        "lin_k_heads": "linear_num_key_heads",
-        "lin_v_heads": "linear_num_value_heads",
-        "lin_k_dim": "linear_key_head_dim",
-        "lin_v_dim": "linear_value_head_dim",
-        "lin_conv": "linear_conv_kernel_dim",
-        "ffn": "moe_intermediate_size",
+        **SHARED_SIZES,
         "dense_ffn": "intermediate_size",
-        "shared_ffn": "shared_expert_intermediate_size",
-        "experts": ("num_experts", "num_local_experts"),
-        "top_k": "num_experts_per_tok",
     },
     defaults={"head_dim": "256"},
     flags={"tied": "tie_word_embeddings", "attention_bias": "attention_bias"},

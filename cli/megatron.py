@@ -111,9 +111,6 @@ def export_megatron(src: Path, out: Path, **options: Any) -> None:
     _report(summary, out, options)
 
 
-COMMANDS = (import_megatron, export_megatron)
-
-
 def _degrees(options: dict[str, Any], default: Degrees) -> Degrees:
     """Give the degrees that were asked for, or the default where none was."""
     given = {n: options[n] for n in ("tp", "pp", "vpp", "ep", "etp") if options[n] is not None}

@@ -9,9 +9,7 @@ Source:
 from __future__ import annotations
 
 import os
-import secrets
 import struct
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,33 +146,6 @@ def write_index(path: Path, lengths: npt.NDArray[np.integer], dtype: np.dtype[np
             offset = int(ends[-1])
         for begin in range(0, count + 1, _CHUNK):
             index.write(np.arange(begin, min(begin + _CHUNK, count + 1), dtype=np.int64).tobytes())
-
-
-def write_tokens(path: Path, documents: Iterable[Sequence[int]], dtype: np.dtype[np.generic]) -> int:
-    """Write documents as Megatron's indexed pair; a reader sees the whole pair or nothing.
-
-    Args:
-        path: the .bin file; the .idx file goes beside it.
-        documents: each document's token ids; empty ones are left out.
-        dtype: an integer type of Megatron's table.
-
-    Returns:
-        The number of tokens.
-
-    Raises:
-        DataError: an id doesn't fit the type.
-    """
-    # Several machines may write to one shared folder at a time: each its own files, the last rename wins.
-    partial = [path.with_suffix(f".{secrets.token_hex(8)}.partial") for _ in ("bin", "idx")]
-    lengths: list[int] = []
-    with open(partial[0], "wb") as data:
-        for document in documents:
-            if len(document):
-                data.write(narrow(np.asarray(document), dtype, path).tobytes())
-                lengths.append(len(document))
-    write_index(partial[1], np.array(lengths, np.int64), dtype)
-    publish(partial[0], partial[1], path)
-    return sum(lengths)
 
 
 def narrow(ids: npt.NDArray[np.integer], dtype: np.dtype[np.generic], where: Path) -> npt.NDArray[np.generic]:

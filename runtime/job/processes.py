@@ -126,21 +126,6 @@ def one_first(first: bool, action: Callable[[], None]) -> None:
             raise MoeconvError(failed)
 
 
-def any_rank(mine: bool, group: dist.ProcessGroup) -> bool:
-    """Find out whether any rank says yes.
-
-    Args:
-        mine: this rank's answer.
-        group: a gloo group of all ranks, so that no device has to be waited for.
-
-    Returns:
-        The same answer on every rank.
-    """
-    flag = torch.tensor([int(mine)], dtype=torch.int32)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    return bool(flag.item())
-
-
 def max_over_ranks(mine: Sequence[float], group: dist.ProcessGroup) -> list[float]:
     """Find the largest of each of some numbers.
 

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_WIDTH = 16384  # a row is held in registers
-TILE = 4096  # elements of a tile of short rows
+TILE = 4096  # elements of a tile of short rows; a longer row is a tile of its own, held in registers
 PROGRAMS_PER_PROCESSOR = 4
 
 

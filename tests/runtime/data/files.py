@@ -11,7 +11,7 @@ import pickle
 import sqlite3
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,24 @@ import torch
 import zstandard
 from safetensors.numpy import save_file
 
+from runtime.data.indexed import narrow, publish, write_index
+
 
 def json_lines(texts: list[str], key: str = "text") -> bytes:
     return "".join(json.dumps({"id": n, key: text}) + "\n" for n, text in enumerate(texts)).encode()
+
+
+def write_tokens(path: Path, documents: Iterable[Sequence[int]], dtype: np.dtype[np.generic]) -> int:
+    """Write documents as Megatron's indexed pair, and count their tokens; empty ones are left out."""
+    partial = path.with_suffix(".bin.partial"), path.with_suffix(".idx.partial")
+    kept = [np.asarray(document) for document in documents if len(document)]
+    with open(partial[0], "wb") as data:
+        for document in kept:
+            data.write(narrow(document, dtype, path).tobytes())
+    lengths = np.array([len(document) for document in kept], np.int64)
+    write_index(partial[1], lengths, dtype)
+    publish(*partial, path)
+    return int(lengths.sum())
 
 
 def _arrow(path: Path, texts: list[str], stream: bool) -> None:

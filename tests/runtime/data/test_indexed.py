@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from runtime.data.errors import DataError
-from runtime.data.indexed import open_tokens, token_dtype, write_tokens
+from runtime.data.indexed import open_tokens, token_dtype
+from tests.runtime.data.files import write_tokens
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 

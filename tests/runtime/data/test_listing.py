@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from runtime.data.errors import DataError
-from runtime.data.indexed import write_tokens
 from runtime.data.kinds import Kind, recognise
 from runtime.data.listing import _load_hub, list_files
-from tests.runtime.data.files import DOCUMENT_FILES, FOREIGN_FILES, json_lines
+from tests.runtime.data.files import DOCUMENT_FILES, FOREIGN_FILES, json_lines, write_tokens
 
 TEXTS = [f"text {n}" for n in range(30)]
 

@@ -20,7 +20,6 @@ from runtime.data.blend import Blend, absolute_words, parse_blend
 from runtime.data.blended import BlendedSamples
 from runtime.data.config import DataConfig
 from runtime.data.errors import DataError
-from runtime.data.indexed import write_tokens
 from runtime.data.job import prepare_data
 from runtime.data.loader import DataSource, Loader
 from runtime.data.prefetch import Prefetcher
@@ -29,7 +28,7 @@ from runtime.data.summary import describe_data, describe_progress
 from runtime.errors import ConfigError
 from runtime.settings.check import check_documents
 from runtime.settings.flags import parse_flags
-from tests.runtime.data.files import json_lines
+from tests.runtime.data.files import json_lines, write_tokens
 from tests.runtime.words import VOCAB_SIZE
 
 VOCAB = 1000

@@ -15,10 +15,10 @@ from runtime.data.blended import BlendedSamples
 from runtime.data.config import DataConfig
 from runtime.data.dealing import BlendOrder, deal_exhaustively
 from runtime.data.errors import DataError
-from runtime.data.indexed import write_tokens
 from runtime.data.loader import DataSource, Loader
 from runtime.data.packing import Samples, split_bounds
 from runtime.errors import ConfigError
+from tests.runtime.data.files import write_tokens
 
 SEQ, SEED, EOD, VOCAB = 16, 1234, 1, 4000
 SPLITS = ("train", "valid", "test")

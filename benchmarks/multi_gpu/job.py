@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from benchmarks.multi_gpu.sizes import Sizes
 from runtime.engine import Engine
-from runtime.job.processes import any_rank
+from runtime.job.processes import max_over_ranks
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
@@ -70,7 +70,7 @@ class Job:
 
     def any(self, mine: bool) -> bool:
         """Find out whether any rank says yes."""
-        return mine if self.control is None else any_rank(mine, self.control)
+        return mine if self.control is None else bool(max_over_ranks([mine], self.control)[0])
 
     def synchronize(self) -> None:
         """Wait for the device, then for all ranks."""

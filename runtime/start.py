@@ -111,8 +111,8 @@ def start_run(given: Given) -> int:
         data_store = connect(process, "data")
         run_job(run, origin, process, device, data_store, watchdog.progress, stop)
     except MoeconvError as error:
+        tell_launcher(error)  # each rank: torchrun's report closes with whichever ends first
         if watchdog is None or watchdog.fail(error):
-            tell_launcher(error)
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     except BaseException as error:

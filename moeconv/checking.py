@@ -66,13 +66,29 @@ def verify(checkpoint: Checkpoint, *, workers: int | None = None, progress: Prog
     if checkpoint.manifest is not None:
         _check_folder(checkpoint)
 
-    def check(piece: Piece) -> int:
-        digest = piece_digest(checkpoint.root, piece, new(), told)
-        check_sum(checkpoint.root, piece, checkpoint.checksums, digest)
-        return piece.nbytes
-
+    pieces = [piece for found in checkpoint.pieces.values() for piece in found]
     with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
-        return sum(pool.map(check, [p for pieces in checkpoint.pieces.values() for p in pieces]))
+        return sum(pool.map(lambda piece: check_piece(checkpoint, piece, told), pieces))
+
+
+def check_piece(checkpoint: Checkpoint, piece: Piece, progress: Progress | None = None) -> int:
+    """Read a stored piece once and compare it with its checksum.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        piece: one of its pieces.
+        progress: called with the number of bytes read.
+
+    Returns:
+        The piece's size in bytes.
+
+    Raises:
+        DamageError: the bytes differ from their checksum.
+        SourceError: the file can't be read.
+    """
+    digest = piece_digest(checkpoint.root, piece, new(), progress or (lambda _: None))
+    check_sum(checkpoint.root, piece, checkpoint.checksums, digest)
+    return piece.nbytes
 
 
 def _check_folder(checkpoint: Checkpoint) -> None:

@@ -30,7 +30,7 @@ from moeconv.layout.rect import Rect, check_cover
 from moeconv.pieces import NameMap, Piece, TensorInfo, as_stored, check_complete
 from moeconv.placement import Placement, split_optimizer_name
 from moeconv.plan import RowOp
-from moeconv.reading import read_rect
+from moeconv.reading import VerifiedReader, read_rect
 from moeconv.unread import write_carried
 
 TRAINER = "trainer.json"
@@ -316,7 +316,7 @@ def _carry_tensors(folder: Path, source: Checkpoint, degrees: Degrees) -> list[F
             )
         holder = found
     try:
-        return write_carried(folder, tensors, Placement(source.model, degrees), holder.read)
+        return write_carried(folder, tensors, Placement(source.model, degrees), VerifiedReader(holder).read)
     except OSError as error:
         raise WriteError(f"{folder}: can't be written: {error.strerror or error}") from None
 

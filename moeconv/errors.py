@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 
 class MoeconvError(ValueError):
     """The base of every error that the user's input or machine can cause; the command line prints it without a traceback."""
+
+    def advise(self, more: str) -> Self:
+        """Put more behind the message, such as the way on from here, and give the error back to be raised again."""
+        self.args = (f"{self}{more}",)
+        return self
 
 
 class SourceError(MoeconvError):

@@ -12,6 +12,7 @@ import torch
 from moeconv.checkpoint import open_checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.forward import fixed_tokens, relative_difference, transformers_logits
+from runtime.checkpoint.verified import load_verified
 from runtime.engine import Engine
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.support import check_supported
@@ -42,7 +43,7 @@ def runtime_logits(path: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     mesh = ParallelMesh(parallel)
     cpu = torch.device("cpu")
     engine = Engine(model, torch.float32, parallel, moe, OptimConfig(), RecomputeConfig(), mesh, cpu)
-    engine.load_state(checkpoint.read)
+    load_verified(checkpoint, engine.load_state, cpu)
     engine.module.eval()
     with torch.no_grad():
         logits_SBV: torch.Tensor = engine.module[0](tokens_BS)

@@ -16,6 +16,7 @@ from moeconv.io.manifest import MANIFEST
 from runtime.checkpoint import folder as folders
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
+from runtime.checkpoint.verified import load_verified
 from runtime.data.job import prepare_data
 from runtime.data.loader import DataSource
 from runtime.data.summary import describe_data
@@ -172,7 +173,7 @@ def run_job(
     try:
         state = load(engine, run, origin)
     except MoeconvError as error:
-        raise type(error)(f"{error}{folders.way_back(origin.path, open_at)}") from None
+        raise error.advise(folders.way_back(origin.path, open_at)) from None
     trainer = Trainer(run, engine, mesh, origin.checkpoint, data, log, progress)
     if state is not None:
         trainer.resume(state, own=origin.own)
@@ -276,7 +277,8 @@ def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
     checkpoint, options = origin.checkpoint, run.checkpoint
     has_state = any(name.startswith("optimizer.") for name in checkpoint.tensors)
     with_optimizer = has_state and (origin.own or options.load_optim)
-    engine.load_state(checkpoint.read, checkpoint.tensors if with_optimizer else None)
+    stored = checkpoint.tensors if with_optimizer else None
+    load_verified(checkpoint, lambda read: engine.load_state(read, stored), engine.device)
     path = origin.path / TRAINER_FILE
     if not path.is_file() or (options.finetune and not origin.own):
         return None

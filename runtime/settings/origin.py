@@ -48,7 +48,7 @@ def find_origin(load: Path, save: Path | None, step: int | None = None) -> Origi
     try:
         origin = Origin(path=path, checkpoint=open_at(path), own=mine is not None)
     except MoeconvError as error:
-        raise type(error)(f"{error}{folders.way_back(path, open_at)}") from None
+        raise error.advise(folders.way_back(path, open_at)) from None
     if mine is None or path == folders.resolve(load).resolve():
         return origin
     return dataclasses.replace(origin, notes=_compare_with_load(origin, load, save or mine))

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from moeconv.api import import_hf
+from moeconv.io.safetensors import read_header
+from moeconv.layout.degrees import Degrees
 from tests.runtime.jobs import Job, run_jobs
 from tests.runtime.launch import steps
 from tests.runtime.ranks import RankError, RankPool
@@ -71,6 +74,47 @@ def test_the_way_back_from_damage_is_named_and_right(place: Place, damage: Calla
     done = [(r["iteration"], r["lm_loss"]) for r in map(json.loads, log) if r["kind"] == "train"]
     assert [iteration for iteration, _ in done] == [1, 2, 3, 4, 3, 4, 5, 6]
     assert dict(done[4:6]) == {3: whole[3], 4: whole[4]}, "the steps that are done again are the same to the bit"
+
+
+def names(file: Path) -> set[str]:
+    return {entry.name for entry in read_header(file).entries}
+
+
+def flip_a_byte(file: Path, tensor: str) -> None:
+    """Change a byte in the middle of a stored tensor."""
+    (entry,) = (entry for entry in read_header(file).entries if entry.name == tensor)
+    place = (entry.begin + entry.end) // 2
+    data = bytearray(file.read_bytes())
+    data[place] ^= 8
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("prefix", ["", "optimizer.exp_avg_sq."])
+def test_a_flipped_byte_is_found_when_it_is_loaded(place: Place, prefix: str) -> None:
+    name = f"flip{len(prefix)}"
+    place.train(name, iterations=3)
+    damaged = f"{prefix}model.layers.1.self_attn.o_proj.weight"
+    save = place.folder / name / "iter_0000003"
+    (file,) = (path for path in save.glob("*.safetensors") if damaged in names(path))
+    flip_a_byte(file, damaged)
+    found = rf"{damaged} .* has checksum .* newest older save that opens is iter_0000002: --ckpt-step 2 goes on from it"
+    with pytest.raises(RankError, match=found):
+        place.train(name, iterations=5)
+    place.train(name, "--ckpt-step", 2, iterations=5)
+    assert sorted(place.losses(name)) == [1, 2, 3, 4, 5]
+
+
+def test_a_flipped_byte_is_found_in_rectangles_that_are_read_in_part(place: Place) -> None:
+    """Two ranks hold halves of what is stored whole, as parts of other rectangles: neither can check what it reads."""
+    whole, ranks = place.folder / "whole", 2
+    import_hf(make_checkpoint(place.folder / "source"), whole, Degrees())
+    damaged = "model.layers.0.self_attn.q_proj.weight"
+    (file,) = (path for path in whole.glob("*.safetensors") if damaged in names(path))
+    flip_a_byte(file, damaged)
+    words = ["--load", whole, "--data", place.folder / "text.txt", "--train-iters", 1, "--seq-length", 32]
+    words += ["--tensor-model-parallel-size", ranks, "--data-cache-path", place.folder / "cache"]
+    with pytest.raises(RankError, match=rf"{damaged} .* has checksum"), contextlib.closing(RankPool(ranks)) as pool:
+        run_jobs([Job(ranks, tuple(map(str, words)))], pool)
 
 
 def test_going_back_where_nothing_is_names_what_there_is(place: Place) -> None:

@@ -9,6 +9,7 @@ import click
 
 from cli.main import ExitCode
 from cli.options import amount, progress_bar, show
+from moeconv.checkpoint import Checkpoint
 from moeconv.describe import describe, rank_tensors
 from moeconv.errors import LayoutError
 from moeconv.formats import open_any
@@ -55,7 +56,7 @@ def verify(path: str, against: str | None, logits: bool, workers: int | None, as
 
     Example: moeconv verify ckpt --against mistralai/Mixtral-8x7B-v0.1
     """
-    from moeconv.checking import compare
+    from moeconv.checking import compare, lone_state
     from moeconv.checking import verify as check
 
     if logits and against is None:
@@ -93,6 +94,7 @@ def verify(path: str, against: str | None, logits: bool, workers: int | None, as
         lines.append(
             f"{against}: holds the same bytes" if found is None else f"{against}: differs: {found.name}: {found.what}"
         )
+        lines += _state_note(lone_state(checkpoint, other))
         different = found is not None
         if logits:
             from moeconv.forward import logits_difference
@@ -114,7 +116,7 @@ def diff(a: str, b: str, as_json: bool) -> None:
 
     Example: moeconv diff ckpt ckpt-trained
     """
-    from moeconv.checking import compare, config_differences, measure
+    from moeconv.checking import compare, config_differences, lone_state, measure
 
     left, right = open_any(local_folder(a)), open_any(local_folder(b))
     config = config_differences(left.config, right.config)
@@ -134,10 +136,15 @@ def diff(a: str, b: str, as_json: bool) -> None:
             if gap is None
             else f"{d.name}: max {gap.max_abs:.3e}, mean {gap.mean_abs:.3e}, {gap.count} elements"
         )
+    lines += _state_note(lone_state(left, right))
     lines.append(f"{len(found)} tensors and {len(config)} config fields differ" if found or config else "no difference")
     show(value, as_json, lines)
     if found or config:
         raise SystemExit(ExitCode.DIFFERENT)
+
+
+def _state_note(alone: Checkpoint | None) -> list[str]:
+    return [f"optimizer state: only {alone.root} has it; not compared"] if alone is not None else []
 
 
 def _coordinates(text: str) -> dict[str, int]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from cli.options import ByteSize, amount, conversion, degree_options, degrees, progress_bar, run_options, show
-from moeconv.checkpoint import Checkpoint, open_checkpoint
+from cli.options import ByteSize, amount, conversion, degree_options, degrees, few, progress_bar, run_options, show
+from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
 from moeconv.convert import plan_hf, plan_sharded, write_hf, write_sharded
 from moeconv.errors import SourceError, WriteError
 from moeconv.hub import local_folder, push_folder
+from moeconv.io.carried import size_of
 from moeconv.io.staging import check_free
 from moeconv.layout.degrees import Degrees
 from moeconv.plan import Plan
@@ -31,6 +32,7 @@ from moeconv.quant import FP8, PLAIN
     multiple=True,
     help="Have tensors of these names, which the family doesn't know, go along unread; may be given several times.",
 )
+@click.option("--strip-prefix", metavar="TEXT", default="", help="Take this off the front of every tensor's name.")
 @click.option(
     "--dtype",
     type=click.Choice([*PLAIN, FP8]),
@@ -43,7 +45,7 @@ def import_hf(src: str, out: Path, **options: Any) -> None:
     Example: moeconv import-hf mistralai/Mixtral-8x7B-v0.1 ckpt --tp 4 --ep 4
     """
     check_free(out.absolute())
-    source = open_checkpoint(local_folder(src, options["revision"]), options["carry"])
+    source = open_checkpoint(local_folder(src, options["revision"]), options["carry"], options["strip_prefix"])
     if source.kind == "sharded":
         raise SourceError(f"{src}: is sharded already; change its layout with `moeconv reshard`")
     if options["dtype"] is not None:
@@ -96,55 +98,60 @@ def export_hf(ckpt: Path, out: Path, **options: Any) -> None:
         raise WriteError("--private: says how --push-to-hub creates a repository; give --push-to-hub REPO too")
     if options["dry_run"]:
         check_free(out.absolute())
-        _report("export", plan_hf(source, limit, options["names"])[0], out, 0.0, options)
+        _report("export", plan_hf(source, limit, options["names"])[0], source, out, 0.0, options)
         return
     begin = time.perf_counter()
     with progress_bar("export") as progress:
         plan = write_hf(source, out, limit, conversion(options, progress), options["names"])
     seconds = time.perf_counter() - begin
     pushed = push_folder(out, options["push_to_hub"], private=options["private"]) if options["push_to_hub"] else None
-    _report("export", plan, out, seconds, options, pushed)
+    _report("export", plan, source, out, seconds, options, pushed)
 
 
 def _sharded(source: Checkpoint, out: Path, layout: Degrees, options: dict[str, Any], title: str) -> None:
-    notes: Sequence[str] = getattr(source, "notes", ())  # of a cast
     if options["dry_run"]:
         check_free(out.absolute())
-        _report(title, plan_sharded(source, layout), out, 0.0, options, dropped=source.dropped, cast=notes)
+        _report(title, plan_sharded(source, layout), source, out, 0.0, options)
         return
     begin = time.perf_counter()
     with progress_bar(title) as progress:
         plan = write_sharded(source, out, layout, conversion(options, progress))
-    _report(title, plan, out, time.perf_counter() - begin, options, dropped=source.dropped, cast=notes)
+    _report(title, plan, source, out, time.perf_counter() - begin, options)
 
 
 def _report(
     title: str,
     plan: Plan,
+    source: Checkpoint,
     out: Path,
     seconds: float,
     options: dict[str, Any],
     pushed: str | None = None,
-    dropped: Sequence[str] = (),
-    cast: Sequence[str] = (),
 ) -> None:
     dry = options["dry_run"]
+    cast: Sequence[str] = getattr(source, "notes", ())
+    carried = {
+        name: size_of(content) for name, content in source.carried_files.items() if title != "export" or name != TRAINER
+    }
     value = {
         "command": title,
         "out": str(out),
         "dry_run": dry,
         "tensors": len(plan.jobs),
         "files": {file.name: file.size for file in plan.files},
+        "carried": carried,
         "bytes": plan.nbytes,
         "seconds": round(seconds, 3),
-        "dropped": list(dropped),
+        "dropped": source.dropped,
         "cast": list(cast),
         "pushed": pushed,
     }
     lines = [f"{file.name:<40} {amount(file.size):>10}" for file in plan.files] if dry else []
-    lines += [f"not converted: {what}" for what in dropped]
+    lines += [f"{name:<40} {amount(size):>10}  goes along" for name, size in carried.items()] if dry else []
+    lines += few([f"not converted: {what}" for what in source.dropped])
     lines += [f"cast: {what}" for what in cast]
     what = f"{len(plan.jobs)} tensors in {len(plan.files)} files, {amount(plan.nbytes)}"
+    what += f", and {len(carried)} files beside them, {amount(sum(carried.values()))}" if carried else ""
     lines.append(
         f"{out}: would hold {what}"
         if dry

@@ -145,6 +145,11 @@ def show(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
         raise SystemExit(ExitCode.UNPRINTED) from None
 
 
+def few(lines: list[str], most: int = 8) -> list[str]:
+    """Give the first lines of many, and a line that says how many there are more."""
+    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more (--json has all)"]
+
+
 def amount(number: float) -> str:
     """Write a number of bytes as people read it, such as 5.2 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

@@ -14,7 +14,7 @@ import numpy as np
 from moeconv.checkpoint import Checkpoint
 from moeconv.convert import plan_hf
 from moeconv.dtypes import numpy_dtype
-from moeconv.errors import IntegrityError
+from moeconv.errors import IntegrityError, MappingError
 from moeconv.execute import Progress
 from moeconv.io.carried import write_content
 from moeconv.io.checksum import new
@@ -23,6 +23,7 @@ from moeconv.io.manifest import MANIFEST, FileRecord
 from moeconv.io.safetensors import MAX_HEADER_BYTES, read_header
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece
+from moeconv.placement import split_optimizer_name
 from moeconv.reading import check_sum
 from moeconv.sweep import Sweep, open_strips, piece_digest
 
@@ -119,13 +120,16 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Progress | None = None) -> I
 
     Args:
         a: one checkpoint.
-        b: the other; its optimizer state and that of `a` are compared where both have it.
+        b: the other; optimizer state is compared where both have it (`lone_state` says which alone has one).
         progress: called with the number of bytes compared.
 
     Yields:
         Each difference: a tensor that only one side has, another dtype or shape, or the first differing element with its index and files.
     """
+    alone = lone_state(a, b) is not None
     for name in {**a.tensors, **b.tensors}:
+        if alone and split_optimizer_name(name)[0] is not None:
+            continue
         if name not in a.tensors or name not in b.tensors:
             yield Difference(name, f"only in {(a if name in a.tensors else b).root}")
         elif a.tensors[name] != b.tensors[name]:
@@ -136,6 +140,39 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Progress | None = None) -> I
                 if not np.array_equal(rows_a, rows_b):
                     yield _first_difference(a, b, name, first, rows_a, rows_b)
                     break
+
+
+def lone_state(a: Checkpoint, b: Checkpoint) -> Checkpoint | None:
+    """Give the one of two checkpoints that alone has optimizer state: a run beside its own export is still the same model."""
+    with_state = [c for c in (a, b) if any(split_optimizer_name(name)[0] is not None for name in c.tensors)]
+    return with_state[0] if len(with_state) == 1 else None
+
+
+def check_tied(checkpoint: Checkpoint, doing: str) -> None:
+    """Refuse a model that is tied by its config and stores another output head all the same: transformers computes with that.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        doing: what would compute with the embedding instead, as `training`.
+
+    Raises:
+        MappingError: the stored head differs from the embedding.
+    """
+    model = checkpoint.model
+    if not model.tied or not model.has("head"):
+        return
+    head, embedding = model.tensor("head").name, model.tensor("embedding").name
+    if head not in checkpoint.tensors or checkpoint.tensors[head].shape != checkpoint.tensors[embedding].shape:
+        return
+    same = checkpoint.tensors[head].dtype == checkpoint.tensors[embedding].dtype
+    bands = _bands(checkpoint, checkpoint, head, None, embedding) if same else ()
+    if not same or any(not np.array_equal(rows_a, rows_b) for _, rows_a, rows_b in bands):
+        key = model.family.flags["tied"]
+        key = key if isinstance(key, str) else key[0]
+        raise MappingError(
+            f"{checkpoint.root}: config.json says {key}, and {head} differs from {embedding}: transformers then computes with the "
+            f"stored head, {doing} would not. Put {key}: false into the source's config.json, and convert it again"
+        )
 
 
 def measure(a: Checkpoint, b: Checkpoint, name: str, progress: Progress | None = None) -> TensorDifference:
@@ -181,10 +218,13 @@ def config_differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]
     ]
 
 
-def _bands(a: Checkpoint, b: Checkpoint, name: str, progress: Progress | None) -> Iterator[tuple[int, Any, Any]]:
+def _bands(
+    a: Checkpoint, b: Checkpoint, name: str, progress: Progress | None, other: str | None = None
+) -> Iterator[tuple[int, Any, Any]]:
+    """Read a tensor of one checkpoint and one of another (`other`, or of the same name) in bands of rows."""
     sweep = Sweep(a.tensors[name])
-    shape = sweep.info.shape
-    with open_strips(a.root, a.pieces[name], shape) as left, open_strips(b.root, b.pieces[name], shape) as right:
+    shape, pieces = sweep.info.shape, b.pieces[other or name]
+    with open_strips(a.root, a.pieces[name], shape) as left, open_strips(b.root, pieces, shape) as right:
         for first, last in sweep.bands():
             rows_a, rows_b = sweep.read(left, first, last, "band"), sweep.read(right, first, last, "other")
             yield first, rows_a, rows_b

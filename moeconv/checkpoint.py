@@ -27,9 +27,10 @@ from moeconv.io.safetensors import Header, read_header
 from moeconv.io.staging import write_beneath
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect, check_cover
-from moeconv.pieces import NameMap, Piece, TensorInfo, as_stored, check_complete
+from moeconv.pieces import NameMap, Piece, TensorInfo, as_stored, check_complete, check_scaled
 from moeconv.placement import Placement, split_optimizer_name
 from moeconv.plan import RowOp
+from moeconv.prefixes import check_prefix, strip_prefix
 from moeconv.reading import VerifiedReader, read_rect
 from moeconv.unread import write_carried
 
@@ -81,9 +82,12 @@ class Checkpoint:
 
     @property
     def dropped(self) -> list[str]:
-        """What the source's files hold that is not converted, with the reason."""
-        count = len(self.folder.computed) if self.folder else 0
-        return [f"{count} rotary_emb.inv_freq buffers (computed from config.json)"] if count else []
+        """What the source's folder holds that is not converted, with the reason."""
+        if self.folder is None:
+            return []
+        count = len(self.folder.computed)
+        found = [f"{count} rotary_emb.inv_freq buffers (computed from config.json)"] if count else []
+        return found + [f"{name}, {size:,} bytes (no part of the model)" for name, size in self.folder.beside.left]
 
     @property
     def files(self) -> list[str]:
@@ -119,12 +123,13 @@ class Checkpoint:
         return read_rect(self.root, self.tensors[name], self.pieces[name], rect)
 
 
-def open_checkpoint(path: Path | str, carry: Sequence[str] = ()) -> Checkpoint:
+def open_checkpoint(path: Path | str, carry: Sequence[str] = (), prefix: str = "") -> Checkpoint:
     """Open a sharded checkpoint or a Hugging Face folder, and check that its tensors are exactly those that its config implies.
 
     Args:
         path: the folder.
         carry: shell-style patterns of tensors of a Hugging Face folder that the family doesn't know and that go along unread.
+        prefix: what stands before every name of a Hugging Face folder and is taken off.
 
     Returns:
         The checkpoint; no tensor has been read.
@@ -137,18 +142,22 @@ def open_checkpoint(path: Path | str, carry: Sequence[str] = ()) -> Checkpoint:
     root = Path(path)
     check_folder(root)
     if (root / MANIFEST).exists():
-        return _open_sharded(root, carry)
+        return _open_sharded(root, carry, prefix)
     if list(root.glob("*-pp[0-9]*.safetensors")) or root.name.endswith(".partial"):
         raise SourceError(
             f"{root}: has no {MANIFEST}: the run that wrote it did not finish; finish it with --resume, or remove the folder"
         )
-    return _open_hf(root, carry)
+    return _open_hf(root, carry, prefix)
 
 
-def _open_hf(root: Path, carry: Sequence[str]) -> Checkpoint:
+def _open_hf(root: Path, carry: Sequence[str], prefix: str) -> Checkpoint:
     folder = read_hf_folder(root)
+    model = model_of(folder.config, str(root / CONFIG))
+    if prefix:
+        folder = strip_prefix(folder, prefix)
+    check_prefix(folder, model.plain)
     shapes = {entry.name: entry.shape for header in folder.headers.values() for entry in header.entries}
-    model = as_stored(model_of(folder.config, str(root / CONFIG)), shapes, carry)
+    model = as_stored(model, shapes, carry)
     names = NameMap(model)
     pieces: dict[str, list[Piece]] = {}
     for file, header in folder.headers.items():
@@ -163,12 +172,17 @@ def _open_hf(root: Path, carry: Sequence[str]) -> Checkpoint:
     check_complete(model, pieces, str(root))
     ordered = {name: pieces[name] for name in model.tensors if name in pieces}
     tensors = {name: TensorInfo(name, found[0].dtype, model.tensors[name].shape) for name, found in ordered.items()}
-    return Checkpoint(root, "hf", folder.config, model, tensors, ordered, {}, folder.carried, None, folder)
+    check_scaled(model, tensors.values(), str(root))
+    return Checkpoint(root, "hf", folder.config, model, tensors, ordered, {}, folder.beside.carried, None, folder)
 
 
-def _open_sharded(root: Path, carry: Sequence[str]) -> Checkpoint:
+def _open_sharded(root: Path, carry: Sequence[str], prefix: str) -> Checkpoint:
     if carry:
         raise SourceError(f"{root}: --carry {carry[0]}: is sharded; say at the import what it carries")
+    if prefix:
+        raise SourceError(
+            f"{root}: --strip-prefix {prefix}: is sharded, under the model's own names; leave the flag out"
+        )
     manifest = Manifest.decode(read_inside(root, MANIFEST, MAX_MANIFEST_BYTES), str(root / MANIFEST))
     config = parse_json(read_inside(root, CONFIG), str(root / CONFIG))
     shapes = {t.name: t.shape for record in manifest.files.values() for t in record.tensors}

@@ -138,18 +138,20 @@ def write_hf(
 def _own_files(source: Checkpoint) -> tuple[list[TargetFile], bytes | None]:
     assert source.manifest is not None
     names = NameMap(source.model)
-    files, total = [], 0
-    changed = False
+    files, total, changed, gone = [], 0, False, set[str]()
     for name in sorted(source.manifest.source, key=natural):
         recorded = source.manifest.source[name]
         header = parse_header(recorded.header, recorded.size, name)
-        kinds = {
-            e.name: source.tensors[names.pieces(e.name, e.dtype, e.shape, name, e.begin)[0].tensor].dtype
-            for e in header.entries
-        }
-        if any(kinds[e.name] != e.dtype for e in header.entries):  # trained in another precision
+        holds = {e.name: names.pieces(e.name, e.dtype, e.shape, name, e.begin)[0].tensor for e in header.entries}
+        # A run keeps no copy of a tied output head; readers tie it again.
+        gone |= (left := {entry for entry, tensor in holds.items() if tensor not in source.tensors})
+        kept = [e for e in header.entries if e.name not in left]
+        kinds = {e.name: source.tensors[holds[e.name]].dtype for e in kept}
+        if left or any(kinds[e.name] != e.dtype for e in kept):  # trained, perhaps in another precision
             changed = True
-            header = encode_header([(e.name, kinds[e.name], e.shape) for e in header.entries], header.metadata)
+            header = encode_header([(e.name, kinds[e.name], e.shape) for e in kept], header.metadata)
+        if not kept:
+            continue
         pieces = [p for e in header.entries for p in names.pieces(e.name, e.dtype, e.shape, name, e.begin)]
         files.append(safetensors_target(name, header, pieces))
         total += header.file_size - len(header.raw)
@@ -157,6 +159,7 @@ def _own_files(source: Checkpoint) -> tuple[list[TargetFile], bytes | None]:
     if index is not None and changed:
         table = json.loads(index)
         table.setdefault("metadata", {})["total_size"] = total
+        table["weight_map"] = {name: file for name, file in table["weight_map"].items() if name not in gone}
         index = (json.dumps(table, indent=2) + "\n").encode()
     return files, index
 

@@ -13,6 +13,8 @@ from moeconv.dtypes import dtype
 from moeconv.errors import MappingError
 from moeconv.families.base import Alias, GlobalTensor, Model
 from moeconv.families.names import EXPERT, fill, match
+from moeconv.families.quantised import METHODS, unknown_method
+from moeconv.io.torch_bin import is_computed
 from moeconv.layout.rect import Rect
 
 
@@ -162,12 +164,19 @@ class NameMap:
     def _check_shape(self, name: str, got: tuple[int, ...], expected: tuple[int, ...], file: str) -> None:
         if got != expected:
             keys = ", ".join(f"{key}={value}" for key, value in self.model.sizes.items())
+            if self.model.scheme is not None:
+                keys += f"; quantization_config: {self.model.scheme.name}"
             raise MappingError(
                 f"{name} in {file} has shape {list(got)}; config.json implies {list(expected)} ({keys}). Correct whichever is wrong"
             )
 
     def _unknown(self, name: str, file: str) -> MappingError:
-        sizes = self.model.sizes
+        sizes, method = self.model.sizes, unknown_method(self.model.config)
+        if method is not None:
+            return MappingError(
+                f"{name} in {file}: weights are quantised by {method}, as config.json's quantization_config says, in a form that is not "
+                f"known here; known are {', '.join(METHODS)}. Convert the original repository, whose weights are plain"
+            )
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer and int(layer[1]) >= sizes["layers"]:
             key = self.model.family.sizes["layers"]
@@ -210,7 +219,7 @@ def as_stored(model: Model, shapes: Mapping[str, tuple[int, ...]], carry: Iterab
         elif (
             name not in model.plain
             and not name.startswith("optimizer.")
-            and (model.carries(name) or any(fnmatchcase(name, pattern) for pattern in patterns))
+            and (is_computed(name) or model.carries(name) or any(fnmatchcase(name, pattern) for pattern in patterns))
             and names.alias(name) is None
         ):
             carried[name] = shape
@@ -244,5 +253,33 @@ def check_complete(model: Model, present: Iterable[str], where: str) -> None:
         raise MappingError(
             f"{where} lacks {shown}; config.json says {model.sizes['layers']} layers"
             + (f" and {model.sizes['experts']} experts" if EXPERT in missing[0] or "experts" in model.sizes else "")
-            + ". Complete the source, or correct config.json"
+            + _remedy(model, missing)
         )
+
+
+def _remedy(model: Model, missing: Sequence[str]) -> str:
+    """Say what to do about missing tensors; of an output head alone, how a config says that it is the embedding."""
+    key = model.family.flags.get("tied", "")
+    if key and set(missing) <= {rule.name for rule in model.family.rules if rule.absent_if == "tied"}:
+        key = key if isinstance(key, str) else key[0]
+        return f". Put {key}: true into config.json if the embedding serves as the output head too; else complete the source"
+    return ". Complete the source, or correct config.json"
+
+
+def check_scaled(model: Model, tensors: Iterable[TensorInfo], where: str) -> None:
+    """Check that numbers which mean nothing without a scale have one.
+
+    Args:
+        model: the model, as stored.
+        tensors: the stored tensors.
+        where: the checkpoint's name, for the message.
+
+    Raises:
+        MappingError: a weight is FP8 and no scale belongs to it.
+    """
+    for info in tensors:
+        if info.dtype.startswith("F8_E") and info.name in model.plain and info.name not in model.quantised:
+            raise MappingError(
+                f"{where}: {info.name} is {info.dtype} and no scale belongs to it, without which its numbers are no weights: "
+                "take the repository's files whole, with their scales and the quantization_config of its config.json"
+            )

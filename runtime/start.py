@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from moeconv.checking import check_tied
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.io.manifest import MANIFEST
@@ -167,6 +168,7 @@ def run_job(
     if log is not None:
         log.note(describe_run_data(run, data, dp))
     progress("loading the checkpoint", limited=False)
+    one_first(process.rank == 0, lambda: check_tied(origin.checkpoint, "training") if process.rank == 0 else None)
     mesh = ParallelMesh(run.parallel, process.world_size)
     dtype = TORCH_DTYPES[run.dtype]
     engine = Engine(run.model, dtype, run.parallel, run.moe, run.optim, run.recompute, mesh, device)

@@ -10,7 +10,7 @@ https://github.com/NVIDIA/TensorRT-Model-Optimizer/blob/0.37.0/modelopt/torch/ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,16 +130,28 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
         return None
     if not isinstance(said, Mapping):
         raise MappingError(f"config.json: quantization_config is {str(said)[:80]}; expected an object")
-    method = str(said.get("quant_method", said.get("quant_algo", ""))).lower()
-    make = {
-        "fp8": _fp8,
-        "mxfp4": _mxfp4,
-        "compressed-tensors": _compressed_tensors,
-        "gptq": _gptq,
-        "awq": _awq,
-        "modelopt": _modelopt,
-    }.get(method)
+    make = METHODS.get(_method(said))
     return make(said) if make is not None else None
+
+
+def unknown_method(config: Mapping[str, Any]) -> str | None:
+    """Give the name of the method that a config says its weights are quantised by, where no rule describes it.
+
+    Args:
+        config: config.json as parsed.
+
+    Returns:
+        The method's name; None where there is none, or one that is known.
+    """
+    said = config.get("quantization_config")
+    if not isinstance(said, Mapping) or scheme_of(config) is not None:
+        return None
+    form = said.get("format") if _method(said) in METHODS else None  # a known method, in a form that no rule describes
+    return " ".join(str(word)[:40] for word in (_method(said) or "an unnamed method", form) if word)
+
+
+def _method(said: Mapping[str, Any]) -> str:
+    return str(said.get("quant_method", said.get("quant_algo", ""))).lower()
 
 
 def _count(said: Mapping[str, Any], key: str, silent: int | None = None) -> int:
@@ -250,7 +262,7 @@ def _gptq(said: Mapping[str, Any]) -> Scheme:
     whole = (IN,) if said.get("desc_act") or group == -1 else ()
     rows = (IN, _EVERYTHING if group == -1 else _count(said, "group_size", 128))
     return Scheme(
-        name=f"GPTQ int{bits}",
+        name=f"GPTQ int{bits} in groups of {group}" if group != -1 else f"GPTQ int{bits}",
         parts=(
             Part(role="weight", suffix="qweight", dims=((IN, per), (OUT, 1)), whole=whole),
             Part(role="zeros", suffix="qzeros", dims=(rows, (OUT, per)), whole=whole),
@@ -267,10 +279,21 @@ def _awq(said: Mapping[str, Any]) -> Scheme:
         raise MappingError(f"config.json: {bits} bits of quantization_config; words of 32 bits hold 2, 4 or 8 each")
     per = 32 // bits
     return Scheme(
-        name=f"AWQ int{bits}",
+        name=f"AWQ int{bits} in groups of {group}",
         parts=(
             Part(role="weight", suffix="qweight", dims=((IN, 1), (OUT, per))),
             Part(role="zeros", suffix="qzeros", dims=((IN, group), (OUT, per))),
             Part(role="scale", suffix="scales", dims=((IN, group), (OUT, 1))),
         ),
     )
+
+
+METHODS: Mapping[str, Callable[[Mapping[str, Any]], Scheme | None]] = {
+    "fp8": _fp8,
+    "mxfp4": _mxfp4,
+    "compressed-tensors": _compressed_tensors,
+    "gptq": _gptq,
+    "awq": _awq,
+    "modelopt": _modelopt,
+}
+"""The methods that are known, by the name that config.json calls them."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moeconv.errors import SourceError
+from moeconv.io.beside import Beside, files_beside
 from moeconv.io.decode import parse_json
 from moeconv.io.paths import check_folder, check_inside, check_name, read_inside
 from moeconv.io.recognise import recognise
@@ -17,29 +17,13 @@ from moeconv.io.torch_bin import BIN_INDEX, bin_names, read_bin
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-# Weights in other forms: never carried, and (consolidated.*) never read, since they repeat the same weights.
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".npz",
-    ".tflite",
-    ".ot",
-)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CODE_OF_TRAINERS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
 @dataclass(frozen=True, slots=True)
 class HFFolder:
-    """A Hugging Face checkpoint on disk: weight files with their headers, the index, config.json, and the files carried verbatim.
+    """A Hugging Face checkpoint on disk: weight files with their headers, the index, config.json, and what lies beside them.
 
     `computed` names tensors of old files that are left out, since readers compute them from the config.
     """
@@ -49,7 +33,7 @@ class HFFolder:
     index: bytes | None
     config_bytes: bytes
     config: dict[str, Any]
-    carried: tuple[str, ...]
+    beside: Beside
     computed: tuple[str, ...] = ()
 
 
@@ -81,6 +65,7 @@ def read_hf_folder(root: Path) -> HFFolder:
     names = sorted(set(weight_map.values())) if weight_map is not None else present
     if not names:
         raise SourceError(_no_weights(root))
+    _check_cut(root, names, present, index_name)
     for name in names:
         check_inside(root, name)
     extra = sorted(set(present) - set(names))
@@ -97,7 +82,9 @@ def read_hf_folder(root: Path) -> HFFolder:
             headers[name] = read_header(root / name)
     listed = {n: f for n, f in weight_map.items() if n not in computed} if weight_map is not None else None
     _check_index(root, headers, listed)
-    return HFFolder(root, headers, index, config_bytes, config, tuple(_carried(root)), tuple(computed))
+    return HFFolder(
+        root, headers, index, config_bytes, config, files_beside(root, {*names, index_name}), tuple(computed)
+    )
 
 
 def _weight_map(root: Path, raw: bytes, index: str) -> dict[str, str]:
@@ -110,6 +97,17 @@ def _weight_map(root: Path, raw: bytes, index: str) -> dict[str, str]:
         if not name.endswith(kind):
             raise SourceError(f"{where}: weight_map names {name!r}, which is no {kind[1:]} file")
     return weight_map
+
+
+def _check_cut(root: Path, names: list[str], present: list[str], index_name: str) -> None:
+    """Tell an index that belongs to other files from a download that lacks some."""
+    gone = [name for name in names if not os.path.lexists(root / name)]
+    if gone and present and set(present).isdisjoint(names):
+        raise SourceError(
+            f"{root / index_name}: belongs to other files than those here: it names {', '.join(gone[:2])}"
+            + (f" and {len(gone) - 2} more" if len(gone) > 2 else "")
+            + f", the folder holds {', '.join(present[:3])}. If these are whole, move the index away: names are then read from the files"
+        )
 
 
 def _check_index(root: Path, headers: dict[str, Header], weight_map: dict[str, str] | None) -> None:
@@ -128,28 +126,6 @@ def _check_index(root: Path, headers: dict[str, Header], weight_map: dict[str, s
     for name, file in (weight_map or {}).items():
         if name not in seen:
             raise SourceError(f"{root}: {INDEX} puts {name} in {file}, which doesn't hold it; download {file} again")
-
-
-def _carried(root: Path) -> Iterator[str]:
-    for folder, folders, files in os.walk(root, onerror=_refuse):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in folders:
-            if os.path.islink(path := os.path.join(folder, name)):
-                raise SourceError(
-                    f"{path}: is a link to a folder, whose files would be left out; copy the folder here, or remove the link"
-                )
-        for file in sorted(files):
-            name = (Path(folder) / file).relative_to(root).as_posix()
-            if file.startswith(".") or file.endswith(WEIGHT_SUFFIXES) or file.endswith(".index.json"):
-                continue
-            check_inside(root, name)
-            yield name
-
-
-def _refuse(error: OSError) -> None:
-    raise SourceError(
-        f"{error.filename}: can't be read: {error.strerror}; its files would be left out. Make it readable, or move it away"
-    )
 
 
 def _no_weights(root: Path) -> str:

@@ -12,9 +12,10 @@ import msgspec
 
 from moeconv.dtypes import dtype
 from moeconv.errors import IntegrityError, MoeconvError, SourceError
+from moeconv.io.beside import WEIGHT_SUFFIXES
 from moeconv.io.checksum import checksum, combined
 from moeconv.io.decode import Digest, Name, Shape, Size, parse_json, typed
-from moeconv.io.hf_folder import CONFIG, WEIGHT_SUFFIXES
+from moeconv.io.hf_folder import CONFIG
 from moeconv.io.paths import check_name
 from moeconv.io.safetensors import MAX_HEADER_BYTES
 

@@ -110,7 +110,9 @@ def check_file(root: Path, name: str) -> Path:
         if base.parent.name == "snapshots":
             allowed.append(base.parent.parent / "blobs")
         if not any(real.is_relative_to(folder) for folder in allowed):
-            raise SourceError(f"{path}: is a link to {real}, outside the folder; copy the file into it")
+            raise SourceError(
+                f"{path}: is a link to {real}, outside the folder; copy the files themselves, as with `cp -rL`"
+            )
         status = os.stat(real)
     except FileNotFoundError:
         raise SourceError(f"{path}: no such file; the download is incomplete") from None

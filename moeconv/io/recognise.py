@@ -79,7 +79,7 @@ KINDS: tuple[Kind, ...] = (
         "give a repository's id (OWNER/NAME), or the folder models--OWNER--NAME/snapshots/COMMIT in it",
     ),
     Kind(
-        _all(r"refs/.*", r"snapshots/.*"),
+        _any(r"snapshots/[^/]+/.*"),
         "a repository in the hub's cache",
         "give the folder snapshots/COMMIT in it, or the repository's id (OWNER/NAME)",
     ),

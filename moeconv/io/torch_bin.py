@@ -15,6 +15,11 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 _COMPUTED = ".rotary_emb.inv_freq"
 
 
+def is_computed(name: str) -> bool:
+    """Say whether a tensor is a buffer that readers compute from config.json: rotary frequencies."""
+    return name.endswith(_COMPUTED)
+
+
 def bin_names(root: Path) -> list[str]:
     """List the weight files of a folder that has no safetensors."""
     return sorted(p.name for p in root.glob(BIN_PATTERN))
@@ -43,7 +48,7 @@ def read_bin(path: Path) -> tuple[Header, list[str]]:
     for name, value in archive.root.items():
         if not isinstance(name, str) or len(name) > MAX_NAME_CHARS or not isinstance(value, TensorRef):
             raise SourceError(f"{path}: {brief(name)} is no tensor; expected a model's state dict")
-        if name.endswith(_COMPUTED):
+        if is_computed(name):
             computed.append(name)
             continue
         if value.strides != row_major(value.shape) and 0 not in value.shape:

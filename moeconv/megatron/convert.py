@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moeconv.checking import check_tied
 from moeconv.checkpoint import TRAINER, Checkpoint, model_of, open_checkpoint
 from moeconv.convert import Options, plan_sharded, write_plan, write_sharded
 from moeconv.errors import MappingError
@@ -130,6 +131,7 @@ def export_megatron(
     """
     found = open_checkpoint(src)
     require_plain(found.model, src, "Megatron's format")
+    check_tied(found, "Megatron")
     check_degrees(found.model, degrees)
     trainer = _trainer(found, fmt) if optimizer else None
     kept = [name for name in found.tensors if trainer is not None or split_optimizer_name(name)[0] is None]
@@ -155,6 +157,7 @@ def export_megatron(
         write_plan(found, out, plan, beside, options, lambda staging, *_: staging.write(TRACKER, tracker))
     left = len(found.tensors) - len(kept)
     dropped = [f"{left} tensors of optimizer state (--no-optimizer)"] if left else []
+    dropped += found.dropped
     dropped += [f"{len(unread)} tensors that the model does not compute with, such as {unread[0]}"] if unread else []
     nbytes = plan.nbytes + sum(map(size_of, beside.values()))
     return Summary(len(files) + len(beside) + 1, nbytes, tuple(dropped), str(degrees), tuple(_notes(found.model)))

@@ -18,7 +18,7 @@ from moeconv.io.unpickle import TensorRef
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
 from moeconv.megatron.args import RunArgs
-from moeconv.megatron.dist_metadata import Chunk, DistTensor, Metadata
+from moeconv.megatron.dist_metadata import METADATA, Chunk, DistTensor, Metadata
 from moeconv.megatron.names import EXTRA_STATE, LAYERS, TOP, Found, parse
 from moeconv.megatron.source import Collector, MegatronSource
 from moeconv.megatron.tensors import MegatronTensor, Part, cut, megatron_tensors, place_parts
@@ -38,6 +38,18 @@ _DROPPED = {
 }
 
 
+def _without_config(folder: Path) -> str:
+    """Tell a `torch_dist` save that was never completed from the formats that have no such file."""
+    names = [*Metadata(folder).tensors] if os.path.lexists(folder / METADATA) else []
+    # Those formats keep the model's state dict under a key; torch_dist has the names of its tensors at the top.
+    if names and all(name.startswith(("model.", "model0.", "optimizer.")) for name in names):
+        return (
+            "is a checkpoint of --ckpt-format fsdp_dtensor or torch_dcp; torch and torch_dist are read here. Load it in the program "
+            "that wrote it, and save it from there as torch_dist or in Hugging Face's form"
+        )
+    return f"has no {CONFIG}, which Megatron writes last: its save was never completed; take an older iteration with --iteration"
+
+
 class DistReader:
     """The tensors and the common state of one iteration."""
 
@@ -49,7 +61,7 @@ class DistReader:
         """
         self.folder = folder
         if not os.path.lexists(folder / CONFIG):
-            raise SourceError(f"{folder}: has no {CONFIG}, which Megatron writes last: its save was never completed")
+            raise SourceError(f"{folder}: {_without_config(folder)}")
         config = parse_json(read_inside(folder, CONFIG), str(folder / CONFIG))
         if config.get("sharded_backend") != "torch_dist":
             raise SourceError(f"{folder}: its backend is {brief(config.get('sharded_backend'))}; expected torch_dist")

@@ -17,6 +17,7 @@ from moeconv.errors import MappingError, RecipeError
 from moeconv.families.base import Family, Model
 from moeconv.io.carried import Content
 from moeconv.io.hf_folder import CONFIG
+from moeconv.io.torch_bin import is_computed
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece, TensorInfo
 from moeconv.quant import require_plain
@@ -134,12 +135,15 @@ def plan_upcycle(
     model = Model.from_config(carrier, config)
     builder = Builder(source, others, recipe, shape, model, hidden or {})
     made = {name: m for name, tensor in model.tensors.items() if (m := builder.make(tensor)) is not None}
-    unused = set(source.tensors) - {name for m in made.values() for name in m.uses}
+    computed = [name for name in source.tensors if is_computed(name)]
+    unused = set(source.tensors) - {name for m in made.values() for name in m.uses} - set(computed)
     if unused:
         raise MappingError(f"{source.root}: {sorted(unused)[0]} would be lost: {carrier.name} has no place for it")
     factors = builder.factors()
     inexact = why_inexact(recipe, shape, factors)
     notes = advice(recipe, shape, not inexact)
+    if computed:
+        notes.append(f"{len(computed)} rotary_emb.inv_freq buffers are left out: readers compute them from config.json")
     if lost:
         notes.append(f"config.json: {', '.join(lost)}: {carrier.name} has no such field; left out")
     return assemble(

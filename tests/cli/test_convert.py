@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,6 +32,21 @@ def test_a_day_returns_the_source(call: Call, mixtral: Path, tmp_path: Path) -> 
     assert call("export-hf", tmp_path / "b", tmp_path / "hf").exit_code == 0
     assert digests(tmp_path / "hf") == before
     assert digests(mixtral) == before
+
+
+def test_everything_beside_the_weights_is_accounted_for(call: Call, mixtral: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(mixtral, tmp_path / "hf")
+    for name in ("optimizer.pt", *(f"events.out.tfevents.{n}" for n in range(9))):
+        (folder / name).write_bytes(b"123")
+    plan = call("import-hf", folder, tmp_path / "out", "--dry-run")
+    lines = [line.split() for line in plan.stdout.splitlines()]
+    assert ["tokenizer.json", "21", "B", "goes", "along"] in lines
+    assert "not converted: events.out.tfevents.0, 3 bytes (no part of the model)" in plan.stdout
+    assert "and 2 more (--json has all)" in plan.stdout
+    done = json.loads(call("import-hf", folder, tmp_path / "out", "--json").stdout)
+    assert len(done["dropped"]) == 10
+    assert done["carried"]["tokenizer.json"] == 21
+    assert sorted(done["carried"]) == sorted(p.name for p in mixtral.iterdir() if not p.name.startswith("model"))
 
 
 def test_no_sync_reaches_every_conversion(

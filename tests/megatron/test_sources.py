@@ -127,6 +127,22 @@ def test_an_unfinished_torch_dist_save(hf_bf16: Path, tmp_path: Path) -> None:
         open_megatron(out)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_formats_of_fully_sharded_runs_are_named(hf_bf16: Path, tmp_path: Path) -> None:
+    """What Megatron saves as fsdp_dtensor or torch_dcp: the model's state dict, under a key of its own."""
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "megatron" / "iter_0000010"
+    folder.mkdir(parents=True)
+    files = sorted(hf_bf16.glob("*.safetensors"))
+    state = {"module." + name: tensor for file in files for name, tensor in load_file(file).items()}
+    dcp.save({"model": state}, checkpoint_id=str(folder), no_dist=True)
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("10")
+    with pytest.raises(SourceError, match="fsdp_dtensor or torch_dcp; torch and torch_dist are read here"):
+        open_megatron(folder.parent)
+
+
 @pytest.mark.parametrize("fmt", ["torch", "torch_dist"])
 def test_truncated_files(hf_bf16: Path, tmp_path: Path, fmt: str) -> None:
     out = export(hf_bf16, tmp_path / "m", fmt, {})

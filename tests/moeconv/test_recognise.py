@@ -29,7 +29,7 @@ FOLDERS: dict[str, tuple[list[str], str]] = {
     "GGUF": (["config.json", "model-q4.gguf"], "GGUF.*original repository"),
     "consolidated": (["params.json", "consolidated.00.pth", "tokenizer.model"], r"consolidated.*model\*\.safetensors"),
     "a hub cache": (["models--a--b/snapshots/0123/config.json", "models--a--b/refs/main"], "hub cache.*OWNER/NAME"),
-    "a repository in it": (["snapshots/0123/config.json", "refs/main", "blobs/00"], "hub's cache.*snapshots/COMMIT"),
+    "a repository in it": (["snapshots/0123/config.json", "blobs/00"], "hub's cache.*snapshots/COMMIT"),
     "part of a download": (
         ["config.json", ".cache/huggingface/download/x.safetensors.incomplete"],
         "did not finish.*run the same download again",

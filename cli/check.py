@@ -14,6 +14,7 @@ from moeconv.describe import describe, rank_tensors
 from moeconv.errors import LayoutError
 from moeconv.formats import open_any
 from moeconv.hub import local_folder
+from moeconv.hub_preview import preview
 from moeconv.megatron.checkpoint import MegatronCheckpoint
 
 _LOGITS_TOLERANCE = 1e-5
@@ -29,8 +30,9 @@ def inspect(path: str, rank: str | None, pattern: str | None, as_json: bool) -> 
 
     Example: moeconv inspect ckpt --rank tp=0,ep=1 --tensor '*experts*'
     """
-    checkpoint = open_any(local_folder(path))
-    value = describe(checkpoint)
+    with preview(path) as seen:
+        checkpoint = open_any(seen.folder)
+    value = describe(checkpoint) | {"path": path}
     lines = _screen(value)
     if rank is not None or pattern is not None:
         held = rank_tensors(checkpoint, _coordinates(rank or ""), pattern or "*")

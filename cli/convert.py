@@ -13,7 +13,8 @@ from cli.options import ByteSize, amount, conversion, degree_options, degrees, f
 from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
 from moeconv.convert import plan_hf, plan_sharded, write_hf, write_sharded
 from moeconv.errors import SourceError, WriteError
-from moeconv.hub import local_folder, push_folder
+from moeconv.hub import push_folder
+from moeconv.hub_preview import preview
 from moeconv.io.carried import size_of
 from moeconv.io.staging import check_free
 from moeconv.layout.degrees import Degrees
@@ -45,14 +46,27 @@ def import_hf(src: str, out: Path, **options: Any) -> None:
     Example: moeconv import-hf mistralai/Mixtral-8x7B-v0.1 ckpt --tp 4 --ep 4
     """
     check_free(out.absolute())
-    source = open_checkpoint(local_folder(src, options["revision"]), options["carry"], options["strip_prefix"])
-    if source.kind == "sharded":
-        raise SourceError(f"{src}: is sharded already; change its layout with `moeconv reshard`")
-    if options["dtype"] is not None:
-        from moeconv.quant.cast import cast
+    layout = degrees(options)
+    with preview(src, options["revision"]) as seen:
+        source = _open(seen.folder, options)
+        if options["dry_run"]:
+            _sharded(source, out, layout, options, "import")
+            return
+        if seen.repository is not None:
+            plan_sharded(source, layout)  # what can't be done is refused before the weights are downloaded
+            source = _open(seen.download(source), options)
+    _sharded(source, out, layout, options, "import")
 
-        source = cast(source, options["dtype"])
-    _sharded(source, out, degrees(options), options, "import")
+
+def _open(folder: Path, options: dict[str, Any]) -> Checkpoint:
+    source = open_checkpoint(folder, options["carry"], options["strip_prefix"])
+    if source.kind == "sharded":
+        raise SourceError(f"{folder}: is sharded already; change its layout with `moeconv reshard`")
+    if options["dtype"] is None:
+        return source
+    from moeconv.quant.cast import cast
+
+    return cast(source, options["dtype"])
 
 
 @click.command()

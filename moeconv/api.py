@@ -6,10 +6,11 @@ from pathlib import Path
 
 from moeconv.checking import verify as verify_checkpoint
 from moeconv.checkpoint import Checkpoint, open_checkpoint
-from moeconv.convert import Options, write_hf, write_sharded
+from moeconv.convert import Options, plan_sharded, write_hf, write_sharded
 from moeconv.errors import SourceError
 from moeconv.formats import open_any
 from moeconv.hub import local_folder
+from moeconv.hub_preview import preview
 from moeconv.layout.degrees import Degrees
 
 
@@ -43,9 +44,13 @@ def import_hf(source: str | Path, out: str | Path, degrees: Degrees, *, options:
     Raises:
         MoeconvError: anything is wrong; then `out` does not exist.
     """
-    found = open_checkpoint(local_folder(str(source)))
-    if found.kind == "sharded":
-        raise SourceError(f"{source}: is sharded already; change its layout with reshard")
+    with preview(str(source)) as seen:
+        found = open_checkpoint(seen.folder)
+        if found.kind == "sharded":
+            raise SourceError(f"{source}: is sharded already; change its layout with reshard")
+        if seen.repository is not None:
+            plan_sharded(found, degrees)  # what can't be done is refused before the weights are downloaded
+            found = open_checkpoint(seen.download(found))
     write_sharded(found, Path(out), degrees, options or Options())
     return open_checkpoint(out)
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from moeconv.errors import MoeconvError, SourceError, WriteError
+from moeconv.io.hf_folder import CONFIG
 from moeconv.io.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from moeconv.io.paths import brief_path, read_whole
 from moeconv.io.torch_bin import BIN_PATTERN
@@ -63,13 +64,44 @@ def local_folder(source: str, revision: str | None = None) -> Path:
             return folder
         # A repository from before safetensors: its .bin files are no second copy. The folder's name is the commit.
         return Path(snapshot_download(source, revision=folder.name, allow_patterns=[BIN_PATTERN]))
+    except LocalEntryNotFoundError as error:
+        cached = cached_folder(source, revision)
+        if cached is None:
+            raise refusal(source, error) from None
+        return cached
     except MoeconvError:
         raise
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(
-            f"{source}: no such folder, and the hub can't give it: {reason}. Gated repositories need `hf auth login`"
-        ) from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise refusal(source, error) from None
+
+
+def cached_folder(repository: str, revision: str | None = None) -> Path | None:
+    """Find what the cache holds of a repository, without a connection; opening it finds out whether that is enough.
+
+    Args:
+        repository: its id.
+        revision: a branch, tag or commit.
+
+    Returns:
+        The snapshot's folder; None where the cache has none.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, CONFIG, revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def is_repository(source: str) -> bool:
+    """Say whether a source is a hub repository's id, and no local folder."""
+    return not os.path.lexists(source) and _REPOSITORY.fullmatch(source) is not None
+
+
+def refusal(repository: str, error: Exception) -> SourceError:
+    """Make one line of what the hub or the connection to it answered."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return SourceError(
+        f"{repository}: no such folder, and the hub can't give it: {reason}. Gated repositories need `hf auth login`"
+    )
 
 
 def _manifest(repository: str, revision: str | None) -> Path | None:
@@ -79,8 +111,8 @@ def _manifest(repository: str, revision: str | None) -> Path | None:
 
     try:
         return Path(hf_hub_download(repository, MANIFEST, revision=revision))
-    except LocalEntryNotFoundError:  # no connection: the cache may hold the folder all the same
-        return None
+    except LocalEntryNotFoundError:  # no connection
+        raise
     except EntryNotFoundError:
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories in memory: `files[repository][path]` is a file's content; `served` lists the paths that were downloaded."""
+    """Repositories in memory: `files[repository][path]` is a file's content; `served` lists the paths that were downloaded whole,
+    `parts` how many bytes of which were asked for."""
 
     daemon_threads = True
 
@@ -26,6 +28,7 @@ class Hub(ThreadingHTTPServer):
         self.private: dict[str, bool] = {}
         self.objects: dict[str, bytes] = {}
         self.served: list[str] = []
+        self.parts: list[tuple[str, int]] = []
         self.gated: set[str] = set()
 
     @property
@@ -92,7 +95,12 @@ class Handler(BaseHTTPRequestHandler):
             )
         elif parts[0] == "api":
             self.answer_json(
-                {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": [{"rfilename": p} for p in files]}
+                {
+                    "id": repository,
+                    "modelId": repository,
+                    "sha": COMMIT,
+                    "siblings": [{"rfilename": p, "size": len(d)} for p, d in files.items()],
+                }
             )
         else:
             self.send_file(files, "/".join(parts[4:]))
@@ -103,9 +111,15 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
         data = files[path]
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is not None:
+            begin, end = int(asked[1]), min(int(asked[2]) + 1 if asked[2] else len(data), len(data))
+            self.server.parts.append((path, end - begin))
+            self.answer(206, data[begin:end], headers | {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"})
+            return
         if self.command == "GET":
             self.server.served.append(path)
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
         self.answer(200, data, headers)
 
     def do_PUT(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -70,6 +71,42 @@ def test_import_downloads_only_what_it_needs_and_export_uploads(hub: Hub, mixtra
     pushed = {name: data for name, data in hub.files["me/trained"].items() if name != ".gitattributes"}
     assert pushed == {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
     assert {n: d for n, d in digests(tmp_path / "hf").items() if n != "README.md"} == digests(mixtral)
+
+
+def test_plans_and_refusals_download_no_weights(hub: Hub, mixtral: Path, tmp_path: Path) -> None:
+    home, weights = tmp_path / "home", {p.name for p in mixtral.glob("*.safetensors")}
+    shown = call(hub, home, "inspect", "mistralai/Tiny", "--json")
+    assert shown.returncode == 0, shown.stderr
+    local = call(hub, home, "inspect", mixtral, "--json")
+    assert json.loads(shown.stdout) == json.loads(local.stdout) | {"path": "mistralai/Tiny"}
+    plan = call(hub, home, "import-hf", "mistralai/Tiny", tmp_path / "ckpt", "--ep", 2, "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    refused = call(hub, home, "import-hf", "mistralai/Tiny", tmp_path / "ckpt", "--ep", 3)
+    assert refused.returncode == 1
+    assert "--ep 3" in refused.stderr
+    hub.files["me/gpt2"] = hub.files["mistralai/Tiny"] | {"config.json": b'{"model_type": "gpt2"}'}
+    for command in ("import-hf", "upcycle"):
+        refused = call(hub, home, command, "me/gpt2", tmp_path / "ckpt")
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("error: me/gpt2") or "gpt2" in refused.stderr
+        assert "/moeconv-" not in refused.stderr
+    assert set(hub.served) == {"config.json", "model.safetensors.index.json"}
+    assert {path for path, _ in hub.parts} == weights
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_header_longer_than_the_first_request(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moeconv import hub_preview
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    file = next(name for name in hub.files["mistralai/Tiny"] if name.endswith(".safetensors"))
+    monkeypatch.setattr(
+        hub_preview, "_range", lambda r, c, name, begin, count: hub.files[r][name][begin : begin + count]
+    )
+    monkeypatch.setattr(hub_preview, "_FIRST_BYTES", 10)
+    data = hub.files["mistralai/Tiny"][file]
+    length = 8 + int.from_bytes(data[:8], "little")
+    assert hub_preview._content("mistralai/Tiny", COMMIT, file) == data[:length]
 
 
 def test_a_cached_download_is_not_repeated(hub: Hub, tmp_path: Path) -> None:

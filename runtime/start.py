@@ -32,6 +32,7 @@ from runtime.log.metrics import MetricLog
 from runtime.log.records import Speed
 from runtime.model.context import TORCH_DTYPES
 from runtime.moe.grouped_gemm import describe_backend
+from runtime.optim.groups import check_states, describe_frozen, num_trained, resolve_groups
 from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.assemble import make_run
 from runtime.settings.check import check_run, data_parallel_size
@@ -70,7 +71,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     check_run(run, process.world_size)
     tokenizer = run.data.tokenizer_model
     require(tokenizer is None or tokenizer.exists(), f"--tokenizer-model {tokenizer}: no such file or folder")
-    notes = [*run.notes, *origin.notes, *summary(run)]
+    notes = [*run.notes, *origin.notes, *summary(run), *_groups(run, origin)]
     if run.moe is not None:
         device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype]))
@@ -81,6 +82,14 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
             "--no-load-optim, --no-load-rng and --finetune are for --load: a run goes on from --save with all of it"
         )
     return dataclasses.replace(run, notes=tuple(notes)), origin
+
+
+def _groups(run: RunConfig, origin: Origin) -> list[str]:
+    """Judge the groups of tensors against the optimizer's state that the run goes on with, and say what is frozen."""
+    groups = resolve_groups(run.optim, run.model)
+    if not run.train.skip_train and (origin.own or run.checkpoint.load_optim):
+        check_states(groups, origin.checkpoint.tensors, origin.path)
+    return describe_frozen(groups, run.model)
 
 
 def start_run(given: Given) -> int:
@@ -208,10 +217,10 @@ def _try_save(run: RunConfig, origin: Origin, process: Process) -> None:
     save = run.checkpoint.save
     if save is None or run.train.skip_train:
         return
-    count = num_parameters(origin.checkpoint)
-    # Master weights and two moments, each in fp32, or fp64 where the weights are.
+    # Master weights and two moments of what is trained, each in fp32, or fp64 where the weights are.
     weight, state = TORCH_DTYPES[run.dtype].itemsize, 8 if run.dtype == "float64" else 4
-    folders.try_writing(save, count * (weight + (3 * state if run.checkpoint.save_optim else 0)))
+    trained = num_trained(resolve_groups(run.optim, run.model), run.model) if run.checkpoint.save_optim else 0
+    folders.try_writing(save, num_parameters(origin.checkpoint) * weight + trained * 3 * state)
     if process.rank == 0:
         (save / RUN_FILE).write_text(run_file(run), encoding="utf8")
 

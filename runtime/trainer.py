@@ -26,6 +26,7 @@ from runtime.job.signals import StopRequest
 from runtime.job.watchdog import Progress
 from runtime.log.metrics import MetricLog
 from runtime.log.records import EvalRecord, StepRecord
+from runtime.optim.groups import changed_groups
 from runtime.optim.schedule import Schedule
 from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.resolved import RUN_FILE, run_file
@@ -95,6 +96,8 @@ class Trainer:
         changed = [f"{k} {state.schedule[k]} -> {v}" for k, v in now.items() if state.schedule.get(k, v) != v]
         if changed:
             self._note(f"the learning rate's schedule changes: {', '.join(changed)}")
+        for line in changed_groups(state.optimizer.get("groups", {}), self.run.optim) if state.optimizer else ():
+            self._note(f"the groups of tensors change: {line}")
 
     def train(self, stop: StopRequest | None = None) -> bool:
         """Train to the last iteration, or until somebody asks to stop; then save.
@@ -221,7 +224,7 @@ class Trainer:
         waited = time.perf_counter() - start
         done = self.state.consumed_train_samples if self._schedule.unit == "samples" else self.state.iteration
         learning_rate = self._schedule.lr(done)
-        self.engine.set_lr(learning_rate)
+        self.engine.set_lr(learning_rate, self._schedule.decoupled_lr(done))
         axes = ("dp", "cp", "pp", "tp") if self.run.parallel.sp else ("dp", "cp", "pp")
         seed_step(self.state.seed, iteration, *(self.mesh.rank(axis) for axis in axes))
         result = self.engine.train_step(batches)  # waits for the device: the time below is the whole step's

@@ -13,6 +13,7 @@ from runtime.data.config import DataConfig
 from runtime.errors import ConfigError, require
 from runtime.flag import flag_name
 from runtime.moe.config import MoEConfig
+from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
 from runtime.settings.run import RunConfig
 from runtime.settings.steps import TrainConfig
@@ -36,6 +37,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: names the flag, its value and what would fit.
     """
+    resolve_groups(run.optim, run.model)
     check_world(run.parallel, world_size)
     check_degrees(run.parallel, run.model)
     check_combinations(run.parallel, run.moe)

@@ -146,8 +146,6 @@ REFUSED: dict[str, str] = {
     "--account-for-embedding-in-pipeline-split": _LAYERS,
     "--account-for-loss-in-pipeline-split": _LAYERS,
     "--rampup-batch-size": "the batch size is constant; give --global-batch-size and leave it out",
-    "--decoupled-lr": "all parameters have one learning rate; leave it out",
-    "--decoupled-min-lr": "all parameters have one learning rate; leave it out",
     "--save-retain-interval": "--keep-last N keeps the newest checkpoints",
     "--multi-latent-attention": _NO_FAMILY,
     "--q-lora-rank": _NO_FAMILY,

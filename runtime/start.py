@@ -240,11 +240,11 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
     size = num_parameters(origin.checkpoint)
     dp = data_parallel_size(parallel, process.world_size)
     degrees = {"dp": dp} | {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp", "ep", "etp")}
-    batch = train.num_microbatches(dp) * train.micro_batch_size * dp
+    first, *_, last = 2 * [*train.batch_sizes(dp).all()]
     return (
         f"{origin.path}: {run.model.family.name}, {size / 1e6:.1f} M parameters, {run.dtype} | "
         f"{process.world_size} ranks: {' '.join(f'{axis}{degree}' for axis, degree in degrees.items() if degree > 1)} | "
-        f"{batch} sequences of {train.seq_length} tokens a step"
+        f"{last if first == last else f'{first} to {last}'} sequences of {train.seq_length} tokens a step"
     )
 
 
@@ -268,8 +268,9 @@ def describe_run_data(run: RunConfig, data: DataSource, dp: int) -> str:
     splits = [] if train.skip_train else ["train"]
     if train.eval_iters:
         splits += [split for split in ("valid", "test") if split == "valid" or data.has(split)]
-    batch = train.num_microbatches(dp) * train.micro_batch_size * dp
-    return describe_data(data, splits, train_samples=train.num_steps * batch, global_batch_size=batch)
+    sizes = train.batch_sizes(dp)
+    steps, consumed = train.length(dp)
+    return describe_data(data, splits, train_samples=consumed, train_steps=steps, batch_sizes=[*sizes.all()])
 
 
 def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:

@@ -145,7 +145,6 @@ REFUSED: dict[str, str] = {
     "--decoder-last-pipeline-num-layers": _LAYERS,
     "--account-for-embedding-in-pipeline-split": _LAYERS,
     "--account-for-loss-in-pipeline-split": _LAYERS,
-    "--rampup-batch-size": "the batch size is constant; give --global-batch-size and leave it out",
     "--save-retain-interval": "--keep-last N keeps the newest checkpoints",
     "--multi-latent-attention": _NO_FAMILY,
     "--q-lora-rank": _NO_FAMILY,

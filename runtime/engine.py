@@ -32,6 +32,7 @@ from runtime.ops.cross_entropy import cross_entropy
 from runtime.ops.reading import Reading
 from runtime.optim.adamw import squared_norm
 from runtime.optim.config import OptimConfig
+from runtime.optim.groups import describe_groups, resolve_groups
 from runtime.optim.loss_scale import LossScale
 from runtime.optim.protocol import OPTIMIZERS
 from runtime.parallel.buckets import BucketStore
@@ -102,7 +103,14 @@ class Engine:
         mesh.share_heads(model.sizes["kv_heads"])
         self.mesh, self.device, self._optim, self._moe = mesh, device, optim, moe
         self._context = ModelContext(
-            model=model, dtype=dtype, parallel=parallel, moe=moe, recompute=recompute, mesh=mesh, device=device
+            model=model,
+            dtype=dtype,
+            parallel=parallel,
+            moe=moe,
+            recompute=recompute,
+            mesh=mesh,
+            device=device,
+            groups=resolve_groups(optim, model),
         )
         chunks = chunk_layers(model.sizes["layers"], parallel.layout)[mesh.rank("pp") :: parallel.pp]
         stages = [DecoderStage(self._context, layers) for layers in chunks]
@@ -112,16 +120,17 @@ class Engine:
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.zeros_like(buffer, device=device)
-        self.optimizer = OPTIMIZERS[optim.optimizer](optim, self.store.shards)
+        self.trained = [shard for shard in self.store.shards if not shard.topology.frozen]
+        self.optimizer = OPTIMIZERS[optim.optimizer](optim, self.trained)
         self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
         self._metrics = RouterMetrics(self._context, self.module)
         self._runner = self._make_runner(stages)
         self._scale = torch.ones((), device=device)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next steps."""
-        self.optimizer.set_lr(lr)
+    def set_lr(self, lr: float, decoupled_lr: float | None = None) -> None:
+        """Set the learning rate of the next steps, and that of embedding and head where it is another."""
+        self.optimizer.set_lr(lr, decoupled_lr)
 
     def train_step(self, microbatches: Sequence[Batch]) -> StepResult:
         """Do one optimizer step. Collective.
@@ -192,13 +201,13 @@ class Engine:
         if self.mesh.rank("tp") == 0 and self.mesh.rank("dp_cp") == 0:
             out += [states.whole(name, tensor) for name, tensor in self._buffers()]
         if with_optimizer:
-            out += states.optimizer_state(self.store.shards, self.optimizer)
+            out += states.optimizer_state(self.trained, self.optimizer)
         return out
 
     def gradients(self) -> list[states.StateTensor]:
         """Give the clipped gradients of the last step, each global element on one rank, under the weights' names."""
         divisor = self.optimizer.divisor
-        items = states.gradients(self.store.shards)
+        items = states.gradients(self.trained)
         return [item if divisor is None else replace(item, tensor=item.tensor / divisor) for item in items]
 
     def load_state(self, read: states.Read, stored: Container[str] | None = None) -> None:
@@ -215,7 +224,7 @@ class Engine:
         for name, tensor in self._buffers():
             tensor.copy_(states.to_tensor(read(name, Rect.whole(tuple(tensor.shape)))))
         if stored is not None:
-            states.load_optimizer(self.store.shards, self.optimizer, read, stored)
+            states.load_optimizer(self.trained, self.optimizer, read, stored)
             self.store.weights_from_masters()
 
     @torch.no_grad()
@@ -228,7 +237,7 @@ class Engine:
     @torch.no_grad()
     def num_zeros(self) -> int:
         """Count the elements of the last step's gradient that are exactly zero. Collective."""
-        return int(self._sum([(x.tensor == 0).sum().double() for x in states.gradients(self.store.shards)]))
+        return int(self._sum([(x.tensor == 0).sum().double() for x in states.gradients(self.trained)]))
 
     def _sum(self, summands: list[Tensor]) -> Tensor:
         """Sum 0-dim fp64 numbers over this rank and all others."""
@@ -240,6 +249,8 @@ class Engine:
     def scalars(self) -> dict[str, Any]:
         """Give what a checkpoint must keep besides tensors, as JSON; the same on every rank. Collective."""
         out = self.optimizer.scalars()
+        if groups := describe_groups(self._optim):
+            out["groups"] = groups
         if self._context.dtype == torch.float16:
             out |= {"loss_scale": self.loss_scale.scale, "good_steps": self.loss_scale.good_steps}
         if self._moe is not None and self._moe.enable_expert_bias and not self._moe.router.bias:
@@ -339,7 +350,7 @@ class Engine:
         Returns:
             fp64 on the device: squared gradient norm, loss, routing statistics, tokens of the global batch.
         """
-        numbers = torch.stack([squared_norm(self.store.shards, self.device), self._loss_sum])
+        numbers = torch.stack([squared_norm(self.trained, self.device), self._loss_sum])
         packed = torch.cat([numbers, self._metrics.pack()])
         if self.mesh.world_size > 1:
             dist.all_reduce(packed)

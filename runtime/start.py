@@ -33,6 +33,7 @@ from runtime.log.metrics import MetricLog
 from runtime.log.records import Speed
 from runtime.model.context import TORCH_DTYPES
 from runtime.moe.grouped_gemm import describe_backend
+from runtime.optim.groups import check_states, describe_frozen, num_trained, resolve_groups
 from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.assemble import make_run
 from runtime.settings.check import check_run, data_parallel_size
@@ -71,7 +72,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     check_run(run, process.world_size)
     tokenizer = run.data.tokenizer_model
     require(tokenizer is None or tokenizer.exists(), f"--tokenizer-model {tokenizer}: no such file or folder")
-    notes = [*run.notes, *origin.notes, *summary(run)]
+    notes = [*run.notes, *origin.notes, *summary(run), *_groups(run, origin)]
     if run.moe is not None:
         device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype]))
@@ -82,6 +83,14 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
             "--no-load-optim, --no-load-rng and --finetune are for --load: a run goes on from --save with all of it"
         )
     return dataclasses.replace(run, notes=tuple(notes)), origin
+
+
+def _groups(run: RunConfig, origin: Origin) -> list[str]:
+    """Judge the groups of tensors against the optimizer's state that the run goes on with, and say what is frozen."""
+    groups = resolve_groups(run.optim, run.model)
+    if not run.train.skip_train and (origin.own or run.checkpoint.load_optim):
+        check_states(groups, origin.checkpoint.tensors, origin.path)
+    return describe_frozen(groups, run.model)
 
 
 def start_run(given: Given) -> int:
@@ -210,10 +219,10 @@ def _try_save(run: RunConfig, origin: Origin, process: Process) -> None:
     save = run.checkpoint.save
     if save is None or run.train.skip_train:
         return
-    count = num_parameters(origin.checkpoint)
-    # Master weights and two moments, each in fp32, or fp64 where the weights are.
+    # Master weights and two moments of what is trained, each in fp32, or fp64 where the weights are.
     weight, state = TORCH_DTYPES[run.dtype].itemsize, 8 if run.dtype == "float64" else 4
-    folders.try_writing(save, count * (weight + (3 * state if run.checkpoint.save_optim else 0)))
+    trained = num_trained(resolve_groups(run.optim, run.model), run.model) if run.checkpoint.save_optim else 0
+    folders.try_writing(save, num_parameters(origin.checkpoint) * weight + trained * 3 * state)
     if process.rank == 0:
         (save / RUN_FILE).write_text(run_file(run), encoding="utf8")
 
@@ -233,11 +242,11 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
     size = num_parameters(origin.checkpoint)
     dp = data_parallel_size(parallel, process.world_size)
     degrees = {"dp": dp} | {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp", "ep", "etp")}
-    batch = train.num_microbatches(dp) * train.micro_batch_size * dp
+    first, *_, last = 2 * [*train.batch_sizes(dp).all()]
     return (
         f"{origin.path}: {run.model.family.name}, {size / 1e6:.1f} M parameters, {run.dtype} | "
         f"{process.world_size} ranks: {' '.join(f'{axis}{degree}' for axis, degree in degrees.items() if degree > 1)} | "
-        f"{batch} sequences of {train.seq_length} tokens a step"
+        f"{last if first == last else f'{first} to {last}'} sequences of {train.seq_length} tokens a step"
     )
 
 
@@ -261,8 +270,9 @@ def describe_run_data(run: RunConfig, data: DataSource, dp: int) -> str:
     splits = [] if train.skip_train else ["train"]
     if train.eval_iters:
         splits += [split for split in ("valid", "test") if split == "valid" or data.has(split)]
-    batch = train.num_microbatches(dp) * train.micro_batch_size * dp
-    return describe_data(data, splits, train_samples=train.num_steps * batch, global_batch_size=batch)
+    sizes = train.batch_sizes(dp)
+    steps, consumed = train.length(dp)
+    return describe_data(data, splits, train_samples=consumed, train_steps=steps, batch_sizes=[*sizes.all()])
 
 
 def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:

@@ -26,6 +26,7 @@ from runtime.job.signals import StopRequest
 from runtime.job.watchdog import Progress
 from runtime.log.metrics import MetricLog
 from runtime.log.records import EvalRecord, StepRecord
+from runtime.optim.groups import changed_groups
 from runtime.optim.schedule import Schedule
 from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.resolved import RUN_FILE, run_file
@@ -60,8 +61,7 @@ class Trainer:
         self._log, self._progress = log, progress
         self.state = TrainerState(seed=run.train.seed)
         self._schedule = run.schedule
-        dp_size = mesh.size("dp")
-        self._global_batch_size = run.train.num_microbatches(dp_size) * run.train.micro_batch_size * dp_size
+        self._batch_sizes = run.train.batch_sizes(mesh.size("dp"))
         self._control = dist.new_group(backend="gloo")
         self._saver: Saver | None = None
         if run.checkpoint.save is not None:
@@ -95,6 +95,14 @@ class Trainer:
         changed = [f"{k} {state.schedule[k]} -> {v}" for k, v in now.items() if state.schedule.get(k, v) != v]
         if changed:
             self._note(f"the learning rate's schedule changes: {', '.join(changed)}")
+        expected = self._batch_sizes.consumed(state.iteration)
+        if self.run.train.train_samples and expected != state.consumed_train_samples:
+            self._note(
+                f"the {state.iteration} steps so far were of other batch sizes than these, which would have taken "
+                f"{expected} samples: the run ends at iteration {self.run.train.num_steps} all the same"
+            )
+        for line in changed_groups(state.optimizer.get("groups", {}), self.run.optim) if state.optimizer else ():
+            self._note(f"the groups of tensors change: {line}")
 
     def train(self, stop: StopRequest | None = None) -> bool:
         """Train to the last iteration, or until somebody asks to stop; then save.
@@ -173,7 +181,7 @@ class Trainer:
     def _evaluate(self, name: str, samples: Samples) -> None:
         """Measure and log the mean cross entropy, nats a token."""
         start = time.perf_counter()
-        config, size = self.run.train, self._global_batch_size
+        config, size = self.run.train, self._batch_sizes.full
         loader = self._loader(samples, config.micro_batch_size)
         count = samples.num_samples if config.eval_iters < 0 else min(samples.num_samples, config.eval_iters * size)
         loss = 0.0
@@ -217,22 +225,23 @@ class Trainer:
         iteration = self.state.iteration + 1
         self._progress(f"iteration {iteration}")
         start = time.perf_counter()
-        batches = loader.global_batch(self.state.consumed_train_samples, self._global_batch_size)
+        batch_size = self._batch_sizes.at(self.state.consumed_train_samples)
+        batches = loader.global_batch(self.state.consumed_train_samples, batch_size)
         waited = time.perf_counter() - start
         done = self.state.consumed_train_samples if self._schedule.unit == "samples" else self.state.iteration
         learning_rate = self._schedule.lr(done)
-        self.engine.set_lr(learning_rate)
+        self.engine.set_lr(learning_rate, self._schedule.decoupled_lr(done))
         axes = ("dp", "cp", "pp", "tp") if self.run.parallel.sp else ("dp", "cp", "pp")
         seed_step(self.state.seed, iteration, *(self.mesh.rank(axis) for axis in axes))
         result = self.engine.train_step(batches)  # waits for the device: the time below is the whole step's
         seconds = time.perf_counter() - start
-        consumed = self.state.consumed_train_samples + self._global_batch_size
+        consumed = self.state.consumed_train_samples + batch_size
         self.state = dataclasses.replace(self.state, iteration=iteration, consumed_train_samples=consumed)
         # Clocks, memory and signals of ranks differ, so they agree.
         late = 0 < self.run.train.exit_duration_in_mins <= (time.monotonic() - STARTED) / 60
         mine = (stop is not None and stop.received, late, peak_memory(self.engine.device), waited)
         asked, over, memory, longest = max_over_ranks(mine, self._control)
-        self._record(result, learning_rate, seconds, longest, int(memory))
+        self._record(result, learning_rate, batch_size, seconds, longest, int(memory))
         return self._reason_to_stop(bool(asked), bool(over))
 
     def _measure(self) -> dict[str, float]:
@@ -244,9 +253,17 @@ class Trainer:
         return out | ({"num_zeros": self.engine.num_zeros()} if config.num_zeros else {})
 
     def _record(
-        self, result: StepResult, learning_rate: float, seconds: float, data_seconds: float, memory: int
+        self,
+        result: StepResult,
+        learning_rate: float,
+        batch_size: int,
+        seconds: float,
+        data_seconds: float,
+        memory: int,
     ) -> None:
         measured = self._measure()
+        if self.run.train.rampup_batch_size:
+            measured["global_batch_size"] = batch_size
         if self._log is None:
             return
         seq_length = self.run.train.seq_length
@@ -255,7 +272,7 @@ class Trainer:
                 iteration=self.state.iteration,
                 consumed_samples=self.state.consumed_train_samples,
                 consumed_tokens=self.state.consumed_train_samples * seq_length,
-                num_tokens=self._global_batch_size * seq_length,
+                num_tokens=batch_size * seq_length,
                 lm_loss=result.lm_loss,
                 grad_norm=result.grad_norm,
                 learning_rate=learning_rate,

@@ -25,6 +25,7 @@ class _Optimizer(msgspec.Struct):
     loss_scale: Annotated[float, Meta(gt=0, le=2.0**127)] | UnsetType = UNSET
     good_steps: Size | UnsetType = UNSET
     expert_bias: list[list[float]] | UnsetType = UNSET
+    groups: dict[str, list[str]] | UnsetType = UNSET
 
 
 class _Schedule(msgspec.Struct):
@@ -35,6 +36,8 @@ class _Schedule(msgspec.Struct):
     warmup_init: _Rate | UnsetType = UNSET
     warmup_iters: Size | UnsetType = UNSET
     decay_iters: Size | UnsetType = UNSET
+    decoupled_max_lr: _Rate | UnsetType | None = UNSET
+    decoupled_min_lr: _Rate | UnsetType = UNSET
     wsd_iters: Size | UnsetType = UNSET
     style: str | UnsetType = UNSET
     wsd_style: str | UnsetType = UNSET

@@ -92,8 +92,14 @@ def _owned(shard: Shard) -> Iterator[tuple[Block, ShardPart]]:
     turn = 0 if shard.distributed else group_rank(shard.group)
     for place, part in enumerate(shard.parts()):
         if place % replicas == turn:
-            for block in blocks(part.slot.topology, part.slot.cols, part.begin, part.end):
-                yield block, part
+            yield from _trained(part)
+
+
+def _trained(part: ShardPart) -> Iterator[tuple[Block, ShardPart]]:
+    """The rectangles of a part that the optimizer updates."""
+    for block in blocks(part.slot.topology, part.slot.cols, part.begin, part.end):
+        if not block.settings.frozen:
+            yield block, part
 
 
 def _read_ahead(read: Read, targets: Iterable[tuple[Block, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -133,7 +139,7 @@ def load_weights(shards: Sequence[Shard], read: Read) -> None:
         if exact:
             shard.masters_from_weights()
         else:
-            _fill(shard, shard.master, read, "")
+            _fill(shard, shard.master, read, "", frozen=True)
 
 
 def load_optimizer(shards: Sequence[Shard], optimizer: Optimizer, read: Read, stored: Container[str]) -> None:
@@ -155,11 +161,21 @@ def load_optimizer(shards: Sequence[Shard], optimizer: Optimizer, read: Read, st
         _fill(shard, shard.master, read, f"optimizer.{MASTER}.", stored)
 
 
-def _fill(shard: Shard, flat: Tensor, read: Read, prefix: str, stored: Container[str] | None = None) -> None:
+def _fill(
+    shard: Shard,
+    flat: Tensor,
+    read: Read,
+    prefix: str,
+    stored: Container[str] | None = None,
+    *,
+    frozen: bool = False,
+) -> None:
     """Fill a shard's range with what is on disk; where `stored` is given, what it lacks stays as it is."""
     targets: list[tuple[Block, Tensor]] = []
     for part in shard.parts():
         for block in blocks(part.slot.topology, part.slot.cols, part.begin, part.end):
+            if block.settings.frozen and not frozen:
+                continue
             name = prefix + block.name
             if stored is None or name in stored:
                 targets.append((replace(block, name=name), block.of(flat[part.range], part.begin)))

@@ -13,7 +13,12 @@ _SHOWN = 5
 
 
 def describe_data(
-    data: DataSource, splits: Sequence[str], *, train_samples: int = 0, global_batch_size: int = 1
+    data: DataSource,
+    splits: Sequence[str],
+    *,
+    train_samples: int = 0,
+    train_steps: int = 0,
+    batch_sizes: Sequence[int] = (1,),
 ) -> str:
     """Say what data a run has, before its first step.
 
@@ -21,7 +26,8 @@ def describe_data(
         data: the opened data.
         splits: parts that the run uses.
         train_samples: samples that the whole run trains on.
-        global_batch_size: samples of a step.
+        train_steps: in so many steps.
+        batch_sizes: samples of a step, of the first to the last.
 
     Returns:
         A line for each set (documents, tokens, samples; for training the epochs and the tokens of a step), and one that
@@ -34,8 +40,8 @@ def describe_data(
             label = f"{split} data" if name == split else f"{split} data {name}"
             line = f"{label}: {describe_samples(samples, length)}"
             if split == "train":
-                steps = -(-train_samples // global_batch_size)
-                line += f" | {samples.epochs(train_samples):.3g} epochs in {steps:,} steps of {global_batch_size * length:,} tokens"
+                tokens = " to ".join(f"{size * length:,}" for size in dict.fromkeys((batch_sizes[0], batch_sizes[-1])))
+                line += f" | {samples.epochs(train_samples):.3g} epochs in {train_steps:,} steps of {tokens} tokens"
                 line += _shares(data, samples, train_samples)
             lines.append(line)
     left_out = data.left_out()

@@ -40,7 +40,7 @@ class StepRecord:
     routing: RoutingReport | None = None
     """What the routers did; None for a dense model."""
     measured: Mapping[str, float] = field(default_factory=dict)
-    """What was measured beside the step, by name: params_norm, num_zeros."""
+    """What was measured beside the step, by name: params_norm, num_zeros, global_batch_size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

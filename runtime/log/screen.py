@@ -47,7 +47,7 @@ def interval_line(record: IntervalRecord, train_iters: int) -> str:
     add("skipped_steps", "skipped {:.0f}", always=False)
     if record.dead_experts:
         parts.append(f"dead experts {sum(map(len, record.dead_experts.values()))}")
-    for name in ("params_norm", "num_zeros"):
+    for name in ("params_norm", "num_zeros", "global_batch_size"):
         add(name, name.replace("_", " ") + " {:.8g}")
     if record.scalars.get("eta_seconds") is not None:
         parts.append(f"ETA {duration(value['eta_seconds'])}")

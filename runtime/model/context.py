@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +16,7 @@ from runtime.moe.config import MoEConfig
 from runtime.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
+from runtime.parallel.topology import TensorSettings
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -36,11 +38,21 @@ class ModelContext:
     recompute: RecomputeConfig
     mesh: ParallelMesh
     device: torch.device
+    groups: Mapping[str, TensorSettings]
+    """How each tensor is trained."""
 
     @cached_property
     def parameters(self) -> Parameters:
         """Makes this rank's parameters."""
-        return Parameters(self.model, self.parallel.layout, self.mesh, self.dtype)
+        return Parameters(self.model, self.parallel.layout, self.mesh, self.dtype, self.groups)
+
+    @cached_property
+    def first_trained(self) -> int:
+        """The first layer that is trained, on whatever rank: -1 if the embedding is, the number of layers if none is."""
+        trained = [self.model.tensors[name] for name, settings in self.groups.items() if not settings.frozen]
+        if any(tensor.rule.role == "embedding" for tensor in trained):
+            return -1
+        return min((t.layer for t in trained if t.layer is not None), default=self.model.sizes["layers"])
 
     @property
     def sp(self) -> bool:

@@ -135,6 +135,9 @@ class DecoderStage(nn.Module):
         summands = [x]
         del x
         for place, layer in enumerate(self.layers):
+            if layer.index == context.first_trained and not summands[0].requires_grad:
+                # From here on every rank has a backward pass, also one that holds nothing but frozen experts.
+                summands = [_sum(summands).detach().requires_grad_(torch.is_grad_enabled())]
             if torch.is_grad_enabled() and self._recomputed(place):
                 # Kept for the second run: the sum alone, not both summands.
                 out = _again(lambda x, layer=layer: layer([x], cos, sin), _sum(summands))

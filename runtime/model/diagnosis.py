@@ -52,7 +52,7 @@ def diagnose(
         for handle in handles:
             handle.remove()
     for place, (shard, part) in enumerate(parts):
-        if not bool(torch.isfinite(shard.grad_shard[part.range]).all()):
+        if not (shard.topology.frozen or bool(torch.isfinite(shard.grad_shard[part.range]).all())):
             name = _weight_name(part.slot.topology.pieces, part.slot.name)
             found.append((2, place, f"gradient of {name}"))
     first = min(((kind, mesh.rank("pp"), place, what) for kind, place, what in found), default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
 from moeconv.placement import rank_rects
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.topology import Piece, Topology, tag
+from runtime.parallel.topology import Piece, TensorSettings, Topology, tag
 
 # Rows of the vocabulary are padded to this multiple in memory: matrix products with odd widths are slow on GPUs.
 _ROW_MULTIPLE = 8
@@ -34,7 +34,14 @@ class StoredBuffer:
 class Parameters:
     """Makes the parameters of this rank, without memory: the buckets that hold weights together provide it later."""
 
-    def __init__(self, model: Model, degrees: Degrees, mesh: ParallelMesh, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: Model,
+        degrees: Degrees,
+        mesh: ParallelMesh,
+        dtype: torch.dtype,
+        groups: Mapping[str, TensorSettings],
+    ) -> None:
         """Prepare.
 
         Args:
@@ -42,10 +49,11 @@ class Parameters:
             degrees: the layout's degrees.
             mesh: this rank's coordinates; its groups are not used.
             dtype: of the parameters.
+            groups: how each tensor is trained, by its name on the hub.
         """
         self.model, self.dtype = model, dtype
         self.buffers: list[StoredBuffer] = []
-        self._degrees, self._mesh = degrees, mesh
+        self._degrees, self._mesh, self._groups = degrees, mesh, groups
 
     def has(self, role: str, layer: int | None = None) -> bool:
         """Say whether the model has a tensor of this role, in this layer, that holds an element."""
@@ -97,7 +105,9 @@ class Parameters:
         pieces = self._pieces([tensor]) if rows[self._mesh.rank("tp")] else ()
         # First and last stage each hold tied embeddings, and each have a part of their gradient.
         ends = ("ends",) if tied and self._mesh.size("pp") > 1 else ()
-        self._tag(weight, pieces, sharded=("tp",), replicated=ends, partial=ends)
+        # A rank without rows does as the others: they take part in the same collectives.
+        frozen = self._groups[tensor.name].frozen
+        self._tag(weight, pieces, sharded=("tp",), replicated=ends, partial=ends, frozen=frozen)
         return weight
 
     def vocabulary_range(self) -> tuple[int, int]:
@@ -155,7 +165,7 @@ class Parameters:
         pieces, row = [], 0
         for tensor in tensors:
             rect = self._rect(tensor)
-            pieces.append(Piece(tensor.name, tensor.shape, rect, row))
+            pieces.append(Piece(tensor.name, tensor.shape, rect, row, self._groups[tensor.name]))
             row += rect.shape[0]
         return tuple(pieces)
 
@@ -168,6 +178,7 @@ class Parameters:
         replicated: tuple[str, ...] = (),
         partial: tuple[str, ...] = (),
         data_axis: str = "dp_cp",
+        frozen: bool | None = None,
     ) -> None:
         topology = Topology(
             pieces=pieces,
@@ -175,6 +186,6 @@ class Parameters:
             replicated=replicated,
             partial=partial,
             data_axis=data_axis,
-            decay=parameter.dim() > 1,
+            frozen=all(piece.settings.frozen for piece in pieces) if frozen is None else frozen,
         )
         tag(parameter, topology)

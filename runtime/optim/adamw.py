@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from runtime.optim.config import OptimConfig
-from runtime.parallel.shards import Shard
+from runtime.parallel.shards import Shard, segments
+from runtime.parallel.topology import TensorSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,10 +30,12 @@ class AdamW:
         """Updates so far, those that were skipped not counted."""
         self.divisor: Tensor | None = None
         """What gradients were divided by in the last step."""
-        self._config, self._lr = config, config.lr
+        self._config = config
+        self._rates = (config.lr, config.lr)  # of everything, and of what is decoupled
         dtype = torch.bfloat16 if config.moments_dtype == "bfloat16" else None  # None: as the masters
         self._moments = [{name: torch.zeros_like(shard.master, dtype=dtype) for name in MOMENTS} for shard in shards]
         self._places = {id(shard): place for place, shard in enumerate(shards)}
+        self._segments = [[s for s in segments(shard) if not s.settings.frozen] for shard in shards]
 
     @property
     def states(self) -> Sequence[str]:
@@ -43,9 +46,9 @@ class AdamW:
         """A moment of a shard, [N] as its master; `name` is exp_avg or exp_avg_sq."""
         return self._moments[self._places[id(shard)]][name]
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next step."""
-        self._lr = lr
+    def set_lr(self, lr: float, decoupled_lr: float | None = None) -> None:
+        """Set the learning rate of the next step, and that of embedding and head where it is another."""
+        self._rates = (lr, lr if decoupled_lr is None else decoupled_lr)
 
     def scalars(self) -> dict[str, Any]:
         """Give the number of updates, on which the bias correction depends, and the settings.
@@ -74,34 +77,50 @@ class AdamW:
             skip: 0-dim bool; true leaves weights and moments as they are.
         """
         self.divisor = grad_divisor
-        for shard, moments in zip(self.shards, self._moments, strict=True):
-            self._update(shard, moments[MOMENTS[0]], moments[MOMENTS[1]], grad_divisor, skip)
+        for shard, moments, found in zip(self.shards, self._moments, self._segments, strict=True):
+            grad, rounded = shard.grad_shard, shard.rounded
+            for part, settings in ((segment.range, segment.settings) for segment in found):
+                first, second = (moments[name][part] for name in MOMENTS)
+                weight = None if rounded is None else rounded[part]
+                self._update(grad[part], shard.master[part], first, second, weight, settings, grad_divisor, skip)
 
     @torch.no_grad()
-    def _update(self, shard: Shard, exp_avg: Tensor, exp_avg_sq: Tensor, divisor: Tensor, skip: Tensor) -> None:
-        config, master = self._config, shard.master
-        decay = config.weight_decay if shard.topology.decay else 0.0
+    def _update(
+        self,
+        grad: Tensor,
+        master: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        weight: Tensor | None,
+        settings: TensorSettings,
+        divisor: Tensor,
+        skip: Tensor,
+    ) -> None:
+        """Update a range of a shard whose elements are trained alike; `weight` is its copy in the compute dtype."""
+        config = self._config
+        decay = config.weight_decay if settings.decay else 0.0
+        rate = self._rates[settings.decoupled] * settings.lr_scale
         beta1, beta2, step = config.adam_beta1, config.adam_beta2, self.num_steps + 1
         if master.is_cuda and master.dtype == torch.float32:
             from runtime.kernels.adamw import adamw_step
 
             adamw_step(
-                shard.grad_shard, master, exp_avg, exp_avg_sq, shard.rounded, divisor.float(), skip,
-                num_steps=step, lr=self._lr, beta1=beta1, beta2=beta2, eps=config.adam_eps, weight_decay=decay,
+                grad, master, exp_avg, exp_avg_sq, weight, divisor.float(), skip,
+                num_steps=step, lr=rate, beta1=beta1, beta2=beta2, eps=config.adam_eps, weight_decay=decay,
             )  # fmt: skip
             return
-        grad = shard.grad_shard / divisor.to(master.dtype)
+        grad = grad / divisor.to(master.dtype)
         first = exp_avg.to(master.dtype).lerp(grad, 1 - beta1)
         second = exp_avg_sq.to(master.dtype).mul(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(config.adam_eps)
-        updated = master * (1 - self._lr * decay)
-        updated.addcdiv_(first, denominator, value=-self._lr / (1 - beta1**step))
+        updated = master * (1 - rate * decay)
+        updated.addcdiv_(first, denominator, value=-rate / (1 - beta1**step))
         if exp_avg.dtype == torch.bfloat16:
             first, second = (round_stochastically(new, 2 * step + i) for i, new in enumerate((first, second)))
         for old, new in ((exp_avg, first), (exp_avg_sq, second), (master, updated)):
             old.copy_(torch.where(skip, old.to(new.dtype), new))
-        if shard.rounded is not None:
-            shard.rounded.copy_(master)
+        if weight is not None:
+            weight.copy_(master)
 
 
 def round_stochastically(values: Tensor, seed: int) -> Tensor:

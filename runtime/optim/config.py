@@ -16,8 +16,18 @@ class OptimConfig:
     """adam: AdamW, whose weight decay is decoupled."""
     lr: float = flag(1e-4, at_least=0)
     """Peak learning rate; the schedule sets the rate of each step."""
+    decoupled_lr: float | None = flag(None, at_least=0)
+    """Peak learning rate of the embedding and the output head, instead of --lr."""
+    lr_scale: tuple[str, ...] = flag((), metavar="GLOB=FACTOR")
+    """Factors on the learning rate of the tensors whose Hugging Face names match, such as '*.gate.weight=0.1' for
+    routers; where several match a tensor, the last does it."""
+    freeze: tuple[str, ...] = flag((), metavar="GLOB")
+    """Tensors that stay as they are, by their Hugging Face names ('*.experts.0.*' '*embed_tokens*'): no gradients, no
+    masters, no optimizer state."""
     weight_decay: float = flag(0.01, at_least=0)
     """Decoupled; norms, biases and other one-dimensional parameters are not decayed."""
+    no_weight_decay: tuple[str, ...] = flag((), metavar="GLOB")
+    """Further tensors without weight decay, by their Hugging Face names."""
     adam_beta1: float = flag(0.9, at_least=0, below=1)
     """Decay of the running mean of the gradient."""
     adam_beta2: float = flag(0.999, at_least=0, below=1)

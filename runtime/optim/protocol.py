@@ -30,8 +30,8 @@ class Optimizer(Protocol):
     def state(self, shard: Shard, name: str) -> Tensor:
         """A state of a shard, [N] as its master; live memory."""
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next step."""
+    def set_lr(self, lr: float, decoupled_lr: float | None = None) -> None:
+        """Set the learning rate of the next step, and that of embedding and head where it is another."""
 
     def step(self, grad_divisor: Tensor, skip: Tensor) -> None:
         """Update the masters, and the weights that are rounded from them.

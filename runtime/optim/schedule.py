@@ -21,6 +21,8 @@ class ScheduleConfig:
 
     min_lr: float = flag(0.0, at_least=0)
     """Learning rate at the end of the decay and after it."""
+    decoupled_min_lr: float | None = flag(None, at_least=0)
+    """The same for the embedding and the output head, with --decoupled-lr; by default --min-lr."""
     lr_decay_style: DecayStyle = "linear"
     """How the rate falls after the warm-up."""
     lr_decay_iters: int | None = flag(None, at_least=1)
@@ -47,13 +49,16 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def resolve(self, max_lr: float, train_iters: int, train_samples: int) -> Schedule:
+    def resolve(
+        self, max_lr: float, train_iters: int, train_samples: int, decoupled_lr: float | None = None
+    ) -> Schedule:
         """Give the schedule of a run.
 
         Args:
             max_lr: the peak rate.
             train_iters: iterations in all; 0 where the run is evaluated only.
             train_samples: samples in all, where the run counts in them; else 0.
+            decoupled_lr: the peak rate of embedding and head; None: max_lr.
 
         Returns:
             The schedule; it counts samples where the run does, else iterations.
@@ -84,6 +89,8 @@ class ScheduleConfig:
             wsd_style=self.lr_wsd_decay_style,
             wsd_iters=self.lr_wsd_decay_samples if train_samples else self.lr_wsd_decay_iters,
             unit=unit,
+            decoupled_max_lr=decoupled_lr,
+            decoupled_min_lr=self.min_lr if self.decoupled_min_lr is None else self.decoupled_min_lr,
         )
 
 
@@ -108,6 +115,9 @@ class Schedule:
     """WSD only: length of the decay at the end of decay_iters."""
     unit: Literal["iters", "samples"] = "iters"
     """What the lengths above and `lr` count."""
+    decoupled_max_lr: float | None = None
+    """Peak rate of embedding and head; None: they have that of everything else."""
+    decoupled_min_lr: float = 0.0
 
     def __post_init__(self) -> None:
         unit = self.unit
@@ -118,6 +128,12 @@ class Schedule:
             require(value in known, f"{flag_} is {value!r}; expected one of {', '.join(known)}")
         for name, rate in (("--min-lr", self.min_lr), ("--lr-warmup-init", self.warmup_init)):
             require(0 <= rate <= self.max_lr, f"{name} is {rate}; expected 0 to --lr ({self.max_lr})")
+        peak = self.max_lr if self.decoupled_max_lr is None else self.decoupled_max_lr
+        require(
+            self.decoupled_max_lr is None or max(self.decoupled_min_lr, self.warmup_init) <= peak,
+            f"--decoupled-lr is {peak}; expected at least --decoupled-min-lr, or --min-lr without it "
+            f"({self.decoupled_min_lr}), and --lr-warmup-init ({self.warmup_init})",
+        )
         require(self.decay_iters >= 1, f"--lr-decay-{unit} is {self.decay_iters}; expected at least 1")
         require(
             0 <= self.warmup_iters < self.decay_iters or self.warmup_iters == 0,
@@ -138,16 +154,25 @@ class Schedule:
         Returns:
             The rate.
         """
+        return self._rate(steps_done, self.max_lr, self.min_lr)
+
+    def decoupled_lr(self, steps_done: int) -> float:
+        """Give the learning rate of embedding and head; arguments as of `lr`."""
+        if self.decoupled_max_lr is None:
+            return self.lr(steps_done)
+        return self._rate(steps_done, self.decoupled_max_lr, self.decoupled_min_lr)
+
+    def _rate(self, steps_done: int, max_lr: float, min_lr: float) -> float:
         if self.warmup_iters and steps_done <= self.warmup_iters:
-            return self.warmup_init + (self.max_lr - self.warmup_init) * steps_done / self.warmup_iters
+            return self.warmup_init + (max_lr - self.warmup_init) * steps_done / self.warmup_iters
         if self.style == "constant":
-            return self.max_lr
+            return max_lr
         if steps_done > self.decay_iters:
-            return self.min_lr
+            return min_lr
         if self.style == "inverse-square-root":
-            rate = self.max_lr * math.sqrt(max(self.warmup_iters, 1) / max(steps_done, 1))
-            return max(self.min_lr, rate)
-        return self.min_lr + self._remaining(steps_done) * (self.max_lr - self.min_lr)
+            rate = max_lr * math.sqrt(max(self.warmup_iters, 1) / max(steps_done, 1))
+            return max(min_lr, rate)
+        return min_lr + self._remaining(steps_done) * (max_lr - min_lr)
 
     def _remaining(self, steps_done: int) -> float:
         """Give the share of the way from min_lr to max_lr, 1 at the start of the decay and 0 at its end."""

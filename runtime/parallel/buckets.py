@@ -1,7 +1,7 @@
 """Weights and gradients in flat buckets, each reduced by one collective, and sharded for the distributed optimizer.
 
-A bucket holds the parameters that are treated alike: reduced over the same ranks, replicated over the same axes, with
-or without weight decay. Its gradients accumulate in fp32 over the micro-batches. When the last gradient of a bucket has
+A bucket holds the parameters that are treated alike: reduced over the same ranks, replicated over the same axes, trained
+with the same settings. A frozen one has weights only. Its gradients accumulate in fp32 over the micro-batches. When the last gradient of a bucket has
 come, its reduction starts while the backward pass goes on.
 
 With a distributed optimizer each data-parallel rank owns an equal range of the flat bucket: gradients are
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from runtime.parallel.collectives import group_rank, group_size
 from runtime.parallel.gradient_sink import GradientSink, OpenSum, attach_sink
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype
+from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype, zero_frozen
 from runtime.parallel.topology import matrix_cols, tag, topology_of
 
 BUCKET_SIZE = 40_000_000
@@ -60,7 +60,7 @@ class Bucket:
         self.topology = topology_of(first)
         self.group = mesh.group(self.topology.data_axis)
         self.partial_groups = [mesh.group(axis) for axis in self.topology.partial if mesh.size(axis) > 1]
-        self.distributed = distributed and group_size(self.group) > 1
+        self.distributed = distributed and group_size(self.group) > 1 and not self.topology.frozen
         parts = group_size(self.group) if self.distributed else 1
         self.slots: list[Slot] = []
         end = 0
@@ -69,14 +69,14 @@ class Bucket:
             end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
         unit = parts * _ALIGNMENT
         self.size = -(-end // unit) * unit
-        wide = wide_dtype(first.dtype)
+        wide = first.dtype if self.topology.frozen else wide_dtype(first.dtype)
         self.weights = torch.zeros(self.size, dtype=first.dtype, device=device)
-        self.grads = torch.zeros(self.size, dtype=wide, device=device)
+        self.grads = torch.zeros(0 if self.topology.frozen else self.size, dtype=wide, device=device)
         piece = self.size // parts
         self._begin = piece * (group_rank(self.group) if self.distributed else 0)
         own = slice(self._begin, self._begin + piece)
         self.weight_shard, self.grad_shard = self.weights[own], self.grads[own]
-        # In fp32 the weights are their own masters.
+        # In fp32 the weights are their own masters, and frozen ones need none.
         self.separate_master = first.dtype != wide
         self.master = self.weight_shard.to(wide) if self.separate_master else self.weight_shard
         self.primary = self.topology.is_primary(mesh)
@@ -167,6 +167,7 @@ class Bucket:
                 self.pending.work = None
             for group in self.partial_groups:
                 dist.all_reduce(self.grad_shard, group=group)
+            zero_frozen(self)
 
     @property
     def rounded(self) -> Tensor | None:
@@ -200,7 +201,14 @@ def _all_gather(out: Tensor, piece: Tensor, group: dist.ProcessGroup | None) -> 
 def alike(parameter: nn.Parameter) -> tuple[object, ...]:
     """What parameters of one bucket have in common."""
     topology = topology_of(parameter)
-    return (topology.data_axis, topology.replicated, topology.partial, topology.decay, parameter.dtype)
+    return (
+        topology.data_axis,
+        topology.replicated,
+        topology.partial,
+        topology.frozen,
+        topology.settings,
+        parameter.dtype,
+    )
 
 
 def _groups(parameters: Iterable[tuple[str, nn.Parameter]], size: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
@@ -240,15 +248,19 @@ class BucketStore:
             bucket_size: elements after which a new bucket begins.
         """
         groups = list(_groups(parameters, bucket_size))
-        self._buckets = [Bucket(members, mesh, device, distributed=distributed) for members in groups]
-        self.shards: list[Shard] = list(self._buckets)
+        buckets = [Bucket(members, mesh, device, distributed=distributed) for members in groups]
+        self.shards: list[Shard] = list(buckets)
+        self._buckets = [bucket for bucket in buckets if not bucket.topology.frozen]
         replaced: dict[int, nn.Parameter] = {}
-        for bucket, members in zip(self._buckets, groups, strict=True):
+        for bucket, members in zip(buckets, groups, strict=True):
             for slot, (_, old) in zip(bucket.slots, members, strict=True):
-                new = nn.Parameter(bucket.view(slot))
+                trained = not slot.topology.frozen
+                new = nn.Parameter(bucket.view(slot), requires_grad=trained)
                 tag(new, slot.topology)
                 replaced[id(old)] = new
                 bucket.parameters.append(new)
+                if not trained:
+                    continue
                 sink = GradientSink(bucket, slot)
                 attach_sink(new, sink)
                 new.register_post_accumulate_grad_hook(sink.collect)  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from runtime.parallel.buckets import BucketStore
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype
+from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype, zero_frozen
 from runtime.parallel.topology import Topology, attach, matrix_cols, topology_of
 
 
@@ -95,8 +95,11 @@ class ShardedParameter:
 
     def reduce_partial(self) -> None:
         """Finish the sum over the axes beside data parallelism."""
+        if self.topology.frozen:
+            return
         for group in self.partial_groups:
             dist.all_reduce(self.grad_shard, group=group)
+        zero_frozen(self)
 
 
 class FullyShardedStore:
@@ -168,7 +171,9 @@ def _shard(stage: nn.Module, mesh: ParallelMesh, device: torch.device, chosen: s
     for module in stage.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) not in ids:
-                fresh = nn.Parameter(torch.zeros(parameter.shape, dtype=wide, device=device))
+                frozen = topology_of(parameter).frozen  # then the shards needn't be masters
+                values = torch.zeros(parameter.shape, dtype=dtype if frozen else wide, device=device)
+                fresh = nn.Parameter(values, requires_grad=not frozen)
                 module._parameters[name] = replaced.setdefault(id(parameter), fresh)
     for module, axis in units:
         group = mesh.group(axis)

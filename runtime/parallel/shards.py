@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from runtime.parallel.collectives import Group
-from runtime.parallel.topology import Topology
+from runtime.parallel.topology import TensorSettings, Topology, blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,14 @@ class ShardPart:
     def range(self) -> slice:
         """The part in the shard."""
         return slice(self.offset, self.offset + self.end - self.begin)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A range of a shard whose elements are trained alike."""
+
+    range: slice
+    settings: TensorSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +130,29 @@ class Store(Protocol):
 
     def share_weights(self) -> None:
         """Bring the weights that this rank's optimizer has written to all data-parallel ranks."""
+
+
+def segments(shard: Shard) -> list[Segment]:
+    """Cut a shard into the fewest ranges that are trained alike; what lies between tensors goes with the one before.
+
+    Args:
+        shard: a rank's.
+
+    Returns:
+        The ranges, in order, that together are the shard; none where it holds no tensor.
+    """
+    found: list[tuple[int, TensorSettings]] = []
+    for part in shard.parts():
+        for block in blocks(part.slot.topology, part.slot.cols, part.begin, part.end):
+            if not found or found[-1][1] != block.settings:
+                found.append((block.start - part.begin + part.offset, block.settings))
+    begins = [0, *(begin for begin, _ in found[1:]), shard.master.numel()]
+    return [Segment(slice(*begins[i : i + 2]), settings) for i, (_, settings) in enumerate(found)]
+
+
+def zero_frozen(shard: Shard) -> None:
+    """Take what is frozen of a shard that is trained in part out of its gradient."""
+    if shard.topology.settings is None:
+        for segment in segments(shard):
+            if segment.settings.frozen:
+                shard.grad_shard[segment.range].zero_()

@@ -9,13 +9,30 @@ A parameter is looked at as a matrix: [rows, cols] with the last dim as columns;
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
 
 from moeconv.layout.rect import Rect
 from runtime.parallel.mesh import ParallelMesh
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSettings:
+    """How one tensor of the model is trained."""
+
+    frozen: bool = False
+    """It stays as it is: no gradient, no master, no state of the optimizer."""
+    decay: bool = True
+    """Whether weight decay applies."""
+    lr_scale: float = 1.0
+    """Factor on the learning rate."""
+    decoupled: bool = False
+    """Its rate is --decoupled-lr's instead of --lr's."""
+
+
+DEFAULT = TensorSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +46,8 @@ class Piece:
     """In the global tensor; its first dim runs over the rows, and it is as wide as the parameter."""
     row: int = 0
     """First row in the local parameter."""
+    settings: TensorSettings = DEFAULT
+    """How the tensor is trained."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +63,14 @@ class Topology:
     """Those of `replicated` along which each rank's gradient is a summand; along the others gradients are equal."""
     data_axis: str = "dp_cp"
     """The axis of the replicas that see different data: "dp_cp", or "edp" for experts."""
-    decay: bool = field(default=True)
-    """Whether weight decay applies."""
+    frozen: bool = False
+    """All of its tensors are, those of other ranks included: it has no gradient."""
+
+    @property
+    def settings(self) -> TensorSettings | None:
+        """How all of its tensors are trained; None where they are trained differently."""
+        found = {piece.settings for piece in self.pieces}
+        return next(iter(found), DEFAULT) if len(found) < 2 else None
 
     def is_primary(self, mesh: ParallelMesh) -> bool:
         """Say whether, among the copies that don't come from data parallelism, this rank's is the first."""
@@ -81,6 +106,8 @@ class Block:
     rect: Rect
     start: int
     """First element in the flat local parameter."""
+    settings: TensorSettings = DEFAULT
+    """How the tensor is trained."""
 
     def of(self, flat: Tensor, origin: int = 0) -> Tensor:
         """The block's elements in a flat tensor, as a view in the rectangle's shape.
@@ -120,7 +147,9 @@ def blocks(topology: Topology, cols: int, begin: int, end: int) -> Iterator[Bloc
                 rows, width = 1, size
             else:
                 rows, width = (high - low) // cols, cols
-            yield Block(piece.name, piece.global_shape, _sub(piece, row - piece.row, col, rows, width), low)
+            yield Block(
+                piece.name, piece.global_shape, _sub(piece, row - piece.row, col, rows, width), low, piece.settings
+            )
             low += rows * width
 
 

@@ -52,7 +52,7 @@ def make_run(given: Given, model: Model, where: Path) -> RunConfig:
         moe=_moe(given, model, recompute, where),
         optim=optim,
         learning_rate=learning_rate,
-        schedule=learning_rate.resolve(optim.lr, train.train_iters, train.train_samples),
+        schedule=learning_rate.resolve(optim.lr, train.train_iters, train.train_samples, optim.decoupled_lr),
         recompute=recompute,
         train=train,
         data=DataConfig(**given.of("data"), **shared),

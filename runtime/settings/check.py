@@ -13,6 +13,7 @@ from runtime.data.config import DataConfig
 from runtime.errors import ConfigError, require
 from runtime.flag import flag_name
 from runtime.moe.config import MoEConfig
+from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
 from runtime.settings.run import RunConfig
 from runtime.settings.steps import TrainConfig
@@ -36,6 +37,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: names the flag, its value and what would fit.
     """
+    resolve_groups(run.optim, run.model)
     check_world(run.parallel, world_size)
     check_degrees(run.parallel, run.model)
     check_combinations(run.parallel, run.moe)
@@ -142,13 +144,15 @@ def check_microbatches(parallel: ParallelConfig, train: TrainConfig, world_size:
         ConfigError: names the flags, their values and what would fit.
     """
     dp = data_parallel_size(parallel, world_size)
-    num, pp = train.num_microbatches(dp), parallel.pp
-    rounds = train.micro_batch_size * dp * pp
-    require(
-        pp == 1 or parallel.pp_schedule != "interleaved" or num % pp == 0,
-        f"--global-batch-size {num * train.micro_batch_size * dp} makes {num} micro-batches a step, with "
-        f"{FLAGS['pp_schedule']} interleaved they must be a multiple of {PP} {pp}: give a multiple of {rounds}",
-    )
+    pp, one_pass = parallel.pp, train.micro_batch_size * dp
+    for total in train.batch_sizes(dp).all():
+        num = total // one_pass
+        require(
+            pp == 1 or parallel.pp_schedule != "interleaved" or num % pp == 0,
+            f"--global-batch-size {total} makes {num} micro-batches a step, with {FLAGS['pp_schedule']} interleaved "
+            f"they must be a multiple of {PP} {pp}: give a multiple of {one_pass * pp}"
+            + (", --rampup-batch-size included" if train.rampup_batch_size else ""),
+        )
 
 
 def check_documents(data: DataConfig) -> None:

@@ -43,6 +43,7 @@ IDLE = (
         lambda r: r.schedule.style == "WSD",
         "needs --lr-decay-style WSD",
     ),
+    Idle("learning_rate", ("decoupled_min_lr",), lambda r: r.optim.decoupled_lr is not None, "needs --decoupled-lr", True),
     Idle("learning_rate", ("lr_warmup_init",), lambda r: r.schedule.warmup_iters > 0, "needs a warm-up"),
     Idle("learning_rate", ("min_lr",), lambda r: r.schedule.style != "constant", "needs a --lr-decay-style other than constant"),
     Idle(

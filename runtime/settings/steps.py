@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from runtime.errors import require
 from runtime.flag import check_fields, flag
 from runtime.model.dtypes import DtypeName
+from runtime.settings.batch_sizes import BatchSizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +22,9 @@ class TrainConfig:
     """Sequences of one forward pass of one data-parallel rank."""
     global_batch_size: int = flag(0, at_least=0)
     """Sequences of one optimizer step over all data-parallel ranks; 0 is one micro-batch on each."""
+    rampup_batch_size: tuple[int, ...] = ()
+    """START INCREMENT SAMPLES, with --train-samples: the global batch has START sequences first, and grows by INCREMENT at
+    a time to --global-batch-size, which it has from the step after SAMPLES consumed sequences on."""
     seq_length: int = flag(0, at_least=0)
     """Tokens of a sequence; 0 takes 2048, or the checkpoint's longest if that is shorter."""
     dtype: DtypeName | None = flag(
@@ -67,32 +71,45 @@ class TrainConfig:
             not self.train_samples or self.train_samples >= self.global_batch_size,
             f"--train-samples is {self.train_samples}, less than one --global-batch-size ({self.global_batch_size})",
         )
+        require(
+            not self.rampup_batch_size or self.train_samples > 0,
+            "--rampup-batch-size needs a run that counts in samples: give --train-samples instead of --train-iters",
+        )
+        BatchSizes.ramp(self.global_batch_size, self.rampup_batch_size)
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps in all."""
-        return self.train_iters or (self.train_samples // self.global_batch_size if self.train_samples else 0)
+        return self.length(1)[0]
 
-    def num_microbatches(self, dp: int) -> int:
-        """Forward passes that each data-parallel rank makes in one optimizer step.
+    def length(self, dp: int) -> tuple[int, int]:
+        """Count the optimizer steps of the run, and the sequences that they take, with so many data-parallel ranks."""
+        sizes = BatchSizes.ramp(self.global_batch_size or self.micro_batch_size * dp, self.rampup_batch_size)
+        return sizes.steps(self.train_samples) if self.train_samples else (self.train_iters, self.train_iters * sizes.full)
+
+    def batch_sizes(self, dp: int) -> BatchSizes:
+        """Give the sequences of each optimizer step.
 
         Args:
             dp: data-parallel degree.
 
         Returns:
-            The number of micro-batches of one rank.
+            The sizes of the global batch.
 
         Raises:
-            ConfigError: the global batch isn't a multiple of what one pass over all ranks takes.
+            ConfigError: one isn't a multiple of what one pass over all ranks takes.
         """
         one_pass = self.micro_batch_size * dp
-        total = self.global_batch_size or one_pass
-        require(
-            total % one_pass == 0,
-            f"--global-batch-size {total} is not a multiple of --micro-batch-size {self.micro_batch_size} times the "
-            f"data-parallel degree {dp}; take a multiple of {one_pass}",
-        )
-        return total // one_pass
+        sizes = BatchSizes.ramp(self.global_batch_size or one_pass, self.rampup_batch_size)
+        for total in sizes.all():
+            ramp = f", which --rampup-batch-size {' '.join(map(str, self.rampup_batch_size))} comes to,"
+            name = "--global-batch-size" if total == sizes.full else "a global batch of"
+            require(
+                total % one_pass == 0,
+                f"{name} {total}{'' if total == sizes.full else ramp} is not a multiple of --micro-batch-size "
+                f"{self.micro_batch_size} times the data-parallel degree {dp}; take a multiple of {one_pass}",
+            )
+        return sizes
 
     def num_samples(self, dp: int) -> tuple[int | None, int | None, int | None]:
         """Count the samples of train, valid and test that the whole run takes, as Megatron does.
@@ -107,8 +124,10 @@ class TrainConfig:
             https://github.com/NVIDIA/Megatron-LM/blob/d98e8a6/megatron/training/training.py
             (get_train_valid_test_num_samples)
         """
-        batch = self.num_microbatches(dp) * self.micro_batch_size * dp
+        batch = self.batch_sizes(dp).full
+        steps, consumed = self.length(dp)
+        train = max(self.train_samples, consumed)
         if self.eval_iters < 0:
-            return self.num_steps * batch, None, None
-        evaluations = self.num_steps // self.eval_interval + 1 if self.eval_interval else 1
-        return self.num_steps * batch, evaluations * self.eval_iters * batch, self.eval_iters * batch
+            return train, None, None
+        evaluations = steps // self.eval_interval + 1 if self.eval_interval else 1
+        return train, evaluations * self.eval_iters * batch, self.eval_iters * batch

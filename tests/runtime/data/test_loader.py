@@ -334,7 +334,7 @@ def test_documents_restart_where_files_say_so(corpora: dict[str, str]) -> None:
 
 def test_what_is_said_at_start(corpora: dict[str, str], tmp_path: Path, tokenizer_folder: Path) -> None:
     data = source(train_data_path=("0.5", corpora["a"], "0.5", corpora["b"]), valid_data_path=(corpora["tiny"],))
-    text = describe_data(data, ["train", "valid"], train_samples=400, global_batch_size=8)
+    text = describe_data(data, ["train", "valid"], train_samples=400, train_steps=50, batch_sizes=[8])
     train, valid = text.splitlines()
     tokens = data.samples("train").num_tokens
     assert train.startswith(f"train data: 60 documents, {tokens:,} tokens, ")

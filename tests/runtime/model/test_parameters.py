@@ -14,6 +14,8 @@ from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
+from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.topology import topology_of
@@ -63,6 +65,7 @@ def test_a_rank_holds_what_the_placement_says(family: str, world: int, degrees: 
             recompute=RecomputeConfig(),
             mesh=mesh,
             device=torch.device("meta"),
+            groups=resolve_groups(OptimConfig(), model),
         )
         chunks = chunk_layers(model.sizes["layers"], parallel.layout)[mesh.rank("pp") :: parallel.pp]
         mine = set().union(*(taken(context, layers) for layers in chunks))

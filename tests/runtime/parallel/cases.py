@@ -50,6 +50,24 @@ GRANITE = {
     "logits_scaling": 1.5,
 }
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
+# Whole layers, single experts, one of three matrices that are a parameter together, and the ends, each trained differently.
+GROUPS: dict[str, Any] = {
+    "freeze": (
+        "*embed_tokens*",
+        "*layers.0.*",
+        "*layers.1.*.q_proj.weight",
+        "*layers.1.*experts.[0-3].w2.*",
+        "*experts.1.*",
+    ),
+    "no_weight_decay": ("*.o_proj.weight",),
+    "lr_scale": ("*.gate.weight=0.1", "*experts.2.w1.weight=2", "*norm.weight=0.5"),
+    "decoupled_lr": 3e-3,
+}
+# Below the experts of one rank nothing is trained: that of the others must still pass gradients on.
+SOME_EXPERTS: dict[str, Any] = {
+    "freeze": ("*embed*", "*norm*", "*attn*", "*gate*", "*head*", "*experts.[0-5].*"),
+    "clip_grad": 0.05,
+}
 
 
 def case(name: str, num_ranks: int, parallel: dict[str, Any] | None = None, **options: Any) -> Case:
@@ -124,6 +142,14 @@ CASES = (
         model={"model_type": "dots1"},
         moe={"enable_expert_bias": True},
     ),
+    # Groups of tensors.
+    case("dp2 distributed optimizer, groups", 2, DIST, optim=GROUPS),
+    case("ep2 dp2 fully sharded, groups", 4, {"ep": 2} | SHARD, optim=GROUPS),
+    case("pp2 tp2 sp ep2 etp1 dp2 groups", 8, {"pp": 2, "tp": 2, "ep": 2, "etp": 1} | SP | DIST, optim=GROUPS),
+    case("pp2 zero-bubble, groups", 2, {"pp": 2, "pp_schedule": "zero-bubble"}, optim=GROUPS),
+    case("tp4 frozen embedding, vocabulary 9", 4, {"tp": 4} | SP, model={"vocab_size": 9}, optim={"freeze": ("*embed_tokens*", "*.[0-2].*")}),
+    case("pp2 tp2 dp2 tied, groups", 8, {"pp": 2, "tp": 2} | DIST, model=TIED, optim=GROUPS | {"freeze": ("*experts.1.*",)}),
+    case("tp2 sp ep2 experts of one rank are trained", 4, {"tp": 2, "ep": 2} | SP, optim=SOME_EXPERTS),
     # What families add: norms of heads, biases, shared experts with and without gate, dense layers, part of a head turned.
     case("tp4 sp head norms, two kv heads", 4, {"tp": 4} | SP, model={"model_type": "qwen3"}),
     case("tp2 biases everywhere", 2, {"tp": 2}, model={"model_type": "llama", "attention_bias": True, "mlp_bias": True}),

@@ -37,6 +37,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     moe: dict[str, Any] = field(default_factory=dict)
     recompute: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     num_microbatches: int = 4
     """Of the global batch, over all data-parallel ranks."""
@@ -52,6 +53,7 @@ class Case:
             num_ranks=1,
             model=self.model,
             moe=self.moe,
+            optim=self.optim,
             dtype=self.dtype,
             num_microbatches=self.num_microbatches,
             positions=self.positions,
@@ -61,7 +63,7 @@ class Case:
     @property
     def key(self) -> str:
         """Equal for cases with the same reference."""
-        return repr((self.model, self.moe, self.dtype, self.num_microbatches, self.positions))
+        return repr((self.model, self.moe, self.optim, self.dtype, self.num_microbatches, self.positions))
 
 
 @dataclass
@@ -113,7 +115,7 @@ def make_engine(case: Case, **optim: Any) -> tuple[Engine, ParallelMesh]:
         TORCH_DTYPES[case.dtype],
         parallel,
         moe,
-        OptimConfig(**(options | optim)),
+        OptimConfig(**(options | case.optim | optim)),
         RecomputeConfig(**case.recompute),
         mesh,
         device,

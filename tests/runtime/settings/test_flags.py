@@ -23,7 +23,7 @@ def test_the_example_means_what_it_meant() -> None:
     assert parallel.use_distributed_optimizer
     assert not parallel.fully_shard
     assert data_parallel_size(parallel, 16) == 4
-    assert run.train.num_microbatches(4) == 32
+    assert run.train.batch_sizes(4).full == 128
     assert run.moe is not None
     assert run.moe.aux_losses == (("aux_loss", 1e-2),)
     assert (run.moe.num_experts, run.moe.topk, run.moe.capacity_factor) == (8, 2, None)

@@ -239,11 +239,12 @@ def model_of(config: dict[str, Any], where: str) -> Model:
         MappingError: the family is unknown, a size is missing, or there are more layers and experts than any model has.
     """
     family = family_of(config)
+    said = family.language_config(config)
     for size in ("layers", "experts"):
         keys = family.sizes.get(size, ())
         for key in (keys,) if isinstance(keys, str) else keys:
-            if isinstance(config.get(key), int) and config[key] > MAX_LAYERS:
-                raise MappingError(f"{where}: {key} is {brief(config[key])}; no model has more than {MAX_LAYERS:,}")
+            if isinstance(said.get(key), int) and said[key] > MAX_LAYERS:
+                raise MappingError(f"{where}: {key} is {brief(said[key])}; no model has more than {MAX_LAYERS:,}")
     model = Model.from_config(family, config)
     layers, experts = model.sizes["layers"], model.sizes.get("experts", 0)
     if layers * (experts + 1) > MAX_BLOCKS:

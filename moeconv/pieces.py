@@ -12,7 +12,7 @@ from math import prod
 from moeconv.dtypes import dtype
 from moeconv.errors import MappingError
 from moeconv.families.base import Alias, GlobalTensor, Model
-from moeconv.families.names import EXPERT, fill, match
+from moeconv.families.names import EXPERT, LAYER, fill, layer_of, match
 from moeconv.families.quantised import METHODS, unknown_method
 from moeconv.io.torch_bin import is_computed
 from moeconv.layout.rect import Rect
@@ -177,21 +177,20 @@ class NameMap:
                 f"{name} in {file}: weights are quantised by {method}, as config.json's quantization_config says, in a form that is not "
                 f"known here; known are {', '.join(METHODS)}. Convert the original repository, whose weights are plain"
             )
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if layer and int(layer[1]) >= sizes["layers"]:
+        template = self.model.family.template("attention_norm") or ""
+        layer = layer_of(name, template)
+        if layer is not None and layer >= sizes["layers"]:
             key = self.model.family.sizes["layers"]
             return MappingError(
                 f"{name} in {file}: config.json has {key} {sizes['layers']}, so layers end at {sizes['layers'] - 1}. Correct config.json, "
-                f"or have it go along unread with --carry 'model.layers.{layer[1]}.*'"
+                f"or have it go along unread with --carry '{template.split(LAYER, 1)[0]}{layer}.*'"
             )
         expert = re.search(r"\.experts\.(\d+)\.", name)
         if expert and int(expert[1]) >= sizes.get("experts", 0):
             return MappingError(
                 f"{name} in {file}: config.json has {sizes.get('experts', 0)} experts. Correct config.json"
             )
-        near = difflib.get_close_matches(
-            name, [fill(r.name, int(layer[1]) if layer else 0, 0) for r in self.model.family.rules], 1
-        )
+        near = difflib.get_close_matches(name, [fill(r.name, layer or 0, 0) for r in self.model.family.rules], 1)
         hint = f"; the nearest known name is {near[0]}" if near else ""
         return MappingError(
             f"{name} in {file} is no tensor of {self.model.family.name}{hint}. Nothing is dropped silently: have it go along unread with --carry {name!r} "

@@ -31,6 +31,7 @@ from moeconv.families.qwen3 import QWEN3
 from moeconv.families.qwen3_5_moe_text import QWEN3_5_MOE_TEXT
 from moeconv.families.qwen3_moe import QWEN3_MOE
 from moeconv.families.qwen3_next import QWEN3_NEXT
+from moeconv.families.wrapped import WRAPPED
 
 # The order of preference where several could hold a model.
 _ALL = (
@@ -60,7 +61,12 @@ _ALL = (
     JAMBA,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
-_BY_TYPE = FAMILIES | {model_type: family for family in _ALL for model_type in family.also}
+"""The language models, by their `model_type`; those inside models of several parts are in `wrapped`."""
+_BY_TYPE = (
+    FAMILIES
+    | {family.model_type: family for family in WRAPPED}
+    | {model_type: family for family in _ALL for model_type in family.also}
+)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

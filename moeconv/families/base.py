@@ -119,7 +119,7 @@ class Family:
     `linear_layers` those with linear attention. `compute` says what is computed with the tensors. `also` has further values of `model_type`.
     `carried` are shell-style patterns of tensors that are no part of this (`mtp.*`), `mtp` the keys of a number of further layers for
     predicting more tokens: they go along unread. `tokens` has the special tokens that transformers takes where a config is silent, `stated`
-    what a config made for this family says besides.
+    what a config made for this family says besides. `text` is the key of the language model's own config, in one of a model with other parts.
     With `sentencepiece` a `tokenizer.model` alone is a tokenizer as Llama's. `mergekit` is what mergekit-moe calls an output of this family.
     """
 
@@ -141,6 +141,7 @@ class Family:
     mtp: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
     stated: Mapping[str, Any] = field(default_factory=dict)
+    text: str | None = None
     mergekit: str | None = None
     sentencepiece: bool = False
     source: str = ""
@@ -148,6 +149,22 @@ class Family:
     def template(self, role: str) -> str | None:
         """Give the name, with `{layer}` and `{expert}`, of the tensors with a role; None where the family has none."""
         return next((rule.name for rule in self.rules if rule.role == role), None)
+
+    def language_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Give what a config says of the language model: all of it, or the part under `text` with what holds for the whole.
+
+        Raises:
+            MappingError: there is no such part.
+        """
+        if self.text is None:
+            return config
+        inner = config.get(self.text)
+        if not isinstance(inner, Mapping):
+            raise MappingError(f"config.json has no {self.text}, which describes the language model of {self.name}")
+        return {
+            **inner,
+            **{key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config},
+        }
 
     def width(self, part: str) -> str | None:
         """Give the formula of the neurons of a feed-forward part (`mlp`, `expert`, `shared`), as `shared*ffn`; None where the family has no such part."""
@@ -185,6 +202,7 @@ class Model:
         Raises:
             MappingError: a size is missing or no whole number of at least 1.
         """
+        config = family.language_config(config)
         sizes: dict[str, int] = {}
         for name, keys in family.sizes.items():
             keys = (keys,) if isinstance(keys, str) else keys

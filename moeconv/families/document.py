@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from moeconv.families import FAMILIES
 from moeconv.families.base import Family, TensorRule
 from moeconv.families.compute import Key
+from moeconv.families.wrapped import WRAPPED
 
 HEAD = """# Families
 
@@ -28,7 +29,9 @@ _DENSE = {
 
 def page() -> str:
     """Give the page's text."""
-    return "\n".join([HEAD, *_overview(), *(line for family in FAMILIES.values() for line in _family(family))])
+    return "\n".join(
+        [HEAD, *_overview(), *_wrapped(), *(line for family in FAMILIES.values() for line in _family(family))]
+    )
 
 
 def _overview() -> Iterator[str]:
@@ -37,6 +40,19 @@ def _overview() -> Iterator[str]:
     for family in FAMILIES.values():
         cells = (family.name, f"`{family.model_type}`", _attention(family), *_experts(family))
         yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+def _wrapped() -> Iterator[str]:
+    yield "## Inside models of several parts"
+    yield ""
+    yield "Their language models convert like the families above; the other parts go along unread, and the trainer refuses them by name."
+    yield ""
+    yield "| model | `model_type` | its layers' names | carried |"
+    yield "| --- | --- | --- | --- |"
+    for family in WRAPPED:
+        carried = ", ".join(f"`{name}`" for name in family.carried)
+        yield f"| {family.name} | `{family.model_type}` | `{family.template('attention_norm')}` ... | {carried} |"
     yield ""
 
 

@@ -46,7 +46,8 @@ class BatchSizes:
         require(len(values) == 3, f"{shown}: expected three numbers, START INCREMENT SAMPLES")
         start, increment, samples = values
         require(
-            start >= 1 and increment >= 1 and samples >= 1, f"{shown}: each of START, INCREMENT and SAMPLES is at least 1"
+            start >= 1 and increment >= 1 and samples >= 1,
+            f"{shown}: each of START, INCREMENT and SAMPLES is at least 1",
         )
         require(
             start < full and (full - start) % increment == 0,

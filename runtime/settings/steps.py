@@ -85,7 +85,9 @@ class TrainConfig:
     def length(self, dp: int) -> tuple[int, int]:
         """Count the optimizer steps of the run, and the sequences that they take, with so many data-parallel ranks."""
         sizes = BatchSizes.ramp(self.global_batch_size or self.micro_batch_size * dp, self.rampup_batch_size)
-        return sizes.steps(self.train_samples) if self.train_samples else (self.train_iters, self.train_iters * sizes.full)
+        return (
+            sizes.steps(self.train_samples) if self.train_samples else (self.train_iters, self.train_iters * sizes.full)
+        )
 
     def batch_sizes(self, dp: int) -> BatchSizes:
         """Give the sequences of each optimizer step.

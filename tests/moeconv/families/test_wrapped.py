@@ -68,8 +68,14 @@ _SAVED = ("qwen3_5_moe", "llama4", "glm4v_moe")
 
 def _published(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     stack = "experts." in name and tensor.dim() == 3
-    name = name.replace("model.blocks.", "model.layers.").removeprefix("" if "language_model" in name else "model.")
-    return name, tensor.transpose(1, 2).contiguous() if stack else tensor.transpose(1, 2).contiguous() if stack else tensor
+    name = (
+        name.replace("model.blocks.", "model.layers.")
+        .replace("model.mm_proj", "mm_proj")
+        .replace("model.vision_t", "vision_t")
+    )
+    return name, tensor.transpose(1, 2).contiguous() if stack else tensor.transpose(
+        1, 2
+    ).contiguous() if stack else tensor
 
 
 @pytest.mark.parametrize("model_type", MODELS)

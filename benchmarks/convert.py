@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from moeconv.io.safetensors import encode_header
+from moeconv.pieces import TensorInfo
 
 MAX_FILE_BYTES = 500_000_000
 MOECONV = [sys.executable, "-m", "cli"]
@@ -43,17 +44,19 @@ import resource, subprocess, sys, time
 begin = time.perf_counter()
 code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
 seconds = time.perf_counter() - begin
-print(code, seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(code, seconds, used.ru_utime + used.ru_stime, used.ru_maxrss)
 """
 
 
 @dataclass
 class Row:
-    """What was measured of one command: seconds of each run, bytes moved, and the highest resident memory in bytes."""
+    """What was measured of one command: seconds of each run, by the clock and of processors, and the highest resident memory in bytes."""
 
     name: str
     nbytes: int
     seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
     memory: int = 0
     prime: Path | None = None
     """A folder to copy and delete first: memory that was just freed is faster to fill, and so each command finds as much."""
@@ -73,10 +76,11 @@ class Row:
         output = subprocess.run(
             launched, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent
         ).stdout
-        code, seconds, kib = output.split()
+        code, seconds, processor, kib = output.split()
         if code != "0":
             raise RuntimeError(f"{' '.join(command)} failed with exit code {code}")
         self.seconds.append(float(seconds))
+        self.processor.append(float(processor))
         self.memory = max(self.memory, int(kib) * 1024)
         print(f"{self.name}: {float(seconds):.2f} s", file=sys.stderr, flush=True)
 
@@ -133,15 +137,24 @@ def build(folder: Path, config: dict[str, Any], *, sparse: bool) -> int:
     Returns:
         The bytes of the safetensors files.
     """
+    return write_folder(
+        folder, config, [(name, "BF16", shape) for name, shape in mixtral_tensors(config)], sparse=sparse
+    )
+
+
+def write_folder(
+    folder: Path, config: dict[str, Any], tensors: list[tuple[str, str, tuple[int, ...]]], *, sparse: bool = False
+) -> int:
+    """Write a model's tensors of random bytes, given by name, dtype and shape; the rest as of `build`."""
     folder.mkdir(parents=True)
     groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     filled = 0
-    for name, shape in mixtral_tensors(config):
-        size = 2 * int(np.prod(shape))
+    for name, kind, shape in tensors:
+        size = TensorInfo(name, kind, shape).nbytes
         if groups[-1] and filled + size > MAX_FILE_BYTES:
             groups.append([])
             filled = 0
-        groups[-1].append((name, "BF16", shape))
+        groups[-1].append((name, kind, shape))
         filled += size
     random = np.random.default_rng(0)
     weight_map, total = {}, 0

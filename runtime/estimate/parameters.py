@@ -1,0 +1,185 @@
+"""A rank's parameters as the trainer makes them, as shapes alone: what each stage holds, in the order of its buckets.
+
+The modules of `runtime.model` say the same with tensors; a test holds the two equal for every family. Shapes are those of
+the rank's rectangles (`moeconv.placement.rank_rects`), with the padding that exists in memory only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+from moeconv.families.base import Model
+from moeconv.layout.degrees import Degrees, chunk_layers
+from moeconv.placement import rank_rects
+from runtime.parallel.packing import ROW_MULTIPLE
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of one rank."""
+
+    part: str
+    """What it belongs to: embedding, attention, norms, router, experts, shared, mlp or head."""
+    shape: tuple[int, ...]
+    """On this rank, padding included."""
+    expert: bool = False
+    """Whether its replicas lie along the expert-data-parallel axis."""
+    replicated: tuple[str, ...] = ()
+    """Axes along which ranks hold copies, beside data parallelism."""
+    partial: tuple[str, ...] = ()
+    """Those of them along which gradients are summands."""
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What parameters of one bucket have in common."""
+        return self.expert, self.replicated, self.partial, len(self.shape) > 1
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """The parameters of a model under a layout; all ranks of a stage hold equally large ones."""
+
+    model: Model
+    degrees: Degrees
+    sequence_parallel: bool
+    _layers: dict[object, tuple[Parameter, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def chunks(self) -> list[range]:
+        """The layers of each virtual stage, in the order of the model."""
+        return chunk_layers(self.model.sizes["layers"], self.degrees)
+
+    def stage(self, pp: int) -> list[Parameter]:
+        """List the parameters of a pipeline rank, those of its virtual stages one after another.
+
+        Args:
+            pp: the pipeline rank.
+
+        Returns:
+            The parameters in the order of the model, tied ones once.
+        """
+        mine = self.chunks[pp :: self.degrees.pp]
+        return [parameter for layers in mine for parameter in self.chunk(layers)]
+
+    def chunk(self, layers: range) -> Iterator[Parameter]:
+        """List the parameters of consecutive layers, with the ends of the model where they belong to them."""
+        first, last = layers.start == 0, layers.stop == self.model.sizes["layers"]
+        if first:
+            yield self._vocabulary("embedding", "embedding")
+        for layer in layers:
+            yield from self.layer(layer)
+        if last:
+            yield from self._norm("final_norm", None, "head")
+            if not (self.model.tied and first):
+                yield self._vocabulary("head", "head")
+            if self.model.has("head.bias"):
+                yield self._vocabulary("head.bias", "head")
+
+    def layer(self, layer: int) -> tuple[Parameter, ...]:
+        """List the parameters of a layer; layers of one kind have the same."""
+        kind = self.model.kinds(layer)
+        if kind not in self._layers:
+            self._layers[kind] = tuple(self._layer(layer))
+        return self._layers[kind]
+
+    def _layer(self, layer: int) -> Iterator[Parameter]:
+        yield from self._norm("attention_norm", layer, "norms")
+        yield from self._latent(layer) if self.model.has("attention.kv_b") else self._attention(layer)
+        yield from self._norm("mlp_norm", layer, "norms")
+        if layer in self.model.moe_layers and self.model.has("router"):
+            yield from self._mixture(layer)
+        else:
+            yield from self._gated("mlp", layer)
+
+    def _attention(self, layer: int) -> Iterator[Parameter]:
+        yield from self._take("attention", layer, "attention.q")
+        yield from self._take("attention", layer, "attention.k", "attention.v")
+        yield from self._take("attention", layer, "attention.q.bias")
+        yield from self._take("attention", layer, "attention.k.bias", "attention.v.bias")
+        yield from self._take("attention", layer, "attention.o")
+        yield from self._take("attention", layer, "attention.o.bias", partial=self._sp)
+        yield from self._take("attention", layer, "attention.sinks")
+        for role in ("attention.q_norm", "attention.k_norm"):
+            yield from self._take("norms", layer, role, partial=True)
+
+    def _latent(self, layer: int) -> Iterator[Parameter]:
+        yield from self._take("attention", layer, "attention.q")
+        for role in ("attention.q_a", "attention.q_a.bias"):
+            yield from self._take("attention", layer, role, partial=True)
+        yield from self._take("attention", layer, "attention.q_b")
+        for role in ("attention.kv_a", "attention.kv_a.bias"):
+            yield from self._take("attention", layer, role, partial=True)
+        yield from self._take("attention", layer, "attention.kv_b")
+        yield from self._take("attention", layer, "attention.o")
+        yield from self._take("attention", layer, "attention.o.bias", partial=self._sp)
+        for role in ("attention.q_a_norm", "attention.kv_a_norm"):
+            yield from self._take("norms", layer, role, partial=True)
+
+    def _gated(self, part: str, layer: int) -> Iterator[Parameter]:
+        yield from self._take(part, layer, f"{part}.gate", f"{part}.up")
+        yield from self._take(part, layer, f"{part}.down")
+        yield from self._take(part, layer, f"{part}.gate.bias", f"{part}.up.bias")
+        yield from self._take(part, layer, f"{part}.down.bias", partial=self._sp)
+
+    def _mixture(self, layer: int) -> Iterator[Parameter]:
+        yield from self._take("router", layer, "router", partial=True)
+        yield from self._take("router", layer, "router.linear.bias", partial=True)
+        count = self.model.sizes["experts"] // self.degrees.ep
+        if self.model.has("expert.gate_up"):
+            for role in ("expert.gate_up", "expert.down"):
+                yield Parameter("experts", (count, *self._shape(role, layer)), expert=True)
+            yield Parameter("experts", (count * self._shape("expert.gate_up.bias", layer)[0],), expert=True)
+            shape = (count * self._shape("expert.down.bias", layer)[0],)
+            yield Parameter("experts", shape, expert=True, replicated=("etp",), partial=("etp",))
+        else:
+            gate, up = self._shape("expert.gate", layer), self._shape("expert.up", layer)
+            yield Parameter("experts", (count, gate[0] + up[0], gate[1]), expert=True)
+            yield Parameter("experts", (count, *self._shape("expert.down", layer)), expert=True)
+        yield from self._take("shared", layer, "shared.router", partial=self._sp)
+        yield from self._gated("shared", layer)
+
+    def _norm(self, role: str, layer: int | None, part: str) -> Iterator[Parameter]:
+        yield from self._take(part, layer, role, partial=self._sp)
+        if self.model.compute.norm == "layer":
+            yield from self._take(part, layer, f"{role}.bias", partial=self._sp)
+
+    def _take(self, part: str, layer: int | None, *roles: str, partial: bool = False) -> Iterator[Parameter]:
+        """The parameter that holds these tensors' rectangles one below the other, if the layer has them."""
+        found = [self.model.find(role, layer) for role in roles]
+        if found[0] is None or not found[0].size:
+            return
+        shapes = [self._shape(role, layer) for role in roles]
+        shape = (sum(rows for rows, *_ in shapes), *shapes[-1][1:])
+        split = self.model.rule(roles[0]).split
+        if split is None:
+            yield Parameter(part, shape, replicated=("tp",), partial=("tp",) if partial else ())
+            return
+        # With more ranks than heads, neighbours hold the same head, each for its own query heads.
+        shared = split.units is not None and self.model.sizes[split.units] < self.degrees.tp
+        axes = ("kv",) if shared else ()
+        yield Parameter(part, shape, replicated=axes, partial=axes)
+
+    def _vocabulary(self, role: str, part: str) -> Parameter:
+        """The rows of an embedding or head, equally many on every rank of tp."""
+        tied = self.model.tied and role in ("embedding", "head")
+        tensor = self.model.tensor("embedding" if tied else role)
+        rows = max(rect.shape[0] for rect in rank_rects(tensor, self.degrees))
+        ends = ("ends",) if tied and self.degrees.pp > 1 else ()
+        shape = (-(-rows // ROW_MULTIPLE) * ROW_MULTIPLE, *tensor.shape[1:])
+        return Parameter(part, shape, replicated=ends, partial=ends)
+
+    def _shape(self, role: str, layer: int | None) -> tuple[int, ...]:
+        expert = 0 if role.startswith("expert.") else None
+        return rank_rects(self.model.tensor(role, layer, expert), self.degrees)[0].shape
+
+    @property
+    def _sp(self) -> bool:
+        return self.sequence_parallel and self.degrees.tp > 1

@@ -1,0 +1,153 @@
+"""The command `plan`: will it fit, and how fast will it be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.options import show
+from runtime.errors import require
+
+if TYPE_CHECKING:
+    from runtime.estimate.machine import Machine
+    from runtime.estimate.setup import Setup
+    from runtime.estimate.source import Source
+    from runtime.settings.flags import Given
+
+# The converter's names of the degrees, beside the trainer's.
+_SHORT = {
+    "--tp": "--tensor-model-parallel-size",
+    "--pp": "--pipeline-model-parallel-size",
+    "--vpp": "--num-virtual-stages-per-pipeline-rank",
+    "--ep": "--expert-model-parallel-size",
+    "--etp": "--expert-tensor-parallel-size",
+    "--cp": "--context-parallel-size",
+    "--sp": "--sequence-parallel",
+}
+_SEARCH_BATCH = 256
+"""Sequences of a step where layouts are compared and none is given: as many as a small run takes."""
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="SRC [FLAGS]...")
+@click.option("--gpus", type=click.IntRange(1, 1_000_000), help="GPUs in all.")
+@click.option("--gpu", default="h100", show_default=True, help="h100, h200, a100, b200, or a calibration file.")
+@click.option("--nodes", type=click.IntRange(1, 1_000_000), help="Machines; with --gpus-per-node instead of --gpus.")
+@click.option("--gpus-per-node", type=click.IntRange(1, 1024), help="GPUs that NVLink connects; by default the GPU's.")
+@click.option(
+    "--link", type=click.FloatRange(0, min_open=True), metavar="GB/s", help="What a GPU sends to other nodes."
+)
+@click.option("--imbalance", type=click.FloatRange(1), help="Rows of the fullest expert rank, of the mean.")
+@click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def plan(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Say what training SRC (a folder, a config.json or a hub id) takes: memory by kind, time of a step, traffic.
+
+    FLAGS are the trainer's (`moeconv train --help`), with --tp, --pp, --vpp, --ep, --etp, --cp and --sp for the degrees.
+    No GPU is needed, and no weights.
+
+    Example: moeconv plan mistralai/Mixtral-8x7B-v0.1 --gpus 8 --tp 2 --ep 4 --etp 1 --seq-length 4096
+    """
+    from runtime.estimate.describe import as_json as describe
+    from runtime.estimate.describe import lines
+    from runtime.estimate.step import Estimate
+
+    source, given = _read(words, options["revision"])
+    machine = _machine(options)
+    estimate = Estimate(make_setup(source, given, world_size(given, options, machine)), machine, options["imbalance"])
+    notes = [f"note: {note}" for note in (*source.notes, *given.notes)]
+    show(describe(estimate) | {"source": str(source.path)}, as_json, [*notes, *lines(estimate)])
+
+
+def _read(words: Sequence[str], revision: str | None) -> tuple[Source, Given]:
+    """Read SRC and the trainer's flags."""
+    from runtime.estimate.source import read_source
+    from runtime.settings.flags import parse_flags
+
+    named = words[0] if words and not words[0].startswith("-") else None
+    flags = [_long(word) for word in words[1 if named is not None else 0 :]]
+    given = parse_flags(flags, "moeconv plan")
+    load = given.of("checkpoint").get("load")
+    if named is None and load is None:
+        raise click.UsageError("SRC is missing: name a checkpoint's folder, a config.json or a hub id before the flags")
+    source = read_source(named if named is not None else str(load), revision)
+    return source, _filled(given, source)
+
+
+def _filled(given: Given, source: Source) -> Given:
+    """Fill in what the trainer must be told and a plan needn't: how long the run is, and its data."""
+    values = given.values | {("checkpoint", "load"): source.path.parent}
+    if not {("train", "train_iters"), ("train", "train_samples")} & values.keys():
+        values["train", "train_iters"] = 1
+    if not given.of("data"):
+        values["data", "mock_data"] = True
+    return dataclasses.replace(given, values=values)
+
+
+def _long(word: str) -> str:
+    """Give a flag by the trainer's name."""
+    name, equals, value = word.partition("=")
+    return _SHORT.get(name, name) + equals + value
+
+
+def _machine(options: dict[str, Any]) -> Machine:
+    from runtime.estimate.machine import find_machine
+
+    return find_machine(options["gpu"], gpus_per_node=options["gpus_per_node"], link_gb_s=options["link"])
+
+
+def world_size(given: Given, options: dict[str, Any], machine: Machine) -> int:
+    """Find out how many GPUs are planned for.
+
+    Args:
+        given: the flags; where nothing is said, so many GPUs as their degrees need.
+        options: the command's own.
+        machine: says how many a node has.
+
+    Returns:
+        The number of ranks.
+
+    Raises:
+        ConfigError: --gpus and --nodes disagree.
+    """
+    from math import lcm
+
+    gpus, nodes = options["gpus"], options["nodes"]
+    if nodes is not None:
+        require(
+            gpus is None or gpus == nodes * machine.gpus_per_node,
+            f"--gpus is {gpus}, and --nodes {nodes} with {machine.gpus_per_node} each are {nodes * machine.gpus_per_node}: "
+            "give one of the two, or --gpus-per-node",
+        )
+        return int(nodes * machine.gpus_per_node)
+    if gpus is not None:
+        return int(gpus)
+    degrees = given.of("parallel")
+    tp, pp, ep = (degrees.get(axis, 1) for axis in ("tp", "pp", "ep"))
+    return lcm(tp * pp * degrees.get("cp", 1), ep * pp * (degrees.get("etp") or tp))
+
+
+def make_setup(source: Source, given: Given, world: int) -> Setup:
+    """Put a setup together as the trainer does, with all its checks.
+
+    Args:
+        source: the model.
+        given: the flags.
+        world: number of ranks.
+
+    Returns:
+        The setup.
+
+    Raises:
+        ConfigError: the trainer would refuse it; in its words.
+    """
+    from runtime.estimate.setup import Setup
+    from runtime.settings.assemble import make_run
+    from runtime.settings.check import check_layout
+
+    run = make_run(given, source.model, source.path)
+    check_layout(run, world)
+    return Setup.of_run(run, world)

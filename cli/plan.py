@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ _SHORT = {
     "--cp": "--context-parallel-size",
     "--sp": "--sequence-parallel",
 }
+_DEGREES = {"tp", "pp", "vpp", "ep", "etp", "cp", "pp_layers", "layers_per_virtual_stage", "fully_shard"}
+"""Fields of the trainer's settings that are a layout's."""
 _SEARCH_BATCH = 256
 """Sequences of a step where layouts are compared and none is given: as many as a small run takes."""
 
@@ -42,24 +45,97 @@ _SEARCH_BATCH = 256
 )
 @click.option("--imbalance", type=click.FloatRange(1), help="Rows of the fullest expert rank, of the mean.")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@click.option(
+    "--search", is_flag=True, help="Look for the best of the degrees that aren't given; the default without any."
+)
+@click.option(
+    "--top", type=click.IntRange(1, 100), default=10, show_default=True, help="How many layouts a search gives."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def plan(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say what training SRC (a folder, a config.json or a hub id) takes: memory by kind, time of a step, traffic.
 
     FLAGS are the trainer's (`moeconv train --help`), with --tp, --pp, --vpp, --ep, --etp, --cp and --sp for the degrees.
-    No GPU is needed, and no weights.
+    Without degrees, the best layouts of --gpus are searched. No GPU is needed, and no weights.
 
     Example: moeconv plan mistralai/Mixtral-8x7B-v0.1 --gpus 8 --tp 2 --ep 4 --etp 1 --seq-length 4096
     """
-    from runtime.estimate.describe import as_json as describe
-    from runtime.estimate.describe import lines
-    from runtime.estimate.step import Estimate
-
     source, given = _read(words, options["revision"])
     machine = _machine(options)
-    estimate = Estimate(make_setup(source, given, world_size(given, options, machine)), machine, options["imbalance"])
     notes = [f"note: {note}" for note in (*source.notes, *given.notes)]
-    show(describe(estimate) | {"source": str(source.path)}, as_json, [*notes, *lines(estimate)])
+    world = world_size(given, options, machine)
+    if options["search"] or (world > 1 and not _DEGREES & given.of("parallel").keys()):
+        value, lines = _search(source, given, world, machine, options)
+    else:
+        value, lines = _single(source, given, world, machine, options)
+    show(value | {"source": str(source.path)}, as_json, [*notes, *lines])
+
+
+def _single(
+    source: Source, given: Given, world: int, machine: Machine, options: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Plan one layout."""
+    from runtime.estimate.describe import as_json, lines
+    from runtime.estimate.step import Estimate
+
+    estimate = Estimate(make_setup(source, given, world), machine, options["imbalance"])
+    return as_json(estimate), list(lines(estimate))
+
+
+def _search(
+    source: Source, given: Given, world: int, machine: Machine, options: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Search the degrees that aren't given."""
+    from runtime.estimate.found import found_json, found_lines
+    from runtime.estimate.search import Free, Search
+
+    start = time.perf_counter()
+    setup, batch = searched_setup(source, given, world)
+    size = given.values.get(("train", "micro_batch_size"))
+    again = not given.of("recompute") and ("moe", "recompute_layer") not in given.values
+    free = Free(fixed=given.of("parallel"), micro_batch_size=size, recompute=again)
+    found = Search(setup, batch, machine, free, options["imbalance"]).run(options["top"])
+    lines = list(found_lines(found, time.perf_counter() - start))
+    if not found.best and setup.optim.moments_dtype == "float32":
+        smaller = dataclasses.replace(setup, optim=dataclasses.replace(setup.optim, moments_dtype="bfloat16"))
+        other = Search(smaller, batch, machine, free, options["imbalance"]).run(options["top"])
+        if other.best:
+            lines += ["", "with --moments-dtype bfloat16:", *found_lines(other, time.perf_counter() - start)]
+            return found_json(other) | {"changed": {"moments_dtype": "bfloat16"}}, lines
+    return found_json(found), lines
+
+
+def searched_setup(source: Source, given: Given, world: int) -> tuple[Setup, int]:
+    """Put together what a search begins with.
+
+    Args:
+        source: the model.
+        given: the flags; without --global-batch-size, layouts are compared with that of a small run.
+        world: number of ranks.
+
+    Returns:
+        The setup without degrees, and the sequences of a step.
+    """
+    from runtime.estimate.setup import Setup
+    from runtime.settings.assemble import make_run
+
+    batch = given.of("train").get("global_batch_size") or -(-_SEARCH_BATCH // world) * world
+    values = {key: value for key, value in given.values.items() if key[0] != "parallel"}
+    values |= {("train", "global_batch_size"): batch, ("train", "micro_batch_size"): 1}
+    run = make_run(dataclasses.replace(given, values=values), source.model, source.path)
+    setup = Setup(
+        model=run.model,
+        world_size=world,
+        parallel=run.parallel,
+        moe=run.moe,
+        optim=run.optim,
+        recompute=run.recompute,
+        dtype=run.dtype,
+        seq_length=run.train.seq_length,
+        micro_batch_size=1,
+        num_microbatches=1,
+    )
+    return setup, batch
 
 
 def _read(words: Sequence[str], revision: str | None) -> tuple[Source, Given]:

@@ -79,14 +79,13 @@ def ends_work(setup: Setup, local: Local, machine: Machine) -> tuple[list[Work],
     return [embedding], [_dense("head", setup, local.tokens, machine, [vocabulary]), loss]
 
 
-def update_seconds(setup: Setup, machine: Machine, elements: float, owned: float) -> float:
+def update_seconds(setup: Setup, machine: Machine, owned: float) -> float:
     """Give the time of the gradient norm and the optimizer's step.
 
     Args:
         setup: what is planned.
         machine: the constants.
-        elements: weights of the rank.
-        owned: those of them that it updates.
+        owned: elements that a rank updates.
 
     Returns:
         Seconds, without the gathers of updated weights.

@@ -30,6 +30,8 @@ class Link:
 
     latency: float
     """Seconds."""
+    hop: float
+    """Seconds more for each node that a collective passes."""
     rates: Mapping[Collective, Mapping[int, float]]
     """Bytes a second that a rank sends, by the number of ranks: the largest that is not above a group's counts."""
 
@@ -148,7 +150,7 @@ def find_machine(name: str, *, gpus_per_node: int | None = None, link_gb_s: floa
     if link_gb_s is not None:
         network = values["links"]["network"]
         rates = {kind: {2: link_gb_s} for kind in COLLECTIVES}
-        values["links"] = values["links"] | {"network": {"latency_us": network["latency_us"], "gb_s": rates}}
+        values["links"] = values["links"] | {"network": network | {"gb_s": rates}}
     return _machine(values, name)
 
 
@@ -222,7 +224,10 @@ def _machine(values: Mapping[str, Any], where: str) -> Machine:
 
 
 def _link(value: Any, where: str) -> Link:
-    require(isinstance(value, dict) and set(value) == {"latency_us", "gb_s"}, f"{where}: expected latency_us and gb_s")
+    require(
+        isinstance(value, dict) and set(value) == {"latency_us", "hop_us", "gb_s"},
+        f"{where}: expected latency_us, hop_us and gb_s",
+    )
     table = value["gb_s"]
     require(
         isinstance(table, dict) and set(table) == set(COLLECTIVES),
@@ -234,7 +239,8 @@ def _link(value: Any, where: str) -> Link:
         right = isinstance(rows, dict) and rows and all(type(ranks) is int and ranks >= 2 for ranks in rows)
         require(bool(right), f"{where}.gb_s.{kind}: expected rates by number of ranks, as {{2: 250, 4: 300}}")
         rates[kind] = {ranks: _number(rate, f"{where}.gb_s.{kind}") * 1e9 for ranks, rate in rows.items()}
-    return Link(_number(value["latency_us"], f"{where}.latency_us", 0.0) * 1e-6, rates)
+    latency, hop = (_number(value[key], f"{where}.{key}", 0.0) * 1e-6 for key in ("latency_us", "hop_us"))
+    return Link(latency, hop, rates)
 
 
 def _number(value: Any, where: str, least: float | None = None) -> float:

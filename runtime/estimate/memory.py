@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from runtime.estimate.activations import layer_input
-from runtime.estimate.parameters import Parameter
 from runtime.estimate.schedule import Pipeline
 from runtime.estimate.setup import ITEMSIZE, Setup
 from runtime.estimate.stage import Cost, merge
@@ -55,13 +54,23 @@ def rank_memory(setup: Setup, pipeline: Pipeline, rank: int, costs: Mapping[int,
     Returns:
         Its memory; ranks that differ in other axes alone have the same.
     """
-    parameters = setup.parameters.stage(rank)
+    needed = rank_activations(setup, pipeline, rank, costs)
+    return Memory(rank_state(setup.parameters.stage(rank), setup), *needed)
+
+
+def rank_activations(
+    setup: Setup, pipeline: Pipeline, rank: int, costs: Mapping[int, Cost]
+) -> tuple[dict[str, float], float, float]:
+    """Work out what a pipeline rank needs beside its state; arguments as of `rank_memory`.
+
+    Returns:
+        Bytes kept for backward passes by part, needed beside them for a moment, and of buffers.
+    """
     activations: dict[str, float] = {}
     for stage, count in _in_flight(pipeline, rank, costs).items():
         merge(activations, {part: count * size for part, size in costs[stage].kept.items()})
     working = max(cost.most_working for cost in costs.values())
-    buffers = _receiving(setup, pipeline, costs) + _gathered(setup, parameters)
-    return Memory(rank_state(parameters, setup), activations, working, buffers)
+    return activations, working, _receiving(setup, pipeline, costs) + _gathered(setup, rank)
 
 
 def _in_flight(pipeline: Pipeline, rank: int, costs: Mapping[int, Cost]) -> dict[int, int]:
@@ -88,12 +97,12 @@ def _receiving(setup: Setup, pipeline: Pipeline, costs: Mapping[int, Cost]) -> f
     return neighbours * pipeline.num_microbatches * layer_input(setup)
 
 
-def _gathered(setup: Setup, parameters: Sequence[Parameter]) -> float:
+def _gathered(setup: Setup, rank: int) -> float:
     """What full sharding holds gathered: the ends of the model throughout, two layers, and gradients of one in fp32."""
     if not setup.parallel.fully_shard:
         return 0.0
-    ends = sum(p.size for p in parameters if p.part in ("embedding", "head"))
-    layers = range(setup.model.sizes["layers"])
-    largest = max(sum(p.size for p in setup.parameters.layer(layer)) for layer in layers)
-    item = ITEMSIZE[setup.dtype]
+    chunks, item = setup.parameters.chunks[rank :: setup.parallel.pp], ITEMSIZE[setup.dtype]
+    ends = sum(p.size for layers in chunks for p in setup.parameters.ends(layers))
+    kinds = {layer for layers in chunks for layer in setup.parameters.kinds(layers)}
+    largest = max(sum(p.size for p in setup.parameters.layer(layer)) for layer in kinds)
     return ends * item + largest * (2 * item + item + setup.wide)

@@ -6,7 +6,7 @@ the rank's rectangles (`moeconv.placement.rank_rects`), with the padding that ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -43,6 +43,16 @@ class Parameter:
         return self.expert, self.replicated, self.partial, len(self.shape) > 1
 
 
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Elements of a pipeline rank."""
+
+    by_expert: Mapping[bool, int]
+    """Of experts (True), and of everything else."""
+    partial: Mapping[tuple[str, bool], int]
+    """Axis and whether of experts -> those whose gradients are summands along it."""
+
+
 @dataclass(frozen=True)
 class RankParameters:
     """The parameters of a model under a layout; all ranks of a stage hold equally large ones."""
@@ -51,6 +61,7 @@ class RankParameters:
     degrees: Degrees
     sequence_parallel: bool
     _layers: dict[object, tuple[Parameter, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _sums: dict[int, Sums] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def chunks(self) -> list[range]:
@@ -71,17 +82,51 @@ class RankParameters:
 
     def chunk(self, layers: range) -> Iterator[Parameter]:
         """List the parameters of consecutive layers, with the ends of the model where they belong to them."""
-        first, last = layers.start == 0, layers.stop == self.model.sizes["layers"]
-        if first:
-            yield self._vocabulary("embedding", "embedding")
+        yield from self._begin(layers)
         for layer in layers:
             yield from self.layer(layer)
-        if last:
+        yield from self._end(layers)
+
+    def _begin(self, layers: range) -> Iterator[Parameter]:
+        if layers.start == 0:
+            yield self._vocabulary("embedding", "embedding")
+
+    def _end(self, layers: range) -> Iterator[Parameter]:
+        if layers.stop == self.model.sizes["layers"]:
             yield from self._norm("final_norm", None, "head")
-            if not (self.model.tied and first):
+            if not (self.model.tied and layers.start == 0):
                 yield self._vocabulary("head", "head")
             if self.model.has("head.bias"):
                 yield self._vocabulary("head.bias", "head")
+
+    def kinds(self, layers: range) -> dict[int, int]:
+        """Give a layer of each kind among some layers, and how many are of its kind."""
+        first: dict[object, int] = {}
+        counts: dict[int, int] = {}
+        for layer in layers:
+            one = first.setdefault(self.model.kinds(layer), layer)
+            counts[one] = counts.get(one, 0) + 1
+        return counts
+
+    def sums(self, pp: int) -> Sums:
+        """Count the elements of a pipeline rank, layers of one kind at once."""
+        if pp not in self._sums:
+            counts: dict[bool, int] = {False: 0, True: 0}
+            partial: dict[tuple[str, bool], int] = {}
+            for layers in self.chunks[pp :: self.degrees.pp]:
+                listed = [(p, n) for layer, n in self.kinds(layers).items() for p in self.layer(layer)]
+                listed += [(p, 1) for p in self.ends(layers)]
+                for parameter, times in listed:
+                    counts[parameter.expert] += times * parameter.size
+                    for axis in parameter.partial:
+                        key = (axis, parameter.expert)
+                        partial[key] = partial.get(key, 0) + times * parameter.size
+            self._sums[pp] = Sums(counts, partial)
+        return self._sums[pp]
+
+    def ends(self, layers: range) -> list[Parameter]:
+        """List the parameters of the ends of the model that come with some layers."""
+        return [*self._begin(layers), *self._end(layers)]
 
     def layer(self, layer: int) -> tuple[Parameter, ...]:
         """List the parameters of a layer; layers of one kind have the same."""

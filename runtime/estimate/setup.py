@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from moeconv.families.base import Model
 from runtime.estimate.parameters import RankParameters
@@ -53,9 +52,11 @@ class Setup:
             num_microbatches=run.train.num_microbatches(dp),
         )
 
-    def with_parallel(self, **fields: Any) -> Setup:
-        """Give the setup under other degrees."""
-        return replace(self, parallel=replace(self.parallel, **fields))
+    def sharing(self, parameters: RankParameters) -> Setup:
+        """Give the setup with parameters that have been worked out for the same degrees of what holds weights."""
+        out = replace(self)
+        out.__dict__["parameters"] = parameters
+        return out
 
     @property
     def dp(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +9,6 @@ from runtime.estimate.activations import layer_input
 from runtime.estimate.compute import update_seconds
 from runtime.estimate.machine import Machine
 from runtime.estimate.memory import Memory, rank_memory
-from runtime.estimate.parameters import Parameter
 from runtime.estimate.schedule import Pipeline
 from runtime.estimate.setup import Setup
 from runtime.estimate.simulate import Event, bubble, simulate
@@ -122,29 +120,37 @@ class Estimate:
 
     def _after(self, rank: int) -> After:
         setup, machine = self.setup, self.machine
-        parameters = setup.parameters.stage(rank)
-        reduce, gather = gradient_traffic(setup, parameters)
+        sums = setup.parameters.sums(rank)
+        reduce, gather = gradient_traffic(setup, sums)
         reducing = sum(t.seconds(machine) * t.backward for t in reduce)
         backward = sum(cost.backward for cost in self.costs_of(rank).values())
         gathering = sum(t.seconds(machine) * t.forward for t in gather)
-        if setup.parallel.fully_shard:  # each layer's weights travel while the layer before is computed
-            count, computing = setup.num_microbatches, sum(c.forward + c.backward for c in self.costs_of(rank).values())
-            travelling = reducing + sum(t.seconds(machine) * (t.forward + t.backward) for t in gather)
-            exposed, gathering = count * max(0.0, travelling - computing), 0.0
+        if setup.parallel.fully_shard:
+            exposed, gathering = self._fully_sharded(rank, reduce, gather), 0.0
         elif setup.parallel.pp > 1 and setup.parallel.pp_schedule == "zero-bubble":
             exposed = reducing
         else:  # hidden behind the last micro-batch's backward pass, as far as that is long enough
             exposed = max(reducing * (1 - machine.reduce_hidden), reducing - backward)
-        partial = partial_traffic(setup, parameters)
+        partial = partial_traffic(setup, sums)
         exposed += sum(t.exposed(machine) for t in partial)
-        update = update_seconds(setup, machine, sum(p.size for p in parameters), self._owned(parameters))
-        return After(exposed, update, gathering, (*reduce, *gather, *partial))
+        split = setup.parallel.use_distributed_optimizer or setup.parallel.fully_shard
+        owned = sum(n / (setup.replicas(expert=expert) if split else 1) for expert, n in sums.by_expert.items())
+        return After(exposed, update_seconds(setup, machine, owned), gathering, (*reduce, *gather, *partial))
 
-    def _owned(self, parameters: Sequence[Parameter]) -> float:
-        """Elements that a rank updates."""
-        parallel = self.setup.parallel
-        split = parallel.use_distributed_optimizer or parallel.fully_shard
-        return sum(p.size / (self.setup.replicas(expert=p.expert) if split else 1) for p in parameters)
+    def _fully_sharded(self, rank: int, reduce: list[Transfer], gather: list[Transfer]) -> float:
+        """Seconds of full sharding's traffic in a step that computing doesn't hide.
+
+        Each layer's weights travel while another one is computed, in both passes, and its gradients in the backward pass;
+        as much of it is taken to be hidden as of the gradients' reduction without sharding.
+        """
+        machine, layers = self.machine, sum(len(r) for r in self.setup.parameters.chunks[rank :: self.pipeline.pp])
+        travelling = 0.0
+        for transfer in (*reduce, *gather):
+            times = transfer.forward + transfer.backward
+            travelling += times * (transfer.seconds(machine) + (layers - 1) * transfer.latency(machine))
+        computing = sum(cost.forward + cost.backward for cost in self.costs_of(rank).values())
+        hidden = machine.reduce_hidden
+        return self.setup.num_microbatches * max(travelling * (1 - hidden), travelling - hidden * computing)
 
     @cached_property
     def events(self) -> list[list[Event]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from runtime.estimate.local import Local
 from runtime.estimate.machine import Collective, Machine
-from runtime.estimate.parameters import Parameter
+from runtime.estimate.parameters import Sums
 from runtime.estimate.setup import ITEMSIZE, Setup
 
 ROUTING_WEIGHT_BYTES = 4
@@ -64,7 +64,14 @@ class Transfer:
                 rate = network.rate(self.kind, axis.ranks) * here
                 rate = min(rate, nvlink.rate(self.kind, here)) if here > 1 else rate
                 alone = network.latency + self.num_bytes / rate
+            alone += network.hop * (-(-axis.ranks // here) - 1)
         return alone * (machine.exchange_factor if self.exchange else 1.0) if self.num_bytes > 0 else 0.0
+
+    def latency(self, machine: Machine) -> float:
+        """The part of it that does not depend on the bytes."""
+        link = machine.links[self.axis.link(machine)]
+        nodes = -(-self.axis.ranks // self.axis.per_node(machine.gpus_per_node))
+        return link.latency + link.hop * (nodes - 1)
 
     def exposed(self, machine: Machine) -> float:
         """The time that one of them takes from computing between layers, with the pause around it."""
@@ -171,12 +178,12 @@ def ends_traffic(setup: Setup, local: Local) -> tuple[list[Transfer], list[Trans
     return first, [Transfer(tp, "all_gather", size, 1, 0), Transfer(tp, "reduce_scatter", size, 0, 1), loss]
 
 
-def gradient_traffic(setup: Setup, parameters: list[Parameter]) -> tuple[list[Transfer], list[Transfer]]:
+def gradient_traffic(setup: Setup, sums: Sums) -> tuple[list[Transfer], list[Transfer]]:
     """List the collectives of a step over data parallelism.
 
     Args:
         setup: what is planned.
-        parameters: of one rank.
+        sums: the elements of a rank.
 
     Returns:
         The reductions of gradients, and the gathers of updated weights; with full sharding those of one micro-batch, the
@@ -187,7 +194,7 @@ def gradient_traffic(setup: Setup, parameters: list[Parameter]) -> tuple[list[Tr
     reduce: list[Transfer] = []
     gather: list[Transfer] = []
     for axis, expert in ((along["dp"], False), (along["edp"], True)):
-        count = sum(p.size for p in parameters if p.expert == expert)
+        count = sums.by_expert[expert]
         if axis.ranks == 1 or not count:
             continue
         gradients, weights = _sent(axis, count * setup.wide), _sent(axis, count * ITEMSIZE[setup.dtype])
@@ -199,7 +206,7 @@ def gradient_traffic(setup: Setup, parameters: list[Parameter]) -> tuple[list[Tr
     return reduce, gather
 
 
-def partial_traffic(setup: Setup, parameters: list[Parameter]) -> list[Transfer]:
+def partial_traffic(setup: Setup, sums: Sums) -> list[Transfer]:
     """List the sums of gradients over the axes beside data parallelism, at the end of a step."""
     along = axes(setup)
     copies = max(1, setup.parallel.tp // setup.model.sizes["kv_heads"])
@@ -208,10 +215,9 @@ def partial_traffic(setup: Setup, parameters: list[Parameter]) -> list[Transfer]
     out = []
     for name, axis in extents.items():
         count = 0.0
-        for p in parameters:
-            if name in p.partial:
-                shares = setup.replicas(expert=p.expert) if setup.parallel.use_distributed_optimizer else 1
-                count += p.size / shares
+        for expert in (False, True):
+            shares = setup.replicas(expert=expert) if setup.parallel.use_distributed_optimizer else 1
+            count += sums.partial.get((name, expert), 0) / shares
         if axis.ranks > 1 and count:
             out.append(Transfer(axis, "all_reduce", 2 * _sent(axis, count * setup.wide), 0, 1))
     return out

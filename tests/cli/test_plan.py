@@ -94,7 +94,7 @@ def test_the_flags_are_the_trainers(mixtral: Path, words: str) -> None:
         ("--gpus 8 --gpu h101", "--gpu 'h101' is unknown; did you mean h100?"),
         ("--gpus 8 --nodes 3", "--gpus is 8, and --nodes 3"),
         ("--gpus 8 --tpp 2", "unknown flag --tpp"),
-        ("--gpus 8 --global-batch-size 12", "take a multiple of 8"),
+        ("--gpus 8 --ep 8 --global-batch-size 12", "take a multiple of 8"),
         ("--gpus 8 --gpu missing.yaml", "missing.yaml: can't be read"),
     ],
 )  # fmt: skip
@@ -118,7 +118,7 @@ def test_bad_sources_are_named(tmp_path: Path, mixtral: Path) -> None:
         ("hbm_tbs: 3", "hbm_tbs is no constant of a machine; nearest: hbm_tb_s"),
         ("hbm_tb_s: fast", "hbm_tb_s is 'fast'; expected a number above 0"),
         ("passes: {norms: 1}", "passes.norms is unknown"),
-        ("links: {nvlink: 3}", "links.nvlink: expected latency_us and gb_s"),
+        ("links: {nvlink: 3}", "links.nvlink: expected latency_us, hop_us and gb_s"),
         ("- 1", "expected keys and values"),
         ("a: [", "is no YAML"),
     ],

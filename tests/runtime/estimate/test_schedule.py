@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 from unittest.mock import Mock
 
@@ -79,9 +80,7 @@ def test_passes_wait_for_what_they_need() -> None:
             if event.kind in "BI" and event.stage < pp * vpp - 1:
                 assert event.begin >= ends[event.kind, event.stage + 1, event.microbatch].end + 0.25
         for found in events:
-            assert all(a.end <= b.begin for a, b in zip(found, found[1:], strict=False)), (
-                "a rank does one thing at a time"
-            )
+            assert all(a.end <= b.begin for a, b in pairwise(found)), "a rank does one thing at a time"
 
 
 def test_most_micro_batches_in_flight_come_at_the_beginning() -> None:

@@ -70,10 +70,13 @@ def layer_work(setup: Setup, local: Local, machine: Machine, layer: int, paramet
 
 def ends_work(setup: Setup, local: Local, machine: Machine) -> tuple[list[Work], list[Work]]:
     """Work out the embedding, and final norm, head and loss."""
+    count = setup.model.sizes["layers"]
+    last = range(count - 1, count)
     row = local.tokens * local.hidden * local.item
     rows_of_sum = local.tokens * local.hidden * 2 * setup.wide
     embedding = Work("embedding", machine.moving(2 * row, "norm"), machine.moving(row + rows_of_sum, "embedding"))
-    vocabulary = Parameter("head", (local.vocabulary, local.hidden))
+    head = next((p for p in setup.parameters.ends(last) if p.shape == (local.vocabulary, local.hidden)), None)
+    vocabulary = head if head is not None else Parameter("head", (local.vocabulary, local.hidden))
     logits = local.tokens * local.vocabulary * local.item
     loss = Work("loss", machine.moving(logits, "cross_entropy"), machine.moving(2 * logits, "cross_entropy"))
     return [embedding], [_dense("head", setup, local.tokens, machine, [vocabulary]), loss]
@@ -109,7 +112,7 @@ def _dense(part: str, setup: Setup, tokens: float, machine: Machine, parameters:
         computing = 2 * tokens * parameter.size / rate
         streamed = parameter.size * ITEMSIZE[setup.dtype]
         forward += machine.together(computing, streamed)
-        gradient = machine.together(computing, parameter.size * machine.sum_bytes)
+        gradient = 0.0 if parameter.frozen else machine.together(computing, parameter.size * machine.sum_bytes)
         backward += machine.together(computing, streamed) + gradient
         weights += gradient
     return Work(part, forward, backward, weights)
@@ -160,7 +163,7 @@ def _experts(setup: Setup, local: Local, machine: Machine, parameters: Iterable[
         computing = 2 * local.rows_computed * parameter.size / local.experts / rate
         streamed = parameter.size * ITEMSIZE[setup.dtype]
         forward += machine.together(computing, streamed)
-        gradient = machine.together(computing, parameter.size * 2 * setup.wide)
+        gradient = 0.0 if parameter.frozen else machine.together(computing, parameter.size * 2 * setup.wide)
         backward += machine.together(computing, streamed) + gradient
         weights += gradient
     b, rows, width = local.item, local.rows_computed, local.width

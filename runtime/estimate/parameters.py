@@ -6,15 +6,16 @@ the rank's rectangles (`moeconv.placement.rank_rects`), with the padding that ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
-from moeconv.families.base import Model
+from moeconv.families.base import GlobalTensor, Model
 from moeconv.layout.degrees import Degrees, chunk_layers
 from moeconv.placement import rank_rects
 from runtime.parallel.packing import ROW_MULTIPLE
+from runtime.parallel.tensor_settings import DEFAULT, TensorSettings, common
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class Parameter:
     """Axes along which ranks hold copies, beside data parallelism."""
     partial: tuple[str, ...] = ()
     """Those of them along which gradients are summands."""
+    settings: TensorSettings | None = DEFAULT
+    """How its tensors are trained; None where they are trained differently."""
+    frozen: bool = False
+    """All of its tensors are: it has no gradient."""
 
     @property
     def size(self) -> int:
@@ -40,7 +45,7 @@ class Parameter:
     @property
     def alike(self) -> tuple[object, ...]:
         """What parameters of one bucket have in common."""
-        return self.expert, self.replicated, self.partial, len(self.shape) > 1
+        return self.expert, self.replicated, self.partial, self.frozen, self.settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,9 @@ class Sums:
     """Elements of a pipeline rank."""
 
     by_expert: Mapping[bool, int]
-    """Of experts (True), and of everything else."""
+    """That are trained, of experts (True), and of everything else."""
+    frozen: Mapping[bool, int]
+    """That are not."""
     partial: Mapping[tuple[str, bool], int]
     """Axis and whether of experts -> those whose gradients are summands along it."""
 
@@ -60,6 +67,8 @@ class RankParameters:
     model: Model
     degrees: Degrees
     sequence_parallel: bool
+    groups: Mapping[str, TensorSettings] | None = None
+    """How each tensor is trained, by name; None where all are as usual. Of experts those of the first rank count."""
     _layers: dict[object, tuple[Parameter, ...]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[int, Sums] = field(default_factory=dict, repr=False, compare=False)
 
@@ -104,33 +113,38 @@ class RankParameters:
         first: dict[object, int] = {}
         counts: dict[int, int] = {}
         for layer in layers:
-            one = first.setdefault(self.model.kinds(layer), layer)
+            one = first.setdefault(self.kind(layer), layer)
             counts[one] = counts.get(one, 0) + 1
         return counts
 
     def sums(self, pp: int) -> Sums:
         """Count the elements of a pipeline rank, layers of one kind at once."""
         if pp not in self._sums:
-            counts: dict[bool, int] = {False: 0, True: 0}
+            counts, frozen = ({False: 0, True: 0} for _ in range(2))
             partial: dict[tuple[str, bool], int] = {}
             for layers in self.chunks[pp :: self.degrees.pp]:
                 listed = [(p, n) for layer, n in self.kinds(layers).items() for p in self.layer(layer)]
                 listed += [(p, 1) for p in self.ends(layers)]
                 for parameter, times in listed:
-                    counts[parameter.expert] += times * parameter.size
-                    for axis in parameter.partial:
+                    kind = frozen if parameter.frozen else counts
+                    kind[parameter.expert] += times * parameter.size
+                    for axis in parameter.partial if not parameter.frozen else ():
                         key = (axis, parameter.expert)
                         partial[key] = partial.get(key, 0) + times * parameter.size
-            self._sums[pp] = Sums(counts, partial)
+            self._sums[pp] = Sums(counts, frozen, partial)
         return self._sums[pp]
 
     def ends(self, layers: range) -> list[Parameter]:
         """List the parameters of the ends of the model that come with some layers."""
         return [*self._begin(layers), *self._end(layers)]
 
+    def kind(self, layer: int) -> object:
+        """What layers of one kind have in common; where tensors are trained differently, each is its own."""
+        return self.model.kinds(layer) if self.groups is None else layer
+
     def layer(self, layer: int) -> tuple[Parameter, ...]:
         """List the parameters of a layer; layers of one kind have the same."""
-        kind = self.model.kinds(layer)
+        kind = self.kind(layer)
         if kind not in self._layers:
             self._layers[kind] = tuple(self._layer(layer))
         return self._layers[kind]
@@ -177,19 +191,25 @@ class RankParameters:
     def _mixture(self, layer: int) -> Iterator[Parameter]:
         yield from self._take("router", layer, "router", partial=True)
         yield from self._take("router", layer, "router.linear.bias", partial=True)
-        count = self.model.sizes["experts"] // self.degrees.ep
         if self.model.has("expert.gate_up"):
-            for role in ("expert.gate_up", "expert.down"):
-                yield Parameter("experts", (count, *self._shape(role, layer)), expert=True)
-            yield Parameter("experts", (count * self._shape("expert.gate_up.bias", layer)[0],), expert=True)
-            shape = (count * self._shape("expert.down.bias", layer)[0],)
-            yield Parameter("experts", shape, expert=True, replicated=("etp",), partial=("etp",))
+            yield self._experts(layer, "expert.gate_up")
+            yield self._experts(layer, "expert.down")
+            yield self._experts(layer, "expert.gate_up.bias")
+            yield self._experts(layer, "expert.down.bias", replicated=("etp",))
         else:
-            gate, up = self._shape("expert.gate", layer), self._shape("expert.up", layer)
-            yield Parameter("experts", (count, gate[0] + up[0], gate[1]), expert=True)
-            yield Parameter("experts", (count, *self._shape("expert.down", layer)), expert=True)
+            yield self._experts(layer, "expert.gate", "expert.up")
+            yield self._experts(layer, "expert.down")
         yield from self._take("shared", layer, "shared.router", partial=self._sp)
         yield from self._gated("shared", layer)
+
+    def _experts(self, layer: int, *roles: str, replicated: tuple[str, ...] = ()) -> Parameter:
+        """The stacked tensors of this rank's experts; vectors of all of them in one vector."""
+        count = self.model.sizes["experts"] // self.degrees.ep
+        shapes = [self._shape(role, layer) for role in roles]
+        rows = sum(shape[0] for shape in shapes)
+        shape = (count, rows, shapes[0][1]) if len(shapes[0]) > 1 else (count * rows,)
+        settings = self._settings([self.model.tensor(role, layer, n) for n in range(count) for role in roles])
+        return Parameter("experts", shape, True, replicated, replicated, *settings)
 
     def _norm(self, role: str, layer: int | None, part: str) -> Iterator[Parameter]:
         yield from self._take(part, layer, role, partial=self._sp)
@@ -204,13 +224,14 @@ class RankParameters:
         shapes = [self._shape(role, layer) for role in roles]
         shape = (sum(rows for rows, *_ in shapes), *shapes[-1][1:])
         split = self.model.rule(roles[0]).split
+        settings = self._settings([tensor for tensor in found if tensor is not None])
         if split is None:
-            yield Parameter(part, shape, replicated=("tp",), partial=("tp",) if partial else ())
+            yield Parameter(part, shape, False, ("tp",), ("tp",) if partial else (), *settings)
             return
         # With more ranks than heads, neighbours hold the same head, each for its own query heads.
         shared = split.units is not None and self.model.sizes[split.units] < self.degrees.tp
         axes = ("kv",) if shared else ()
-        yield Parameter(part, shape, replicated=axes, partial=axes)
+        yield Parameter(part, shape, False, axes, axes, *settings)
 
     def _vocabulary(self, role: str, part: str) -> Parameter:
         """The rows of an embedding or head, equally many on every rank of tp."""
@@ -219,7 +240,14 @@ class RankParameters:
         rows = max(rect.shape[0] for rect in rank_rects(tensor, self.degrees))
         ends = ("ends",) if tied and self.degrees.pp > 1 else ()
         shape = (-(-rows // ROW_MULTIPLE) * ROW_MULTIPLE, *tensor.shape[1:])
-        return Parameter(part, shape, replicated=ends, partial=ends)
+        return Parameter(part, shape, False, ends, ends, *self._settings([tensor]))
+
+    def _settings(self, tensors: Sequence[GlobalTensor]) -> tuple[TensorSettings | None, bool]:
+        """How a parameter's tensors are trained together, and whether all are frozen."""
+        if self.groups is None:
+            return common(TensorSettings(decay=len(tensor.shape) > 1) for tensor in tensors[:1]), False
+        found = [self.groups[tensor.name] for tensor in tensors]
+        return common(found), all(settings.frozen for settings in found)
 
     def _shape(self, role: str, layer: int | None) -> tuple[int, ...]:
         expert = 0 if role.startswith("expert.") else None

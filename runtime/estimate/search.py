@@ -196,7 +196,7 @@ class Search:
     def _parameters(self, parallel: ParallelConfig) -> RankParameters:
         key = (parallel.tp, parallel.sp, parallel.ep, parallel.etp, parallel.pp, parallel.vpp, parallel.pp_layers)
         if key not in self._shapes:
-            self._shapes[key] = RankParameters(self._setup.model, parallel.layout, parallel.sp)
+            self._shapes[key] = RankParameters(self._setup.model, parallel.layout, parallel.sp, self._setup.groups)
         return self._shapes[key]
 
     def _state(self, parallel: ParallelConfig) -> float:
@@ -217,6 +217,8 @@ class Search:
                 own = masters + 2 * moment + (wide if whole == 0 else 0)
                 shared = parts if parallel.use_distributed_optimizer or parallel.fully_shard else 1
                 out[rank] += count * (whole + own / shared)
+                still = setup.parameters.sums(rank).frozen[expert] * item
+                out[rank] += still / (parts if parallel.fully_shard else 1)
         return out
 
     def _peak(self, estimate: Estimate, states: Mapping[int, float]) -> float:

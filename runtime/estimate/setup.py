@@ -10,7 +10,9 @@ from runtime.estimate.parameters import RankParameters
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
+from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
+from runtime.parallel.tensor_settings import TensorSettings
 from runtime.settings.run import RunConfig
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -49,7 +51,7 @@ class Setup:
             dtype=run.dtype,
             seq_length=run.train.seq_length,
             micro_batch_size=run.train.micro_batch_size,
-            num_microbatches=run.train.num_microbatches(dp),
+            num_microbatches=run.train.batch_sizes(dp).full // (run.train.micro_batch_size * dp),
         )
 
     def sharing(self, parameters: RankParameters) -> Setup:
@@ -100,4 +102,11 @@ class Setup:
     @cached_property
     def parameters(self) -> RankParameters:
         """The parameters of each stage."""
-        return RankParameters(self.model, self.parallel.layout, self.parallel.sp)
+        return RankParameters(self.model, self.parallel.layout, self.parallel.sp, self.groups)
+
+    @cached_property
+    def groups(self) -> dict[str, TensorSettings] | None:
+        """How each tensor is trained; None where no flag says anything of single tensors."""
+        optim = self.optim
+        said = optim.freeze or optim.no_weight_decay or optim.lr_scale or optim.decoupled_lr is not None
+        return resolve_groups(optim, self.model) if said else None

@@ -119,8 +119,7 @@ class Costs:
 
     def _key(self, layer: int, recomputed: bool) -> object:
         """What decides the cost of a layer."""
-        model = self.setup.model
-        return model.kinds(layer), model.compute.windows[layer], recomputed
+        return self.setup.parameters.kind(layer), self.setup.model.compute.windows[layer], recomputed
 
     def _layer(self, layer: int, recomputed: bool) -> Cost:
         setup, machine, cost = self.setup, self.machine, Cost()

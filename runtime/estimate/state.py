@@ -60,21 +60,26 @@ def rank_state(parameters: Sequence[Parameter], setup: Setup) -> State:
 def _in_buckets(parameters: Sequence[Parameter], setup: Setup, *, distributed: bool) -> State:
     weight, wide, moment = ITEMSIZE[setup.dtype], setup.wide, setup.moment
     elements = owned = 0
+    frozen = 0
     for members in buckets(parameters):
+        if members[0].frozen:
+            frozen += lay_out([member.size for member in members], 1)[1]
+            continue
         parts = setup.replicas(expert=members[0].expert) if distributed else 1
         _, count = lay_out([member.size for member in members], parts)
         elements, owned = elements + count, owned + count // parts
     masters = owned * wide if weight != wide else 0
-    return State(elements * weight, elements * wide, masters, 2 * owned * moment)
+    return State((elements + frozen) * weight, elements * wide, masters, 2 * owned * moment)
 
 
 def _fully_sharded(parameters: Sequence[Parameter], setup: Setup) -> State:
-    """Rows are dealt out evenly, rounded up; the shards are fp32 and are the masters."""
-    owned = 0
+    """Rows are dealt out evenly, rounded up; the shards are fp32 and are the masters, but for frozen ones."""
+    owned = frozen = 0
     for parameter in parameters:
         rows, parts = parameter.shape[0], setup.replicas(expert=parameter.expert)
-        owned += -(-rows // parts) * (parameter.size // rows)
-    return State(0, owned * setup.wide, owned * setup.wide, 2 * owned * setup.moment)
+        count = -(-rows // parts) * (parameter.size // rows)
+        owned, frozen = (owned, frozen + count) if parameter.frozen else (owned + count, frozen)
+    return State(frozen * ITEMSIZE[setup.dtype], owned * setup.wide, owned * setup.wide, 2 * owned * setup.moment)
 
 
 def checkpoint_bytes(setup: Setup, *, with_optimizer: bool = True) -> int:
@@ -88,8 +93,9 @@ def checkpoint_bytes(setup: Setup, *, with_optimizer: bool = True) -> int:
         Bytes of tensors.
     """
     tensors = setup.model.tensors.values()
-    parameters = sum(t.size for t in tensors if not t.rule.buffer and not setup.model.optional(t))
+    plain = [t for t in tensors if not t.rule.buffer and not setup.model.optional(t)]
     buffers = sum(t.size for t in tensors if t.rule.buffer) * 4
-    weight = ITEMSIZE[setup.dtype]
+    groups, weight = setup.groups, ITEMSIZE[setup.dtype]
+    trained = sum(t.size for t in plain if groups is None or not groups[t.name].frozen) if with_optimizer else 0
     masters = setup.wide if weight != setup.wide else 0
-    return buffers + parameters * (weight + (masters + 2 * setup.moment if with_optimizer else 0))
+    return buffers + sum(t.size for t in plain) * weight + trained * (masters + 2 * setup.moment)

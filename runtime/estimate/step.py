@@ -62,7 +62,7 @@ class Estimate:
         for number, layers in enumerate(self.setup.parameters.chunks):
             key: object = number
             if self.setup.model.sizes["layers"] > 1 and 0 < number < len(self.setup.parameters.chunks) - 1:
-                key = tuple((self.setup.model.kinds(n), self.setup.model.compute.windows[n]) for n in layers)
+                key = tuple((self.setup.parameters.kind(n), self.setup.model.compute.windows[n]) for n in layers)
             if key not in seen:
                 seen[key] = self._costs.stage(layers)
             out[number] = seen[key]

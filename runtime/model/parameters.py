@@ -14,7 +14,8 @@ from moeconv.layout.rect import Rect
 from moeconv.placement import rank_rects
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.packing import ROW_MULTIPLE
-from runtime.parallel.topology import Piece, TensorSettings, Topology, tag
+from runtime.parallel.tensor_settings import TensorSettings
+from runtime.parallel.topology import Piece, Topology, tag
 
 
 @dataclass(frozen=True, slots=True)

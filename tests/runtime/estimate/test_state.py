@@ -21,6 +21,7 @@ from runtime.model.context import TORCH_DTYPES
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
+from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.shards import Shard
@@ -35,6 +36,13 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"num_key_value_heads": 1},
     {"attention_bias": True, "use_bias": True, "mlp_bias": True},
     {"num_hidden_layers": 8, "first_k_dense_replace": 3},
+)
+TRAINED: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"freeze": ("*embed_tokens*", "*.layers.0.*")},
+    {"no_weight_decay": ("*k_proj*", "*kv_*"), "decoupled_lr": 1e-3},
+    {"freeze": ("*attn*",), "lr_scale": ("*.layers.1.*=0.1",)},
 )
 
 
@@ -60,7 +68,7 @@ def draw(random_: random.Random) -> Setup:
             world_size=world,
             parallel=parallel,
             moe=MoEConfig(router=router) if router is not None else None,
-            optim=OptimConfig(moments_dtype=random_.choice(("float32", "bfloat16"))),
+            optim=OptimConfig(moments_dtype=random_.choice(("float32", "bfloat16")), **random_.choice(TRAINED)),
             recompute=RecomputeConfig(),
             dtype=random_.choice(("bfloat16", "bfloat16", "float32", "float64")),
             seq_length=16,
@@ -71,6 +79,7 @@ def draw(random_: random.Random) -> Setup:
             check_world(parallel, world)
             check_degrees(parallel, model)
             check_combinations(parallel, setup.moe)
+            resolve_groups(setup.optim, model)
         except MoeconvError:
             continue
         return setup
@@ -104,12 +113,14 @@ def memory_of(engine: Engine) -> State:
         # FSDP keeps rows that it has none of as padding.
         return shard.master.untyped_storage().nbytes() if not hasattr(shard, "grads") else size(shard.master)
 
-    shards = engine.store.shards
+    shards, trained = engine.store.shards, engine.trained
     bucketed = [shard for shard in shards if hasattr(shard, "grads")]
     weights = sum(size(shard.weights) for shard in bucketed)  # type: ignore[attr-defined]
-    gradients = sum(size(shard.grads) if hasattr(shard, "grads") else master(shard) for shard in shards)
-    masters = sum(master(shard) for shard in shards if shard not in bucketed or shard.separate_master)
-    moments = sum(size(engine.optimizer.state(s, name)) for s in shards for name in engine.optimizer.states)
+    weights += sum(master(shard) for shard in shards if shard not in bucketed and shard not in trained)
+    gradients = sum(size(shard.grads) for shard in bucketed)  # type: ignore[attr-defined]
+    gradients += sum(master(shard) for shard in trained if shard not in bucketed)
+    masters = sum(master(shard) for shard in trained if shard not in bucketed or shard.separate_master)
+    moments = sum(size(engine.optimizer.state(s, name)) for s in trained for name in engine.optimizer.states)
     return State(weights, gradients, masters, moments)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from runtime.estimate.machine import Machine
     from runtime.estimate.setup import Setup
     from runtime.estimate.source import Source
+    from runtime.estimate.step import Estimate
     from runtime.settings.flags import Given
 
 # The converter's names of the degrees, beside the trainer's.
@@ -51,6 +53,8 @@ _SEARCH_BATCH = 256
 @click.option(
     "--top", type=click.IntRange(1, 100), default=10, show_default=True, help="How many layouts a search gives."
 )
+@click.option("--trace", type=click.Path(path_type=Path), help="Write the step's timeline, for ui.perfetto.dev.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page: memory of each stage, timeline, scaling.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def plan(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say what training SRC (a folder, a config.json or a hub id) takes: memory by kind, time of a step, traffic.
@@ -79,7 +83,24 @@ def _single(
     from runtime.estimate.step import Estimate
 
     estimate = Estimate(make_setup(source, given, world), machine, options["imbalance"])
-    return as_json(estimate), list(lines(estimate))
+    written = _files(estimate, options)
+    return as_json(estimate) | {"files": written}, [*lines(estimate), *(f"{path}: written" for path in written)]
+
+
+def _files(estimate: Estimate, options: dict[str, Any]) -> list[str]:
+    """Write the timeline and the page where they are asked for."""
+    written = []
+    if options["trace"] is not None:
+        from runtime.estimate.simulate import write_trace
+
+        write_trace(options["trace"], estimate.events, estimate.places)
+        written.append(str(options["trace"]))
+    if options["html"] is not None:
+        from runtime.estimate.page import plan_page, write_plan
+
+        write_plan(options["html"], plan_page(estimate, options["imbalance"]))
+        written.append(str(options["html"]))
+    return written
 
 
 def _search(
@@ -96,13 +117,15 @@ def _search(
     free = Free(fixed=given.of("parallel"), micro_batch_size=size, recompute=again)
     found = Search(setup, batch, machine, free, options["imbalance"]).run(options["top"])
     lines = list(found_lines(found, time.perf_counter() - start))
+    changed = {}
     if not found.best and setup.optim.moments_dtype == "float32":
         smaller = dataclasses.replace(setup, optim=dataclasses.replace(setup.optim, moments_dtype="bfloat16"))
         other = Search(smaller, batch, machine, free, options["imbalance"]).run(options["top"])
         if other.best:
             lines += ["", "with --moments-dtype bfloat16:", *found_lines(other, time.perf_counter() - start)]
-            return found_json(other) | {"changed": {"moments_dtype": "bfloat16"}}, lines
-    return found_json(found), lines
+            found, changed = other, {"changed": {"moments_dtype": "bfloat16"}}
+    written = _files(found.best[0], options) if found.best else []
+    return found_json(found) | changed | {"files": written}, [*lines, *(f"{path}: written" for path in written)]
 
 
 def searched_setup(source: Source, given: Given, world: int) -> tuple[Setup, int]:

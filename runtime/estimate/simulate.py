@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from moeconv.errors import WriteError
 from runtime.estimate.schedule import Action, Pipeline
 
 NAMES = {"F": "forward", "B": "backward", "I": "input gradients", "W": "weight gradients"}
@@ -93,6 +95,18 @@ def bubble(events: Sequence[Sequence[Event]], end: float) -> float:
     """Give the share of the passes' time in which ranks do nothing."""
     busy = sum(event.seconds for found in events for event in found)
     return 1 - busy / (end * len(events)) if end else 0.0
+
+
+def write_trace(path: Path, events: Sequence[Sequence[Event]], ranks: Mapping[int, tuple[int, int]]) -> None:
+    """Write `chrome_trace` to a file.
+
+    Raises:
+        WriteError: it can't be written.
+    """
+    try:
+        path.write_text(chrome_trace(events, ranks), encoding="utf8")
+    except OSError as error:
+        raise WriteError(f"{path}: can't be written: {error.strerror}") from None
 
 
 def chrome_trace(events: Sequence[Sequence[Event]], ranks: Mapping[int, tuple[int, int]]) -> str:

@@ -167,6 +167,12 @@ class Estimate:
         return out
 
     @property
+    def places(self) -> dict[int, tuple[int, int]]:
+        """Pipeline rank -> the node and the global rank of the first that stands for its stage."""
+        stride = axes(self.setup)["pp"].stride
+        return {rank: (rank * stride // self.machine.gpus_per_node, rank * stride) for rank in range(self.pipeline.pp)}
+
+    @property
     def seconds(self) -> float:
         """Of a step."""
         return max(found[-1].end for found in self.events)

@@ -60,7 +60,7 @@ def test_an_unknown_gpu_has_no_time() -> None:
 
 def test_state_that_does_not_fit_is_refused_with_what_would() -> None:
     run = run_of("--expert-model-parallel-size 8 --global-batch-size 64 --use-distributed-optimizer")
-    with pytest.raises(ConfigError, match="dp16 ep8 needs .* GB of each GPU for weights") as caught:
+    with pytest.raises(ConfigError, match=r"dp16 ep8 needs .* GB of each GPU for weights") as caught:
         Forecast(run, 16, Gpu(H100.name, 40_000_000_000, 8)).check()
     assert "No layout of 16 such GPUs fits" in str(caught.value)
     alone = run_of("--global-batch-size 64")

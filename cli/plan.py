@@ -55,8 +55,14 @@ _SEARCH_BATCH = 256
 )
 @click.option("--trace", type=click.Path(path_type=Path), help="Write the step's timeline, for ui.perfetto.dev.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page: memory of each stage, timeline, scaling.")
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Measure this machine, and write what --gpu takes.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def plan(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def plan(words: tuple[str, ...], as_json: bool, calibrate: Path | None, **options: Any) -> None:
     """Say what training SRC (a folder, a config.json or a hub id) takes: memory by kind, time of a step, traffic.
 
     FLAGS are the trainer's (`moeconv train --help`), with --tp, --pp, --vpp, --ep, --etp, --cp and --sp for the degrees.
@@ -64,6 +70,9 @@ def plan(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
     Example: moeconv plan mistralai/Mixtral-8x7B-v0.1 --gpus 8 --tp 2 --ep 4 --etp 1 --seq-length 4096
     """
+    if calibrate is not None:
+        _calibrate(calibrate, words, as_json)
+        return
     source, given = _read(words, options["revision"])
     machine = _machine(options)
     notes = [f"note: {note}" for note in (*source.notes, *given.notes)]
@@ -73,6 +82,17 @@ def plan(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
     else:
         value, lines = _single(source, given, world, machine, options)
     show(value | {"source": str(source.path)}, as_json, [*notes, *lines])
+
+
+def _calibrate(path: Path, words: Sequence[str], as_json: bool) -> None:
+    """Measure this machine; under torchrun every process comes here."""
+    if words:
+        raise click.UsageError(f"--calibrate measures a machine, not a model: leave {words[0]} out")
+    from runtime.estimate.calibrate import calibrate
+
+    line = calibrate(path)
+    if line:
+        show({"file": str(path)}, as_json, [line])
 
 
 def _single(

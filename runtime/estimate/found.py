@@ -44,7 +44,7 @@ def found_lines(found: Found, seconds: float) -> Iterator[str]:
         )
     if found.best:
         best = found.best[0]
-        yield from (f"note: {note}" for note in notes(best))
+        yield from (f"note: {note}" for note in dict.fromkeys(n for e in found.best for n in notes(e)))
         yield ""
         yield f"flags of the first: {shlex.join(trainer_flags(best.setup))}"
 

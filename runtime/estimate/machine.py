@@ -80,7 +80,7 @@ class Machine:
     collective_gap_us: float
     layer_gap_us: float
     links: Mapping[str, Link]
-    exchange_factor: float
+    exchange_wait_us: float
     reduce_hidden: float
     imbalance: float
     gpus_per_node: int

@@ -29,7 +29,7 @@ MAX_CP = 16
 LEAST_POSITIONS = 4096
 """Of a sequence on a rank: with fewer, sharing sequences out isn't tried."""
 _SIMULATED = 24
-"""Of the best by formula, how many are worked out with all passes for each one that is asked for, divided by ten."""
+"""Of the best by formula, how many are worked out with all their passes for each ten that are asked for."""
 
 
 @dataclass(slots=True)

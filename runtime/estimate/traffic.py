@@ -65,7 +65,8 @@ class Transfer:
                 rate = min(rate, nvlink.rate(self.kind, here)) if here > 1 else rate
                 alone = network.latency + self.num_bytes / rate
             alone += network.hop * (-(-axis.ranks // here) - 1)
-        return alone * (machine.exchange_factor if self.exchange else 1.0) if self.num_bytes > 0 else 0.0
+        wait = machine.exchange_wait_us * 1e-6 if self.exchange else 0.0
+        return alone + wait if self.num_bytes > 0 else 0.0
 
     def latency(self, machine: Machine) -> float:
         """The part of it that does not depend on the bytes."""

@@ -89,6 +89,8 @@ def notes(estimate: Estimate) -> list[str]:
         out.append(f"{setup.dtype}: times are by the data sheet, not measured; --bf16 is usual on GPUs")
     if setup.moe is not None and setup.moe.fp8_format is not None:
         out.append("FP8 has not been measured: times and activations are those of bf16")
+    if setup.parallel.cp > 1:
+        out.append("context parallelism has been measured in its kernels alone")
     if setup.parallel.fully_shard:
         out.append("full sharding has not been measured")
     if setup.parallel.pp > 1 and setup.parallel.pp_schedule == "zero-bubble":

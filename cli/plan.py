@@ -53,6 +53,7 @@ _SEARCH_BATCH = 256
 @click.option(
     "--top", type=click.IntRange(1, 100), default=10, show_default=True, help="How many layouts a search gives."
 )
+@click.option("--scaling", is_flag=True, help="Tell how the layout scales to more GPUs, too.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Write the step's timeline, for ui.perfetto.dev.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page: memory of each stage, timeline, scaling.")
 @click.option(
@@ -103,8 +104,22 @@ def _single(
     from runtime.estimate.step import Estimate
 
     estimate = Estimate(make_setup(source, given, world), machine, options["imbalance"])
+    return _with_more(as_json(estimate), list(lines(estimate)), estimate, options)
+
+
+def _with_more(
+    value: dict[str, Any], lines: list[str], estimate: Estimate | None, options: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Add the scaling curve and the files that are asked for; None has neither."""
+    if estimate is None:
+        return value | {"files": []}, lines
+    if options["scaling"]:
+        from runtime.estimate.scaling import scaling, scaling_json, scaling_lines
+
+        args = (estimate.setup, estimate.machine, options["imbalance"])
+        value, lines = value | {"scaling": scaling_json(*args)}, [*lines, "", *scaling_lines(scaling(*args))]
     written = _files(estimate, options)
-    return as_json(estimate) | {"files": written}, [*lines(estimate), *(f"{path}: written" for path in written)]
+    return value | {"files": written}, [*lines, *(f"{path}: written" for path in written)]
 
 
 def _files(estimate: Estimate, options: dict[str, Any]) -> list[str]:
@@ -144,8 +159,7 @@ def _search(
         if other.best:
             lines += ["", "with --moments-dtype bfloat16:", *found_lines(other, time.perf_counter() - start)]
             found, changed = other, {"changed": {"moments_dtype": "bfloat16"}}
-    written = _files(found.best[0], options) if found.best else []
-    return found_json(found) | changed | {"files": written}, [*lines, *(f"{path}: written" for path in written)]
+    return _with_more(found_json(found) | changed, lines, found.best[0] if found.best else None, options)
 
 
 def searched_setup(source: Source, given: Given, world: int) -> tuple[Setup, int]:

@@ -92,7 +92,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
 
 def expect(run: RunConfig, process: Process) -> Forecast | None:
     """Give the run's own plan; None where it trains on no GPU."""
-    if run.train.skip_train or not torch.cuda.is_available():
+    if run.train.skip_train or not torch.cuda.is_available() or process.local_rank >= torch.cuda.device_count():
         return None
     found = torch.cuda.get_device_properties(process.local_rank)
     gpu = Gpu(found.name, found.total_memory, min(process.world_size, torch.cuda.device_count()))

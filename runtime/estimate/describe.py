@@ -138,7 +138,8 @@ def _memory(estimate: Estimate) -> Iterator[str]:
     yield f"activations of the fullest rank by part: {parts or 'none'}"
     usable = estimate.machine.memory
     share = f"{estimate.peak / GB:.1f} GB of {usable / GB:.1f} GB that a run can use"
-    yield f"peak: {share}: {'fits' if estimate.fits else 'DOES NOT FIT'}"
+    hint = "DOES NOT FIT; leave the degrees out, or some of them with --search, and a plan looks for what does"
+    yield f"peak: {share}: {'fits' if estimate.fits else hint}"
 
 
 def _step(estimate: Estimate) -> Iterator[str]:

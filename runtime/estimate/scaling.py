@@ -44,6 +44,18 @@ def scaling(setup: Setup, machine: Machine, imbalance: float | None = None) -> d
     }
 
 
+def scaling_lines(curves: dict[str, list[Point]]) -> Iterator[str]:
+    """Give both curves as a table for people."""
+    yield "scaling (data parallelism grows): ms, tokens/s, share of ideal"
+    yield "GPUs".rjust(7) + "sequences of a GPU stay".rjust(36) + "sequences of a step stay".rjust(36)
+    for number, weak in enumerate(curves["weak"]):
+        strong = curves["strong"][number] if number < len(curves["strong"]) else None
+        cells = [
+            f"{p.seconds * 1e3:,.0f}  {p.tokens_per_second:,.0f}  {p.share:.0%}" if p else "" for p in (weak, strong)
+        ]
+        yield f"{weak.gpus:7}" + "".join(cell.rjust(36) for cell in cells)
+
+
 def scaling_json(setup: Setup, machine: Machine, imbalance: float | None = None) -> dict[str, Any]:
     """Give both curves as JSON values."""
     return {name: [asdict(p) for p in points] for name, points in scaling(setup, machine, imbalance).items()}

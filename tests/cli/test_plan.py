@@ -143,6 +143,40 @@ def test_quantised_weights_are_planned_as_plain_ones(tmp_path: Path) -> None:
     assert "planned for plain ones" in plan(tmp_path, "--ep", 2, "--seq-length", 64)
 
 
+def test_without_degrees_the_best_layouts_are_listed(mixtral: Path) -> None:
+    words = (mixtral, "--gpus", 32, "--seq-length", 4096, "--top", 3)
+    found = plan_json(*words)
+    assert len(found["layouts"]) == 3
+    assert found["tried"] > 100
+    best = found["layouts"][0]
+    again = plan_json(mixtral, "--gpus", 32, *best["flags"])
+    assert again["step"] == best["step"]
+    assert again["memory"] == best["memory"]
+    text = plan(*words)
+    assert f"{best['step']['seconds'] * 1e3:,.0f}" in text
+    assert "left out: " in text
+
+
+def test_given_degrees_are_kept_in_a_search(mixtral: Path) -> None:
+    found = plan_json(mixtral, "--gpus", 32, "--search", "--ep", 4, "--seq-length", 4096, "--top", 5)
+    assert all("ep4" in layout["layout"] for layout in found["layouts"])
+
+
+def test_where_nothing_fits_it_is_said_and_smaller_moments_are_tried(mixtral: Path) -> None:
+    assert "NOTHING FITS: the smallest is" in plan(mixtral, "--gpus", 2, "--seq-length", 4096)
+    text = plan(mixtral, "--gpus", 8, "--seq-length", 4096)
+    assert "with --moments-dtype bfloat16:" in text
+    assert plan_json(mixtral, "--gpus", 8, "--seq-length", 4096)["changed"] == {"moments_dtype": "bfloat16"}
+    assert "DOES NOT FIT" in plan(mixtral, "--gpus", 8, "--ep", 8, "--seq-length", 4096)
+
+
+def test_scaling_is_told(mixtral: Path) -> None:
+    words = (mixtral, "--gpus", 16, "--pp", 2, "--ep", 8, "--seq-length", 4096, "--global-batch-size", 64, "--scaling")
+    found = plan_json(*words)["scaling"]
+    assert [point["gpus"] for point in found["weak"]][:3] == [16, 32, 64]
+    assert "scaling (data parallelism grows)" in plan(*words)
+
+
 def test_no_torch_is_imported(mixtral: Path) -> None:
     program = (
         "import sys, time; start = time.perf_counter(); from cli.main import main\n"

@@ -100,7 +100,6 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
     exchanged = parallel.ep > 1 and moe.dispatcher == "alltoall"
     experts, align = moe.num_experts // parallel.ep, machine.row_alignment
     rows = sent * parallel.etp * uneven
-
     return Local(
         **common,
         num_experts=moe.num_experts,

@@ -14,6 +14,7 @@ from typing import Any
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.shard import divisors
 from moeconv.placement import misfits
+from runtime.errors import ConfigError, require
 from runtime.estimate.machine import Machine
 from runtime.estimate.memory import rank_activations
 from runtime.estimate.parameters import RankParameters
@@ -22,6 +23,7 @@ from runtime.estimate.stage import Cost
 from runtime.estimate.step import Estimate
 from runtime.model.recompute import RecomputeConfig
 from runtime.parallel.degrees import ParallelConfig
+from runtime.settings.check import FLAGS, check_combinations
 
 MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL_STAGES = (1, 2, 3, 4)
@@ -48,11 +50,12 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Free:
-    """What a search may choose; None for degrees it may, a value for those it may not."""
+    """What a search may choose, and what is given."""
 
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ParallelConfig that are given."""
+    """Fields of ParallelConfig that are given; all others may be chosen."""
     micro_batch_size: int | None = None
+    """None: may be chosen."""
     recompute: bool = True
     """Whether recomputation may be chosen."""
 
@@ -90,7 +93,11 @@ class Search:
 
         Returns:
             The best, and why the others are not among them.
+
+        Raises:
+            ConfigError: degrees that are given don't divide the model or the GPUs.
         """
+        self._check_given()
         ranked: list[tuple[float, int, Estimate]] = []
         for parallel in self._degrees():
             for estimate in self._fitting(parallel):
@@ -100,7 +107,18 @@ class Search:
         chosen = sorted((e for e in chosen if e.fits), key=lambda estimate: estimate.seconds)
         self.found.best = chosen[:count]
         self._reason("slower", len(ranked) - len(self.found.best))
+        given = " ".join(f"{FLAGS.get(name, name)} {value}" for name, value in self._free.fixed.items())
+        require(
+            bool(self.found.tried or self.found.reasons),
+            f"{given}: no layout of {self._setup.world_size} GPUs has these: products of degrees must divide the GPUs",
+        )
         return self.found
+
+    def _check_given(self) -> None:
+        """Refuse degrees that don't divide the model."""
+        given = {axis: self._free.fixed[axis] for axis in ("tp", "ep", "etp") if axis in self._free.fixed}
+        for misfit in misfits(self._setup.model, Degrees(**{"etp": 1} | given)):
+            raise ConfigError(misfit.error().say(FLAGS))
 
     def _degrees(self) -> Iterator[ParallelConfig]:
         """All degrees that model and ranks allow."""
@@ -139,7 +157,21 @@ class Search:
             uneven = degrees.get("pp_layers") or (None if layers % (pp * vpp) == 0 else deal_layers(layers, pp * vpp))
             if uneven is not None and len(uneven) != pp * vpp:
                 continue
-            yield ParallelConfig(**degrees | {"vpp": vpp, "pp_layers": uneven})
+            each = degrees.get("layers_per_virtual_stage")
+            if each is not None and each * pp * vpp != layers:
+                continue
+            parallel = ParallelConfig(**degrees | {"vpp": vpp, "pp_layers": uneven})
+            if self._combines(parallel):
+                yield parallel
+
+    def _combines(self, parallel: ParallelConfig) -> bool:
+        """Whether the trainer computes such a combination."""
+        try:
+            check_combinations(parallel, self._setup.moe)
+        except ConfigError as error:
+            self._reason(f"the trainer refuses: {error}", 1)
+            return False
+        return True
 
     def _fitting(self, parallel: ParallelConfig) -> Iterator[Estimate]:
         """What fits of one layout, with the least recomputation that does for each size of micro-batch."""

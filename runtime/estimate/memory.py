@@ -75,18 +75,18 @@ def rank_activations(
 
 def _in_flight(pipeline: Pipeline, rank: int, costs: Mapping[int, Cost]) -> dict[int, int]:
     """Micro-batches of each virtual stage between their passes, when they keep most together."""
+    kept = {stage: cost.kept_bytes for stage, cost in costs.items()}
     now = dict.fromkeys(costs, 0)
-    best, most = dict(now), -1.0
-    size = 0.0
+    best, most, size = dict(now), -1.0, 0.0
     for action in pipeline.beginning(rank):
         if action.kind == "F":
             now[action.stage] += 1
-            size += costs[action.stage].kept_bytes
+            size += kept[action.stage]
             if size > most:
                 best, most = dict(now), size
         elif action.kind in "BW":
             now[action.stage] -= 1
-            size -= costs[action.stage].kept_bytes
+            size -= kept[action.stage]
     return best
 
 

@@ -70,6 +70,7 @@ class RankParameters:
     groups: Mapping[str, TensorSettings] | None = None
     """How each tensor is trained, by name; None where all are as usual. Of experts those of the first rank count."""
     _layers: dict[object, tuple[Parameter, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _ends: dict[tuple[bool, bool], list[Parameter]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[int, Sums] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -136,7 +137,10 @@ class RankParameters:
 
     def ends(self, layers: range) -> list[Parameter]:
         """List the parameters of the ends of the model that come with some layers."""
-        return [*self._begin(layers), *self._end(layers)]
+        key = (layers.start == 0, layers.stop == self.model.sizes["layers"])
+        if key not in self._ends:
+            self._ends[key] = [*self._begin(layers), *self._end(layers)]
+        return self._ends[key]
 
     def kind(self, layer: int) -> object:
         """What layers of one kind have in common; where tensors are trained differently, each is its own."""

@@ -297,5 +297,5 @@ def _formula(estimate: Estimate) -> float:
     setup, pp = estimate.setup, estimate.setup.parallel.pp
     sums = [sum(c.forward + c.backward for c in estimate.costs_of(rank).values()) for rank in range(pp)]
     filling = (sum(sums) - max(sums)) / setup.parallel.vpp
-    after = max(a.reduce + a.update + a.gather for a in (estimate.after[0], estimate.after[-1]))
+    after = max(a.reduce + a.update + a.gather for a in map(estimate.after_of, {0, pp - 1}))
     return setup.num_microbatches * max(sums) + filling + after

@@ -92,6 +92,8 @@ class Costs:
         for layer, again, times in counts.values():
             out.add(self.layer(layer, recomputed=again), times)
         ends = (layers.start == 0, layers.stop == setup.model.sizes["layers"])
+        if not any(ends):
+            return out
         works = ends_work(setup, self.local, self.machine)
         kept, traffic = ends_activations(setup, self.local), ends_traffic(setup, self.local)
         for here, work, activations, transfers in zip(ends, works, kept, traffic, strict=True):

@@ -70,8 +70,8 @@ class Estimate:
 
     def costs_of(self, rank: int) -> dict[int, Cost]:
         """The virtual stages of a pipeline rank."""
-        pp = self.setup.parallel.pp
-        return {number: cost for number, cost in self.stages.items() if number % pp == rank}
+        numbers = range(rank, self.pipeline.pp * self.pipeline.vpp, self.pipeline.pp)
+        return {number: self.stages[number] for number in numbers}
 
     @cached_property
     def memory(self) -> list[Memory]:
@@ -116,9 +116,10 @@ class Estimate:
     @cached_property
     def after(self) -> list[After]:
         """What each pipeline rank does after its passes."""
-        return [self._after(rank) for rank in range(self.setup.parallel.pp)]
+        return [self.after_of(rank) for rank in range(self.setup.parallel.pp)]
 
-    def _after(self, rank: int) -> After:
+    def after_of(self, rank: int) -> After:
+        """Work out what a pipeline rank does after its passes."""
         setup, machine = self.setup, self.machine
         sums = setup.parameters.sums(rank)
         reduce, gather = gradient_traffic(setup, sums)

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moeconv.errors import MoeconvError
+from moeconv.families import FAMILIES
+from moeconv.families.base import Model
 from moeconv.placement import Placement
 from runtime.engine import Engine
 from runtime.estimate.setup import Setup
@@ -96,10 +98,10 @@ def connect() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def build(setup: Setup) -> tuple[Engine, ParallelMesh]:
+def build(setup: Setup, device: str = "cpu") -> tuple[Engine, ParallelMesh]:
     mesh = ParallelMesh(setup.parallel)
-    dtype, device = TORCH_DTYPES[setup.dtype], torch.device("cpu")
-    args = (setup.model, dtype, setup.parallel, setup.moe, setup.optim, setup.recompute, mesh, device)
+    dtype = TORCH_DTYPES[setup.dtype]
+    args = (setup.model, dtype, setup.parallel, setup.moe, setup.optim, setup.recompute, mesh, torch.device(device))
     return Engine(*args), mesh
 
 
@@ -139,6 +141,36 @@ def test_state_is_the_engines(seed: int, connect: Any) -> None:
     named = [tuple(p.shape) for p in engine.module.parameters()]
     if not setup.parallel.fully_shard:
         assert [p.shape for p in setup.parameters.stage(mesh.rank("pp"))] == named
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"ep": 8, "use_distributed_optimizer": True},
+        {"tp": 2, "sp": True, "pp": 4, "ep": 8, "etp": 1, "use_distributed_optimizer": True},
+        {"pp": 2, "vpp": 4, "ep": 2, "use_distributed_optimizer": True},
+        {"tp": 8, "sp": True},
+    ],
+)
+def test_state_of_a_large_model_is_the_engines(parallel: dict[str, Any], connect: Any) -> None:
+    """Mixtral 8x7B as it is, with many buckets, on the device that has no memory."""
+    config = {
+        "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }  # fmt: skip
+    model = Model.from_config(FAMILIES["mixtral"], config)
+    router = model.compute.router
+    assert router is not None
+    setup = Setup(
+        model=model, world_size=64, parallel=ParallelConfig(**parallel), moe=MoEConfig(router=router),
+        optim=OptimConfig(), recompute=RecomputeConfig(), dtype="bfloat16", seq_length=4096, micro_batch_size=1,
+        num_microbatches=1,
+    )  # fmt: skip
+    connect(64, 37)
+    engine, mesh = build(setup, "meta")
+    assert len(engine.store.shards) > 10
+    assert rank_state(setup.parameters.stage(mesh.rank("pp")), setup) == memory_of(engine)
 
 
 @pytest.mark.parametrize("seed", range(12))

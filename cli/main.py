@@ -47,6 +47,7 @@ _COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "upcycle": ("cli.upcycle:upcycle", "Turn a dense checkpoint into a mixture of experts."),
     },
     "Train": {
+        "plan": ("cli.plan:plan", "Say whether a training run fits, and how fast it will be."),
         "train": ("cli.train:train", "Train a checkpoint on the GPUs of this machine, or of several."),
         "prepare-data": ("cli.data:prepare_data", "Tokenize text for training, on all cores."),
         "report": ("cli.report:report", "Show training runs side by side in one page."),

@@ -91,6 +91,30 @@ def cached_folder(repository: str, revision: str | None = None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def config_file(repository: str, revision: str | None = None) -> Path:
+    """Download a hub repository's config.json into huggingface_hub's cache, and nothing else.
+
+    Args:
+        repository: its id, such as `mistralai/Mixtral-8x7B-v0.1`.
+        revision: a branch, tag or commit.
+
+    Returns:
+        The file.
+
+    Raises:
+        SourceError: it is no repository's id, or the hub can't give the file.
+    """
+    if not is_repository(repository):
+        raise SourceError(f"{brief_path(Path(repository))}: no such folder or file, and no repository id (OWNER/NAME)")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, CONFIG, revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise refusal(repository, error) from None
+
+
 def is_repository(source: str) -> bool:
     """Say whether a source is a hub repository's id, and no local folder."""
     return not os.path.lexists(source) and _REPOSITORY.fullmatch(source) is not None

@@ -23,6 +23,7 @@ from runtime.data.loader import DataSource
 from runtime.data.summary import describe_data
 from runtime.engine import Engine
 from runtime.errors import require
+from runtime.estimate.forecast import Forecast, Gpu, Measured
 from runtime.job.failure import USER_ERROR, end_with, tell_launcher
 from runtime.job.processes import Process, connect, one_first, start
 from runtime.job.signals import StopRequest
@@ -76,6 +77,10 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     if run.moe is not None:
         device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype]))
+    forecast = expect(run, process)
+    if forecast is not None:
+        forecast.check()
+        notes.append(forecast.line())
     if places.save is None and not run.train.skip_train:
         notes.append("WARNING: without --save, nothing of this run is kept")
     if origin.own and not (run.checkpoint.load_optim and run.checkpoint.load_rng):
@@ -83,6 +88,15 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
             "--no-load-optim, --no-load-rng and --finetune are for --load: a run goes on from --save with all of it"
         )
     return dataclasses.replace(run, notes=tuple(notes)), origin
+
+
+def expect(run: RunConfig, process: Process) -> Forecast | None:
+    """Give the run's own plan; None where it trains on no GPU."""
+    if run.train.skip_train or not torch.cuda.is_available() or process.local_rank >= torch.cuda.device_count():
+        return None
+    found = torch.cuda.get_device_properties(process.local_rank)
+    gpu = Gpu(found.name, found.total_memory, min(process.world_size, torch.cuda.device_count()))
+    return Forecast(run, process.world_size, gpu)
 
 
 def _groups(run: RunConfig, origin: Origin) -> list[str]:
@@ -193,6 +207,10 @@ def run_job(
         for split in ("valid", "test") if data.has("test") else ("valid",):
             trainer.evaluate(split)
     if log is not None:
+        forecast = expect(run, process)
+        outcome = forecast.outcome(Measured(log.seconds, log.memory)) if forecast is not None else ""
+        if outcome:
+            log.note(outcome)
         log.close()
     for claim in claims:
         claim.release()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from moeconv.families.base import Model
+
+if TYPE_CHECKING:
+    import torch
 
 # Peak of dense bf16 and fp16 matrix products in TFLOP/s, without sparsity, by a part of the GPU's name; the first that
 # fits counts. From the vendors' data sheets.
@@ -117,6 +120,8 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     Returns:
         Operations a second; None off a GPU, for an unknown GPU, and for types that are no 16 bits wide.
     """
+    import torch  # here only: a plan counts without it
+
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     return peak_flops(torch.cuda.get_device_name(device))

@@ -47,6 +47,10 @@ class MetricLog:
         self._screen = Screen(out or sys.stdout, train_iters, bar=config.progress_bar)
         self._file = JsonLines(config.file, self._screen.line) if config.file is not None else None
         self._steps: list[StepRecord] = []
+        self.seconds: list[float] = []
+        """Of each step so far."""
+        self.memory = 0
+        """Bytes at the highest peak of a step so far."""
         self._dead = DeadExperts(config.dead_expert_steps)
         self._clock: tuple[int, float] | None = None
         self._write("run", version=LOG_VERSION, train_iters=train_iters, settings=settings)
@@ -67,6 +71,8 @@ class MetricLog:
         if self._clock is None:
             self._clock = (record.iteration, now)  # the first step is slower than the others
         self._steps.append(record)
+        self.seconds.append(record.seconds)
+        self.memory = max(self.memory, record.memory_bytes)
         self._screen.step(record.iteration, record.lm_loss, record.num_tokens / max(record.seconds, 1e-9))
         if record.routing is not None:
             self._dead.step(record.routing.load_LE)

@@ -16,7 +16,7 @@ from runtime.moe.config import MoEConfig
 from runtime.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.topology import TensorSettings
+from runtime.parallel.tensor_settings import TensorSettings
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

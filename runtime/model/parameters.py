@@ -13,10 +13,9 @@ from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
 from moeconv.placement import rank_rects
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.topology import Piece, TensorSettings, Topology, tag
-
-# Rows of the vocabulary are padded to this multiple in memory: matrix products with odd widths are slow on GPUs.
-_ROW_MULTIPLE = 8
+from runtime.parallel.packing import ROW_MULTIPLE
+from runtime.parallel.tensor_settings import TensorSettings
+from runtime.parallel.topology import Piece, Topology, tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,7 @@ class Parameters:
         tied = self.model.tied and role in ("embedding", "head")
         tensor = self.model.tensor("embedding" if tied else role)
         rows = [rect.shape[0] for rect in rank_rects(tensor, self._degrees)]
-        weight = self._empty(-(-max(rows) // _ROW_MULTIPLE) * _ROW_MULTIPLE, *tensor.shape[1:])
+        weight = self._empty(-(-max(rows) // ROW_MULTIPLE) * ROW_MULTIPLE, *tensor.shape[1:])
         pieces = self._pieces([tensor]) if rows[self._mesh.rank("tp")] else ()
         # First and last stage each hold tied embeddings, and each have a part of their gradient.
         ends = ("ends",) if tied and self._mesh.size("pp") > 1 else ()

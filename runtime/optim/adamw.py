@@ -10,7 +10,7 @@ from torch import Tensor
 
 from runtime.optim.config import OptimConfig
 from runtime.parallel.shards import Shard, segments
-from runtime.parallel.topology import TensorSettings
+from runtime.parallel.tensor_settings import TensorSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

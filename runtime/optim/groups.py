@@ -17,7 +17,7 @@ from moeconv.families.base import CARRIED, GlobalTensor, Model
 from moeconv.placement import split_optimizer_name
 from runtime.errors import ConfigError, require
 from runtime.optim.config import OptimConfig
-from runtime.parallel.topology import TensorSettings
+from runtime.parallel.tensor_settings import TensorSettings
 
 DERIVED_STATES = ("master", "ema")
 """States that follow from the weights, and need not be there to go on."""

@@ -22,12 +22,9 @@ from torch import Tensor, nn
 from runtime.parallel.collectives import group_rank, group_size
 from runtime.parallel.gradient_sink import GradientSink, OpenSum, attach_sink
 from runtime.parallel.mesh import ParallelMesh
+from runtime.parallel.packing import BUCKET_SIZE, lay_out, pack
 from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype, zero_frozen
 from runtime.parallel.topology import matrix_cols, tag, topology_of
-
-BUCKET_SIZE = 40_000_000
-"""Elements after which a new bucket begins: large enough for full bandwidth, small enough to overlap."""
-_ALIGNMENT = 64  # elements; keeps every parameter at an address that matrix products like
 
 
 @dataclass(slots=True)
@@ -62,13 +59,11 @@ class Bucket:
         self.partial_groups = [mesh.group(axis) for axis in self.topology.partial if mesh.size(axis) > 1]
         self.distributed = distributed and group_size(self.group) > 1 and not self.topology.frozen
         parts = group_size(self.group) if self.distributed else 1
-        self.slots: list[Slot] = []
-        end = 0
-        for name, parameter in members:
-            self.slots.append(Slot(name, topology_of(parameter), parameter.shape, matrix_cols(parameter), end))
-            end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
-        unit = parts * _ALIGNMENT
-        self.size = -(-end // unit) * unit
+        starts, self.size = lay_out([parameter.numel() for _, parameter in members], parts)
+        self.slots = [
+            Slot(name, topology_of(parameter), parameter.shape, matrix_cols(parameter), start)
+            for (name, parameter), start in zip(members, starts, strict=True)
+        ]
         wide = first.dtype if self.topology.frozen else wide_dtype(first.dtype)
         self.weights = torch.zeros(self.size, dtype=first.dtype, device=device)
         self.grads = torch.zeros(0 if self.topology.frozen else self.size, dtype=wide, device=device)
@@ -211,19 +206,6 @@ def alike(parameter: nn.Parameter) -> tuple[object, ...]:
     )
 
 
-def _groups(parameters: Iterable[tuple[str, nn.Parameter]], size: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Sort parameters into buckets, the last of the model first: their gradients come first."""
-    opened: dict[tuple[object, ...], list[tuple[str, nn.Parameter]]] = {}
-    filled: dict[tuple[object, ...], int] = {}
-    for name, parameter in reversed(list(parameters)):
-        key = alike(parameter)
-        if key in opened and filled[key] + parameter.numel() > size:
-            yield opened.pop(key)
-        opened.setdefault(key, []).append((name, parameter))
-        filled[key] = (filled[key] if len(opened[key]) > 1 else 0) + parameter.numel()
-    yield from opened.values()
-
-
 class BucketStore:
     """All parameters of this rank in buckets: replicated, or with optimizer state sharded over data parallel."""
 
@@ -247,7 +229,7 @@ class BucketStore:
             distributed: whether gradients and optimizer state are sharded.
             bucket_size: elements after which a new bucket begins.
         """
-        groups = list(_groups(parameters, bucket_size))
+        groups = list(pack(list(parameters), lambda item: alike(item[1]), lambda item: item[1].numel(), bucket_size))
         buckets = [Bucket(members, mesh, device, distributed=distributed) for members in groups]
         self.shards: list[Shard] = list(buckets)
         self._buckets = [bucket for bucket in buckets if not bucket.topology.frozen]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from runtime.parallel.collectives import Group
-from runtime.parallel.topology import TensorSettings, Topology, blocks
+from runtime.parallel.tensor_settings import TensorSettings
+from runtime.parallel.topology import Topology, blocks
 
 
 @dataclass(frozen=True, slots=True)

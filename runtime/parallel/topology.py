@@ -16,23 +16,7 @@ from torch import Tensor, nn
 
 from moeconv.layout.rect import Rect
 from runtime.parallel.mesh import ParallelMesh
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorSettings:
-    """How one tensor of the model is trained."""
-
-    frozen: bool = False
-    """It stays as it is: no gradient, no master, no state of the optimizer."""
-    decay: bool = True
-    """Whether weight decay applies."""
-    lr_scale: float = 1.0
-    """Factor on the learning rate."""
-    decoupled: bool = False
-    """Its rate is --decoupled-lr's instead of --lr's."""
-
-
-DEFAULT = TensorSettings()
+from runtime.parallel.tensor_settings import DEFAULT, TensorSettings, common
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +53,7 @@ class Topology:
     @property
     def settings(self) -> TensorSettings | None:
         """How all of its tensors are trained; None where they are trained differently."""
-        found = {piece.settings for piece in self.pieces}
-        return next(iter(found), DEFAULT) if len(found) < 2 else None
+        return common(piece.settings for piece in self.pieces)
 
     def is_primary(self, mesh: ParallelMesh) -> bool:
         """Say whether, among the copies that don't come from data parallelism, this rank's is the first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,45 @@ def make_page(data: Mapping[str, Any]) -> str:
         The page's HTML.
     """
     names = ", ".join(run["name"] for run in data["runs"])
+    scripts = [_PARTS / name for name in _SCRIPTS]
+    return assemble(_PARTS, title=f"{names}: training report", scripts=scripts, data=data)
+
+
+def assemble(
+    folder: Path, *, title: str, scripts: Sequence[Path], data: Mapping[str, Any], styles: Sequence[Path] = ()
+) -> str:
+    """Put a page together of its parts.
+
+    Args:
+        folder: where its `page.html` is.
+        title: of the page.
+        scripts: what runs in it, after what all pages share.
+        data: what the scripts read, as JSON values.
+        styles: beside what all pages share.
+
+    Returns:
+        HTML that needs no network.
+    """
+    shared = [] if folder == _PARTS else [_PARTS / "base.js"]
     parts = {
-        "title": html.escape(f"{names}: training report"),
-        "style": (_PARTS / "page.css").read_text(encoding="utf-8"),
-        "script": "\n".join((_PARTS / name).read_text(encoding="utf-8") for name in _SCRIPTS),
+        "title": html.escape(title),
+        "style": "\n".join(path.read_text(encoding="utf-8") for path in (_PARTS / "page.css", *styles)),
+        "script": "\n".join(path.read_text(encoding="utf-8") for path in (*shared, *scripts)),
         # Within a script element only "<" can end it, and JSON has it in strings alone.
         "data": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     }
-    pieces = (_PARTS / "page.html").read_text(encoding="utf-8").split("@")
+    pieces = (folder / "page.html").read_text(encoding="utf-8").split("@")
     return "".join(parts[piece] if number % 2 else piece for number, piece in enumerate(pieces))
 
 
-def write_page(path: Path, page: str) -> None:
-    """Write a page, or replace an older report; nothing is left half written.
+def write_page(path: Path, page: str, mark: str = _MARK, kind: str = "report") -> None:
+    """Write a page, or replace an older one of its kind; nothing is left half written.
 
     Args:
         path: the file.
         page: its HTML.
+        mark: what pages of its kind begin with.
+        kind: what they are called.
 
     Raises:
         WriteError: it can't be written, or there is a file that is no report.
@@ -50,8 +72,8 @@ def write_page(path: Path, page: str) -> None:
     try:
         if path.exists():
             with path.open("rb") as file:
-                if _MARK.encode() not in file.read(4096):
-                    raise WriteError(f"{path}: exists and is no report; name another file with -o, or remove it")
+                if mark.encode() not in file.read(4096):
+                    raise WriteError(f"{path}: exists and is no {kind}; name another file, or remove it")
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(page, encoding="utf-8")
         os.replace(partial, path)

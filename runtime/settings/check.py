@@ -38,13 +38,18 @@ def check_run(run: RunConfig, world_size: int) -> None:
         ConfigError: names the flag, its value and what would fit.
     """
     resolve_groups(run.optim, run.model)
+    check_layout(run, world_size)
+    check_precision(run)
+    check_documents(run.data)
+
+
+def check_layout(run: RunConfig, world_size: int) -> None:
+    """Refuse degrees and sizes of a step that can't work; arguments and errors as of `check_run`."""
     check_world(run.parallel, world_size)
     check_degrees(run.parallel, run.model)
     check_combinations(run.parallel, run.moe)
     check_sequence(run.parallel, run.train)
     check_microbatches(run.parallel, run.train, world_size)
-    check_precision(run)
-    check_documents(run.data)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:

@@ -164,3 +164,13 @@ def test_of_an_old_repository_the_bin_files_are_the_weights(hub: Hub, mixtral: P
     assert result.returncode == 0, result.stderr
     assert set(hub.served) == set(old)
     assert call(hub, tmp_path / "home", "verify", tmp_path / "ckpt", "--against", mixtral).returncode == 0
+
+
+def test_a_plan_downloads_the_config_alone(hub: Hub, tmp_path: Path) -> None:
+    result = call(hub, tmp_path / "home", "plan", "mistralai/Tiny", "--gpus", 4, "--ep", 2, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["layout"] == "dp4 ep2"
+    assert hub.served == ["config.json"]
+    result = call(hub, tmp_path / "home", "plan", "mistralai/Missing", "--gpus", 4)
+    assert result.returncode == 1
+    assert "mistralai/Missing: no such folder, and the hub can't give it" in result.stderr

@@ -1,0 +1,287 @@
+"""What a plan says beside what was measured: `python -m benchmarks.plan`. It needs no GPU and takes seconds.
+
+The measured figures are those of docs/performance.md and of the runs on four GPUs in docs/planning.md. The runs on several
+GPUs, and one table on one GPU, are of the engine before its fused steps: they are compared with that engine's constants,
+each from a measurement of its kernels alone (`BEFORE`). No constant is fitted to a row of this table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moeconv.families import FAMILIES
+from moeconv.families.base import Model
+from runtime.estimate.machine import Machine, find_machine
+from runtime.estimate.setup import Setup
+from runtime.estimate.step import Estimate
+from runtime.model.recompute import RecomputeConfig
+from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
+from runtime.parallel.degrees import ParallelConfig
+
+MIXTRAL = {
+    "model_type": "mixtral", "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "intermediate_size": 14336, "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+MIXTRAL_22B = MIXTRAL | {
+    "hidden_size": 6144, "num_attention_heads": 48, "intermediate_size": 16384, "vocab_size": 32768,
+}  # fmt: skip
+# As benchmarks/step_systems.py has it: no norms of heads.
+QWEN3 = {
+    "model_type": "mixtral", "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "intermediate_size": 768, "vocab_size": 151936, "num_local_experts": 128, "num_experts_per_tok": 8,
+}  # fmt: skip
+QWEN3_30B = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "vocab_size": 151936, "num_experts": 128,
+    "num_experts_per_tok": 8,
+}  # fmt: skip
+QWEN3_235B = QWEN3_30B | {
+    "hidden_size": 4096, "num_attention_heads": 64, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+}  # fmt: skip
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3", "hidden_size": 7168, "num_attention_heads": 128, "num_key_value_heads": 128,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "vocab_size": 129280, "n_routed_experts": 256,
+    "num_experts_per_tok": 8, "n_shared_experts": 1, "first_k_dense_replace": 3, "q_lora_rank": 1536,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_group": 8,
+    "topk_group": 4,
+}  # fmt: skip
+
+BEFORE = """\
+# The engine before its fused steps. Shares of the memory's bandwidth: floor over plain torch of the table "The fused steps"
+# (docs/performance.md; norm 0.179 over 0.351 ms, norm of heads 0.112 over 0.408, rotary 0.112 over 1.100, cross entropy 0.524
+# over 8.354, embedding 0.112 over 1.156, gradient norm 0.357 over 0.405) and, for AdamW, 36 over 55 ms of a step.
+like: h100
+source: docs/performance.md, the engine before its fused steps
+passes: {norm: 0.51, head_norm: 0.27, rotary: 0.10, cross_entropy: 0.063, embedding: 0.097, adamw: 0.65, grad_norm: 0.88}
+sum_bytes: 12 # a dense gradient was rounded to bf16, and added by a pass of its own
+layer_gap_us: 450 # nothing on the device without communication in layers: dp4 14.2 ms for 32 layers, dp2 10 for 16
+"""
+# On one GPU torch chose its flash kernels then, where it chose cuDNN's on several (profiles of both).
+BEFORE_ALONE = BEFORE + "attention_tflops: 260\n"
+SHARD = {"use_distributed_optimizer": True}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A measured run."""
+
+    name: str
+    config: dict[str, Any]
+    layers: int
+    gpus: int = 1
+    parallel: dict[str, Any] = field(default_factory=dict)
+    microbatch: int = 1
+    microbatches: int = 8
+    moments: str = "float32"
+    engine: str = "now"
+    """now, before (the fused steps) or before, alone."""
+    ms: float
+    gb: float | None
+    """Peak, 10^9 bytes."""
+
+
+def _gib(value: float) -> float:
+    return value * 2**30 / 1e9
+
+
+def one_gpu() -> Iterator[Row]:
+    """docs/performance.md, "A training step"; and the same work before the fused steps."""
+    mixtral: dict[str, Any] = {"config": MIXTRAL, "layers": 2, "microbatch": 2}
+    qwen: dict[str, Any] = {"config": QWEN3, "layers": 4, "microbatch": 2}
+    yield Row(name="Mixtral, 8 micro-batches", **mixtral, ms=688.5, gb=_gib(56.2))
+    yield Row(name="Mixtral, 1", **mixtral, microbatches=1, ms=111.8, gb=_gib(56.2))
+    yield Row(name="Mixtral, 8, moments in bf16", **mixtral, moments="bfloat16", ms=678.4, gb=_gib(44.6))
+    yield Row(
+        name="Mixtral, 1, moments in bf16", **mixtral, microbatches=1, moments="bfloat16", ms=107.3, gb=_gib(44.6)
+    )
+    yield Row(name="Qwen3, 8", **qwen, ms=562, gb=_gib(56.8))
+    yield Row(name="Qwen3, 1", **qwen, microbatches=1, ms=98.9, gb=_gib(56.8))
+    before: dict[str, Any] = {"engine": "before, alone"}
+    yield Row(name="Mixtral, 8", **mixtral, **before, ms=822, gb=_gib(57.6))
+    yield Row(name="Mixtral, 1", **mixtral, microbatches=1, **before, ms=147.6, gb=_gib(57.6))
+    yield Row(name="Qwen3, 8", **qwen, **before, ms=907, gb=None)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ep": {}, "dp": {}, "tp2 sp": {"tp": 2, "sp": True}, "pp2": {"pp": 2}, "pp2 ep2": {"pp": 2, "ep": 2},
+    "tp2 sp ep2 etp1": {"tp": 2, "sp": True, "ep": 2, "etp": 1},
+}  # fmt: skip
+# GPUs, layout, layers, ms, weights, gradients, masters, moments, activations and buffers (10^9 bytes).
+SEVERAL = (
+    (2, "ep", 2, 447, (3.5, 7.0, 6.3, 12.7, 3.2)),
+    (2, "dp", 2, 480, (6.3, 12.7, 6.3, 12.7, 2.9)),
+    (2, "tp2 sp", 2, 508, (3.2, 6.3, 6.3, 12.7, 1.8)),
+    (2, "pp2", 2, 538, (3.2, 6.3, 6.3, 12.7, 2.7)),
+    (2, "ep", 4, 810, (6.5, 13.0, 12.1, 24.3, 4.8)),
+    (2, "dp", 3, 680, (9.2, 18.5, 9.2, 18.5, 3.7)),
+    (2, "tp2 sp", 5, 1122, (7.5, 15.0, 15.0, 30.1, 3.0)),
+    (2, "pp2", 4, 934, (6.1, 12.1, 12.1, 24.3, 4.0)),
+    (4, "ep", 4, 776.9, (3.68, 7.36, 6.07, 12.13, 4.80)),
+    (4, "tp2 sp ep2 etp1", 4, 1052.5, (6.07, 12.13, 6.07, 12.13, 2.82)),
+    (4, "pp2 ep2", 4, 875.5, (3.25, 6.50, 6.07, 12.13, 4.70)),
+    (4, "dp", 4, 867.8, (12.13, 24.27, 6.07, 12.13, 4.44)),
+    (4, "ep", 8, 1470.1, (6.83, 13.67, 11.87, 23.74, 7.83)),
+    (4, "tp2 sp ep2 etp1", 7, 1903.0, (10.42, 20.84, 10.42, 20.84, 4.17)),
+    (4, "pp2 ep2", 8, 1620.1, (6.24, 12.47, 11.87, 23.74, 7.84)),
+)
+
+
+def several_gpus() -> Iterator[Row]:
+    """`benchmarks.multi_gpu` on two and four GPUs: Mixtral's layers, 8 sequences a GPU, micro-batches of one."""
+    for gpus, name, layers, ms, memory in SEVERAL:
+        parallel = SHARD | LAYOUTS[name] | ({"ep": gpus} if name == "ep" else {})
+        dp = gpus // (parallel.get("tp", 1) * parallel.get("pp", 1))
+        yield Row(
+            name=f"{name}{gpus if name in ('ep', 'dp') else ''}, {layers} layers", config=MIXTRAL, layers=layers, gpus=gpus,
+            parallel=parallel, microbatches=8 * gpus // dp, engine="before", ms=ms, gb=sum(memory),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """A figure that somebody has published, with another program."""
+
+    name: str
+    config: dict[str, Any]
+    layers: int
+    gpus: int
+    parallel: dict[str, Any]
+    microbatch: int
+    sequences: int
+    tflops: float
+    conditions: str
+    recompute: str = "none"
+
+
+MORE = SHARD | {"sp": True, "tp": 2}
+PUBLISHED = (
+    Published(
+        name="Mixtral 8x7B, 64 H100", config=MIXTRAL, layers=32, gpus=64, microbatch=1, sequences=256, tflops=468,
+        parallel=SHARD | {"pp": 4, "ep": 8, "vpp": 8}, conditions="Megatron-Core 0.9, bf16",
+    ),
+    Published(
+        name="Mixtral 8x22B, 128 H100", config=MIXTRAL_22B, layers=56, gpus=128, microbatch=1, sequences=256, tflops=445,
+        parallel=MORE | {"pp": 8, "ep": 8, "etp": 1, "vpp": 7}, conditions="Megatron-Core, bf16, dropless",
+    ),
+    Published(
+        name="Qwen3-30B-A3B, 8 H100", config=QWEN3_30B, layers=48, gpus=8, microbatch=4, sequences=512, tflops=277,
+        parallel=SHARD | {"ep": 8}, conditions="NeMo Automodel, bf16, FSDP, DeepEP; balanced gate", recompute="full",
+    ),
+    Published(
+        name="Qwen3-235B-A22B, 256 H100", config=QWEN3_235B, layers=94, gpus=256, microbatch=1, sequences=4096, tflops=245,
+        parallel=MORE | {"pp": 8, "ep": 32, "etp": 1, "pp_layers": (11, 12, 12, 12, 12, 12, 12, 11)},
+        conditions="Megatron-Bridge, bf16", recompute="full",
+    ),
+    Published(
+        name="DeepSeek-V3, 1024 H100", config=DEEPSEEK_V3, layers=61, gpus=1024, microbatch=1, sequences=8192, tflops=216,
+        parallel=MORE | {"pp": 8, "ep": 64, "etp": 1, "pp_layers": (7, 8, 8, 8, 8, 8, 8, 6)},
+        conditions="Megatron-Bridge, bf16", recompute="full",
+    ),
+)  # fmt: skip
+
+
+def make_setup(config: dict[str, Any], layers: int, gpus: int, parallel: dict[str, Any], **sizes: Any) -> Setup:
+    """Put a setup together."""
+    family = FAMILIES[config["model_type"]]
+    model = Model.from_config(family, config | {"num_hidden_layers": layers, "max_position_embeddings": 4096})
+    router = model.compute.router
+    assert router is not None
+    return Setup(
+        model=model, world_size=gpus, parallel=ParallelConfig(**parallel), moe=MoEConfig(router=router),
+        optim=OptimConfig(moments_dtype=sizes.pop("moments", "float32")),
+        recompute=RecomputeConfig(granularity=sizes.pop("recompute", "none")),
+        dtype="bfloat16", seq_length=4096, **sizes,
+    )  # fmt: skip
+
+
+def predict(row: Row, machines: dict[str, Machine]) -> Estimate:
+    """Plan a measured run."""
+    setup = make_setup(
+        row.config, row.layers, row.gpus, row.parallel, moments=row.moments, micro_batch_size=row.microbatch,
+        num_microbatches=row.microbatches,
+    )  # fmt: skip
+    return Estimate(setup, machines[row.engine])
+
+
+def machines() -> dict[str, Machine]:
+    """The constants of each engine."""
+    out = {"now": find_machine("h100")}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in (("before", BEFORE), ("before, alone", BEFORE_ALONE)):
+            path = Path(folder) / "machine.yaml"
+            path.write_text(text, encoding="utf8")
+            out[name] = find_machine(str(path))
+    return out
+
+
+def errors() -> list[dict[str, Any]]:
+    """Predicted, measured and the error of every run."""
+    known, out = machines(), []
+    for row in (*one_gpu(), *several_gpus()):
+        found = predict(row, known)
+        ms, gb = found.seconds * 1e3, found.peak / 1e9
+        out.append({
+            "gpus": row.gpus, "run": row.name, "engine": row.engine.split(",")[0], "predicted_ms": ms, "measured_ms": row.ms,
+            "time_error": ms / row.ms - 1, "predicted_gb": gb, "measured_gb": row.gb,
+            "memory_error": gb / row.gb - 1 if row.gb is not None else None,
+        })  # fmt: skip
+    return out
+
+
+def plausible() -> list[dict[str, Any]]:
+    """What plans of this trainer say of published runs of other programs."""
+    out = []
+    for run in PUBLISHED:
+        dp = run.gpus // (run.parallel.get("tp", 1) * run.parallel.get("pp", 1))
+        setup = make_setup(
+            run.config, run.layers, run.gpus, run.parallel, recompute=run.recompute, micro_batch_size=run.microbatch,
+            num_microbatches=run.sequences // (dp * run.microbatch),
+        )  # fmt: skip
+        found = Estimate(setup, find_machine("h100"))
+        out.append({
+            "run": run.name, "conditions": run.conditions, "recomputed": run.recompute, "predicted_tflops": found.tflops,
+            "published_tflops": run.tflops, "error": found.tflops / run.tflops - 1, "peak_gb": found.peak / 1e9,
+        })  # fmt: skip
+    return out
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    rows, runs = errors(), plausible()
+    if parser.parse_args().json:
+        print(json.dumps({"measured": rows, "published": runs}, indent=1))
+        return
+    print("| GPUs | run | engine | ms: predicted | measured | error | peak, GB: predicted | measured | error |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        measured = (
+            f"{row['measured_gb']:.1f} | {row['memory_error']:+.1%}" if row["measured_gb"] is not None else "- | -"
+        )
+        print(
+            f"| {row['gpus']} | {row['run']} | {row['engine']} | {row['predicted_ms']:.0f} | {row['measured_ms']:.0f} "
+            f"| {row['time_error']:+.1%} | {row['predicted_gb']:.1f} | {measured} |"
+        )
+    times = [abs(row["time_error"]) for row in rows]
+    peaks = [abs(row["memory_error"]) for row in rows if row["memory_error"] is not None]
+    print(f"\ntime: mean error {sum(times) / len(times):.1%}, largest {max(times):.1%}; "
+          f"peak: mean {sum(peaks) / len(peaks):.1%}, largest {max(peaks):.1%}\n")  # fmt: skip
+    print("| published run | of | recomputed here | TFLOP/s a GPU: predicted | published | difference | peak, GB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for run in runs:
+        print(
+            f"| {run['run']} | {run['conditions']} | {run['recomputed']} | {run['predicted_tflops']:.0f} "
+            f"| {run['published_tflops']:.0f} | {run['error']:+.0%} | {run['peak_gb']:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Measure a machine's constants, under torchrun, and write them as a calibration file.
+
+Rates are of a device that has done the same work for a while, as it does in training; of ranks that measure together,
+the slowest counts. What isn't measured here (passes, pauses, waits) is taken from the machine that the file is `like`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moeconv.errors import WriteError
+from moeconv.families.compute import Router
+from runtime.estimate.compute import ATTENTION_PASSES
+from runtime.estimate.machine import COLLECTIVES, Collective, known_machines
+from runtime.job.processes import Process, connect, start
+from runtime.moe.config import MoEConfig
+from runtime.moe.grouped_gemm import make_gemm, resolve_backend
+from runtime.moe.permutation import plan_rows
+from runtime.ops.attention import attend
+
+TIMEOUT = 300.0
+"""Seconds that a collective may take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How much is measured with."""
+
+    square: int
+    """Side of the dense product's matrices."""
+    rows: int
+    hidden: int
+    width: int
+    """Of the grouped products' experts."""
+    experts: int
+    positions: int
+    heads: int
+    message: int
+    """Bytes of the largest message; the smallest is a 16th."""
+    warm: float
+    """Seconds of the same work before it is timed."""
+    dtype: torch.dtype
+
+
+GPU = Sizes(
+    square=8192, rows=16384, hidden=4096, width=14336, experts=8, positions=4096, heads=32, message=2**28, warm=0.3,
+    dtype=torch.bfloat16,
+)  # fmt: skip
+CPU = Sizes(
+    square=256, rows=256, hidden=64, width=96, experts=4, positions=128, heads=4, message=2**20, warm=0.0,
+    dtype=torch.float32,
+)  # fmt: skip
+
+
+def calibrate(path: Path) -> str:
+    """Measure this machine and write the file; every process of a launch calls it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A line that says what was measured; empty on all ranks but the first.
+
+    Raises:
+        WriteError: the file can't be written.
+    """
+    process = Process.from_environment()
+    device = start(process, connect(process, "calibrate"), TIMEOUT)
+    try:
+        values = measure(device, GPU if device.type == "cuda" else CPU, _per_node(process))
+        if process.rank:
+            return ""
+        write(path, values)
+    finally:
+        dist.destroy_process_group()
+    links = "its links, too" if process.world_size > 1 else "no links: start it on several GPUs with torchrun"
+    return f"{path}: {values['gpu']}, {process.world_size} ranks; {links}. Plan with --gpu {path}"
+
+
+def measure(device: torch.device, sizes: Sizes, per_node: int) -> dict[str, Any]:
+    """Measure everything; collective over all ranks of the default process group.
+
+    Args:
+        device: this rank's.
+        sizes: how much with.
+        per_node: ranks of a node.
+
+    Returns:
+        Keys and values of a calibration file, the same on every rank.
+    """
+    clock = Clock(device, sizes.warm)
+    dense, grouped, hbm = (rate(clock, sizes) for rate in (_dense, _grouped, _copy))
+    forward, both = _attention(clock, sizes, None)
+    _, windowed = _attention(clock, sizes, sizes.positions // 4)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    words = name.replace("-", " ").lower().split()
+    like = next((known for known in known_machines() if known in words), "h100")
+    values: dict[str, Any] = {
+        "like": like,
+        "gpu": name,
+        "measured": True,
+        "source": f"moeconv plan --calibrate, torch {torch.__version__}, {dist.get_world_size()} ranks",
+        "hbm_tb_s": hbm / 1e12,
+        "dense_tflops": dense / 1e12,
+        "grouped_tflops": grouped / 1e12,
+        "attention_tflops": _attention_operations(sizes, None) / both / 1e12,
+        "attention_window_tflops": _attention_operations(sizes, sizes.positions // 4) / windowed / 1e12,
+        "attention_forward_share": min(0.9, forward / both),
+        "gpus_per_node": per_node,
+    }
+    if device.type == "cuda":
+        values["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
+    links = measure_links(clock, sizes, per_node)
+    return values | ({"links": links} if links else {})
+
+
+def write(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a calibration file.
+
+    Raises:
+        WriteError: it can't be written.
+    """
+    import yaml
+
+    head = "# A machine's constants for `moeconv plan --gpu FILE`; docs/planning.md explains them.\n"
+    try:
+        path.write_text(head + yaml.safe_dump(_rounded(values), sort_keys=False), encoding="utf8")
+    except OSError as error:
+        raise WriteError(f"{path}: can't be written: {error.strerror}") from None
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _rounded(part) for key, part in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _per_node(process: Process) -> int:
+    counts = [0] * process.world_size
+    dist.all_gather_object(counts, process.local_rank)
+    return 1 + max(counts)
+
+
+class Clock:
+    """Times work on a device, all ranks together."""
+
+    def __init__(self, device: torch.device, warm: float) -> None:
+        self.device, self._warm = device, warm
+
+    def seconds(self, work: Callable[[], object], repeats: int = 5) -> float:
+        """Give the mean time of some work in a row, that of the slowest rank."""
+        self._synchronize()
+        begin = time.perf_counter()
+        rounds = 0
+        while rounds < 2 or time.perf_counter() - begin < self._warm:
+            work()
+            rounds += 1
+            # Ranks must agree on how often, since the work may be a collective.
+            if self._agreed(time.perf_counter() - begin) >= self._warm and rounds >= 2:
+                break
+        self._synchronize()
+        dist.barrier()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        self._synchronize()
+        return self._agreed((time.perf_counter() - begin) / repeats)
+
+    def _agreed(self, seconds: float) -> float:
+        self._synchronize()
+        longest = torch.tensor(seconds, dtype=torch.float64, device=self.device)
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+        return float(longest)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _random(clock: Clock, sizes: Sizes, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=sizes.dtype, device=clock.device)
+
+
+def _dense(clock: Clock, sizes: Sizes) -> float:
+    """Operations a second of a dense product."""
+    left, right = (_random(clock, sizes, sizes.square, sizes.square) for _ in range(2))
+    return 2 * sizes.square**3 / clock.seconds(lambda: left @ right)
+
+
+def _copy(clock: Clock, sizes: Sizes) -> float:
+    """Bytes a second, read and written, of a copy."""
+    source = torch.empty(sizes.message, dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    return 2 * sizes.message / clock.seconds(lambda: target.copy_(source), 20)
+
+
+def _grouped(clock: Clock, sizes: Sizes) -> float:
+    """Operations a second of the experts' three products, forward and for both gradients."""
+    router = Router(experts=sizes.experts, top_k=1, score="softmax", normalise=False)
+    gemm = make_gemm(resolve_backend(MoEConfig(router=router), clock.device, sizes.dtype))
+    experts_TK = (torch.arange(sizes.rows, device=clock.device) % sizes.experts).unsqueeze(1)
+    plan = plan_rows(experts_TK, sizes.experts, sizes.rows, alignment=gemm.row_alignment)
+    weight = _random(clock, sizes, sizes.experts, sizes.width, sizes.hidden)
+    rows, grads = (_random(clock, sizes, plan.num_rows, width) for width in (sizes.hidden, sizes.width))
+
+    def work() -> None:
+        gemm.rows_times_transposed(rows, weight, plan)
+        gemm.rows_times(grads, weight, plan)
+        gemm.transposed_times_rows(grads, rows, plan)
+
+    return 6 * sizes.rows * sizes.width * sizes.hidden / clock.seconds(work)
+
+
+def _attention(clock: Clock, sizes: Sizes, window: int | None) -> tuple[float, float]:
+    """Seconds of causal attention's forward pass, and of both passes."""
+    q, k, v = (_random(clock, sizes, sizes.positions, 1, sizes.heads, 128).requires_grad_() for _ in range(3))
+    grad = _random(clock, sizes, sizes.positions, 1, sizes.heads, 128)
+    with torch.no_grad():
+        forward = clock.seconds(lambda: attend(q, k, v, window))
+    both = clock.seconds(lambda: torch.autograd.grad(attend(q, k, v, window), (q, k, v), grad))
+    return forward, max(both, forward)
+
+
+def _attention_operations(sizes: Sizes, window: int | None) -> float:
+    seen = sizes.positions if window is None else window
+    attended = seen * (1 - seen / (2 * sizes.positions))
+    return ATTENTION_PASSES * 4 * attended * sizes.positions * sizes.heads * 128
+
+
+def measure_links(clock: Clock, sizes: Sizes, per_node: int) -> dict[str, Any]:
+    """Measure the collectives of groups of 2, 4, ... ranks of a node, and of one rank of each node.
+
+    Args:
+        clock: times them.
+        sizes: how large messages are.
+        per_node: ranks of a node.
+
+    Returns:
+        The `links` of a calibration file; of a link that no group crosses there is nothing.
+    """
+    world, out = dist.get_world_size(), {}
+    counts = [n for n in (2, 4, 8, 16) if n <= per_node and world % n == 0]
+    if counts:
+        out["nvlink"] = _link(clock, sizes, {n: [range(i, i + n) for i in range(0, world, n)] for n in counts})
+    nodes = world // per_node
+    if nodes > 1:
+        rows = {nodes: [range(i, world, per_node) for i in range(per_node)]}
+        out["network"] = {"hop_us": 3} | _link(clock, sizes, rows)
+    return out
+
+
+def _link(clock: Clock, sizes: Sizes, groups: Mapping[int, Sequence[range]]) -> dict[str, Any]:
+    """Latency and rates from the times of a large and a small message."""
+    rates: dict[str, dict[int, float]] = {kind: {} for kind in COLLECTIVES}
+    latencies = []
+    for count, rows in groups.items():
+        # Every rank makes every group, as torch.distributed asks.
+        made = [(row, dist.new_group(list(row))) for row in rows]
+        mine = next(group for row, group in made if dist.get_rank() in row)
+        for kind in COLLECTIVES:
+            if kind == "send" and count > min(groups):
+                continue
+            large, small = (_collective(clock, kind, mine, size) for size in (sizes.message, sizes.message // 16))
+            rate = (large[0] - small[0]) / max(large[1] - small[1], 1e-9)
+            rates[kind][count] = rate / 1e9
+            latencies.append(max(0.0, small[1] - small[0] / rate))
+    latency = sorted(latencies)[len(latencies) // 2]
+    return {"latency_us": latency * 1e6, "hop_us": 0, "gb_s": rates}
+
+
+def _collective(clock: Clock, kind: Collective, group: dist.ProcessGroup, size: int) -> tuple[float, float]:
+    """Bytes that a rank sends in a collective, and its seconds."""
+    ranks, rank = group.size(), group.rank()
+    count = size // 2 // ranks * ranks
+    whole = torch.zeros(count, dtype=torch.bfloat16, device=clock.device)
+    piece, other = whole[: count // ranks].clone(), whole.clone()
+    share = 2 * count * (ranks - 1) / ranks
+    if kind == "all_gather":
+        return share, clock.seconds(lambda: dist.all_gather_into_tensor(whole, piece, group=group))
+    if kind == "reduce_scatter":
+        return share, clock.seconds(lambda: dist.reduce_scatter_tensor(piece, whole, group=group))
+    if kind == "all_reduce":
+        return 2 * share, clock.seconds(lambda: dist.all_reduce(whole, group=group))
+    if kind == "all_to_all":
+        return share, clock.seconds(lambda: dist.all_to_all_single(other, whole, group=group))
+    ahead, behind = (rank + 1) % ranks, (rank - 1) % ranks
+
+    def pass_on() -> None:
+        send = dist.P2POp(dist.isend, whole, dist.get_global_rank(group, ahead), group)
+        receive = dist.P2POp(dist.irecv, other, dist.get_global_rank(group, behind), group)
+        for work in dist.batch_isend_irecv([send, receive]):
+            work.wait()
+
+    return 2.0 * count, clock.seconds(pass_on)

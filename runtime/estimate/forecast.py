@@ -1,0 +1,133 @@
+"""A run's own plan: what it will take, said before anything is allocated, and beside it at the end what it took."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from runtime.errors import require
+from runtime.estimate.describe import GB, layout_name
+from runtime.estimate.flags import trainer_flags
+from runtime.estimate.machine import Machine, find_machine, known_machines
+from runtime.estimate.search import Free, Search
+from runtime.estimate.setup import Setup
+from runtime.estimate.step import Estimate
+from runtime.settings.run import RunConfig
+
+_WARM = 2
+"""Steps that aren't counted: kernels are chosen and compiled in them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The GPU of a run's ranks."""
+
+    name: str
+    memory: int
+    """Bytes."""
+    per_node: int
+    """Ranks of a machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a run took."""
+
+    seconds: Sequence[float]
+    """Of each step."""
+    memory: int
+    """Bytes at the highest peak of a step."""
+
+
+class Forecast:
+    """What a run is expected to take on its GPUs."""
+
+    def __init__(self, run: RunConfig, world_size: int, gpu: Gpu) -> None:
+        """Work it out.
+
+        Args:
+            run: the settings, which fit the world size.
+            world_size: number of ranks.
+            gpu: what each of them has.
+        """
+        self._gpu = gpu
+        self._machine, self._known = _machine(gpu)
+        self._estimate = Estimate(Setup.of_run(run, world_size), self._machine)
+
+    def check(self) -> None:
+        """Refuse a run whose state alone doesn't fit.
+
+        Raises:
+            ConfigError: says how much is needed and there, and a layout of the same GPUs that fits.
+        """
+        estimate = self._estimate
+        state = max(memory.state.total for memory in estimate.memory)
+        if state <= self._gpu.memory:
+            return
+        setup = estimate.setup
+        kinds = estimate.memory[estimate.fullest].state
+        needs = (
+            f"weights {kinds.weights / GB:.1f}, gradients {kinds.gradients / GB:.1f}, masters {kinds.masters / GB:.1f}, "
+            f"moments {kinds.moments / GB:.1f} GB"
+        )
+        require(
+            False,
+            f"{layout_name(setup)} needs {state / GB:.1f} GB of each GPU for {needs} alone; {self._gpu.name} has "
+            f"{self._gpu.memory / GB:.1f} GB. {self._remedy()}",
+        )
+
+    def _remedy(self) -> str:
+        setup = self._estimate.setup
+        found = Search(setup, setup.global_batch_size, self._machine, Free()).run(1)
+        if found.best:
+            return f"This fits: {' '.join(trainer_flags(found.best[0].setup))}"
+        smaller = replace(setup, optim=replace(setup.optim, moments_dtype="bfloat16"))
+        found = Search(smaller, setup.global_batch_size, self._machine, Free()).run(1)
+        if found.best:
+            return f"This fits: {' '.join(trainer_flags(found.best[0].setup))}"
+        return (
+            f"No layout of {setup.world_size} such GPUs fits: take more (`moeconv plan MODEL --gpus N` says how many)"
+        )
+
+    def line(self) -> str:
+        """Say what is expected."""
+        estimate = self._estimate
+        time = f", {estimate.seconds * 1e3:,.0f} ms a step" if self._known else ""
+        tight = "" if estimate.peak <= self._machine.memory else ": MORE THAN FITS"
+        parts = ", ".join(f"{kind} {size / GB:.1f}" for kind, size in self._kinds().items())
+        return (
+            f"plan: {estimate.peak / GB:.1f} GB at the peak of {self._gpu.memory / GB:.1f} GB ({parts}){tight}{time}; "
+            "docs/planning.md tells how well that is known"
+        )
+
+    def _kinds(self) -> dict[str, float]:
+        kinds = self._estimate.memory[self._estimate.fullest].by_kind()
+        state = sum(kinds.pop(name) for name in ("weights", "gradients", "masters", "moments"))
+        return {"state": state} | {kind: size for kind, size in kinds.items() if size > 0}
+
+    def outcome(self, measured: Measured) -> str:
+        """Say what was measured, beside what was expected; empty where nothing was."""
+        seconds = measured.seconds[_WARM:]
+        if not seconds:
+            return ""
+        estimate, took = self._estimate, statistics.median(seconds)
+        time = f", {took * 1e3:,.0f} ms a step (median)"
+        if self._known:
+            time += f" where {estimate.seconds * 1e3:,.0f} were expected ({_off(estimate.seconds, took)})"
+        return (
+            f"measured: {measured.memory / GB:.1f} GB at the peak where {estimate.peak / GB:.1f} were expected "
+            f"({_off(estimate.peak, measured.memory)}){time}"
+        )
+
+
+def _off(expected: float, measured: float) -> str:
+    return f"{expected / measured - 1:+.1%}" if measured else "-"
+
+
+def _machine(gpu: Gpu) -> tuple[Machine, bool]:
+    """The constants for a GPU with its own memory, and whether they are of this kind of GPU."""
+    words = gpu.name.replace("-", " ").lower().split()
+    found = next((name for name in known_machines() if name in words), None)
+    machine = find_machine(found or "h100", gpus_per_node=max(1, gpu.per_node))
+    return replace(machine, memory_gib=gpu.memory / 2**30), found is not None

@@ -1,0 +1,114 @@
+"""The sizes of one rank's part of a micro-batch, on which memory, time and traffic depend alike.
+
+Legend: T tokens, D hidden size, H query heads, G key/value heads, K choices of a token, R rows, E experts, F width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.estimate.machine import Machine
+from runtime.estimate.setup import ITEMSIZE, Setup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Local:
+    """One rank's sizes."""
+
+    item: int
+    """Bytes of an activation's element."""
+    tokens: int
+    """In attention and gated layers, where every rank of tp has all of them."""
+    tokens_between: int
+    """Between those regions: shared out over tp with sequence parallelism."""
+    tokens_moe: int
+    """In the router: every rank of tp has its own."""
+    hidden: int
+    query: int
+    """Elements of a token's queries on this rank."""
+    key_value: int
+    """Elements of its keys and values together."""
+    heads: int
+    vocabulary: int
+    """Columns of the logits, with padding."""
+    num_experts: int
+    experts: int
+    """On this rank."""
+    width: int
+    """Of an expert's part on this rank."""
+    rows_sent: float
+    """Choices of this rank's tokens."""
+    rows: float
+    """That arrive at the fullest rank's experts."""
+    rows_allocated: float
+    """With the room for each expert's padding."""
+    rows_computed: float
+    """With the padding that is expected."""
+    gathered: float
+    """Tokens that the experts' inputs hold: where ranks gather tokens instead of exchanging rows."""
+    exchanged: bool
+    """Whether rows are exchanged (all-to-all)."""
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether there are MoE layers."""
+        return self.num_experts > 0
+
+
+def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) -> Local:
+    """Work out one rank's sizes.
+
+    Args:
+        setup: what is planned.
+        machine: says how rows are aligned.
+        imbalance: rows of the fullest expert-parallel rank, of the mean; None takes the machine's.
+
+    Returns:
+        The sizes of the fullest rank.
+    """
+    model, parallel = setup.model, setup.parallel
+    sizes, tp = model.sizes, parallel.tp
+    tokens = setup.micro_batch_size * setup.seq_length // parallel.cp
+    latent = model.has("attention.kv_b")
+    heads = max(1, sizes["heads"] // tp)
+    width_q = sizes["qk_dim"] if latent else sizes["head_dim"]
+    kv_heads = heads if latent else max(1, sizes["kv_heads"] // tp)
+    width_kv = width_q + (sizes["v_dim"] if latent else sizes["head_dim"])
+    vocabulary = next(p.shape[0] for p in setup.parameters.chunk(range(1)) if p.part == "embedding")
+    common = {
+        "item": ITEMSIZE[setup.dtype],
+        "tokens": tokens,
+        "tokens_between": tokens // tp if setup.sp else tokens,
+        "tokens_moe": -(-tokens // tp),
+        "hidden": sizes["hidden"],
+        "query": heads * width_q,
+        "key_value": kv_heads * width_kv,
+        "heads": heads,
+        "vocabulary": vocabulary,
+    }
+    moe = setup.moe
+    if moe is None:
+        none = dict.fromkeys(
+            ("num_experts", "experts", "width", "rows_sent", "rows", "rows_allocated", "rows_computed", "gathered"), 0
+        )
+        return Local(**common, **none, exchanged=False)
+    sent = common["tokens_moe"] * moe.topk
+    uneven = 1.0 if parallel.ep == 1 else machine.imbalance if imbalance is None else imbalance
+    factor = moe.capacity_factor
+    if factor is not None:
+        uneven = factor if moe.pad_to_capacity else min(uneven, factor)
+    exchanged = parallel.ep > 1 and moe.dispatcher == "alltoall"
+    experts, align = moe.num_experts // parallel.ep, machine.row_alignment
+    rows = sent * parallel.etp * uneven
+    return Local(
+        **common,
+        num_experts=moe.num_experts,
+        experts=experts,
+        width=sizes["ffn"] // parallel.etp,
+        rows_sent=sent,
+        rows=rows,
+        rows_allocated=-(-(rows + experts * (align - 1)) // align) * align,
+        rows_computed=rows + experts * min((align - 1) / 2, rows / experts),
+        gathered=rows if exchanged else common["tokens_moe"] * parallel.ep * parallel.etp,
+        exchanged=exchanged,
+    )

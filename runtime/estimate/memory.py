@@ -1,0 +1,108 @@
+"""A rank's memory at the peak of a step: its state, activations of all micro-batches in flight, and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from runtime.estimate.activations import layer_input
+from runtime.estimate.schedule import Pipeline
+from runtime.estimate.setup import ITEMSIZE, Setup
+from runtime.estimate.stage import Cost, merge
+from runtime.estimate.state import State, rank_state
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one rank."""
+
+    state: State
+    activations: Mapping[str, float]
+    """Kept for backward passes at the peak, by part of the model."""
+    working: float
+    """Needed for a moment beside them."""
+    buffers: float
+    """For what other ranks send: activations and gradients of a pipeline, weights that full sharding gathers."""
+
+    @property
+    def peak(self) -> float:
+        """All together."""
+        return self.state.total + sum(self.activations.values()) + self.working + self.buffers
+
+    def by_kind(self) -> dict[str, float]:
+        """The kinds that a person reads, each in bytes."""
+        return {
+            "weights": self.state.weights,
+            "gradients": self.state.gradients,
+            "masters": self.state.masters,
+            "moments": self.state.moments,
+            "activations": sum(self.activations.values()),
+            "working": self.working,
+            "buffers": self.buffers,
+        }
+
+
+def rank_memory(setup: Setup, pipeline: Pipeline, rank: int, costs: Mapping[int, Cost]) -> Memory:
+    """Work out the memory of a pipeline rank.
+
+    Args:
+        setup: what is planned.
+        pipeline: the order of the passes.
+        rank: the pipeline rank.
+        costs: of its virtual stages, by their number in the model.
+
+    Returns:
+        Its memory; ranks that differ in other axes alone have the same.
+    """
+    needed = rank_activations(setup, pipeline, rank, costs)
+    return Memory(rank_state(setup.parameters.stage(rank), setup), *needed)
+
+
+def rank_activations(
+    setup: Setup, pipeline: Pipeline, rank: int, costs: Mapping[int, Cost]
+) -> tuple[dict[str, float], float, float]:
+    """Work out what a pipeline rank needs beside its state; arguments as of `rank_memory`.
+
+    Returns:
+        Bytes kept for backward passes by part, needed beside them for a moment, and of buffers.
+    """
+    activations: dict[str, float] = {}
+    for stage, count in _in_flight(pipeline, rank, costs).items():
+        merge(activations, {part: count * size for part, size in costs[stage].kept.items()})
+    working = max(cost.most_working for cost in costs.values())
+    return activations, working, _receiving(setup, pipeline, costs) + _gathered(setup, rank)
+
+
+def _in_flight(pipeline: Pipeline, rank: int, costs: Mapping[int, Cost]) -> dict[int, int]:
+    """Micro-batches of each virtual stage between their passes, when they keep most together."""
+    kept = {stage: cost.kept_bytes for stage, cost in costs.items()}
+    now = dict.fromkeys(costs, 0)
+    best, most, size = dict(now), -1.0, 0.0
+    for action in pipeline.beginning(rank):
+        if action.kind == "F":
+            now[action.stage] += 1
+            size += kept[action.stage]
+            if size > most:
+                best, most = dict(now), size
+        elif action.kind in "BW":
+            now[action.stage] -= 1
+            size -= kept[action.stage]
+    return best
+
+
+def _receiving(setup: Setup, pipeline: Pipeline, costs: Mapping[int, Cost]) -> float:
+    """torch's stages have a buffer for each micro-batch of a step, for its activations and for its gradient."""
+    last = pipeline.pp * pipeline.vpp - 1
+    neighbours = sum((stage > 0) + (stage < last) for stage in costs)
+    return neighbours * pipeline.num_microbatches * layer_input(setup)
+
+
+def _gathered(setup: Setup, rank: int) -> float:
+    """What full sharding holds gathered: the ends of the model throughout, two layers, and gradients of one in fp32."""
+    if not setup.parallel.fully_shard:
+        return 0.0
+    chunks, item = setup.parameters.chunks[rank :: setup.parallel.pp], ITEMSIZE[setup.dtype]
+    ends = sum(p.size for layers in chunks for p in setup.parameters.ends(layers))
+    kinds = {layer for layers in chunks for layer in setup.parameters.kinds(layers)}
+    largest = max(sum(p.size for p in setup.parameters.layer(layer)) for layer in kinds)
+    return ends * item + largest * (2 * item + item + setup.wide)

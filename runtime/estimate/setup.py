@@ -1,0 +1,112 @@
+"""What is planned: a model, the ranks, and those settings of the trainer that memory and time depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from moeconv.families.base import Model
+from runtime.estimate.parameters import RankParameters
+from runtime.model.recompute import RecomputeConfig
+from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
+from runtime.optim.groups import resolve_groups
+from runtime.parallel.degrees import ParallelConfig
+from runtime.parallel.tensor_settings import TensorSettings
+from runtime.settings.run import RunConfig
+
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A layout of a model on so many ranks, with the sizes of its step."""
+
+    model: Model
+    world_size: int
+    parallel: ParallelConfig
+    moe: MoEConfig | None
+    optim: OptimConfig
+    recompute: RecomputeConfig
+    dtype: str
+    """Of weights and activations."""
+    seq_length: int
+    micro_batch_size: int
+    """Sequences."""
+    num_microbatches: int
+    """Of each data-parallel rank in a step."""
+
+    @classmethod
+    def of_run(cls, run: RunConfig, world_size: int) -> Setup:
+        """Take what matters from the settings of a run, which fit the world size (`check_run`)."""
+        parallel = run.parallel
+        dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
+        return cls(
+            model=run.model,
+            world_size=world_size,
+            parallel=parallel,
+            moe=run.moe,
+            optim=run.optim,
+            recompute=run.recompute,
+            dtype=run.dtype,
+            seq_length=run.train.seq_length,
+            micro_batch_size=run.train.micro_batch_size,
+            num_microbatches=run.train.batch_sizes(dp).full // (run.train.micro_batch_size * dp),
+        )
+
+    def sharing(self, parameters: RankParameters) -> Setup:
+        """Give the setup with parameters that have been worked out for the same degrees of what holds weights."""
+        out = replace(self)
+        out.__dict__["parameters"] = parameters
+        return out
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel degree."""
+        return self.world_size // (self.parallel.tp * self.parallel.pp * self.parallel.cp)
+
+    @property
+    def edp(self) -> int:
+        """Replicas of each expert."""
+        return self.world_size // (self.parallel.pp * self.parallel.ep * self.parallel.etp)
+
+    def replicas(self, *, expert: bool) -> int:
+        """Ranks that hold the same parameter and see different data."""
+        return self.edp if expert else self.dp * self.parallel.cp
+
+    @property
+    def sp(self) -> bool:
+        """Whether activations between tensor-parallel regions are split over tp."""
+        return self.parallel.sp and self.parallel.tp > 1
+
+    @property
+    def wide(self) -> int:
+        """Bytes of an element of masters and gradient sums."""
+        return 8 if self.dtype == "float64" else 4
+
+    @property
+    def moment(self) -> int:
+        """Bytes of an element of a moment."""
+        return 2 if self.optim.moments_dtype == "bfloat16" else self.wide
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of a step."""
+        return self.micro_batch_size * self.num_microbatches * self.dp
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.global_batch_size * self.seq_length
+
+    @cached_property
+    def parameters(self) -> RankParameters:
+        """The parameters of each stage."""
+        return RankParameters(self.model, self.parallel.layout, self.parallel.sp, self.groups)
+
+    @cached_property
+    def groups(self) -> dict[str, TensorSettings] | None:
+        """How each tensor is trained; None where no flag says anything of single tensors."""
+        optim = self.optim
+        said = optim.freeze or optim.no_weight_decay or optim.lr_scale or optim.decoupled_lr is not None
+        return resolve_groups(optim, self.model) if said else None

@@ -1,0 +1,101 @@
+"""What a rank holds between steps, to the byte: weights, gradient sums, masters and moments.
+
+The trainer's own packing (`runtime.parallel.packing`), on shapes instead of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+
+from runtime.estimate.parameters import Parameter
+from runtime.estimate.setup import ITEMSIZE, Setup
+from runtime.parallel.packing import lay_out, pack
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Bytes of one rank."""
+
+    weights: int
+    """In the compute dtype; with full sharding none are kept."""
+    gradients: int
+    """fp32 sums; with full sharding this rank's rows, which exist from the backward pass to the update."""
+    masters: int
+    """fp32; none where the weights are their own masters."""
+    moments: int
+    """Both of them."""
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return sum(asdict(self).values())
+
+    def __add__(self, other: State) -> State:
+        return State(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def buckets(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
+    """Sort a rank's parameters into the buckets that the trainer makes."""
+    return pack(parameters, lambda p: p.alike, lambda p: p.size)
+
+
+def rank_state(parameters: Sequence[Parameter], setup: Setup) -> State:
+    """Count what a rank holds of its parameters.
+
+    Args:
+        parameters: the rank's, in the order of the model.
+        setup: degrees, types and optimizer.
+
+    Returns:
+        Bytes by kind.
+    """
+    if not setup.parallel.fully_shard:
+        return _in_buckets(parameters, setup, distributed=setup.parallel.use_distributed_optimizer)
+    split = {expert: setup.replicas(expert=expert) > 1 for expert in (False, True)}
+    whole = _in_buckets([p for p in parameters if not split[p.expert]], setup, distributed=False)
+    return whole + _fully_sharded([p for p in parameters if split[p.expert]], setup)
+
+
+def _in_buckets(parameters: Sequence[Parameter], setup: Setup, *, distributed: bool) -> State:
+    weight, wide, moment = ITEMSIZE[setup.dtype], setup.wide, setup.moment
+    elements = owned = 0
+    frozen = 0
+    for members in buckets(parameters):
+        if members[0].frozen:
+            frozen += lay_out([member.size for member in members], 1)[1]
+            continue
+        parts = setup.replicas(expert=members[0].expert) if distributed else 1
+        _, count = lay_out([member.size for member in members], parts)
+        elements, owned = elements + count, owned + count // parts
+    masters = owned * wide if weight != wide else 0
+    return State((elements + frozen) * weight, elements * wide, masters, 2 * owned * moment)
+
+
+def _fully_sharded(parameters: Sequence[Parameter], setup: Setup) -> State:
+    """Rows are dealt out evenly, rounded up; the shards are fp32 and are the masters, but for frozen ones."""
+    owned = frozen = 0
+    for parameter in parameters:
+        rows, parts = parameter.shape[0], setup.replicas(expert=parameter.expert)
+        count = -(-rows // parts) * (parameter.size // rows)
+        owned, frozen = (owned, frozen + count) if parameter.frozen else (owned + count, frozen)
+    return State(frozen * ITEMSIZE[setup.dtype], owned * setup.wide, owned * setup.wide, 2 * owned * setup.moment)
+
+
+def checkpoint_bytes(setup: Setup, *, with_optimizer: bool = True) -> int:
+    """Count the bytes of a checkpoint that a run saves: each element of the model once, without padding.
+
+    Args:
+        setup: the model and its types.
+        with_optimizer: masters and moments, too.
+
+    Returns:
+        Bytes of tensors.
+    """
+    tensors = setup.model.tensors.values()
+    plain = [t for t in tensors if not t.rule.buffer and not setup.model.optional(t)]
+    buffers = sum(t.size for t in tensors if t.rule.buffer) * 4
+    groups, weight = setup.groups, ITEMSIZE[setup.dtype]
+    trained = sum(t.size for t in plain if groups is None or not groups[t.name].frozen) if with_optimizer else 0
+    masters = setup.wide if weight != setup.wide else 0
+    return buffers + sum(t.size for t in plain) * weight + trained * (masters + 2 * setup.moment)

@@ -1,0 +1,67 @@
+"""A calibration of this machine's CPUs, on two ranks, is a file that plans take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from cli.main import main
+from runtime.estimate.machine import COLLECTIVES, find_machine
+from tests.support.configs import tiny_config
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calibration") / "mine.yaml"
+    program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli.main"]
+    done = subprocess.run(
+        [sys.executable, *program, "plan", "--calibrate", str(path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CPU, 2 ranks" in done.stdout
+    return path
+
+
+def test_it_holds_what_was_measured(calibrated: Path) -> None:
+    found = yaml.safe_load(calibrated.read_text())
+    assert found["gpu"] == "CPU"
+    assert found["links"]["nvlink"]["gb_s"].keys() == set(COLLECTIVES)
+    for name in ("hbm_tb_s", "dense_tflops", "grouped_tflops", "attention_tflops", "attention_window_tflops"):
+        assert 0 < found[name] < 20, name  # a CPU, in TFLOP/s and TB/s
+    assert found["dense_tflops"] != find_machine("h100").dense_tflops
+
+
+def test_plans_take_it(calibrated: Path, tmp_path: Path) -> None:
+    machine = find_machine(str(calibrated))
+    assert machine.gpus_per_node == 2
+    assert machine.links["nvlink"].rate("all_to_all", 2) < 1e11
+    assert machine.links["network"].rate("all_to_all", 2) == find_machine("h100").links["network"].rate("all_to_all", 2)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    words = [
+        "plan",
+        str(tmp_path),
+        "--gpus",
+        "2",
+        "--ep",
+        "2",
+        "--seq-length",
+        "64",
+        "--json",
+        "--gpu",
+        str(calibrated),
+    ]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["step"]["seconds"] > 0
+
+
+def test_it_measures_no_model(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["plan", "model", "--calibrate", str(tmp_path / "x.yaml")])
+    assert result.exit_code == 2
+    assert "not a model: leave model out" in result.output

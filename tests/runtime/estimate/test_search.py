@@ -1,0 +1,119 @@
+"""A search finds the best of all layouts that the trainer accepts and that fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from moeconv.errors import MoeconvError
+from moeconv.families import FAMILIES
+from moeconv.families.base import Model
+from runtime.estimate.machine import Machine, find_machine
+from runtime.estimate.search import Free, Search, deal_layers
+from runtime.estimate.setup import Setup
+from runtime.estimate.state import rank_state
+from runtime.estimate.step import Estimate
+from runtime.model.recompute import RecomputeConfig
+from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
+from runtime.parallel.degrees import ParallelConfig
+from runtime.settings.check import check_combinations, check_degrees, check_world
+
+CONFIG = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144,
+    "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "head_dim": 128, "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8,
+}  # fmt: skip
+BATCH, WORLD = 64, 16
+
+
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    return find_machine("h100")
+
+
+def setup_of(world: int) -> Setup:
+    model = Model.from_config(FAMILIES["qwen3_moe"], CONFIG)
+    router = model.compute.router
+    assert router is not None
+    return Setup(
+        model=model, world_size=world, parallel=ParallelConfig(), moe=MoEConfig(router=router), optim=OptimConfig(),
+        recompute=RecomputeConfig(), dtype="bfloat16", seq_length=4096, micro_batch_size=1, num_microbatches=1,
+    )  # fmt: skip
+
+
+def every_layout(base: Setup) -> Iterator[Setup]:
+    """All layouts of one micro-batch size without virtual stages and full sharding that the trainer accepts."""
+    powers = (1, 2, 4, 8, 16)
+    for tp, pp, ep, alone in itertools.product(powers[:4], powers, powers, (False, True)):
+        fields = {"tp": tp, "sp": tp > 1, "pp": pp, "ep": ep, "etp": 1 if alone else tp}
+        try:
+            parallel = ParallelConfig(**fields, use_distributed_optimizer=True)
+            check_world(parallel, base.world_size)
+            check_degrees(parallel, base.model)
+            check_combinations(parallel, base.moe)
+        except MoeconvError:
+            continue
+        dp = base.world_size // (tp * pp)
+        if BATCH % dp == 0:
+            yield dataclasses.replace(base, parallel=parallel, num_microbatches=BATCH // dp)
+
+
+def test_the_best_is_found(machine: Machine) -> None:
+    base = setup_of(WORLD)
+    every = [Estimate(setup, machine) for setup in every_layout(base)]
+    fitting = [estimate for estimate in every if estimate.fits]
+    assert 5 < len(fitting) < len(every)
+    best = min(fitting, key=lambda estimate: estimate.seconds)
+    free = Free(fixed={"vpp": 1, "cp": 1, "fully_shard": False}, micro_batch_size=1, recompute=False)
+    found = Search(base, BATCH, machine, free).run()
+    assert found.best[0].seconds == pytest.approx(best.seconds)
+    assert [e.seconds for e in found.best] == sorted(e.seconds for e in found.best)
+    assert len(found.best) == min(10, len(fitting))
+
+
+def test_a_whole_search_gives_what_the_trainer_accepts(machine: Machine) -> None:
+    base = setup_of(64)
+    found = Search(base, 256, machine, Free()).run()
+    assert len(found.best) == 10
+    for estimate in found.best:
+        setup = estimate.setup
+        check_world(setup.parallel, 64)
+        check_degrees(setup.parallel, setup.model)
+        check_combinations(setup.parallel, setup.moe)
+        assert setup.global_batch_size == 256
+        assert estimate.peak <= machine.memory
+    assert found.best[0].seconds < 1.01 * min(e.seconds for e in found.best)
+    assert "activations don't fit" in found.reasons
+
+
+def test_given_degrees_stay(machine: Machine) -> None:
+    found = Search(setup_of(64), 256, machine, Free(fixed={"tp": 2, "ep": 16}, micro_batch_size=2)).run(3)
+    assert {(e.setup.parallel.tp, e.setup.parallel.ep, e.setup.micro_batch_size) for e in found.best} == {(2, 16, 2)}
+
+
+def test_what_does_not_fit_is_said(machine: Machine) -> None:
+    found = Search(setup_of(2), 64, machine, Free()).run()
+    assert not found.best
+    assert found.smallest is not None
+    assert found.smallest.memory[0].state.total > machine.memory
+    assert found.reasons.keys() == {"weights, gradients, masters and moments alone don't fit"}
+
+
+def test_the_quick_count_of_state_is_the_exact_one_without_padding(machine: Machine) -> None:
+    base = setup_of(WORLD)
+    search = Search(base, BATCH, machine, Free())
+    for fields in ({"pp": 4, "ep": 4}, {"tp": 2, "sp": True, "ep": 8, "etp": 1}, {"ep": 2, "fully_shard": True}, {}):
+        parallel = ParallelConfig(**{"use_distributed_optimizer": "fully_shard" not in fields} | fields)
+        setup = dataclasses.replace(base, parallel=parallel)
+        exact = max(rank_state(setup.parameters.stage(rank), setup).total for rank in range(parallel.pp))
+        assert search._state(parallel) == pytest.approx(exact, rel=1e-4)
+
+
+def test_layers_that_do_not_divide_are_dealt_out() -> None:
+    assert deal_layers(94, 8) == (11, 12, 12, 12, 12, 12, 12, 11)
+    assert deal_layers(7, 2) == (4, 3)
+    assert all(sum(deal_layers(layers, n)) == layers for layers in range(1, 40) for n in range(1, layers + 1))

@@ -1,0 +1,170 @@
+"""Every family and layout can be planned, and numbers move as they must when one thing changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from moeconv.families import FAMILIES
+from moeconv.families.base import Model
+from runtime.estimate.activations import layer_activations
+from runtime.estimate.describe import as_json, lines
+from runtime.estimate.local import local_sizes
+from runtime.estimate.machine import find_machine
+from runtime.estimate.scaling import scaling
+from runtime.estimate.setup import Setup
+from runtime.estimate.step import Estimate
+from runtime.log.flops import training_flops
+from runtime.model.recompute import RecomputeConfig
+from runtime.moe.config import MoEConfig
+from runtime.moe.layer import MoELayer
+from runtime.optim.config import OptimConfig
+from runtime.parallel.degrees import ParallelConfig
+from tests.runtime.estimate.test_state import draw
+from tests.support.configs import tiny_model, trained_families
+
+H100 = find_machine("h100")
+MIXTRAL = Model.from_config(
+    FAMILIES["mixtral"],
+    {
+        "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+)  # fmt: skip
+
+
+def mixtral(world: int = 16, count: int = 16, **parallel: Any) -> Setup:
+    router = MIXTRAL.compute.router
+    assert router is not None
+    shared: dict[str, Any] = {"use_distributed_optimizer": not parallel.get("fully_shard")}
+    return Setup(
+        model=MIXTRAL, world_size=world, parallel=ParallelConfig(**shared | parallel), moe=MoEConfig(router=router),
+        optim=OptimConfig(), recompute=RecomputeConfig(), dtype="bfloat16", seq_length=4096, micro_batch_size=1,
+        num_microbatches=count,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", trained_families())
+def test_every_family_is_planned(family: str) -> None:
+    model = tiny_model(family)
+    router = model.compute.router
+    for granularity in ("none", "selective", "full"):
+        setup = Setup(
+            model=model, world_size=2, parallel=ParallelConfig(tp=2, sp=True),
+            moe=MoEConfig(router=router) if router is not None else None, optim=OptimConfig(),
+            recompute=RecomputeConfig(granularity=granularity), dtype="bfloat16", seq_length=64, micro_batch_size=1,
+            num_microbatches=2,
+        )  # fmt: skip
+        estimate = Estimate(setup, H100)
+        found = json.loads(json.dumps(as_json(estimate), allow_nan=False))
+        assert found["step"]["seconds"] > 0
+        assert estimate.peak > max(memory.state.total for memory in estimate.memory)
+        assert list(lines(estimate))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_layout_is_planned(seed: int) -> None:
+    setup = draw(random.Random(500 + seed))
+    setup = dataclasses.replace(setup, num_microbatches=4 * setup.parallel.pp, seq_length=128)
+    estimate = Estimate(setup, H100)
+    json.dumps(as_json(estimate), allow_nan=False)
+    assert estimate.seconds >= max(found[-1].end for found in estimate.passes) > 0
+    assert 0 <= estimate.bubble < 1
+
+
+def test_flops_are_the_logs() -> None:
+    estimate = Estimate(mixtral(ep=8), H100)
+    assert estimate.flops == training_flops(MIXTRAL, 4096) * 16 * 16 * 4096
+    assert estimate.tflops == pytest.approx(estimate.flops / estimate.seconds / 16 / 1e12)
+
+
+def test_the_kept_experts_are_what_the_layer_saves() -> None:
+    """Of a MoE layer alone, bytes that autograd holds between its passes."""
+    model = tiny_model()
+    router = model.compute.router
+    assert router is not None
+    setup = Setup(
+        model=model, world_size=1, parallel=ParallelConfig(), moe=MoEConfig(router=router), optim=OptimConfig(),
+        recompute=RecomputeConfig(), dtype="float32", seq_length=96, micro_batch_size=2, num_microbatches=1,
+    )  # fmt: skip
+    config = MoEConfig(router=router, gemm_backend="loop")
+    layer = MoELayer(config, hidden_size=model.sizes["hidden"], ffn_hidden_size=model.sizes["ffn"])
+    x = torch.randn(192, model.sizes["hidden"], requires_grad=True)
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
+    wide = [t for place, t in saved.items() if place not in own and t.numel() > 192 * router.experts]
+    machine = dataclasses.replace(H100, row_alignment=1)
+    kept = layer_activations(setup, local_sizes(setup, machine), 0)
+    assert sum(t.untyped_storage().nbytes() for t in wide) == kept.parts["experts"]
+
+
+def test_recomputation_trades_time_for_memory() -> None:
+    base = mixtral(pp=4, ep=4)
+    assert base.moe is not None
+    some = dataclasses.replace(base, moe=dataclasses.replace(base.moe, recompute_layer=True))
+    whole = dataclasses.replace(base, recompute=RecomputeConfig(granularity="full"))
+    found = [Estimate(setup, H100) for setup in (base, some, whole)]
+    assert found[0].peak > found[1].peak > found[2].peak
+    assert found[0].seconds < found[1].seconds < found[2].seconds
+    forward = sum(cost.forward for cost in found[0].costs_of(1).values())
+    backward = [sum(cost.backward for cost in e.costs_of(1).values()) for e in found]
+    assert backward[2] - backward[0] == pytest.approx(forward)
+
+
+def test_traffic_is_what_the_collectives_send() -> None:
+    setup = mixtral(world=8, ep=8)
+    found = Estimate(setup, H100).traffic
+    # Two exchanges of rows there and back, and their weights, for each layer and micro-batch; 7 of 8 rows leave.
+    row, rows = 4096 * 2, 4096 * 2 * H100.imbalance
+    sent = 32 * setup.num_microbatches * (7 / 8) * rows * (4 * row + 2 * 4)
+    counts = 32 * setup.num_microbatches * 7 * 8 * 8
+    assert found["ep", "nvlink"] == pytest.approx(sent + counts)
+    dense = 32 * (4096 * (2 * 4096 + 2 * 1024) + 8 * 4096 + 2 * 4096) + 2 * 32000 * 4096 + 4096
+    assert found["dp", "nvlink"] == pytest.approx(7 / 8 * dense * (4 + 2))
+
+
+def test_links_follow_the_nodes() -> None:
+    def links(setup: Setup) -> set[tuple[str, str]]:
+        return set(Estimate(setup, H100).traffic)
+
+    assert links(mixtral(world=16, ep=8)) == {("ep", "nvlink"), ("edp", "network"), ("dp", "network")}
+    assert ("pp", "network") in links(mixtral(world=16, pp=2, ep=8))
+    slow, fast = (find_machine("h100", link_gb_s=rate) for rate in (5.0, 50.0))
+    assert Estimate(mixtral(pp=2), slow).seconds > Estimate(mixtral(pp=2), fast).seconds
+    wide = find_machine("h100", gpus_per_node=16)
+    assert set(Estimate(mixtral(world=16, ep=8), wide).traffic) == {
+        ("ep", "nvlink"),
+        ("edp", "nvlink"),
+        ("dp", "nvlink"),
+    }
+
+
+def test_weak_scaling_is_nearly_ideal_and_strong_scaling_is_not() -> None:
+    found = scaling(mixtral(world=8, ep=8, count=16), H100)
+    assert [point.gpus for point in found["weak"]] == [8, 16, 32, 64, 128, 256, 512]
+    assert [point.sequences for point in found["strong"]] == [128] * 5
+    assert found["weak"][-1].share > found["strong"][-1].share
+    assert all(0.3 < point.share <= 1.05 for points in found.values() for point in points)
+
+
+def test_frozen_experts_need_no_gradients_and_less_time() -> None:
+    plain = mixtral(world=8, ep=8)
+    frozen = dataclasses.replace(plain, optim=OptimConfig(freeze=("*.experts.*",)))
+    before, after = Estimate(plain, H100), Estimate(frozen, H100)
+    assert before.memory[0].state.weights == after.memory[0].state.weights
+    dense = 32 * (4096 * (2 * 4096 + 2 * 1024) + 8 * 4096 + 2 * 4096) + 2 * 32000 * 4096 + 4096
+    assert after.memory[0].state.gradients == pytest.approx(4 * dense, rel=1e-4)
+    assert after.seconds < before.seconds

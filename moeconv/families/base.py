@@ -10,7 +10,7 @@ from math import prod
 from typing import Any, Literal
 
 from moeconv.errors import MappingError
-from moeconv.families.compute import Compute, ComputeRule, resolve
+from moeconv.families.compute import Compute, ComputeRule, Key, resolve
 from moeconv.families.layers import LinearLayers, MoELayers, linear_layers, moe_layers
 from moeconv.families.names import EXPERT, evaluate, fill, layer_of
 from moeconv.families.quantised import Part, Scheme, scheme_of
@@ -34,6 +34,7 @@ ROLES = frozenset(
         *(f"linear.{name}" for name in ("x", "dt", "dt.bias", "a", "d", "norm", "dt_norm", "b_norm", "c_norm")),
     )
 )
+_DEFAULTS = {"kv_heads": "heads"}
 CARRIED = "carried"  # the role of tensors that go along unread
 
 
@@ -113,13 +114,14 @@ class GlobalTensor:
 class Family:
     """A model family as data.
 
-    `sizes` says which config key gives each size; a tuple gives alternatives, and a size that no key gives is a default sum of products of
-    others. `flags` says which config key gives each flag, with the value where the config is silent. `may_be_zero` names the sizes that need
+    `sizes` says which config key gives each size; a tuple gives other names of it, which must say the same, and a size that no key gives is a
+    default sum of products of others (there are as many key and value heads as heads). `flags` says which config key gives each flag, with the value where the config is silent. `may_be_zero` names the sizes that need
     not be at least 1, `null` those whose 0 a config states as null. `dense_layers` says how a config names layers without experts,
     `linear_layers` those with linear attention. `compute` says what is computed with the tensors. `also` has further values of `model_type`.
     `carried` are shell-style patterns of tensors that are no part of this (`mtp.*`), `mtp` the keys of a number of further layers for
     predicting more tokens: they go along unread. `tokens` has the special tokens that transformers takes where a config is silent, `stated`
     what a config made for this family says besides. `text` is the key of the language model's own config, in one of a model with other parts.
+    what a config made for this family says besides. `harmless` are keys of this family alone that change nothing that is computed.
     With `sentencepiece` a `tokenizer.model` alone is a tokenizer as Llama's. `mergekit` is what mergekit-moe calls an output of this family.
     """
 
@@ -142,6 +144,7 @@ class Family:
     tokens: Mapping[str, int] = field(default_factory=dict)
     stated: Mapping[str, Any] = field(default_factory=dict)
     text: str | None = None
+    harmless: tuple[str, ...] = ()
     mergekit: str | None = None
     sentencepiece: bool = False
     source: str = ""
@@ -204,23 +207,19 @@ class Model:
         """
         config = family.language_config(config)
         sizes: dict[str, int] = {}
+        defaults = _DEFAULTS | dict(family.defaults)
         for name, keys in family.sizes.items():
             keys = (keys,) if isinstance(keys, str) else keys
-            found = next(((key, config[key]) for key in keys if config.get(key) is not None), None)
-            if found is None and name in family.defaults:
-                continue
-            if found is None:
+            value = _size(keys, config, 0 if name in family.may_be_zero else 1)
+            if value is not None:
+                sizes[name] = value
+            elif name not in defaults:
                 raise MappingError(f"config.json has no {' or '.join(keys)}, which {family.name} needs")
-            key, value = found
-            least = 0 if name in family.may_be_zero else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise MappingError(f"config.json: {key} is {value!r}; expected a whole number of at least {least}")
-            sizes[name] = value
-        for name, formula in family.defaults.items():
+        for name, formula in defaults.items():
             if name not in sizes:
                 sizes[name] = _default(name, formula, sizes)
         named = {flag: (key, False) if isinstance(key, str) else key for flag, key in family.flags.items()}
-        flags = {flag: bool(config.get(key, silent)) for flag, (key, silent) in named.items()}
+        flags = {flag: Key(key, silent).flag(config) for flag, (key, silent) in named.items()}
         _check_limits(sizes)
         moe = moe_layers(family.dense_layers, config, sizes["layers"]) if "experts" in sizes else frozenset[int]()
         return cls(family, sizes, flags, moe, config, linear_layers(family.linear_layers, config, sizes["layers"]))
@@ -276,6 +275,7 @@ class Model:
             self.sizes,
             bias=self.has("router.bias"),
             linear_bias=self.has("router.linear.bias"),
+            top_k=" or ".join(named) if isinstance(named := self.family.sizes.get("top_k", ""), tuple) else named,
         )
 
     @cached_property
@@ -400,6 +400,18 @@ class Model:
     def shape(self, rule: TensorRule) -> tuple[int, ...]:
         """Give the shape, in elements, of the tensors of a rule."""
         return tuple(evaluate(term, self.sizes) for term in rule.shape)
+
+
+def _size(keys: tuple[str, ...], config: Mapping[str, Any], least: int) -> int | None:
+    """Read a size, which a config may state under several names; None where it states none."""
+    stated = {key: config[key] for key in keys if config.get(key) is not None}
+    for key, value in stated.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise MappingError(f"config.json: {key} is {value!r}; expected a whole number of at least {least}")
+    if len(set(stated.values())) > 1:
+        said = ", ".join(f"{key} is {value}" for key, value in stated.items())
+        raise MappingError(f"config.json: {said}; they are names of one size, so remove those that are wrong")
+    return next(iter(stated.values()), None)
 
 
 def _check_limits(sizes: Mapping[str, int]) -> None:

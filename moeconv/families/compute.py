@@ -17,6 +17,8 @@ HeadNorms = Literal["before rotation", "after rotation"]
 WINDOWED, FULL = "sliding_attention", "full_attention"  # a layer's kind of attention in `layer_types`
 
 
+# Keys that transformers reads in every family: masks that look ahead, and layers with configs of their own.
+FIXED: Mapping[str, Any] = {"is_causal": True, "per_layer_config": None}
 GATE = ("alpha", "limit")
 SCALES = ("embedding_scale", "residual_scale", "logits_divisor")
 CONSTANT = ("norm", "norm_place", "head_norms", "latent_norm_eps", "lacks")
@@ -32,6 +34,17 @@ class Key:
     def of(self, config: Mapping[str, Any]) -> Any:
         """Read the value; a key that is there counts even if it is null."""
         return config.get(self.name, self.silent)
+
+    def flag(self, config: Mapping[str, Any]) -> bool:
+        """Read a value that is true or false.
+
+        Raises:
+            MappingError: it is neither.
+        """
+        value = self.of(config)
+        if not isinstance(value, bool):
+            raise MappingError(f"config.json: {self.name} is {value!r}; expected true or false")
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +122,10 @@ class Router:
 class ComputeRule:
     """What a family computes; see `Compute` for the fields that both have.
 
-    `fixed` names keys of config.json that everyone who computes needs to have the given value. With `yarn_scale` positions that are stretched by
-    yarn also scale the attention. `lacks` names what no rule here describes, where a family computes something of the kind.
+    `fixed` names keys of config.json that everyone who computes needs to have the given value, besides `FIXED`; `same` those that, where they
+    are stated, need to be a size, by the size's name. With `yarn_scale` positions that are stretched by
+    yarn also scale the attention. `lacks` names what no rule here describes, where a family computes something of the kind, and `undescribed` the
+    keys of that.
     """
 
     norm_eps: Key
@@ -131,7 +146,9 @@ class ComputeRule:
     residual_scale: Key | float = 1.0
     logits_divisor: Key | float = 1.0
     lacks: str | None = None
+    undescribed: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=lambda: {"attention_dropout": 0.0})
+    same: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +185,7 @@ class Compute:
 
 
 def resolve(
-    rule: ComputeRule, config: Mapping[str, Any], sizes: Mapping[str, int], *, bias: bool, linear_bias: bool = False
+    rule: ComputeRule, config: Mapping[str, Any], sizes: Mapping[str, int], *, bias: bool, linear_bias: bool = False, top_k: str = ""
 ) -> Compute:
     """Read from a config what a family's model computes.
 
@@ -178,6 +195,7 @@ def resolve(
         sizes: the model's sizes.
         bias: whether the model has a stored bias of the router's choice.
         linear_bias: whether the router's projection has a bias.
+        top_k: the key of the experts of a token, for messages.
 
     Returns:
         What is computed.
@@ -185,7 +203,12 @@ def resolve(
     Raises:
         MappingError: a value is of the wrong type, or no value that transformers computes with.
     """
-    others = {key: config[key] for key, value in rule.fixed.items() if config.get(key) not in (None, value)}
+    fixed = FIXED | dict(rule.fixed)
+    others = {key: config[key] for key, value in fixed.items() if key in config and not _alike(config[key], value)}
+    for key, value in others.items():
+        if isinstance(fixed[key], float) and not _is_number(value):
+            raise MappingError(f"config.json: {key} is {value!r}; expected a number")
+    others |= {key: config[key] for key, size in rule.same.items() if config.get(key) not in (None, sizes[size])}
     if config.get("quantization_config") is not None:
         others["quantization_config"] = config["quantization_config"].get("quant_method", "?")
     rope = rule.rope.resolve(config, sizes["head_dim"], number(rule.max_positions, config, int))
@@ -196,7 +219,7 @@ def resolve(
         act=str(rule.act.of(config)),
         init_std=number(rule.init_std, config, float),
         windows=_windows(rule.window, config, sizes["layers"]),
-        router=_router(rule.router, config, sizes, bias, linear_bias) if rule.router is not None else None,
+        router=_router(rule.router, config, sizes, bias, linear_bias, top_k) if rule.router is not None else None,
         others=others,
         gate=Gate(**{name: number(getattr(rule.gate, name), config, float) for name in GATE}) if rule.gate else None,
         **{name: getattr(rule, name) for name in CONSTANT},
@@ -214,10 +237,27 @@ def _attention_scale(
     """
     if rule.attention_scale is not None:
         return float(number(rule.attention_scale, config, float))
-    factor, weight = rope.parameters.get("factor"), rope.parameters.get("mscale_all_dim")
-    if not rule.yarn_scale or not factor or not weight or factor <= 1:
+    weight = rule.rope.table(config).get("mscale_all_dim") if rule.yarn_scale and rope.kind != "default" else None
+    if not weight:
+        return None
+    factor = rope.parameters.get("factor")
+    if rope.kind != "yarn" or factor is None:
+        raise MappingError(
+            f"config.json: mscale_all_dim is {weight!r} in rotary positions of the kind {rope.kind} with a factor of {factor}; "
+            "expected yarn with a factor"
+        )
+    if factor <= 1:
         return None
     return float(sizes["qk_dim"] ** -0.5 * (0.1 * weight * log(factor) + 1.0) ** 2)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _alike(value: Any, other: Any) -> bool:
+    """Say whether two values are equal; 0 and 0.0 are, 0 and false are not."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _value(source: Any, config: Mapping[str, Any], kind: type[int] | type[float]) -> Any:
@@ -239,35 +279,59 @@ def number(key: Key, config: Mapping[str, Any], kind: type[int] | type[float]) -
 
 
 def _windows(rule: WindowRule | None, config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    size = rule.size.of(config) if rule is not None else None
-    if rule is None or size is None or (rule.switch is not None and not rule.switch.of(config)):
+    if rule is None:
         return (None,) * layers
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    on = rule.switch is None or rule.switch.flag(config)
+    size = rule.size.of(config) if on else None
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
         raise MappingError(f"config.json: {rule.size.name} is {size!r}; expected null or a whole number of at least 1")
-    if rule.pattern == "all":
-        return (size,) * layers
-    kinds = config.get("layer_types")
+    bound = number(rule.bound, config, int) if rule.bound is not None else layers
+    kinds = config.get("layer_types") if rule.pattern != "all" else None
     if kinds is None:
-        bound = number(rule.bound, config, int) if rule.bound is not None else layers
-        has = [i >= bound if rule.pattern == "from" else i % 2 == 0 and i < bound for i in range(layers)]
-        return tuple(size if windowed else None for windowed in has)
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {WINDOWED, FULL}:
+        has = [_has_window(rule, layer, bound, on=on, sized=size is not None) for layer in range(layers)]
+    elif not isinstance(kinds, list) or len(kinds) != layers or not all(kind in (WINDOWED, FULL) for kind in kinds):
         raise MappingError(
             f"config.json: layer_types is {str(kinds)[:80]}; expected {layers} of {WINDOWED!r} and {FULL!r}"
         )
-    return tuple(size if kind == WINDOWED else None for kind in kinds)
+    else:
+        has = [kind == WINDOWED for kind in kinds]
+    if any(has) and not size:
+        off = "" if on or rule.switch is None else f" and {rule.switch.name} false"
+        raise MappingError(
+            f"config.json: {rule.size.name} is {rule.size.of(config)!r}{off}, but layers {[i for i, w in enumerate(has) if w]} "
+            f"attend through a window{'' if kinds is None else ' (layer_types)'}; expected a whole number of at least 1"
+        )
+    return tuple(size if windowed else None for windowed in has)
+
+
+def _has_window(rule: WindowRule, layer: int, bound: int, *, on: bool, sized: bool) -> bool:
+    """Say whether a layer has a window where the config doesn't list the kinds of layers."""
+    if rule.pattern == "all":
+        return sized
+    if rule.pattern == "from":
+        return sized and layer >= bound
+    return on and layer % 2 == 0 and layer < bound
 
 
 def _router(
-    rule: RouterRule, config: Mapping[str, Any], sizes: Mapping[str, int], bias: bool, linear_bias: bool
+    rule: RouterRule,
+    config: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    bias: bool,
+    linear_bias: bool,
+    top_k: str,
 ) -> Router:
-    normalise = rule.normalise.of(config) if isinstance(rule.normalise, Key) else rule.normalise
     grouped = rule.grouped is None or rule.grouped[0].of(config) == rule.grouped[1]
+    if rule.grouped is not None and not grouped and rule.grouped[0].of(config) != rule.grouped[0].silent:
+        key, value = rule.grouped
+        raise MappingError(
+            f"config.json: {key.name} is {key.of(config)!r}; transformers computes {key.silent!r} and {value!r}"
+        )
     router = Router(
         experts=sizes["experts"],
         top_k=sizes["top_k"],
         score=rule.score,
-        normalise=bool(normalise),
+        normalise=rule.normalise.flag(config) if isinstance(rule.normalise, Key) else rule.normalise,
         scale=float(_value(rule.scale, config, float)),
         groups=_value(rule.groups, config, int) if grouped else 1,
         group_top_k=_value(rule.group_top_k, config, int) if grouped else 1,
@@ -276,19 +340,25 @@ def _router(
         linear_bias=linear_bias,
         jitter=float(_value(rule.jitter, config, float)),
     )
+    _check_router(rule, router, top_k)
+    return router
+
+
+def _check_router(rule: RouterRule, router: Router, top_k: str) -> None:
+    """Refuse choices of experts that can't be made."""
+    groups, chosen = (key.name if isinstance(key, Key) else "groups" for key in (rule.groups, rule.group_top_k))
     if rule.score == "sparsemixer" and router.top_k != 2:
-        raise MappingError(f"config.json: {router.top_k} experts a token; a sparsemixer chooses 2")
+        raise MappingError(f"config.json: {top_k} is {router.top_k}; a sparsemixer chooses 2")
     if router.top_k > router.experts:
-        raise MappingError(f"config.json: {router.top_k} experts a token of {router.experts}; expected at most all")
+        raise MappingError(f"config.json: {top_k} is {router.top_k} of {router.experts} experts; expected at most all")
     per_group = router.experts // max(router.groups, 1)
     if router.groups < 1 or router.experts % router.groups or not 1 <= router.group_top_k <= router.groups:
         raise MappingError(
-            f"config.json: {router.group_top_k} of {router.groups} groups for {router.experts} experts; "
+            f"config.json: {groups} is {router.groups} and {chosen} {router.group_top_k} for {router.experts} experts; "
             "groups must be equal, and no more chosen than there are"
         )
     if router.groups > 1 and (per_group < router.group_best or router.top_k > router.group_top_k * per_group):
         raise MappingError(
-            f"config.json: {router.group_top_k} groups of {per_group} experts; a group needs {router.group_best} "
-            f"and all groups of a token {router.top_k}"
+            f"config.json: {groups} is {router.groups} and {chosen} {router.group_top_k}: groups of {per_group} experts; a group needs "
+            f"{router.group_best} and all groups of a token {router.top_k} ({top_k})"
         )
-    return router

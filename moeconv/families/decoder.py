@@ -14,7 +14,7 @@ SIZES: dict[str, str | tuple[str, ...]] = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
     "heads": "num_attention_heads",
-    "kv_heads": ("num_key_value_heads", "num_attention_heads"),
+    "kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
     "vocab": "vocab_size",
 }

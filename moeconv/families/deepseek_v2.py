@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeconv.families.base import Family
 from moeconv.families.compute import ComputeRule, Key, RouterRule
 from moeconv.families.decoder import FUSED_EXPERTS
-from moeconv.families.latent import LATENT_DEFAULTS, LATENT_SIZES, latent_mixture
+from moeconv.families.latent import LATENT_DEFAULTS, LATENT_SAME, LATENT_SIZES, latent_mixture
 from moeconv.families.rope import RopeRule
 
 DEEPSEEK_V2 = Family(
@@ -28,14 +28,15 @@ DEEPSEEK_V2 = Family(
             score="softmax",
             normalise=False,
             scale=Key("routed_scaling_factor", 1.0),
-            groups=Key("n_group", 1),
-            group_top_k=Key("topk_group", 1),
+            groups=Key("n_group", None),
+            group_top_k=Key("topk_group", None),
             group_best=1,
             grouped=(Key("topk_method", "greedy"), "group_limited_greedy"),
         ),
         yarn_scale=True,
         # transformers doesn't read norm_topk_prob, with which others compute something else.
         fixed={"attention_dropout": 0.0, "mlp_bias": False, "norm_topk_prob": False},
+        same=LATENT_SAME,
     ),
     tokens={"bos_token_id": 1, "eos_token_id": 2},
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/deepseek_v2/modeling_deepseek_v2.py",

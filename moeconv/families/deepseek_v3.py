@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeconv.families.base import Family
 from moeconv.families.compute import ComputeRule, Key
 from moeconv.families.decoder import FUSED_EXPERTS, group_limited
-from moeconv.families.latent import LATENT_DEFAULTS, LATENT_SIZES, latent_mixture
+from moeconv.families.latent import LATENT_DEFAULTS, LATENT_SAME, LATENT_SIZES, latent_mixture
 from moeconv.families.rope import RopeRule
 
 DEEPSEEK_V3 = Family(
@@ -27,6 +27,7 @@ DEEPSEEK_V3 = Family(
         rope=RopeRule(interleaved=("rope_interleave", True)),
         router=group_limited(normalise=True, scale=2.5, groups=8, group_top_k=4),
         yarn_scale=True,
+        same=LATENT_SAME,
     ),
     mtp=("num_nextn_predict_layers", "num_mtp_layers"),
     tokens={"bos_token_id": 0, "eos_token_id": 1},

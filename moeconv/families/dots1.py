@@ -28,7 +28,7 @@ DOTS1 = Family(
         "ffn": "moe_intermediate_size",
         "dense_ffn": "intermediate_size",
         "shared": "n_shared_experts",
-        "experts": "n_routed_experts",
+        "experts": ("n_routed_experts", "num_local_experts"),
         "top_k": "num_experts_per_tok",
     },
     defaults={"head_dim": "hidden//heads"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeconv.families.base import Family
 from moeconv.families.compute import ComputeRule, Key
 from moeconv.families.decoder import FUSED_EXPERTS, group_limited
-from moeconv.families.latent import LATENT_DEFAULTS, LATENT_SIZES, latent_mixture
+from moeconv.families.latent import LATENT_DEFAULTS, LATENT_SAME, LATENT_SIZES, latent_mixture
 from moeconv.families.rope import RopeRule
 
 GLM4_MOE_LITE = Family(
@@ -23,9 +23,10 @@ GLM4_MOE_LITE = Family(
     compute=ComputeRule(
         norm_eps=Key("rms_norm_eps", 1e-5),
         max_positions=Key("max_position_embeddings", 202752),
-        rope=RopeRule(share=1.0, interleaved=("rope_interleave", True)),
+        rope=RopeRule(interleaved=("rope_interleave", True)),
         router=group_limited(normalise=True, scale=1.8),
         yarn_scale=True,
+        same=LATENT_SAME,
     ),
     mtp=("num_nextn_predict_layers", "num_mtp_layers"),
     tokens={"bos_token_id": 0, "eos_token_id": 1},

@@ -49,6 +49,7 @@ HUNYUAN_V1_MOE = Family(
         router=RouterRule(score="softmax", normalise=True),
         head_norms="after rotation",
     ),
+    harmless=("eod_token_id",),
     tokens={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/hunyuan_v1_moe/modeling_hunyuan_v1_moe.py",
 )

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from moeconv.families.base import Family, Model
 from moeconv.families.compute import Compute, Key
+from moeconv.families.key_states import DTYPE, LAYER_TYPES, SPECIAL_TOKENS
 from moeconv.families.keys import config_keys_and_problems, window_keys
-from moeconv.families.layers import linear_keys, moe_keys, pattern_keys
+from moeconv.families.layers import linear_keys, moe_keys
 from moeconv.families.names import evaluate
 
-# Keys that mean the same in every family, or change nothing that is computed.
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-CARRIED = (
-    *SPECIAL_TOKENS, "use_cache", "dtype", "torch_dtype", "transformers_version",
-)  # fmt: skip
-_HARMLESS = (
-    "architectures",
-    "model_type",
-    "pretraining_tp",
-    "_name_or_path",
-    "_attn_implementation",
-    "attn_implementation",
-)
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
-LAYER_TYPES = "layer_types"
+# What a config made of another's keeps of it besides.
+CARRIED = (*SPECIAL_TOKENS, "use_cache", *DTYPE, "transformers_version")
 _OF_LAYERS = (LAYER_TYPES, "no_rope_layers")  # lists of one entry a layer
 # What a model has that others lack, by the roles of its tensors.
 _WORDS = {
@@ -142,25 +130,6 @@ def layer_config(model: Model, layer: int) -> dict[str, Any]:
     config |= (dense if "experts" in sizes else {}) | linear
     config |= dict.fromkeys(_tied_keys(family), False)
     return config | (window_keys(family.compute.window, model.compute.windows[layer : layer + 1]) or {})
-
-
-def known_keys(family: Family) -> frozenset[str]:
-    """Give the keys of a family's config that say what its tensors are and what is computed, or that change neither."""
-    keys = {*_HARMLESS, *_ROPE, LAYER_TYPES, *CARRIED, *family.compute.fixed}
-    keys |= set(pattern_keys(family.dense_layers, family.linear_layers))
-    keys |= {key for names in family.sizes.values() for key in ((names,) if isinstance(names, str) else names)}
-    keys |= {key if isinstance(key, str) else key[0] for key in family.flags.values()}
-    for rule in (family.compute, family.compute.window, family.compute.router, family.compute.gate):
-        values = [getattr(rule, field.name) for field in fields(rule)] if rule is not None else []
-        keys |= {value.name for value in values if isinstance(value, Key)}
-    rope, router = family.compute.rope, family.compute.router
-    keys |= {
-        key
-        for key in (rope.turned, *(rope.interleaved if isinstance(rope.interleaved, tuple) else ()))
-        if isinstance(key, str)
-    }
-    keys |= {router.grouped[0].name} if router is not None and router.grouped is not None else set()
-    return frozenset(keys)
 
 
 def _first(keys: str | tuple[str, ...]) -> str:

@@ -71,8 +71,10 @@ JAMBA = Family(
         max_positions=Key("max_position_embeddings", 262144),
         rope=RopeRule(),
         router=RouterRule(score="softmax", normalise=False),
+        fixed={"attention_dropout": 0.0, "mamba_proj_bias": False},
         lacks="state-space layers and attention without positions",
     ),
+    harmless=("use_associative_scan", "use_mamba_kernels", "use_mambapy"),
     tokens={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/jamba/modeling_jamba.py",
 )

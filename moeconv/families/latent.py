@@ -23,13 +23,16 @@ LATENT_SIZES: dict[str, str | tuple[str, ...]] = {
     "ffn": "moe_intermediate_size",
     "dense_ffn": "intermediate_size",
     "shared": "n_shared_experts",
-    "experts": "n_routed_experts",
+    "experts": ("n_routed_experts", "num_local_experts", "num_experts"),
     "top_k": "num_experts_per_tok",
 }
 LATENT_DEFAULTS = {
     "q_rank": "0",
     "qk_dim": "nope_dim+head_dim",
 }  # without a rank of queries they come from the hidden state
+
+# Keys of attention of the usual kind, which transformers reads nevertheless.
+LATENT_SAME = {"num_key_value_heads": "heads", "head_dim": "head_dim", "qk_head_dim": "qk_dim"}
 
 _HEADS, _COLUMNS = Split("tp", 0, "heads"), Split("tp", 1, "heads")
 _ATTENTION = (

@@ -65,7 +65,6 @@ def pattern_keys(moe: MoELayers, linear: LinearLayers) -> tuple[str, ...]:
 
 def _number(config: Mapping[str, Any], key: str, silent: int | None, least: int = 0) -> int:
     value = config.get(key, silent)
-    value = silent if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise MappingError(f"config.json: {key} is {value!r}; expected a whole number of at least {least}")
     return value
@@ -80,7 +79,9 @@ def _layers_of(config: Mapping[str, Any], key: str) -> list[int]:
 
 def _types(config: Mapping[str, Any], key: str, count: int, kinds: set[str]) -> list[str] | None:
     types = config.get(key)
-    if types is not None and (not isinstance(types, list) or len(types) != count or not set(types) <= kinds):
+    if types is not None and (not isinstance(types, list) or len(types) != count or not all(
+        isinstance(kind, str) and kind in kinds for kind in types
+    )):
         raise MappingError(f"config.json: {key} is {str(types)[:80]}; expected {count} of {', '.join(sorted(kinds))}")
     return types
 

@@ -32,7 +32,7 @@ LLAMA4_TEXT = Family(
         "experts": ("num_local_experts", "num_experts"),
         "top_k": "num_experts_per_tok",
     },
-    defaults={"head_dim": "hidden//heads"},
+    defaults={"head_dim": "128"},
     flags={"tied": "tie_word_embeddings", "attention_bias": "attention_bias"},
     dense_layers="every",
     rules=(
@@ -62,6 +62,10 @@ LLAMA4_TEXT = Family(
         max_positions=Key("max_position_embeddings", 131072),
         rope=RopeRule(theta=500000.0, interleaved=True),
         router=RouterRule(score="sigmoid", normalise=False),
+        undescribed=(
+            *("layer_types", "attention_chunk_size", "no_rope_layers", "no_rope_layer_interval", "use_qk_norm"),
+            *("attn_temperature_tuning", "attn_scale", "floor_scale", "router_jitter_noise"),
+        ),
         lacks="attention in chunks, layers without positions, and experts whose inputs are scaled",
     ),
     tokens=BOS_EOS,

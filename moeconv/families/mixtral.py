@@ -26,7 +26,7 @@ MIXTRAL = Family(
     sizes={
         **SIZES,
         "ffn": "intermediate_size",
-        "experts": "num_local_experts",
+        "experts": ("num_local_experts", "num_experts"),
         "top_k": "num_experts_per_tok",
     },
     defaults={"head_dim": "hidden//heads"},
@@ -45,6 +45,7 @@ MIXTRAL = Family(
         window=WindowRule(pattern="all", size=Key("sliding_window", None)),
         # The softmax over all experts, renormalised over the chosen ones.
         router=RouterRule(score="softmax", normalise=True),
+        fixed={"attention_dropout": 0.0, "router_jitter_noise": 0.0},
     ),
     aliases=(Alias(MLP + "gate.weight", (SPARSE + "gate.weight",)), *FUSED_W132),
     tokens=BOS_EOS,

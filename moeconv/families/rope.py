@@ -17,7 +17,7 @@ KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
-    "alpha": (("alpha",), ()),  # a fixed stretch of the base, which configs call dynamic too
+    "alpha": (("factor", "alpha"), ()),  # a fixed stretch of the base, which configs call dynamic too
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": (
         ("factor",),
@@ -36,7 +36,12 @@ KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("factor", "original_max_position_embeddings", "attention_factor"),
     ),
 }
-_NULLABLE = ("factor",)  # yarn takes the ratio of the lengths instead
+ORIGINAL = "original_max_position_embeddings"  # also a key beside the table, which counts before the table's
+# Parameters that may be null, by kind: of the factor, the ratio of the lengths is taken instead.
+_NULLABLE: Mapping[str, tuple[str, ...]] = {
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "longrope": ("factor", "attention_factor"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,24 +92,26 @@ class RopeRule:
         Raises:
             MappingError: a parameter is missing, of the wrong type, or of an unknown kind.
         """
-        table = config.get("rope_scaling") or config.get("rope_parameters") or self.silent or {}
-        if not isinstance(table, Mapping):
-            raise MappingError(f"config.json: the rotary parameters are {table!r}; expected an object")
+        table = self.table(config)
         kind = table.get("rope_type", table.get("type", "default"))
         kind = "alpha" if self.alpha and kind == "dynamic" and table.get("alpha") else kind
         known = ("default", "longrope") if self.magnitudes else tuple(KINDS)
         if not isinstance(kind, str) or kind not in known:
             raise MappingError(f"config.json: rope_type is {kind!r}; known kinds are {', '.join(known)}")
-        theta = table.get("rope_theta", config.get("rope_theta"))
+        theta = table.get("rope_theta", config.get("rope_theta", self.theta))
         share = table.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        if share is None and "partial_rotary_factor" in table:
+            raise MappingError("config.json: partial_rotary_factor of the rotary parameters is null; expected a number above 0")
         turned = config.get(self.turned) if self.turned is not None else None
         if share is None and isinstance(turned, int) and turned > 0:
             share = turned / head_dim
         share = self.share if share is None else share
         share = 1.0 if share is None else share
         for name, value, most in (("rope_theta", theta, float("inf")), ("partial_rotary_factor", share, 1.0)):
-            if value is not None and not (_is_number(value) and 0 < value <= most):
+            if not (_is_number(value) and 0 < value <= most):
                 raise MappingError(f"config.json: {name} is {value!r}; expected a number above 0")
+        if kind == "yarn" and theta == 1:
+            raise MappingError("config.json: rope_theta is 1, of which yarn has no logarithm to divide by")
         if self.share is None and share != 1.0:
             raise MappingError(
                 f"config.json: partial_rotary_factor is {share}, which transformers doesn't compute for this family"
@@ -112,12 +119,26 @@ class RopeRule:
         dim = int(head_dim * share)
         if dim < 2 or dim % 2:
             raise MappingError(f"config.json: {dim} of {head_dim} elements of a head are turned; they must be pairs")
-        rotary = float(self.theta if theta is None else theta)
         more = ("short_mscale", "long_mscale") if self.magnitudes and kind != "default" else ()
-        parameters = _parameters(kind, table, dim, max_positions, more)
+        beside = {ORIGINAL: config[ORIGINAL]} if ORIGINAL in config and ORIGINAL in KINDS[kind][1] else {}
+        parameters = _parameters(kind, {ORIGINAL: max_positions, **table, **beside}, dim, more)
         key = self.interleaved
         said = config.get(key[0], key[1]) if isinstance(key, tuple) else key
-        return Rope(theta=rotary, dim=dim, share=float(share), kind=kind, parameters=parameters, interleaved=bool(said))
+        return Rope(theta=float(theta), dim=dim, share=float(share), kind=kind, parameters=parameters, interleaved=bool(said))
+
+    def table(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Give the parameters that count, of a config in the form of transformers 4 or 5.
+
+        Raises:
+            MappingError: they are no object, or one for each kind of layers.
+        """
+        stated = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
+        if wrong := [table for table in stated if table is not None and not isinstance(table, Mapping)]:
+            raise MappingError(f"config.json: the rotary parameters are {str(wrong[0])[:80]}; expected an object")
+        table: Mapping[str, Any] = stated[0] or (stated[1] if stated[1] is not None else self.silent or {})
+        if nested := [key for key, value in table.items() if isinstance(value, Mapping)]:
+            raise MappingError(f"config.json: the rotary parameters have others for {nested[0]}; expected one set for all layers")
+        return table
 
     def problems(self, rope: Rope) -> list[str]:
         """Say in words what a config of this family can't say of rotary positions."""
@@ -151,22 +172,25 @@ def _is_number(value: Any) -> bool:
 
 
 def _parameters(
-    kind: str, table: Mapping[str, Any], dim: int, max_positions: int, more: tuple[str, ...]
+    kind: str, table: Mapping[str, Any], dim: int, more: tuple[str, ...]
 ) -> dict[str, Any]:
     needed, optional = KINDS[kind]
     needed = (*needed, *more)
-    values = {name: table[name] for name in (*needed, *optional) if table.get(name) is not None}
-    if "original_max_position_embeddings" in optional:
-        values.setdefault("original_max_position_embeddings", max_positions)
-    missing = [name for name in needed if name not in values and not (name in _NULLABLE and kind == "yarn")]
-    if missing:
+    if missing := [name for name in needed if name not in table]:
         raise MappingError(f"config.json: rope_type {kind!r} lacks {', '.join(missing)}")
+    nullable = _NULLABLE.get(kind, ())
+    stated = {name: table[name] for name in (*needed, *optional) if name in table}
+    values = {name: value for name, value in stated.items() if value is not None or name not in nullable}
+    if values.get("truncate", True) is None:
+        values["truncate"] = False
     for name, value in values.items():
         if name in ("short_factor", "long_factor"):
             right = isinstance(value, list) and len(value) == dim // 2 and all(_is_number(v) and v > 0 for v in value)
             expected = f"{dim // 2} positive numbers"
         elif name == "truncate":
             right, expected = isinstance(value, bool), "true or false"
+        elif name == ORIGINAL and kind == "longrope":
+            right, expected = _is_number(value) and value > 1, "a number above 1"
         else:
             right, expected = _is_number(value) and value > 0, "a number above 0"
         if not right:

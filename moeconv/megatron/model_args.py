@@ -66,7 +66,7 @@ def builder_note(model: Model) -> str | None:
 def _unsaid(model: Model) -> Iterable[str]:
     compute = model.compute
     if compute.act != "silu":
-        yield f"{compute.act} in a gated feed-forward part (its --swiglu is silu)"
+        yield f"{model.family.compute.act.name} = {compute.act} in a gated feed-forward part (its --swiglu is silu)"
     yield from (f"{name} = {shown(value)}" for name, value in compute.others.items() if name != DROPOUT)
     for field in fields(compute):  # what most models compute alike has a default
         if field.default is not MISSING and getattr(compute, field.name) != field.default:

@@ -12,7 +12,8 @@ from moeconv.errors import RecipeError
 from moeconv.families import FAMILIES
 from moeconv.families.base import Family, Model
 from moeconv.families.compute import Router
-from moeconv.families.inverse import CARRIED, Description, known_keys, shapes_of, write_config
+from moeconv.families.inverse import CARRIED, Description, shapes_of, write_config
+from moeconv.families.key_states import unknown_keys
 
 # In the order of preference.
 CARRIERS = {name: family for name, family in FAMILIES.items() if family.compute.router is not None}
@@ -122,4 +123,4 @@ def choose(name: str | None, source: Model, shape: Shape) -> tuple[Family, dict[
 
 def left_out(source: Model) -> list[str]:
     """List the keys of a dense config.json that are in no carrier's, so that their effect, if any, is lost."""
-    return sorted(source.config.keys() - known_keys(source.family))
+    return unknown_keys(source.family, source.config)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from moeconv.families.base import Model
+from moeconv.families.compute import FIXED
 from moeconv.quant import require_plain
 from runtime.errors import require
 from runtime.model.dtypes import DtypeName
@@ -50,11 +51,17 @@ def check_supported(model: Model, where: Path) -> None:
     )
     require_plain(model, where, "training")
     for key, value in compute.others.items():
-        require(False, f"{where}: config.json says {key} = {value!r}, which the trainer doesn't compute")
+        require(False, f"{where}: config.json says {key} = {value!r}, which the trainer doesn't compute{_instead(model, key)}")
     require(
         model.sizes["heads"] % model.sizes["kv_heads"] == 0,
         f"{where}: {model.sizes['heads']} attention heads are not a multiple of {model.sizes['kv_heads']} key/value heads",
     )
+
+
+def _instead(model: Model, key: str) -> str:
+    """Say which value of a key the trainer computes, where it computes one."""
+    fixed = FIXED | dict(model.family.compute.fixed)
+    return f"; it computes {key} = {fixed[key]!r}" if key in fixed else ""
 
 
 def stored_dtype(model: Model) -> DtypeName:

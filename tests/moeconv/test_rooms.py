@@ -11,7 +11,7 @@ import pytest
 
 from moeconv.families import FAMILIES
 from moeconv.families.base import ROLES
-from moeconv.families.inverse import known_keys
+from moeconv.families.key_states import known_keys
 
 ROOT = Path(__file__).parents[2] / "moeconv"
 # Other programs' own words that happen to be ours too.

@@ -12,7 +12,7 @@ from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf, write_sharded
 from moeconv.describe import describe
 from moeconv.families import FAMILIES as KNOWN
-from moeconv.families.inverse import SPECIAL_TOKENS
+from moeconv.families.key_states import SPECIAL_TOKENS
 from moeconv.layout.degrees import Degrees
 from tests.moeconv.models import digests
 from tests.upcycle.hub import FAMILIES, make_folder

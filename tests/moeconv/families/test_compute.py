@@ -14,7 +14,7 @@ from moeconv.errors import MappingError
 from moeconv.families import FAMILIES, document
 from moeconv.families.base import ROLES, Model
 from moeconv.families.compute import Compute, Key
-from moeconv.families.inverse import known_keys
+from moeconv.families.key_states import known_keys
 from moeconv.families.keys import config_keys
 
 SIZES: dict[str, Any] = {
@@ -26,14 +26,14 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 48,
     "vocab_size": 64,
     "moe_intermediate_size": 16,
-    "num_experts": 8,
-    "num_local_experts": 8,
+    "num_experts": 16,
+    "num_local_experts": 16,
     "n_routed_experts": 16,
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
     "shared_expert_intermediate_size": 16,
     "first_k_dense_replace": 1,
-    "moe_num_experts": 8,
+    "moe_num_experts": 16,
     "moe_k": 2,
     "moe_topk": 2,
     "moe_num_shared_experts": 1,
@@ -196,7 +196,7 @@ def test_keys_of_what_is_computed_say_the_same(model_type: str, saying: dict[str
         ("rope_scaling", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}),
         ("max_position_embeddings", 1.5),
         ("sliding_window", -3),
-        ("num_experts_per_tok", 9),
+        ("num_experts_per_tok", 17),
     ],
 )
 def test_values_that_mean_nothing_are_refused(key: str, value: Any) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
-from moeconv.families.inverse import Description, known_keys, layer_config, shapes_of, write_config
+from moeconv.families.inverse import Description, layer_config, shapes_of, write_config
+from moeconv.families.key_states import known_keys
 from tests.moeconv.families.test_compute import COMPUTED, SAYINGS, reference, silent, skips
 
 FLAGS: list[dict[str, Any]] = [

@@ -29,6 +29,19 @@ _IGNORED = (
     "*.tflite",
     "*.npz",
 )
+# What says what a model and its tokenizer are, without the weights.
+_DESCRIPTION = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "tekken.json",
+    "tiktoken.model",
+    "chat_template.jinja",
+)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -71,6 +84,37 @@ def local_folder(source: str, revision: str | None = None) -> Path:
         return cached
     except MoeconvError:
         raise
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise refusal(source, error) from None
+
+
+def description_folder(source: str) -> Path:
+    """Find a folder with a model's config.json and tokenizer: a local one as it is, or of a hub repository all but its weights.
+
+    Args:
+        source: a file or folder, or a repository's id.
+
+    Returns:
+        The file or folder.
+
+    Raises:
+        SourceError: there is neither such a folder nor such a repository, or the download failed.
+    """
+    path = Path(source)
+    if os.path.lexists(path):
+        return path
+    if not is_repository(source):
+        raise SourceError(f"{brief_path(path)}: no such file or folder, and no repository id (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_DESCRIPTION)))
+    except LocalEntryNotFoundError as error:
+        cached = cached_folder(source)
+        if cached is None:
+            raise refusal(source, error) from None
+        return cached
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise refusal(source, error) from None
 

@@ -59,21 +59,19 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     Raises:
         MoeconvError: the run can't work; nothing has been allocated or written.
     """
-    where = given.of("checkpoint")
-    require("load" in where, "--load is missing: name the checkpoint to start from (an example: --help)")
-    places = CheckpointConfig(**where)
+    places = CheckpointConfig(**given.of("checkpoint"))
     # A restart goes on from what the attempts before have saved.
-    origin = find_origin(places.load, places.save, places.ckpt_step if process.attempt == 0 else None)
+    origin = find_origin(given, places, places.ckpt_step if process.attempt == 0 else None)
     if places.override_router:
         model = override_router(given.stated, origin.checkpoint.model, origin.path)
         note = f"--override-router: {model.compute.router}"
         checkpoint = origin.checkpoint.with_model(model)
         origin = dataclasses.replace(origin, checkpoint=checkpoint, notes=(*origin.notes, note))
-    run = make_run(given, origin.checkpoint.model, origin.path)
+    run = make_run(given, origin.checkpoint.model, origin.path, drawn=origin.drawn)
     check_run(run, process.world_size)
     tokenizer = run.data.tokenizer_model
     require(tokenizer is None or tokenizer.exists(), f"--tokenizer-model {tokenizer}: no such file or folder")
-    notes = [*run.notes, *origin.notes, *summary(run), *_groups(run, origin)]
+    notes = [*origin.notes, *run.notes, *summary(run), *_groups(run, origin)]
     if run.moe is not None:
         device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype]))
@@ -262,7 +260,7 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
     degrees = {"dp": dp} | {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp", "ep", "etp")}
     first, *_, last = 2 * [*train.batch_sizes(dp).all()]
     return (
-        f"{origin.path}: {run.model.family.name}, {size / 1e6:.1f} M parameters, {run.dtype} | "
+        f"{origin.title}: {run.model.family.name}, {size / 1e6:.1f} M parameters, {run.dtype} | "
         f"{process.world_size} ranks: {' '.join(f'{axis}{degree}' for axis, degree in degrees.items() if degree > 1)} | "
         f"{last if first == last else f'{first} to {last}'} sequences of {train.seq_length} tokens a step"
     )
@@ -310,7 +308,7 @@ def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
     stored = checkpoint.tensors if with_optimizer else None
     load_verified(checkpoint, lambda read: engine.load_state(read, stored), engine.device)
     path = origin.path / TRAINER_FILE
-    if not path.is_file() or (options.finetune and not origin.own):
+    if origin.drawn or not path.is_file() or (options.finetune and not origin.own):
         return None
     state = TrainerState.from_json(path.read_text(), path)
     if not (origin.own or options.load_rng):
@@ -337,7 +335,7 @@ def _open_log(run: RunConfig, origin: Origin, process: Process, device: torch.de
         "experts": origin.checkpoint.model.sizes.get("experts", 0),
         "world_size": process.world_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "start": str(origin.path),
+        "start": origin.title,
     }
     settings = {"job": job} | yaml.safe_load(run_file(run))
     return MetricLog(log, train_iters=run.train.num_steps, interval=log.interval, settings=settings, speed=speed)

@@ -146,20 +146,40 @@ def config_from_args(args: RunArgs, dtype: str) -> dict[str, Any]:
     Raises:
         MappingError: an argument is missing or means nothing, or no family holds the model.
     """
+    config, refused = find_config(args, dtype)
+    if config is None:
+        raise MappingError(
+            f"no family holds the model that the checkpoint's args describe. What each can't hold: {'; '.join(refused)}. "
+            "If the args are wrong, pass the right config.json with --hf-config and --ignore-args"
+        )
+    return config
+
+
+def find_config(args: RunArgs, dtype: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """Find a family for the model that arguments describe.
+
+    Args:
+        args: the arguments.
+        dtype: the name of the weights' torch dtype.
+
+    Returns:
+        The config of the first family that holds exactly this model, None where none does; and in words what each family
+        before it can't hold.
+
+    Raises:
+        MappingError: an argument is missing or means nothing.
+    """
     wanted = _describe(args)
-    refused = []
+    refused: list[str] = []
     for family in FAMILIES.values():
         if (family.compute.router is not None) == bool(wanted.moe_layers):
             config, problems = write_config(family, wanted)
             if not problems:
                 config = finish(family, config, dtype)
                 check_args(args, Model.from_config(family, config))
-                return config
+                return config, refused
             refused.append(f"{family.name}: {', '.join(problems)}")
-    raise MappingError(
-        f"no family holds the model that the checkpoint's args describe. What each can't hold: {'; '.join(refused)}. If "
-        "the args are wrong, pass the right config.json with --hf-config and --ignore-args"
-    )
+    return None, refused
 
 
 def _describe(args: RunArgs) -> Description:

@@ -12,8 +12,9 @@ from runtime.flag import check_fields, flag
 class CheckpointConfig:
     """Where checkpoints come from and go to."""
 
-    load: Path
-    """A checkpoint of any layout to start from: sharded, Hugging Face, or the --save folder of a run."""
+    load: Path | None = None
+    """A checkpoint of any layout to start from: sharded, Hugging Face, or the --save folder of a run. Where it is an empty
+    folder, the one of --save, or left out, weights are drawn."""
     save: Path | None = None
     """Folder for checkpoints; where it has one, the run goes on from the latest, whatever --load says."""
     save_interval: int = flag(0, at_least=0)
@@ -23,6 +24,8 @@ class CheckpointConfig:
     ckpt_step: int | None = None
     """Go on from the checkpoint of this iteration instead of the latest, of --save or --load (--ckpt-step). Of a run's
     own saves it becomes the latest at once, so that a restart goes on from what is saved after it."""
+    exit_on_missing_checkpoint: bool = False
+    """Never draw weights: where --load, or --save without it, has no checkpoint, the run is refused."""
     override_router: bool = False
     """Let the --moe-router flags change what the model's router computes, on purpose: config.json says so from then on."""
     finetune: bool = False

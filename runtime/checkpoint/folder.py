@@ -17,8 +17,8 @@ from moeconv.io.staging import sync_path
 
 LATEST = "latest"
 PARTIAL = ".partial"
-_OLD = ".old"
-_TRIAL = ".trial-"
+OLD = ".old"
+TRIAL = ".trial-"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -151,12 +151,12 @@ def clean(root: Path) -> None:
         OSError: something can't be removed.
     """
     for path in root.iterdir():
-        suffix = next((s for s in (PARTIAL, _OLD) if path.name.endswith(s)), None)
+        suffix = next((s for s in (PARTIAL, OLD) if path.name.endswith(s)), None)
         if suffix is None or path.is_symlink():
             continue
         if _NAME.fullmatch(path.name.removesuffix(suffix)):
             shutil.rmtree(path)
-    for path in (root / (LATEST + PARTIAL), *root.glob(f"{_TRIAL}*")):
+    for path in (root / (LATEST + PARTIAL), *root.glob(f"{TRIAL}*")):
         path.unlink(missing_ok=True)
 
 
@@ -204,7 +204,7 @@ def try_writing(root: Path, size: int) -> None:
     Raises:
         WriteError: the folder can't be written to, or has no room for one checkpoint.
     """
-    trial = root / f"{_TRIAL}{secrets.token_hex(8)}"
+    trial = root / f"{TRIAL}{secrets.token_hex(8)}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         trial.write_bytes(b"moeconv")
@@ -229,7 +229,7 @@ def publish(partial: Path) -> Path:
         The checkpoint.
     """
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
-    old = final.with_name(final.name + _OLD)
+    old = final.with_name(final.name + OLD)
     sync_path(partial)
     if final.exists():
         os.replace(final, old)
@@ -270,6 +270,6 @@ def prune(root: Path, keep_last: int) -> None:
     last = next((iteration for iteration, path in found.items() if path.resolve() == current), max(found))
     for path in [path for iteration, path in found.items() if iteration <= last][:-keep_last]:
         # Renamed first: a reader must never meet half a checkpoint, and the next save finishes what is begun here.
-        doomed = path.with_name(path.name + _OLD)
+        doomed = path.with_name(path.name + OLD)
         os.replace(path, doomed)
         shutil.rmtree(doomed)

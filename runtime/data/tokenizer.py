@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -120,6 +120,17 @@ def _check_sentencepiece(model: Path) -> None:
         raise need("sentencepiece", f"{model} (without a tokenizer.json beside it)") from None
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """List the files of a folder that make a tokenizer, in a fixed order."""
+    return [part for pattern in _FILES for part in sorted(folder.glob(pattern)) if part.is_file()]
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Give the rows that an embedding needs for a tokenizer: one more than its largest id, which need not be its length."""
+    ids: Iterable[int] = tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else ()
+    return max((*(index + 1 for index in ids), len(tokenizer)))
+
+
 def digest_files(path: Path) -> str:
     """Name a tokenizer by the content of its files: a checkpoint that a run saves has the name of the one it began with.
 
@@ -131,10 +142,8 @@ def digest_files(path: Path) -> str:
     """
     digest = xxhash.xxh3_128(path.name.encode() if path.is_file() else b"")
     folder = path.parent if path.is_file() else path
-    for pattern in _FILES:
-        for part in sorted(folder.glob(pattern)):
-            if part.is_file():
-                digest.update(part.name.encode() + part.read_bytes())
+    for part in tokenizer_files(folder):
+        digest.update(part.name.encode() + part.read_bytes())
     # What the family says chooses the class; nothing else of the model's configuration matters.
     digest.update(str(_is_llama_like(folder)).encode())
     return str(digest.hexdigest())
@@ -158,8 +167,7 @@ def encoder_spec(tokenizer: Tokenizer, path: Path, *, append_eod: bool) -> Encod
     split_special = bool(getattr(tokenizer, "split_special_tokens", False))
     text: str | None = None
     eod = tokenizer.eos_token_id if append_eod else None
-    ids = tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else ()
-    max_id = max((*ids, len(tokenizer) - 1))
+    max_id = vocabulary_size(tokenizer) - 1
     if backend is not None:
         backend.no_truncation()
         backend.no_padding()

@@ -1,4 +1,4 @@
-"""What a run's flags say of the model, compared with the checkpoint that it comes from: one row a flag."""
+"""What a run's flags say of the model, one row a flag: compared with the checkpoint that it comes from, or what is drawn."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class Fact:
     help: str
     says: Any = True
     """For a flag without a value: what it states."""
+    needed: bool = False
+    """Without it, flags don't describe a model that could be drawn."""
 
     def parse(self, text: str) -> Any:
         """Read the flag's value.
@@ -58,11 +60,11 @@ def _linear_bias(model: Model) -> bool:
 
 # The one place that says which property of the model a flag states.
 FACTS = (
-    Fact("--num-layers", int, lambda m: m.sizes["layers"], "Decoder layers"),
-    Fact("--hidden-size", int, lambda m: m.sizes["hidden"], "Width of the residual stream"),
+    Fact("--num-layers", int, lambda m: m.sizes["layers"], "Decoder layers", needed=True),
+    Fact("--hidden-size", int, lambda m: m.sizes["hidden"], "Width of the residual stream", needed=True),
     Fact("--ffn-hidden-size", int, _width("mlp.gate", "ffn"), "Inner width of the feed-forward layer, or an expert"),
     Fact("--moe-ffn-hidden-size", int, lambda m: m.sizes["ffn"], "Inner width of an expert"),
-    Fact("--num-attention-heads", int, lambda m: m.sizes["heads"], "Attention heads"),
+    Fact("--num-attention-heads", int, lambda m: m.sizes["heads"], "Attention heads", needed=True),
     Fact(
         "--group-query-attention",
         bool,
@@ -72,7 +74,7 @@ FACTS = (
     Fact("--num-query-groups", int, lambda m: m.sizes["kv_heads"], "Key/value heads"),
     Fact("--kv-channels", int, lambda m: m.sizes["head_dim"], "Width of a head"),
     Fact("--vocab-size", int, lambda m: m.sizes["vocab"], "Tokens of the vocabulary, without padding"),
-    Fact("--max-position-embeddings", int, lambda m: m.compute.max_positions or None, "Longest sequence"),
+    Fact("--max-position-embeddings", int, lambda m: m.compute.max_positions or None, "Longest sequence", needed=True),
     Fact("--num-experts", int, lambda m: m.sizes.get("experts", 0), "Experts of a MoE layer"),
     Fact("--moe-router-topk", int, lambda m: m.sizes.get("top_k", 0), "Experts that each token is routed to"),
     Fact("--moe-router-score-function", str, _router("score"), "How the router's logits become scores"),
@@ -144,6 +146,33 @@ def check_architecture(stated: Mapping[str, Any], model: Model, where: Path) -> 
             f"{fact.flag} is {_short(given)}; the checkpoint {where} has {_short(found)}: "
             "give that, or leave the flag out",
         )
+
+
+def as_arguments(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what the flags say of the model as Megatron's arguments.
+
+    Args:
+        stated: flag -> its value, for the flags that were given.
+
+    Returns:
+        Argument -> value.
+
+    Raises:
+        ConfigError: a pattern of layers means nothing.
+    """
+    said = {fact.flag: stated[fact.flag] for fact in FACTS if fact.flag in stated}
+    if "--moe-layer-freq" in said:
+        text, layers = str(said["--moe-layer-freq"]), int(said.get("--num-layers", 0))
+        said["--moe-layer-freq"] = list(_layer_pattern(text, layers))
+    return {flag[2:].replace("-", "_"): value for flag, value in said.items()}
+
+
+def missing_facts(stated: Mapping[str, Any]) -> list[str]:
+    """List the flags without which no model is described."""
+    missing = [fact.flag for fact in FACTS if fact.needed and fact.flag not in stated]
+    # Megatron takes a single group where only the switch is given, which nobody means.
+    alone = "--group-query-attention" in stated and "--num-query-groups" not in stated
+    return missing + (["--num-query-groups"] if alone else [])
 
 
 def _layer_pattern(text: str, num_layers: int) -> tuple[int, ...]:

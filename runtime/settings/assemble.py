@@ -10,6 +10,7 @@ from moeconv.families.base import Model
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.config import DataConfig
 from runtime.errors import ConfigError, require
+from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.support import check_supported, stored_dtype
@@ -24,13 +25,14 @@ from runtime.settings.run import RunConfig
 from runtime.settings.steps import TrainConfig
 
 
-def make_run(given: Given, model: Model, where: Path) -> RunConfig:
+def make_run(given: Given, model: Model, where: Path, *, drawn: bool = False) -> RunConfig:
     """Put a run's settings together.
 
     Args:
         given: what `parse_flags` returned.
         model: the checkpoint's.
         where: the checkpoint.
+        drawn: whether weights are drawn.
 
     Returns:
         The settings, each valid in itself; `runtime.settings.check` checks them against each other and the world size.
@@ -57,8 +59,10 @@ def make_run(given: Given, model: Model, where: Path) -> RunConfig:
         train=train,
         data=DataConfig(**given.of("data"), **shared),
         checkpoint=CheckpointConfig(**given.of("checkpoint")),
+        init=InitConfig(**given.of("init")),
         log=LogConfig(**given.of("log")),
         stated=dict(given.stated),
+        drawn=drawn,
     )
     return dataclasses.replace(run, notes=(*given.notes, *check_idle(given, run)))
 

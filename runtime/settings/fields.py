@@ -17,6 +17,7 @@ from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.config import DataConfig
 from runtime.errors import ConfigError
 from runtime.flag import Mark, choices_of, describe_range, mark_of, types_of
+from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
@@ -41,6 +42,7 @@ class Group:
 
 GROUPS = (
     Group(name="checkpoint", title="checkpoints", owner=CheckpointConfig),
+    Group(name="init", title="a new model, whose weights are drawn", owner=InitConfig),
     Group(name="data", title="data", owner=DataConfig, given=frozenset({"seq_length", "seed", "vocab_size"})),
     Group(name="train", title="steps and evaluation", owner=TrainConfig),
     Group(name="optim", title="optimizer", owner=OptimConfig),

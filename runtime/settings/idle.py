@@ -26,6 +26,12 @@ class Idle:
 
 IDLE = (
     Idle("checkpoint", ("save_interval", "keep_last", "save_optim"), lambda r: r.checkpoint.save is not None, "needs --save", True),
+    Idle(
+        "init",
+        ("init_config", "init_method_std", "embedding_init_method_std", "use_scaled_init_method"),
+        lambda r: r.drawn,
+        "needs a new model: weights come from the checkpoint",
+    ),
     Idle("recompute", ("modules",), lambda r: r.recompute.granularity == "selective", "needs --recompute-granularity selective", True),
     Idle("train", ("manual_gc_interval",), lambda r: r.train.manual_gc, "needs --manual-gc", True),
     Idle("train", ("eval_interval",), lambda r: r.train.eval_iters != 0, "needs --eval-iters", True),

@@ -66,7 +66,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--ddp-num-buckets": NoEffect("buckets follow the layers", 1),
     "--ddp-bucket-size": NoEffect("buckets follow the layers", 1),
     "--ddp-average-in-collective": NoEffect(_FP32),
-    "--use-checkpoint-args": NoEffect("the architecture always comes from the checkpoint"),
+    "--use-checkpoint-args": NoEffect("the architecture always comes from the checkpoint, where there is one"),
     "--override-opt_param-scheduler": NoEffect("the flags always decide; a change on a resume is logged"),
     "--make-vocab-size-divisible-by": NoEffect(
         "the vocabulary is padded for the tensor-parallel ranks, in memory only", 1
@@ -92,7 +92,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--log-validation-ppl-to-tensorboard": NoEffect("the curves have the loss, whose exponential it is"),
     "--enable-experimental": NoEffect("there is nothing to unlock"),
     "--te-rng-tracker": NoEffect("each step seeds its random numbers anew"),
-    "--init-method-std": NoEffect("weights come from the checkpoint", 1),
 }
 
 FIXED: dict[str, Fixed] = {
@@ -116,7 +115,7 @@ FIXED: dict[str, Fixed] = {
 
 _RESULTS = "leave it out: the results are the same"
 _NO_FAMILY = "no model that the runtime trains has it: leave it out"
-_ROPE = "the rotary frequencies come from the checkpoint's config.json; leave it out"
+_CONFIG = "name a config.json that has it with --init-config; of a checkpoint it is known: leave it out"
 _LAYERS = "give the layers of each stage with --pp-layers N,N,..."
 _PROFILE = "use an outside profiler, such as nsys or py-spy, on the command"
 
@@ -146,22 +145,23 @@ REFUSED: dict[str, str] = {
     "--account-for-embedding-in-pipeline-split": _LAYERS,
     "--account-for-loss-in-pipeline-split": _LAYERS,
     "--save-retain-interval": "--keep-last N keeps the newest checkpoints",
-    "--multi-latent-attention": _NO_FAMILY,
-    "--q-lora-rank": _NO_FAMILY,
-    "--kv-lora-rank": _NO_FAMILY,
-    "--qk-head-dim": _NO_FAMILY,
-    "--qk-pos-emb-head-dim": _NO_FAMILY,
-    "--v-head-dim": _NO_FAMILY,
+    "--multi-latent-attention": _CONFIG,
+    "--q-lora-rank": _CONFIG,
+    "--kv-lora-rank": _CONFIG,
+    "--qk-head-dim": _CONFIG,
+    "--qk-pos-emb-head-dim": _CONFIG,
+    "--v-head-dim": _CONFIG,
     "--mtp-num-layers": _NO_FAMILY,
     "--mtp-loss-scaling-factor": _NO_FAMILY,
     "--squared-relu": _NO_FAMILY,
     "--apply-layernorm-1p": _NO_FAMILY,
     "--hybrid-layer-pattern": _NO_FAMILY,
-    "--spec": "the architecture comes from the checkpoint; leave it out",
-    "--use-rope-scaling": _ROPE,
-    "--rotary-scaling-factor": _ROPE,
-    "--mscale": _ROPE,
-    "--mscale-all-dim": _ROPE,
+    "--spec": "the architecture comes from the checkpoint, --init-config or the other flags; leave it out",
+    "--use-rope-scaling": _CONFIG,
+    "--rotary-scaling-factor": _CONFIG,
+    "--mscale": _CONFIG,
+    "--mscale-all-dim": _CONFIG,
+    "--init-method-xavier-uniform": "weights are drawn from normal distributions: give --init-method-std",
     "--moe-use-upcycling": "turn the checkpoint into a mixture with `moeconv upcycle` first",
     "--moe-router-force-load-balancing": "tokens go where the router sends them; leave it out",
     "--vocab-file": "give the tokenizer, a folder or file that transformers loads, with --tokenizer-model",

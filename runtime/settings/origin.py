@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.families.base import Model
+from moeconv.io.hf_folder import CONFIG
+from moeconv.io.manifest import MANIFEST
+from moeconv.io.recognise import recognise
 from runtime.checkpoint import folder as folders
+from runtime.checkpoint.config import CheckpointConfig
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
-from runtime.errors import require
+from runtime.errors import ConfigError, require
+from runtime.log.config import LOG_NAME
+from runtime.settings.flags import Given
 from runtime.settings.resolved import RUN_FILE
 
 
@@ -22,25 +29,41 @@ class Origin:
     checkpoint: Checkpoint
     own: bool
     """The run itself wrote it earlier: everything is taken from it, whatever the flags leave out of --load."""
+    drawn: bool = False
+    """There is no checkpoint: weights are drawn. `path` then has the tokenizer, unless the settings name another."""
     notes: tuple[str, ...] = ()
     """Lines for the log: how it came to be this one."""
 
+    @property
+    def title(self) -> str:
+        """What the log calls it."""
+        return "drawn weights" if self.drawn else str(self.path)
 
-def find_origin(load: Path, save: Path | None, step: int | None = None) -> Origin:
-    """Find the checkpoint that a run starts from: its own latest one if it has saved already, else what it is told.
+
+def find_origin(given: Given, places: CheckpointConfig, step: int | None = None) -> Origin:
+    """Find what a run starts from: its own latest checkpoint if it has saved already, else what it is told, else nothing.
 
     Args:
-        load: what --load says.
-        save: what --save says.
+        given: what the command line says; a model is drawn as its flags describe it.
+        places: --load and --save.
         step: what --ckpt-step says: the iteration, instead of the latest.
 
     Returns:
         The checkpoint, opened; no tensor has been read.
 
     Raises:
-        MoeconvError: there is none, it can't be read, or --save holds a run of another model than --load.
+        MoeconvError: there is none and none is to be drawn, it can't be read, or --save holds a run of another model than
+            --load.
     """
+    save = places.save
     mine = folders.latest(save) if save is not None else None
+    load = places.load or save
+    if mine is None and step is None:
+        why = nothing_at(places, _within(given))
+        if why is not None:
+            return _draw(given, places, why)
+    require(load is not None, f"--ckpt-step {step} needs a folder with checkpoints: --load or --save")
+    assert load is not None
     if step is not None:
         path = folders.at_step(save if save is not None and mine is not None else load, step).resolve()
     else:
@@ -52,6 +75,73 @@ def find_origin(load: Path, save: Path | None, step: int | None = None) -> Origi
     if mine is None or path == folders.resolve(load).resolve():
         return origin
     return dataclasses.replace(origin, notes=_compare_with_load(origin, load, save or mine))
+
+
+def nothing_at(places: CheckpointConfig, others: Iterable[Path] = ()) -> str | None:
+    """Say that there is nothing to load, where that is so and no mistake.
+
+    Args:
+        places: --load and --save, of a run that has saved nothing yet.
+        others: files and folders that the run's other settings name: in its --save folder they are no checkpoint.
+
+    Returns:
+        How it comes that there is no checkpoint; None where there is something to open.
+
+    Raises:
+        ConfigError: there is none, and it may be a slip: a --load that isn't there, or a folder of other things.
+    """
+    load, save = places.load, places.save
+    where, flag = (load, "--load") if load is not None else (save, "--save")
+    if where is None:
+        return "neither --load nor --save is given"
+    same = save is not None and where.absolute() == save.absolute()
+    if not where.exists():
+        require(
+            same,
+            f"--load {where}: no such folder. To draw weights, give --load and --save the same folder, leave --load out, or "
+            "name an empty folder",
+        )
+        return f"no checkpoint at {flag} {where}, which isn't there yet"
+    if not where.is_dir():
+        return None
+    found = sorted(entry.name for entry in where.iterdir() if not (same and _of_a_run(entry, others)))
+    if not found:
+        return f"no checkpoint at {flag} {where}, which is empty"
+    if flag == "--load" and ({CONFIG, MANIFEST} & set(found) or recognise(where) is not None):
+        return None  # opened, which says what is wrong with it, if anything is
+    shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    other = "" if flag == "--load" else "; to start from what is there, name it with --load"
+    raise ConfigError(f"{flag} {where}: holds no checkpoint, but {shown}. To draw weights, name an empty folder{other}")
+
+
+def _of_a_run(entry: Path, others: Iterable[Path]) -> bool:
+    """Whether something in a --save folder is what a run leaves there before its first checkpoint."""
+    passing = entry.name.startswith(folders.TRIAL) or entry.name.endswith((folders.PARTIAL, folders.OLD))
+    mine = entry.absolute()
+    return (
+        passing
+        or entry.name in (RUN_FILE, LOG_NAME, "wandb")
+        or any(mine == other or mine in other.parents for other in others)
+    )
+
+
+def _within(given: Given) -> list[Path]:
+    """List the files and folders that settings other than --load and --save name."""
+    named = [value for (group, _), value in given.values.items() if group != "checkpoint"]
+    return [value.absolute() for value in named if isinstance(value, Path)]
+
+
+def _draw(given: Given, places: CheckpointConfig, why: str) -> Origin:
+    """Begin with drawn weights, unless that is forbidden."""
+    require(
+        not places.exit_on_missing_checkpoint,
+        f"--exit-on-missing-checkpoint: {why}; leave the flag out to draw weights",
+    )
+    # Imported here: whoever goes on from a checkpoint needs none of it.
+    from runtime.settings.drawn import draw
+
+    checkpoint, path, note = draw(given, why)
+    return Origin(path=path, checkpoint=checkpoint, own=False, drawn=True, notes=(note,))
 
 
 def open_at(path: Path) -> Checkpoint:
@@ -75,6 +165,8 @@ def open_at(path: Path) -> Checkpoint:
 def _compare_with_load(origin: Origin, load: Path, save: Path) -> tuple[str, ...]:
     """Notice that a run which goes on from --save was begun from something else than --load names now."""
     note = f"going on from {origin.path}, which this run saved; --load {load} is not read"
+    if not load.exists() or (load.is_dir() and not any(load.iterdir())):  # the run began with drawn weights
+        return (note,)
     try:
         named = open_checkpoint(folders.resolve(load)).model
     except MoeconvError as error:

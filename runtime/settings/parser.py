@@ -53,8 +53,8 @@ def make_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """
     parser = _Parser(
         prog=program,
-        usage=f"{program} --load CHECKPOINT --data PATH ... --save FOLDER --train-iters N [more flags]",
-        description="Continue the training of a checkpoint on any number of ranks.",
+        usage=f"{program} [--load CHECKPOINT] --data PATH ... --save FOLDER --train-iters N [more flags]",
+        description="Train a model on any number of ranks: from a checkpoint, or from drawn weights where there is none.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -66,7 +66,7 @@ def make_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         section = parser.add_argument_group(group.title)
         for setting in (s for s in settings() if s.group == group.name):
             _add_setting(section, setting)
-    section = parser.add_argument_group("architecture (comes from the checkpoint; what is given must agree with it)")
+    section = parser.add_argument_group("architecture (a checkpoint must agree with it; a new model has it)")
     for fact in FACTS:
         _add(section, fact.flag, text=fact.help, metavar=_METAVAR.get(fact.kind))
     section = parser.add_argument_group("with one value only, or accepted without effect")

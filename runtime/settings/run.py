@@ -8,6 +8,7 @@ from typing import Any
 from moeconv.families.base import Model
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.config import DataConfig
+from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
 from runtime.model.dtypes import DtypeName
 from runtime.model.recompute import RecomputeConfig
@@ -35,9 +36,12 @@ class RunConfig:
     train: TrainConfig
     data: DataConfig
     checkpoint: CheckpointConfig
+    init: InitConfig
     log: LogConfig
     stated: dict[str, Any] = field(default_factory=dict)
     """Flag -> value, for flags that stated something of the model; they were compared with it."""
+    drawn: bool = False
+    """Whether weights are drawn, not loaded."""
     notes: tuple[str, ...] = ()
     """Lines for the log: what was given and has no effect."""
 

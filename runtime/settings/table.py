@@ -21,7 +21,7 @@ def render() -> str:
         rows = [row for s in settings() if s.group == group.name for row in _setting_rows(s)]
         lines += _table(f"{_sentence(group.title)}", ("flag", "default", "what it does"), rows)
     rows = [(_code(fact.flag, _value(fact.kind)), fact.help) for fact in FACTS]
-    lines += _table("Architecture: compared with the checkpoint", ("flag", "what it says of the model"), rows)
+    lines += _table("Architecture: of a checkpoint or a new model", ("flag", "what it says of the model"), rows)
     rows = [(_code(name, "VALUE"), " or ".join(row.allowed), row.reason) for name, row in FIXED.items()]
     lines += _table("With one value only", ("flag", "value", "because"), rows)
     rows = [(_code(name, "VALUE" if row.values else ""), row.reason) for name, row in NO_EFFECT.items()]

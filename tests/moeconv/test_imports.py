@@ -98,6 +98,7 @@ ROOMS = {
         "data",
         "model",
         "checkpoint",
+        "initial",
         "log",
         "job",
     ),

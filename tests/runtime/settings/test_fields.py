@@ -131,7 +131,7 @@ def test_the_table_in_the_docs_is_that_of_the_code() -> None:
 @pytest.mark.parametrize(
     ("flags", "status", "first"),
     [
-        (["--help"], 0, "usage: torchrun [...] -m runtime.train --load CHECKPOINT"),
+        (["--help"], 0, "usage: torchrun [...] -m runtime.train [--load CHECKPOINT]"),
         (["--moe-aux-loss", "1"], 2, "error: unknown flag --moe-aux-loss; nearest: "),
         (["--recompute-modules", "nonsense"], 2, "error: --recompute-modules is 'nonsense'"),
     ],

@@ -35,7 +35,7 @@ def test_the_example_means_what_it_meant() -> None:
     assert not run.checkpoint.load_rng
     assert (run.log.wandb_project, run.log.wandb_name) == ("P", "N")
     notes = " ".join(run.notes)
-    for flag in ("use-mcore-models", "no-masked-softmax-fusion", "no-position-embedding", "init-method-std"):
+    for flag in ("use-mcore-models", "no-masked-softmax-fusion", "no-position-embedding", "init-method-std 0.01"):
         assert f"--{flag}: no effect" in notes
 
 

@@ -86,6 +86,8 @@ class Engine:
         recompute: RecomputeConfig,
         mesh: ParallelMesh,
         device: torch.device,
+        *,
+        trains: bool = True,
     ) -> None:
         """Build the model and the optimizer; weights are zero until `load_state`. Collective.
 
@@ -98,6 +100,7 @@ class Engine:
             recompute: what is computed again in the backward pass.
             mesh: the ranks.
             device: where to compute.
+            trains: whether there will be steps; else there is room for weights only.
         """
         _assert_combination(parallel, moe)
         mesh.share_heads(model.sizes["kv_heads"])
@@ -110,7 +113,7 @@ class Engine:
             recompute=recompute,
             mesh=mesh,
             device=device,
-            groups=resolve_groups(optim, model),
+            groups=resolve_groups(optim, model, trains=trains),
         )
         chunks = chunk_layers(model.sizes["layers"], parallel.layout)[mesh.rank("pp") :: parallel.pp]
         stages = [DecoderStage(self._context, layers) for layers in chunks]

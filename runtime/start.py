@@ -87,8 +87,10 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
 
 def _groups(run: RunConfig, origin: Origin) -> list[str]:
     """Judge the groups of tensors against the optimizer's state that the run goes on with, and say what is frozen."""
+    if run.train.skip_train:
+        return []
     groups = resolve_groups(run.optim, run.model)
-    if not run.train.skip_train and (origin.own or run.checkpoint.load_optim):
+    if origin.own or run.checkpoint.load_optim:
         check_states(groups, origin.checkpoint.tensors, origin.path)
     return describe_frozen(groups, run.model)
 
@@ -180,7 +182,8 @@ def run_job(
     one_first(process.rank == 0, lambda: check_tied(origin.checkpoint, "training") if process.rank == 0 else None)
     mesh = ParallelMesh(run.parallel, process.world_size)
     dtype = TORCH_DTYPES[run.dtype]
-    engine = Engine(run.model, dtype, run.parallel, run.moe, run.optim, run.recompute, mesh, device)
+    trains = not run.train.skip_train
+    engine = Engine(run.model, dtype, run.parallel, run.moe, run.optim, run.recompute, mesh, device, trains=trains)
     try:
         state = load(engine, run, origin)
     except MoeconvError as error:
@@ -288,7 +291,7 @@ def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
     """
     checkpoint, options = origin.checkpoint, run.checkpoint
     has_state = any(name.startswith("optimizer.") for name in checkpoint.tensors)
-    with_optimizer = has_state and (origin.own or options.load_optim)
+    with_optimizer = has_state and (origin.own or options.load_optim) and not run.train.skip_train
     stored = checkpoint.tensors if with_optimizer else None
     load_verified(checkpoint, lambda read: engine.load_state(read, stored), engine.device)
     path = origin.path / TRAINER_FILE
@@ -297,7 +300,8 @@ def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
     state = TrainerState.from_json(path.read_text(), path)
     if not (origin.own or options.load_rng):
         state = dataclasses.replace(state, seed=run.train.seed)
-    return state if with_optimizer else dataclasses.replace(state, optimizer={})
+    # An evaluation takes what else belongs to the model, such as the biases of its experts.
+    return state if with_optimizer or run.train.skip_train else dataclasses.replace(state, optimizer={})
 
 
 def _open_log(run: RunConfig, origin: Origin, process: Process, device: torch.device) -> MetricLog | None:

@@ -7,9 +7,11 @@ import dataclasses
 import gc
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from moeconv.checkpoint import Checkpoint
 from runtime.checkpoint import folder as folders
@@ -21,6 +23,7 @@ from runtime.data.packing import Samples
 from runtime.data.prefetch import Prefetcher
 from runtime.engine import Engine, StepResult
 from runtime.errors import require
+from runtime.evaluation import counts, evaluate_set
 from runtime.job.processes import STARTED, max_over_ranks, peak_memory
 from runtime.job.signals import StopRequest
 from runtime.job.watchdog import Progress
@@ -179,16 +182,21 @@ class Trainer:
             self._evaluate(name, samples)
 
     def _evaluate(self, name: str, samples: Samples) -> None:
-        """Measure and log the mean cross entropy, nats a token."""
-        start = time.perf_counter()
+        """Measure and log the mean cross entropy."""
         config, size = self.run.train, self._batch_sizes.full
         loader = self._loader(samples, config.micro_batch_size)
         count = samples.num_samples if config.eval_iters < 0 else min(samples.num_samples, config.eval_iters * size)
-        loss = 0.0
-        for first in range(0, count, size):
-            self._progress(f"evaluation on the {name} set after iteration {self.state.iteration}, sample {first}")
-            share = min(size, count - first) / count
-            loss += share * float(self.engine.evaluate(loader.global_batch(first, size, limit=count)))
+        place = f"evaluation on the {name} set after iteration {self.state.iteration}"
+        found = evaluate_set(
+            self.engine,
+            self.mesh,
+            loader,
+            count=count,
+            size=size,
+            bytes_V=self._token_bytes,
+            group=self._control,
+            doing=lambda first: self._progress(f"{place}, sample {first}"),
+        )
         loader.close()
         if self._log is not None:
             self._log.evaluation(
@@ -196,11 +204,16 @@ class Trainer:
                     iteration=self.state.iteration,
                     split=name,
                     consumed_tokens=self.state.consumed_train_samples * config.seq_length,
-                    lm_loss=loss,
-                    tokens=count * config.seq_length,
-                    seconds=time.perf_counter() - start,
+                    lm_loss=found.lm_loss,
+                    tokens=found.tokens,
+                    num_bytes=found.num_bytes,
+                    seconds=found.seconds,
                 )
             )
+
+    @cached_property
+    def _token_bytes(self) -> Tensor | None:
+        return self.data.token_bytes() if counts(self.mesh) else None
 
     def _loader(self, samples: Samples, micro_batch_size: int) -> Prefetcher:
         config = self.run.data

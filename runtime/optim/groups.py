@@ -25,12 +25,13 @@ _ENDS = ("embedding", "head", "head.bias")
 _FLAGS = {"freeze": "--freeze", "no_weight_decay": "--no-weight-decay", "lr_scale": "--lr-scale"}
 
 
-def resolve_groups(config: OptimConfig, model: Model) -> dict[str, TensorSettings]:
+def resolve_groups(config: OptimConfig, model: Model, *, trains: bool = True) -> dict[str, TensorSettings]:
     """Give each tensor that the optimizer could train its settings.
 
     Args:
         config: has the globs.
         model: the architecture.
+        trains: whether there will be steps; else everything is frozen.
 
     Returns:
         Hugging Face name -> settings, for every trained tensor; router biases that follow the load are none.
@@ -40,6 +41,9 @@ def resolve_groups(config: OptimConfig, model: Model) -> dict[str, TensorSetting
     """
     tensors = {name: tensor for name, tensor in model.tensors.items() if _trained(tensor)}
     out = {name: _plain_settings(tensor, config) for name, tensor in tensors.items()}
+    if not trains:
+        _change(out, list(out), frozen=True)
+        return out
     for pattern in config.no_weight_decay:
         _change(out, _matches("no_weight_decay", pattern, out), decay=False)
     for text in config.lr_scale:

@@ -37,7 +37,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: names the flag, its value and what would fit.
     """
-    resolve_groups(run.optim, run.model)
+    resolve_groups(run.optim, run.model, trains=not run.train.skip_train)
     check_world(run.parallel, world_size)
     check_degrees(run.parallel, run.model)
     check_combinations(run.parallel, run.moe)

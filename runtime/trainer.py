@@ -29,6 +29,7 @@ from runtime.job.signals import StopRequest
 from runtime.job.watchdog import Progress
 from runtime.log.metrics import MetricLog
 from runtime.log.records import EvalRecord, StepRecord
+from runtime.optim.ema import EMA
 from runtime.optim.groups import changed_groups
 from runtime.optim.schedule import Schedule
 from runtime.parallel.mesh import ParallelMesh
@@ -94,6 +95,7 @@ class Trainer:
         if self.run.learning_rate.use_checkpoint_schedule:
             known = {name: value for name, value in state.schedule.items() if name in Schedule.__slots__}
             self._schedule = dataclasses.replace(self._schedule, **known)
+        self._warm_again(state, own=own)
         now = dataclasses.asdict(self._schedule)
         changed = [f"{k} {state.schedule[k]} -> {v}" for k, v in now.items() if state.schedule.get(k, v) != v]
         if changed:
@@ -106,6 +108,14 @@ class Trainer:
             )
         for line in changed_groups(state.optimizer.get("groups", {}), self.run.optim) if state.optimizer else ():
             self._note(f"the groups of tensors change: {line}")
+
+    def _warm_again(self, state: TrainerState, *, own: bool) -> None:
+        """Begin the warm-up after a resume, or go on in the one that the run began."""
+        begun = state.schedule.get("rewarmup_start") if own else None
+        if self._schedule.rewarmup and begun is None:
+            begun = state.consumed_train_samples if self._schedule.unit == "samples" else state.iteration
+            self._note(f"the learning rate warms up again, over {self._schedule.rewarmup} {self._schedule.unit}")
+        self._schedule = dataclasses.replace(self._schedule, rewarmup_start=begun)
 
     def train(self, stop: StopRequest | None = None) -> bool:
         """Train to the last iteration, or until somebody asks to stop; then save.
@@ -173,13 +183,18 @@ class Trainer:
             gc.collect()
 
     def evaluate(self, split: str) -> None:
-        """Measure and log the loss on each set of a split; collective.
+        """Measure and log the loss on each set of a split, and that of the mean of the weights; collective.
 
         Args:
             split: valid or test.
         """
+        mean, only = self.run.train.eval_ema, self.run.train.skip_train  # then what was loaded is the mean
         for name, samples in self.data.sets(split):
-            self._evaluate(name, samples)
+            self._evaluate(f"{name} {EMA}" if mean and only else name, samples)
+        if mean and not only:
+            with self.engine.mean_of_weights():
+                for name, samples in self.data.sets(split):
+                    self._evaluate(f"{name} {EMA}", samples)
 
     def _evaluate(self, name: str, samples: Samples) -> None:
         """Measure and log the mean cross entropy."""

@@ -17,10 +17,11 @@ from moeconv.families.base import CARRIED, GlobalTensor, Model
 from moeconv.placement import split_optimizer_name
 from runtime.errors import ConfigError, require
 from runtime.optim.config import OptimConfig
+from runtime.optim.ema import EMA
 from runtime.parallel.topology import TensorSettings
 
-DERIVED_STATES = ("master", "ema")
-"""States that follow from the weights, and need not be there to go on."""
+DERIVED_STATES = ("master", EMA)
+"""States that begin as the weights, and need not be there to go on."""
 _ENDS = ("embedding", "head", "head.bias")
 _FLAGS = {"freeze": "--freeze", "no_weight_decay": "--no-weight-decay", "lr_scale": "--lr-scale"}
 

@@ -96,6 +96,13 @@ def reshard(ckpt: Path, out: Path, **options: Any) -> None:
     type=click.Choice(["hub", "fused"]),
     help="Cut files anew under these names: those of published checkpoints, or with experts fused as transformers 5 keeps them.",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["trained", "ema"]),
+    default="trained",
+    show_default=True,
+    help="What a run has trained, or with ema the exponential mean of it that --ema-decay keeps.",
+)
 @click.option("--push-to-hub", metavar="REPO", help="Upload the result to this hub repository.")
 @click.option("--private", is_flag=True, help="Create the hub repository as a private one.")
 @run_options
@@ -107,6 +114,10 @@ def export_hf(ckpt: Path, out: Path, **options: Any) -> None:
     source = open_checkpoint(ckpt)
     if source.kind != "sharded":
         raise SourceError(f"{ckpt}: is a Hugging Face folder already")
+    if options["weights"] == "ema":
+        from moeconv.quant.mean import with_mean
+
+        source = with_mean(source)
     limit = options["max_shard_size"]
     if options["private"] and not options["push_to_hub"]:
         raise WriteError("--private: says how --push-to-hub creates a repository; give --push-to-hub REPO too")

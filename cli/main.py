@@ -50,6 +50,7 @@ _COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "plan": ("cli.plan:plan", "Say whether a training run fits, and how fast it will be."),
         "train": ("cli.train:train", "Train a checkpoint on the GPUs of this machine, or of several."),
         "prepare-data": ("cli.data:prepare_data", "Tokenize text for training, on all cores."),
+        "eval": ("cli.evaluate:evaluate", "Measure a checkpoint's loss on text, per token and per byte."),
         "report": ("cli.report:report", "Show training runs side by side in one page."),
     },
     "Look and check": {

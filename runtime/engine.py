@@ -7,7 +7,8 @@ up over micro-batches and ranks gives the gradient of the mean, whatever the lay
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
 from runtime.model.ends import take_positions
 from runtime.model.recompute import RecomputeConfig
-from runtime.model.routing_report import RouterMetrics, RoutingReport
+from runtime.model.routing_report import RouterMetrics
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import moe_layers, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
@@ -32,45 +33,18 @@ from runtime.ops.cross_entropy import cross_entropy
 from runtime.ops.reading import Reading
 from runtime.optim.adamw import squared_norm
 from runtime.optim.config import OptimConfig
+from runtime.optim.ema import WithMean
 from runtime.optim.groups import describe_groups, resolve_groups
 from runtime.optim.loss_scale import LossScale
-from runtime.optim.protocol import OPTIMIZERS
+from runtime.optim.make import make_optimizer
 from runtime.parallel.buckets import BucketStore
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.runner import Runner, WholeModel
 from runtime.parallel.shards import Store
+from runtime.step_result import StepResult
 
 __all__ = ["Engine", "NonFiniteError", "StepResult"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """What a step reports; the same on every rank."""
-
-    lm_loss: float
-    """Mean cross entropy over the global batch, nats a token."""
-    grad_norm: float
-    """Norm of the whole gradient, before clipping."""
-    skipped: bool
-    """Whether the update was left out because a number was not finite."""
-    routing: RoutingReport | None
-    """What the routers did; None for a dense model."""
-
-    @property
-    def aux_loss(self) -> float:
-        """Balancing loss without its coefficient, mean over layers; 1 is balanced. 0 without MoE layers."""
-        return self.routing.aux_loss if self.routing is not None else 0.0
-
-    @property
-    def z_loss(self) -> float:
-        """Router z-loss without its coefficient, mean over layers."""
-        return self.routing.z_loss if self.routing is not None else 0.0
-
-    @property
-    def expert_load(self) -> Tensor | None:
-        """[L, E] int64 on the CPU: choices of each expert; None for a dense model."""
-        return self.routing.load_LE if self.routing is not None else None
 
 
 class Engine:
@@ -86,6 +60,8 @@ class Engine:
         recompute: RecomputeConfig,
         mesh: ParallelMesh,
         device: torch.device,
+        *,
+        trains: bool = True,
     ) -> None:
         """Build the model and the optimizer; weights are zero until `load_state`. Collective.
 
@@ -98,6 +74,7 @@ class Engine:
             recompute: what is computed again in the backward pass.
             mesh: the ranks.
             device: where to compute.
+            trains: whether there will be steps; else there is room for weights only.
         """
         _assert_combination(parallel, moe)
         mesh.share_heads(model.sizes["kv_heads"])
@@ -110,7 +87,7 @@ class Engine:
             recompute=recompute,
             mesh=mesh,
             device=device,
-            groups=resolve_groups(optim, model),
+            groups=resolve_groups(optim, model, trains=trains),
         )
         chunks = chunk_layers(model.sizes["layers"], parallel.layout)[mesh.rank("pp") :: parallel.pp]
         stages = [DecoderStage(self._context, layers) for layers in chunks]
@@ -121,7 +98,7 @@ class Engine:
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.zeros_like(buffer, device=device)
         self.trained = [shard for shard in self.store.shards if not shard.topology.frozen]
-        self.optimizer = OPTIMIZERS[optim.optimizer](optim, self.trained)
+        self.optimizer = make_optimizer(optim, self.trained)
         self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
         self._metrics = RouterMetrics(self._context, self.module)
         self._runner = self._make_runner(stages)
@@ -188,6 +165,15 @@ class Engine:
             dist.all_reduce(loss)
         return float(loss / num_tokens)
 
+    @contextmanager
+    def mean_of_weights(self) -> Iterator[None]:
+        """Compute with the mean of the weights for a while. Collective."""
+        assert isinstance(self.optimizer, WithMean), "--eval-ema needs --ema-decay"
+        with self.optimizer.exchanged():
+            self.store.weights_from_masters()
+            yield
+        self.store.weights_from_masters()
+
     def state(self, with_optimizer: bool) -> list[states.StateTensor]:
         """Give the rectangles that this rank writes; of each global element, one rank has it.
 
@@ -226,6 +212,7 @@ class Engine:
         if stored is not None:
             states.load_optimizer(self.trained, self.optimizer, read, stored)
             self.store.weights_from_masters()
+        states.start_derived(self.trained, self.optimizer, read, stored or ())
 
     @torch.no_grad()
     def params_norm(self) -> float:

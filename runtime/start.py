@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from typing import Any
 
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
@@ -14,9 +16,11 @@ from moeconv.checking import check_tied
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.io.manifest import MANIFEST
+from moeconv.layout.rect import Rect
 from runtime.checkpoint import folder as folders
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
+from runtime.checkpoint.rectangles import Read
 from runtime.checkpoint.verified import load_verified
 from runtime.data.job import prepare_data
 from runtime.data.loader import DataSource
@@ -34,6 +38,7 @@ from runtime.log.metrics import MetricLog
 from runtime.log.records import Speed
 from runtime.model.context import TORCH_DTYPES
 from runtime.moe.grouped_gemm import describe_backend
+from runtime.optim.ema import EMA
 from runtime.optim.groups import check_states, describe_frozen, num_trained, resolve_groups
 from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.assemble import make_run
@@ -99,10 +104,20 @@ def expect(run: RunConfig, process: Process) -> Forecast | None:
 
 def _groups(run: RunConfig, origin: Origin) -> list[str]:
     """Judge the groups of tensors against the optimizer's state that the run goes on with, and say what is frozen."""
+    tensors, wanted = origin.checkpoint.tensors, run.optim.ema_decay is not None
+    has_mean = any(name.startswith(f"optimizer.{EMA}.") for name in tensors)
+    if run.train.skip_train:
+        require(has_mean or not run.train.eval_ema, f"--eval-ema: {origin.path} holds no mean of the weights")
+        return []
     groups = resolve_groups(run.optim, run.model)
-    if not run.train.skip_train and (origin.own or run.checkpoint.load_optim):
-        check_states(groups, origin.checkpoint.tensors, origin.path)
-    return describe_frozen(groups, run.model)
+    notes = describe_frozen(groups, run.model)
+    if origin.own or run.checkpoint.load_optim:
+        check_states(groups, tensors, origin.path)
+        if has_mean and not wanted:
+            notes.append(f"the mean of the weights in {origin.path} is not kept on: --ema-decay is not given")
+        if wanted and not has_mean and any(name.startswith("optimizer.") for name in tensors):
+            notes.append(f"--ema-decay: {origin.path} holds no mean of the weights; it begins as the weights are now")
+    return notes
 
 
 def start_run(given: Given) -> int:
@@ -192,7 +207,8 @@ def run_job(
     one_first(process.rank == 0, lambda: check_tied(origin.checkpoint, "training") if process.rank == 0 else None)
     mesh = ParallelMesh(run.parallel, process.world_size)
     dtype = TORCH_DTYPES[run.dtype]
-    engine = Engine(run.model, dtype, run.parallel, run.moe, run.optim, run.recompute, mesh, device)
+    trains = not run.train.skip_train
+    engine = Engine(run.model, dtype, run.parallel, run.moe, run.optim, run.recompute, mesh, device, trains=trains)
     try:
         state = load(engine, run, origin)
     except MoeconvError as error:
@@ -238,7 +254,8 @@ def _try_save(run: RunConfig, origin: Origin, process: Process) -> None:
     # Master weights and two moments of what is trained, each in fp32, or fp64 where the weights are.
     weight, state = TORCH_DTYPES[run.dtype].itemsize, 8 if run.dtype == "float64" else 4
     trained = num_trained(resolve_groups(run.optim, run.model), run.model) if run.checkpoint.save_optim else 0
-    folders.try_writing(save, num_parameters(origin.checkpoint) * weight + trained * 3 * state)
+    count = 3 if run.optim.ema_decay is None else 4
+    folders.try_writing(save, num_parameters(origin.checkpoint) * weight + trained * count * state)
     if process.rank == 0:
         (save / RUN_FILE).write_text(run_file(run), encoding="utf8")
 
@@ -304,16 +321,25 @@ def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
     """
     checkpoint, options = origin.checkpoint, run.checkpoint
     has_state = any(name.startswith("optimizer.") for name in checkpoint.tensors)
-    with_optimizer = has_state and (origin.own or options.load_optim)
+    with_optimizer = has_state and (origin.own or options.load_optim) and not run.train.skip_train
     stored = checkpoint.tensors if with_optimizer else None
-    load_verified(checkpoint, lambda read: engine.load_state(read, stored), engine.device)
+    mean = f"optimizer.{EMA}." if run.train.skip_train and run.train.eval_ema else ""
+
+    def fill(read: Read) -> None:
+        def named(name: str, rect: Rect) -> npt.NDArray[Any]:
+            return read(mean + name if mean and mean + name in checkpoint.tensors else name, rect)
+
+        engine.load_state(named, stored)
+
+    load_verified(checkpoint, fill, engine.device)
     path = origin.path / TRAINER_FILE
     if origin.drawn or not path.is_file() or (options.finetune and not origin.own):
         return None
     state = TrainerState.from_json(path.read_text(), path)
     if not (origin.own or options.load_rng):
         state = dataclasses.replace(state, seed=run.train.seed)
-    return state if with_optimizer else dataclasses.replace(state, optimizer={})
+    # An evaluation takes what else belongs to the model, such as the biases of its experts.
+    return state if with_optimizer or run.train.skip_train else dataclasses.replace(state, optimizer={})
 
 
 def _open_log(run: RunConfig, origin: Origin, process: Process, device: torch.device) -> MetricLog | None:

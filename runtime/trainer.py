@@ -7,9 +7,11 @@ import dataclasses
 import gc
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from moeconv.checkpoint import Checkpoint
 from runtime.checkpoint import folder as folders
@@ -21,11 +23,13 @@ from runtime.data.packing import Samples
 from runtime.data.prefetch import Prefetcher
 from runtime.engine import Engine, StepResult
 from runtime.errors import require
+from runtime.evaluation import counts, evaluate_set
 from runtime.job.processes import STARTED, max_over_ranks, peak_memory
 from runtime.job.signals import StopRequest
 from runtime.job.watchdog import Progress
 from runtime.log.metrics import MetricLog
 from runtime.log.records import EvalRecord, StepRecord
+from runtime.optim.ema import EMA
 from runtime.optim.groups import changed_groups
 from runtime.optim.schedule import Schedule
 from runtime.parallel.mesh import ParallelMesh
@@ -91,6 +95,7 @@ class Trainer:
         if self.run.learning_rate.use_checkpoint_schedule:
             known = {name: value for name, value in state.schedule.items() if name in Schedule.__slots__}
             self._schedule = dataclasses.replace(self._schedule, **known)
+        self._warm_again(state, own=own)
         now = dataclasses.asdict(self._schedule)
         changed = [f"{k} {state.schedule[k]} -> {v}" for k, v in now.items() if state.schedule.get(k, v) != v]
         if changed:
@@ -103,6 +108,14 @@ class Trainer:
             )
         for line in changed_groups(state.optimizer.get("groups", {}), self.run.optim) if state.optimizer else ():
             self._note(f"the groups of tensors change: {line}")
+
+    def _warm_again(self, state: TrainerState, *, own: bool) -> None:
+        """Begin the warm-up after a resume, or go on in the one that the run began."""
+        begun = state.schedule.get("rewarmup_start") if own else None
+        if self._schedule.rewarmup and begun is None:
+            begun = state.consumed_train_samples if self._schedule.unit == "samples" else state.iteration
+            self._note(f"the learning rate warms up again, over {self._schedule.rewarmup} {self._schedule.unit}")
+        self._schedule = dataclasses.replace(self._schedule, rewarmup_start=begun)
 
     def train(self, stop: StopRequest | None = None) -> bool:
         """Train to the last iteration, or until somebody asks to stop; then save.
@@ -170,25 +183,35 @@ class Trainer:
             gc.collect()
 
     def evaluate(self, split: str) -> None:
-        """Measure and log the loss on each set of a split; collective.
+        """Measure and log the loss on each set of a split, and that of the mean of the weights; collective.
 
         Args:
             split: valid or test.
         """
+        mean, only = self.run.train.eval_ema, self.run.train.skip_train  # then what was loaded is the mean
         for name, samples in self.data.sets(split):
-            self._evaluate(name, samples)
+            self._evaluate(f"{name} {EMA}" if mean and only else name, samples)
+        if mean and not only:
+            with self.engine.mean_of_weights():
+                for name, samples in self.data.sets(split):
+                    self._evaluate(f"{name} {EMA}", samples)
 
     def _evaluate(self, name: str, samples: Samples) -> None:
-        """Measure and log the mean cross entropy, nats a token."""
-        start = time.perf_counter()
+        """Measure and log the mean cross entropy."""
         config, size = self.run.train, self._batch_sizes.full
         loader = self._loader(samples, config.micro_batch_size)
         count = samples.num_samples if config.eval_iters < 0 else min(samples.num_samples, config.eval_iters * size)
-        loss = 0.0
-        for first in range(0, count, size):
-            self._progress(f"evaluation on the {name} set after iteration {self.state.iteration}, sample {first}")
-            share = min(size, count - first) / count
-            loss += share * float(self.engine.evaluate(loader.global_batch(first, size, limit=count)))
+        place = f"evaluation on the {name} set after iteration {self.state.iteration}"
+        found = evaluate_set(
+            self.engine,
+            self.mesh,
+            loader,
+            count=count,
+            size=size,
+            bytes_V=self._token_bytes,
+            group=self._control,
+            doing=lambda first: self._progress(f"{place}, sample {first}"),
+        )
         loader.close()
         if self._log is not None:
             self._log.evaluation(
@@ -196,11 +219,16 @@ class Trainer:
                     iteration=self.state.iteration,
                     split=name,
                     consumed_tokens=self.state.consumed_train_samples * config.seq_length,
-                    lm_loss=loss,
-                    tokens=count * config.seq_length,
-                    seconds=time.perf_counter() - start,
+                    lm_loss=found.lm_loss,
+                    tokens=found.tokens,
+                    num_bytes=found.num_bytes,
+                    seconds=found.seconds,
                 )
             )
+
+    @cached_property
+    def _token_bytes(self) -> Tensor | None:
+        return self.data.token_bytes() if counts(self.mesh) else None
 
     def _loader(self, samples: Samples, micro_batch_size: int) -> Prefetcher:
         config = self.run.data

@@ -115,13 +115,13 @@ class Family:
     """A model family as data.
 
     `sizes` says which config key gives each size; a tuple gives other names of it, which must say the same, and a size that no key gives is a
-    default sum of products of others (there are as many key and value heads as heads). `flags` says which config key gives each flag, with the value where the config is silent. `may_be_zero` names the sizes that need
-    not be at least 1, `null` those whose 0 a config states as null. `dense_layers` says how a config names layers without experts,
-    `linear_layers` those with linear attention. `compute` says what is computed with the tensors. `also` has further values of `model_type`.
-    `carried` are shell-style patterns of tensors that are no part of this (`mtp.*`), `mtp` the keys of a number of further layers for
-    predicting more tokens: they go along unread. `tokens` has the special tokens that transformers takes where a config is silent, `stated`
-    what a config made for this family says besides. `text` is the key of the language model's own config, in one of a model with other parts.
-    what a config made for this family says besides. `harmless` are keys of this family alone that change nothing that is computed.
+    default sum of products of others (there are as many key and value heads as heads). `flags` says which config key gives each flag, with the
+    value where the config is silent. `may_be_zero` names the sizes that need not be at least 1, `null` those whose 0 a config states as null.
+    `dense_layers` says how a config names layers without experts, `linear_layers` those with linear attention. `compute` says what is computed
+    with the tensors. `also` has further values of `model_type`. `carried` are shell-style patterns of tensors that are no part of this
+    (`mtp.*`), `mtp` the keys of a number of further layers for predicting more tokens: they go along unread. `tokens` has the special tokens
+    that transformers takes where a config is silent, `stated` what a config made for this family says besides, `harmless` the keys of this
+    family alone that change nothing that is computed. `text` is the key of the language model's own config, in one of a model with other parts.
     With `sentencepiece` a `tokenizer.model` alone is a tokenizer as Llama's. `mergekit` is what mergekit-moe calls an output of this family.
     """
 

@@ -185,7 +185,13 @@ class Compute:
 
 
 def resolve(
-    rule: ComputeRule, config: Mapping[str, Any], sizes: Mapping[str, int], *, bias: bool, linear_bias: bool = False, top_k: str = ""
+    rule: ComputeRule,
+    config: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    *,
+    bias: bool,
+    linear_bias: bool = False,
+    top_k: str = "",
 ) -> Compute:
     """Read from a config what a family's model computes.
 
@@ -203,7 +209,7 @@ def resolve(
     Raises:
         MappingError: a value is of the wrong type, or no value that transformers computes with.
     """
-    fixed = FIXED | dict(rule.fixed)
+    fixed = {**FIXED, **rule.fixed}
     others = {key: config[key] for key, value in fixed.items() if key in config and not _alike(config[key], value)}
     for key, value in others.items():
         if isinstance(fixed[key], float) and not _is_number(value):

@@ -25,6 +25,7 @@ class _Optimizer(msgspec.Struct):
     loss_scale: Annotated[float, Meta(gt=0, le=2.0**127)] | UnsetType = UNSET
     good_steps: Size | UnsetType = UNSET
     expert_bias: list[list[float]] | UnsetType = UNSET
+    ema_decay: _Share | UnsetType = UNSET
     groups: dict[str, list[str]] | UnsetType = UNSET
 
 
@@ -38,6 +39,8 @@ class _Schedule(msgspec.Struct):
     decay_iters: Size | UnsetType = UNSET
     decoupled_max_lr: _Rate | UnsetType | None = UNSET
     decoupled_min_lr: _Rate | UnsetType = UNSET
+    rewarmup: Size | UnsetType = UNSET
+    rewarmup_start: Size | UnsetType | None = UNSET
     wsd_iters: Size | UnsetType = UNSET
     style: str | UnsetType = UNSET
     wsd_style: str | UnsetType = UNSET

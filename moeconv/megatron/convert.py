@@ -134,7 +134,8 @@ def export_megatron(
     check_tied(found, "Megatron")
     check_degrees(found.model, degrees)
     trainer = _trainer(found, fmt) if optimizer else None
-    kept = [name for name in found.tensors if trainer is not None or split_optimizer_name(name)[0] is None]
+    places = (None, *dist.OPTIMIZER_STATES.values()) if trainer is not None else (None,)  # no mean of the weights
+    kept = [name for name in found.tensors if split_optimizer_name(name)[0] in places]
     unread = [name for name in kept if split_optimizer_name(name)[0] is None and _is_carried(found, name)]
     # Megatron has no shared experts of width 0.
     names = [name for name in kept if name not in unread and found.tensors[name].nbytes]
@@ -194,6 +195,18 @@ def _trainer(found: Checkpoint, fmt: Format) -> dict[str, Any] | None:
     kinds = {info.dtype for name, info in found.tensors.items() if split_optimizer_name(name)[0] is None}
     if "master" not in states and kinds != {"F32"}:
         raise MappingError(f"{found.root}: holds moments but no fp32 weights (optimizer.master.*){remedy}")
+    frozen = [
+        name
+        for name, info in found.tensors.items()
+        if (tensor := found.model.tensors.get(name)) is not None
+        and info.nbytes
+        and not (tensor.rule.buffer or _is_carried(found, name) or f"optimizer.exp_avg.{name}" in found.tensors)
+    ]
+    if frozen:
+        raise MappingError(
+            f"{found.root}: {len(frozen)} tensors were frozen and have no moments, such as {frozen[0]}; Megatron's "
+            f"optimizer has them for all{remedy}"
+        )
     trainer = parse_trainer(read_content(found.carried_files[TRAINER]), str(found.root / TRAINER))
     if "num_steps" not in trainer["optimizer"]:
         raise MappingError(f"{found.root / TRAINER}: lacks the optimizer's step count{remedy}")

@@ -89,13 +89,13 @@ def cast(source: Checkpoint, dtype: str) -> CastCheckpoint:
     for name in sorted(model.quantised):
         weight = model.plain[name]
         parts = {t.part.role: t for t in model.parts(weight) if t.part is not None}
-        ops[name] = _Rows(how(source, weight, parts), numpy_dtype(PLAIN[dtype]))
+        ops[name] = Rounded(how(source, weight, parts), numpy_dtype(PLAIN[dtype]))
         made[name] = TensorInfo(name, PLAIN[dtype], weight.shape)
     exact = _exact(source, dtype)
     note = f"{len(made)} weights of {model.scheme.name} become {dtype}: " + (
         "exactly" if exact else "rounded once, as transformers rounds them"
     )
-    return _as_cast(source, plain, made, ops, note)
+    return as_cast(source, plain, made, ops, note)
 
 
 def _exact(source: Checkpoint, dtype: str) -> bool:
@@ -111,9 +111,21 @@ def _plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return out | dict.fromkeys(keys, dtype)
 
 
-def _as_cast(
+def as_cast(
     source: Checkpoint, model: Model, made: dict[str, TensorInfo], ops: dict[str, RowOp], note: str
 ) -> CastCheckpoint:
+    """Give a checkpoint's weights, some of them made on the way.
+
+    Args:
+        source: what is on disk; states of an optimizer are left out.
+        model: of the result.
+        made: what is made, by name.
+        ops: what makes it.
+        note: in words.
+
+    Returns:
+        The checkpoint.
+    """
     kept = {name: info for name, info in source.tensors.items() if name in model.tensors and name not in made}
     tensors = {name: info for name in model.tensors if (info := made.get(name) or kept.get(name)) is not None}
     values = {f.name: getattr(source, f.name) for f in fields(Checkpoint)}
@@ -133,7 +145,7 @@ Rows = Callable[[int, int], Array]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class _Rows:
+class Rounded:
     """Fills a band with what a function gives, rounded to a type."""
 
     rows: Rows
@@ -222,10 +234,10 @@ def _to_fp8(source: Checkpoint) -> CastCheckpoint:
             scale = tensor.part is not None and tensor.part.role == "scale"
             kind = "F32" if scale else "F8_E4M3"
             rows = _scales(source, weight) if scale else _numbers(source, weight)
-            ops[tensor.name] = _Rows(rows, numpy_dtype(kind))
+            ops[tensor.name] = Rounded(rows, numpy_dtype(kind))
             made[tensor.name] = TensorInfo(tensor.name, kind, tensor.shape)
     note = f"{len(chosen)} weights become FP8 with {_BLOCK[0]}x{_BLOCK[1]} block scales: rounded to 4 significant bits"
-    return _as_cast(source, quantised, made, ops, note)
+    return as_cast(source, quantised, made, ops, note)
 
 
 def _to_quantise(tensor: GlobalTensor) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeconv.layout.rect import Rect
+from runtime.optim.groups import DERIVED_STATES
 from runtime.optim.protocol import Optimizer
 from runtime.parallel.collectives import group_rank, group_size
 from runtime.parallel.shards import Shard, ShardPart
@@ -155,10 +156,18 @@ def load_optimizer(shards: Sequence[Shard], optimizer: Optimizer, read: Read, st
         MoeconvError: a state is not stored, or can't be read.
     """
     for shard in shards:
-        for name in optimizer.states:
+        for name in (name for name in optimizer.states if name not in DERIVED_STATES):
             _fill(shard, optimizer.state(shard, name), read, f"optimizer.{name}.")
         # A run in fp32 stores no masters: its weights, read by `load_weights`, are just as precise.
         _fill(shard, shard.master, read, f"optimizer.{MASTER}.", stored)
+
+
+def start_derived(shards: Sequence[Shard], optimizer: Optimizer, read: Read, stored: Container[str]) -> None:
+    """Fill the states that begin as the masters; arguments as of `load_optimizer`, after it."""
+    for shard in shards:
+        for name in (name for name in optimizer.states if name in DERIVED_STATES):
+            optimizer.state(shard, name).copy_(shard.master)
+            _fill(shard, optimizer.state(shard, name), read, f"optimizer.{name}.", stored)
 
 
 def _fill(

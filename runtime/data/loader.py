@@ -192,6 +192,15 @@ class DataSource:
         """
         return self._sources.eod() if self.config.needs_eod else None
 
+    def token_bytes(self) -> torch.Tensor | None:
+        """Give the bytes of text that each token stands for, [V] int64; None where no tokenizer tells."""
+        if self.config.mock_data:
+            return None
+        found = self._sources.token_bytes()
+        if found is None or len(found) > self.config.vocab_size:
+            return None
+        return torch.from_numpy(np.pad(found, (0, self.config.vocab_size - len(found))))
+
     def fingerprint(self) -> str:
         """Name the training samples: equal for runs that see the same tokens in the same order."""
         return self.samples("train").digest()

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from runtime.data.config import MOCK, DataConfig
@@ -16,6 +18,7 @@ from runtime.data.kinds import Kind
 from runtime.data.listing import Listing, list_files
 from runtime.data.mock import mock_tokens
 from runtime.data.prepare import FORMAT, PrepareOptions, Report, prepare_once, quiet, read_prepared
+from runtime.data.token_bytes import token_bytes
 from runtime.data.tokenizer import EncoderSpec, Tokenizer, digest_files, encoder_spec, load_tokenizer
 
 
@@ -113,6 +116,13 @@ class Sources:
                 f"{self._tokenizer_path}: the tokenizer has no end-of-sequence token; name one with --eod-token-id"
             )
         return eod
+
+    def token_bytes(self) -> npt.NDArray[np.int64] | None:
+        """Give the bytes of text that each token stands for; None where there is no tokenizer, or it doesn't tell."""
+        try:
+            return token_bytes(self._load())
+        except DataError:
+            return None
 
     def _listing(self, path: str) -> Listing:
         if path not in self._listings:

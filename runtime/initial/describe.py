@@ -12,7 +12,7 @@ from moeconv.checkpoint import model_of
 from moeconv.errors import SourceError
 from moeconv.families import family_of
 from moeconv.families.base import Model
-from moeconv.families.inverse import SPECIAL_TOKENS
+from moeconv.families.key_states import SPECIAL_TOKENS
 from moeconv.hub import description_folder
 from moeconv.io.decode import parse_json
 from moeconv.io.hf_folder import CONFIG

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeconv.families.inverse import SPECIAL_TOKENS
+from moeconv.families.key_states import SPECIAL_TOKENS
 from runtime.data.tokenizer import load_tokenizer, tokenizer_files, vocabulary_size
 
 _ALSO = ("chat_template.jinja",)

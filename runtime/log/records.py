@@ -66,7 +66,17 @@ class EvalRecord:
     lm_loss: float
     """Mean cross entropy, nats a token."""
     tokens: int
+    """Labels that count."""
+    num_bytes: int | None = None
+    """Bytes of the text that these stand for; None where that isn't known."""
     seconds: float
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The loss in bits, spread over the bytes of the text; it compares models of different tokenizers."""
+        if not self.num_bytes:
+            return None
+        return self.lm_loss * self.tokens / math.log(2) / self.num_bytes
 
     @property
     def perplexity(self) -> float:
@@ -78,12 +88,15 @@ class EvalRecord:
 
     def scalars(self) -> dict[str, float]:
         """Give the numbers under the names that every sink has."""
-        return {
+        found = {
             "eval_lm_loss": self.lm_loss,
             "eval_perplexity": self.perplexity,
             "eval_tokens": self.tokens,
             "eval_seconds": self.seconds,
         }
+        if self.num_bytes is not None and self.bits_per_byte is not None:
+            found |= {"eval_bits_per_byte": self.bits_per_byte, "eval_bytes": self.num_bytes}
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -75,9 +75,10 @@ def layer_lines(record: IntervalRecord) -> list[str]:
 
 def evaluation_line(record: EvalRecord) -> str:
     """Write the result of an evaluation in one line."""
+    bits = "" if record.bits_per_byte is None else f"bits per byte {record.bits_per_byte:.4f} | "
     return (
         f"{record.split} at iteration {record.iteration} | lm loss {record.lm_loss:.6f} | "
-        f"perplexity {record.perplexity:.4f} | {record.tokens} tokens in {record.seconds:.1f} s"
+        f"perplexity {record.perplexity:.4f} | {bits}{record.tokens} tokens in {record.seconds:.1f} s"
     )
 
 

@@ -51,7 +51,10 @@ def check_supported(model: Model, where: Path) -> None:
     )
     require_plain(model, where, "training")
     for key, value in compute.others.items():
-        require(False, f"{where}: config.json says {key} = {value!r}, which the trainer doesn't compute{_instead(model, key)}")
+        require(
+            False,
+            f"{where}: config.json says {key} = {value!r}, which the trainer doesn't compute{_instead(model, key)}",
+        )
     require(
         model.sizes["heads"] % model.sizes["kv_heads"] == 0,
         f"{where}: {model.sizes['heads']} attention heads are not a multiple of {model.sizes['kv_heads']} key/value heads",
@@ -60,7 +63,7 @@ def check_supported(model: Model, where: Path) -> None:
 
 def _instead(model: Model, key: str) -> str:
     """Say which value of a key the trainer computes, where it computes one."""
-    fixed = FIXED | dict(model.family.compute.fixed)
+    fixed = {**FIXED, **model.family.compute.fixed}
     return f"; it computes {key} = {fixed[key]!r}" if key in fixed else ""
 
 

@@ -36,6 +36,9 @@ class OptimConfig:
     """Added to the root of the mean squared gradient, so that the division is safe."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 halves the moments: 4 bytes a parameter less, rounded stochastically."""
+    ema_decay: float | None = flag(None, above=0, below=1)
+    """Keep an exponential mean of the weights, of which each step leaves this share (such as 0.999): 4 bytes a parameter,
+    sharded as the optimizer is; `moeconv export-hf --weights ema` exports it."""
     clip_grad: float = flag(1.0, at_least=0)
     """Largest global gradient norm; 0 doesn't clip."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

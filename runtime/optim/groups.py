@@ -17,20 +17,22 @@ from moeconv.families.base import CARRIED, GlobalTensor, Model
 from moeconv.placement import split_optimizer_name
 from runtime.errors import ConfigError, require
 from runtime.optim.config import OptimConfig
+from runtime.optim.ema import EMA
 from runtime.parallel.tensor_settings import TensorSettings
 
-DERIVED_STATES = ("master", "ema")
-"""States that follow from the weights, and need not be there to go on."""
+DERIVED_STATES = ("master", EMA)
+"""States that begin as the weights, and need not be there to go on."""
 _ENDS = ("embedding", "head", "head.bias")
 _FLAGS = {"freeze": "--freeze", "no_weight_decay": "--no-weight-decay", "lr_scale": "--lr-scale"}
 
 
-def resolve_groups(config: OptimConfig, model: Model) -> dict[str, TensorSettings]:
+def resolve_groups(config: OptimConfig, model: Model, *, trains: bool = True) -> dict[str, TensorSettings]:
     """Give each tensor that the optimizer could train its settings.
 
     Args:
         config: has the globs.
         model: the architecture.
+        trains: whether there will be steps; else everything is frozen.
 
     Returns:
         Hugging Face name -> settings, for every trained tensor; router biases that follow the load are none.
@@ -40,6 +42,9 @@ def resolve_groups(config: OptimConfig, model: Model) -> dict[str, TensorSetting
     """
     tensors = {name: tensor for name, tensor in model.tensors.items() if _trained(tensor)}
     out = {name: _plain_settings(tensor, config) for name, tensor in tensors.items()}
+    if not trains:
+        _change(out, list(out), frozen=True)
+        return out
     for pattern in config.no_weight_decay:
         _change(out, _matches("no_weight_decay", pattern, out), decay=False)
     for text in config.lr_scale:

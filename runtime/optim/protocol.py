@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from runtime.optim.adamw import AdamW
-from runtime.optim.config import OptimConfig
 from runtime.parallel.shards import Shard
 
 
@@ -20,8 +18,10 @@ class Optimizer(Protocol):
 
     num_steps: int
     """Updates so far, those that were skipped not counted."""
-    divisor: Tensor | None
-    """What gradients were divided by in the last step."""
+
+    @property
+    def divisor(self) -> Tensor | None:
+        """What gradients were divided by in the last step."""
 
     @property
     def states(self) -> Sequence[str]:
@@ -46,7 +46,3 @@ class Optimizer(Protocol):
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         """Take back what `scalars` gave; what is missing stays as it is."""
-
-
-# By the name that --optimizer takes.
-OPTIMIZERS: Mapping[str, Callable[[OptimConfig, Sequence[Shard]], Optimizer]] = {"adam": AdamW}

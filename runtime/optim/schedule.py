@@ -37,6 +37,11 @@ class ScheduleConfig:
     """Linear warm-up as a share of the decay."""
     lr_warmup_init: float = flag(0.0, at_least=0)
     """Learning rate of the first step of the warm-up."""
+    lr_rewarmup_iters: int = flag(0, at_least=0)
+    """Where a run goes on from a checkpoint of --load: iterations of another linear warm-up, from --lr-warmup-init to what
+    the schedule says. A restart from --save goes on in it, and begins none anew."""
+    lr_rewarmup_samples: int = flag(0, at_least=0)
+    """The same in samples, with --train-samples."""
     lr_wsd_decay_style: WsdStyle = "exponential"
     """WSD only: how the rate falls at the end."""
     lr_wsd_decay_iters: int = flag(0, at_least=0)
@@ -68,7 +73,7 @@ class ScheduleConfig:
         """
         unit: Literal["iters", "samples"] = "samples" if train_samples else "iters"
         other = "iters" if train_samples else "samples"
-        for name in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
+        for name in ("lr_decay", "lr_warmup", "lr_rewarmup", "lr_wsd_decay"):
             require(
                 not getattr(self, f"{name}_{other}"),
                 f"--{name.replace('_', '-')}-{other} is {getattr(self, f'{name}_{other}')} in a run that counts in "
@@ -89,6 +94,7 @@ class ScheduleConfig:
             wsd_style=self.lr_wsd_decay_style,
             wsd_iters=self.lr_wsd_decay_samples if train_samples else self.lr_wsd_decay_iters,
             unit=unit,
+            rewarmup=self.lr_rewarmup_samples if train_samples else self.lr_rewarmup_iters,
             decoupled_max_lr=decoupled_lr,
             decoupled_min_lr=self.min_lr if self.decoupled_min_lr is None else self.decoupled_min_lr,
         )
@@ -118,6 +124,10 @@ class Schedule:
     decoupled_max_lr: float | None = None
     """Peak rate of embedding and head; None: they have that of everything else."""
     decoupled_min_lr: float = 0.0
+    rewarmup: int = 0
+    """Length of the warm-up after a resume."""
+    rewarmup_start: int | None = None
+    """Where that begins; None: it doesn't."""
 
     def __post_init__(self) -> None:
         unit = self.unit
@@ -163,6 +173,12 @@ class Schedule:
         return self._rate(steps_done, self.decoupled_max_lr, self.decoupled_min_lr)
 
     def _rate(self, steps_done: int, max_lr: float, min_lr: float) -> float:
+        rate = self._scheduled(steps_done, max_lr, min_lr)
+        if self.rewarmup_start is None or not 0 <= steps_done - self.rewarmup_start < self.rewarmup:
+            return rate
+        return self.warmup_init + (rate - self.warmup_init) * (steps_done - self.rewarmup_start) / self.rewarmup
+
+    def _scheduled(self, steps_done: int, max_lr: float, min_lr: float) -> float:
         if self.warmup_iters and steps_done <= self.warmup_iters:
             return self.warmup_init + (max_lr - self.warmup_init) * steps_done / self.warmup_iters
         if self.style == "constant":

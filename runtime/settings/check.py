@@ -37,7 +37,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: names the flag, its value and what would fit.
     """
-    resolve_groups(run.optim, run.model)
+    resolve_groups(run.optim, run.model, trains=not run.train.skip_train)
     check_layout(run, world_size)
     check_precision(run)
     check_documents(run.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from moeconv.families.inverse import SPECIAL_TOKENS
+from moeconv.families.key_states import SPECIAL_TOKENS
 from runtime.data.config import DataConfig
 from runtime.errors import require
 from runtime.flag import flag_name

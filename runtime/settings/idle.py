@@ -35,6 +35,8 @@ IDLE = (
     Idle("recompute", ("modules",), lambda r: r.recompute.granularity == "selective", "needs --recompute-granularity selective", True),
     Idle("train", ("manual_gc_interval",), lambda r: r.train.manual_gc, "needs --manual-gc", True),
     Idle("train", ("eval_interval",), lambda r: r.train.eval_iters != 0, "needs --eval-iters", True),
+    Idle("train", ("eval_ema",), lambda r: r.optim.ema_decay is not None or r.train.skip_train, "needs --ema-decay", True),
+    Idle("train", ("eval_ema",), lambda r: r.train.eval_iters != 0, "needs --eval-iters", True),
     Idle("data", ("eod_token_id",), lambda r: r.data.needs_eod, "needs --eod-mask-loss, --reset-position-ids or --reset-attention-mask", True),
     Idle("log", ("wandb_name",), lambda r: r.log.wandb_project is not None, "needs --wandb-project", True),
     Idle("log", ("per_layer_logging",), lambda r: r.moe is not None, "needs a model with experts", True),
@@ -50,7 +52,7 @@ IDLE = (
         "needs --lr-decay-style WSD",
     ),
     Idle("learning_rate", ("decoupled_min_lr",), lambda r: r.optim.decoupled_lr is not None, "needs --decoupled-lr", True),
-    Idle("learning_rate", ("lr_warmup_init",), lambda r: r.schedule.warmup_iters > 0, "needs a warm-up"),
+    Idle("learning_rate", ("lr_warmup_init",), lambda r: r.schedule.warmup_iters + r.schedule.rewarmup > 0, "needs a warm-up"),
     Idle("learning_rate", ("min_lr",), lambda r: r.schedule.style != "constant", "needs a --lr-decay-style other than constant"),
     Idle(
         "optim",

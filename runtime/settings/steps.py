@@ -39,6 +39,8 @@ class TrainConfig:
     """Iterations between evaluations on the validation split; 0 evaluates at the end only."""
     eval_iters: int = flag(0, at_least=-1)
     """Global batches of an evaluation; 0 doesn't evaluate, -1 takes the whole split once."""
+    eval_ema: bool = False
+    """Evaluate the mean of the weights (--ema-decay) too; with --skip-train, it alone, as the checkpoint has it."""
     skip_train: bool = False
     """Evaluate only."""
     exit_interval: int = flag(0, at_least=0)

@@ -38,7 +38,6 @@ LENGTH = 24  # tokens: more than the short windows and lengths that flips write
 RANDOM_IN_TRAINING = frozenset(("phimoe",))  # transformers draws its experts while it trains
 
 
-
 @dataclass(frozen=True, slots=True)
 class Theirs:
     """What transformers makes of a config: an error; other tensors than the base's, by name; or logits, in evaluation and in training."""
@@ -107,7 +106,11 @@ class Judge:
             OtherTensorsError: the folder's tensors are not those that transformers wants.
         """
         model, found = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+            self.folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
         wrong = {*found["missing_keys"], *found["unexpected_keys"], *(name for name, *_ in found["mismatched_keys"])}
         if wrong:
@@ -127,7 +130,9 @@ class Judge:
             try:
                 model = self.load()
                 logits = self._logits(model.eval())
-                drawn = self._logits(model.train()) if training and self.model_type not in RANDOM_IN_TRAINING else logits
+                drawn = (
+                    self._logits(model.train()) if training and self.model_type not in RANDOM_IN_TRAINING else logits
+                )
             except OtherTensorsError as error:
                 return Theirs(other=error.names)
             except Exception as error:
@@ -157,9 +162,17 @@ class Judge:
 
         hidden, experts = model.sizes["hidden"], 4
         shape = Shape(
-            experts=experts, top_k=2, granularity=1, shared=0, width=model.width("mlp"), layers=frozenset(range(model.sizes["layers"]))
+            experts=experts,
+            top_k=2,
+            granularity=1,
+            shared=0,
+            width=model.width("mlp"),
+            layers=frozenset(range(model.sizes["layers"])),
         )
-        asked: dict[str, Callable[[], Any]] = {"trainer": lambda: check_supported(model, Path("config.json")), "megatron": megatron}
+        asked: dict[str, Callable[[], Any]] = {
+            "trainer": lambda: check_supported(model, Path("config.json")),
+            "megatron": megatron,
+        }
         if model.family.compute.router is None and hidden:
             asked["upcycle"] = lambda: choose(None, model, shape)
         for who, ask in asked.items():
@@ -193,6 +206,7 @@ class Judge:
             except Exception:
                 return None
         return again
+
 
 class OtherTensorsError(Exception):
     def __init__(self, names: tuple[str, ...]) -> None:

@@ -82,7 +82,11 @@ def _changed(judge: Judge, ours: Ours) -> bool:
 
 def _refused(judge: Judge, keys: Sequence[str], raw: bytes, ours: Ours, theirs: Theirs, *, named: bool) -> Verdict:
     for who, message in ours.refusals.items():
-        if named and message != judge.base.refusals.get(who) and not _named(keys, message, judge.base.refusals.get(who)):
+        if (
+            named
+            and message != judge.base.refusals.get(who)
+            and not _named(keys, message, judge.base.refusals.get(who))
+        ):
             return Verdict("finding", f"{who} refuses without naming the key: {message[:160]}")
     if FAMILIES[judge.model_type].compute.lacks is not None and "import" not in ours.refusals:
         if theirs.other and not {state_of(judge.model_type, key) for key in keys} & {"refused"}:
@@ -95,7 +99,9 @@ def _refused(judge: Judge, keys: Sequence[str], raw: bytes, ours: Ours, theirs: 
 
 def _named(keys: Sequence[str], message: str, before: str | None) -> bool:
     leaves = {part for key in keys for part in key.split(".")}
-    rotary = any(key.startswith("rope") or key in ("partial_rotary_factor", "original_max_position_embeddings") for key in keys)
+    rotary = any(
+        key.startswith("rope") or key in ("partial_rotary_factor", "original_max_position_embeddings") for key in keys
+    )
     return (
         any(leaf in message for leaf in leaves)
         or bool(_TENSOR.search(message))

@@ -50,7 +50,8 @@ GRANITE = {
     "logits_scaling": 1.5,
 }
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
-# Whole layers, single experts, one of three matrices that are a parameter together, and the ends, each trained differently.
+# Whole layers, single experts, one of three matrices that are a parameter together, and the ends, each trained differently;
+# and a mean of it all.
 GROUPS: dict[str, Any] = {
     "freeze": (
         "*embed_tokens*",
@@ -62,6 +63,7 @@ GROUPS: dict[str, Any] = {
     "no_weight_decay": ("*.o_proj.weight",),
     "lr_scale": ("*.gate.weight=0.1", "*experts.2.w1.weight=2", "*norm.weight=0.5"),
     "decoupled_lr": 3e-3,
+    "ema_decay": 0.5,
 }
 # Below the experts of one rank nothing is trained: that of the others must still pass gradients on.
 SOME_EXPERTS: dict[str, Any] = {

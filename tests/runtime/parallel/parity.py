@@ -173,6 +173,12 @@ def run_rank(case: Case) -> dict[str, Any]:
             gradients = copies(engine.gradients())
     weights = copies(engine.state(with_optimizer=False))
     numbers["evaluation"] = [engine.evaluate(own_share(global_batch(case, 7), mesh))]
+    if "ema_decay" in case.optim:
+        weights += copies(item for item in engine.state(with_optimizer=True) if ".ema." in item.name)
+        with engine.mean_of_weights():
+            numbers["evaluation"].append(engine.evaluate(own_share(global_batch(case, 7), mesh)))
+        numbers["evaluation"].append(engine.evaluate(own_share(global_batch(case, 7), mesh)))
+        assert len(set(numbers["evaluation"])) == 2, "the mean computes something else, and is gone afterwards"
     return {"numbers": numbers, "load": load, "gradients": gradients, "weights": weights}
 
 

@@ -20,7 +20,7 @@ from runtime.checkpoint.position import TRAINER_FILE, TrainerState
 from runtime.checkpoint.verified import load_verified
 from runtime.data.job import prepare_data
 from runtime.data.loader import DataSource
-from runtime.data.summary import describe_data
+from runtime.data.summary import describe_data, document_lengths
 from runtime.engine import Engine
 from runtime.errors import require
 from runtime.estimate.forecast import Forecast, Gpu, Measured
@@ -190,6 +190,11 @@ def run_job(
     one_first(process.local_rank == 0, lambda: check_splits(run, data))
     if log is not None:
         log.note(describe_run_data(run, data, dp))
+        if run.data.reset_attention_mask and not run.train.skip_train:
+            lengths = document_lengths(data)
+            log.count_flops(training_flops(run.model, run.train.seq_length, lengths))
+            mean = sum(length**2 for length in lengths) / sum(lengths)
+            log.note(f"attention stays in documents: a token's has {mean:.0f} tokens on average; TFLOP/s count that")
     progress("loading the checkpoint", limited=False)
     one_first(process.rank == 0, lambda: check_tied(origin.checkpoint, "training") if process.rank == 0 else None)
     mesh = ParallelMesh(run.parallel, process.world_size)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from runtime.data.batch import cu_seqlens
 from runtime.data.blended import BlendedSamples
-from runtime.data.loader import DataSource
+from runtime.data.loader import DataSource, Loader
 from runtime.data.packing import Samples
 from runtime.data.prepare import PrepareProgress
 
 _SHOWN = 5
+_SAMPLED = 64
 
 
 def describe_data(
@@ -49,6 +51,30 @@ def describe_data(
         more = f"; and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
         lines.append(f"not read: {'; '.join(left_out[:_SHOWN])}{more}")
     return "\n".join(lines)
+
+
+def document_lengths(data: DataSource) -> list[int]:
+    """Measure the documents that attention stays in.
+
+    Args:
+        data: the opened data, with --reset-attention-mask.
+
+    Returns:
+        Tokens of each document, or of what is in a sample of it, in the first samples of the training data.
+    """
+    loader = Loader(
+        samples=data.samples("train"),
+        micro_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        eod=data.eod(),
+        reset_attention_mask=True,
+    )
+    lengths: list[int] = []
+    for batch in loader.global_batch(0, min(_SAMPLED, loader.samples.num_samples)):
+        assert batch.document_ids is not None
+        lengths += cu_seqlens(batch.document_ids)[0].diff().tolist()
+    return lengths
 
 
 def describe_samples(samples: Samples, seq_length: int) -> str:

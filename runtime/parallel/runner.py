@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from runtime.ops.documents import Documents
+
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Microbatch:
+    """What one forward pass takes, on the device; the micro-batches of a step are all alike in shape."""
+
+    tokens: Tensor
+    """[B, S] int64."""
+    labels: Tensor
+    """[B, S] int64."""
+    position_ids: Tensor | None = None
+    """[B, S] int64 positions that restart at documents; None: they don't."""
+    documents: Documents | None = None
+    """Documents that don't see each other; None: a row is one."""
 
 
 class Runner(Protocol):
@@ -17,12 +34,11 @@ class Runner(Protocol):
     def counts_backwards(self) -> bool:
         """Whether each parameter sees one ordinary backward pass for each micro-batch."""
 
-    def run(self, tokens: Sequence[Tensor], labels: Sequence[Tensor], *, backward: bool) -> None:
+    def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step.
 
         Args:
-            tokens: [B, S] of each micro-batch; all alike in shape.
-            labels: [B, S] of each micro-batch.
+            microbatches: in order.
             backward: whether to compute gradients.
         """
 
@@ -35,9 +51,9 @@ class WholeModel:
     def __init__(self, model: nn.Module, loss: LossFunction) -> None:
         self._model, self._loss = model, loss
 
-    def run(self, tokens: Sequence[Tensor], labels: Sequence[Tensor], *, backward: bool) -> None:
+    def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step; arguments as of `Runner.run`."""
-        for inputs, target in zip(tokens, labels, strict=True):
-            loss = self._loss(self._model(inputs), target)
+        for batch in microbatches:
+            loss = self._loss(self._model(batch.tokens, batch.position_ids, batch.documents), batch.labels)
             if backward:
                 loss.backward()  # type: ignore[no-untyped-call]

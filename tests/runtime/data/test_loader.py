@@ -26,7 +26,6 @@ from runtime.data.prefetch import Prefetcher
 from runtime.data.prepare import PrepareProgress
 from runtime.data.summary import describe_data, describe_progress
 from runtime.errors import ConfigError
-from runtime.settings.check import check_documents
 from runtime.settings.flags import parse_flags
 from tests.runtime.data.files import json_lines, write_tokens
 from tests.runtime.words import VOCAB_SIZE
@@ -440,13 +439,6 @@ def test_words_as_a_settings_file_keeps_them(tmp_path: Path, monkeypatch: pytest
     assert absolute_words(("a", "hf://x/y")) == (f"{tmp_path}/a", "hf://x/y")
     assert absolute_words(("3", "a", "1", "/b")) == ("3", f"{tmp_path}/a", "1", "/b")
     assert absolute_words(()) == ()
-
-
-def test_what_the_model_does_not_compute_is_refused() -> None:
-    for flag in ("reset_position_ids", "reset_attention_mask"):
-        with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')}: the model attends to whole samples"):
-            check_documents(config(data_path=("a",), **{flag: True}))
-    check_documents(config(data_path=("a",), eod_mask_loss=True))
 
 
 def test_made_up_tokens() -> None:

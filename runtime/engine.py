@@ -149,7 +149,7 @@ class Engine:
         """
         self.module.train()
         batches = [self._to_device(batch) for batch in microbatches]
-        num_tokens = self._count_tokens(batches)
+        num_tokens = self._count_tokens(batches).clamp(min=1)
         self._scale = (self.loss_scale.scale / num_tokens).to(self._wide)
         # Balancing losses are means over a micro-batch: of these the global batch has so many.
         set_loss_scale(self.module, self.loss_scale.scale / (len(batches) * self.mesh.size("dp")))
@@ -165,15 +165,20 @@ class Engine:
         self._conclude(result, batches)
         return result
 
-    @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
+        """Measure the mean cross entropy over all labels of all ranks, nats a token; as `measure`."""
+        loss, labels = self.measure(batches)
+        return loss / max(labels, 1)
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Measure the loss. Collective.
 
         Args:
             batches: this data-parallel rank's micro-batches, equally many on each rank and all of one shape.
 
         Returns:
-            Mean cross entropy over all tokens of all ranks, nats a token; the same on every rank.
+            Sum of the cross entropy over all labels of all ranks, nats, and their number; the same on every rank.
         """
         self.module.eval()
         mine = [self._to_device(batch) for batch in batches]
@@ -186,7 +191,7 @@ class Engine:
         loss = self._loss_sum.clone()
         if self.mesh.world_size > 1:
             dist.all_reduce(loss)
-        return float(loss / num_tokens)
+        return float(loss), int(num_tokens)
 
     def state(self, with_optimizer: bool) -> list[states.StateTensor]:
         """Give the rectangles that this rank writes; of each global element, one rank has it.
@@ -299,20 +304,15 @@ class Engine:
     def _to_device(self, batch: Batch) -> Microbatch:
         # Document numbers stay on the host: what attention needs of them is found out there.
         moved = replace(batch, document_ids=None).to(self.device)
-        ids = batch.document_ids
-        return Microbatch(
-            tokens=moved.tokens,
-            labels=moved.labels,
-            position_ids=moved.position_ids,
-            documents=Documents(ids, self.device) if ids is not None else None,
-        )
+        documents = Documents(batch.document_ids, self.device) if batch.document_ids is not None else None
+        return Microbatch(tokens=moved.tokens, labels=moved.labels, more=(moved.position_ids, documents))
 
     def _count_tokens(self, batches: Sequence[Microbatch]) -> Tensor:
-        """Labels of the global batch that count; 0-dim fp64, at least 1."""
+        """Labels of the global batch that count; 0-dim fp64."""
         count = torch.stack([(x.labels != IGNORED_LABEL).sum() for x in batches]).sum().double()
         if self.mesh.size("dp") > 1:
             dist.all_reduce(count, group=self.mesh.group("dp"))
-        return count.clamp(min=1)
+        return count
 
     def _reset(self) -> None:
         self._loss_sum.zero_()
@@ -333,20 +333,13 @@ class Engine:
         total = losses.sum()
         if self.mesh.rank("tp") == 0:
             self._loss_sum += total.detach()
-        loss = total * self._scale
-        if (
-            self._moe is not None
-            and self._moe.aux_loss_mode == "hf"
-            and self._moe.aux_losses
-            and torch.is_grad_enabled()
-        ):
+        loss, moe = total * self._scale, self._moe
+        if moe is not None and moe.aux_loss_mode == "hf" and moe.aux_losses and torch.is_grad_enabled():
             layers = moe_layers(self.module)
-            pooled = hf_load_balancing_loss(
-                [x for x in (m.router_logits for m in layers) if x is not None], self._moe.topk
-            )
+            pooled = hf_load_balancing_loss([x.router_logits for x in layers if x.router_logits is not None], moe.topk)
             for layer in layers:
                 layer.stats.add_loss("aux_loss", pooled)
-            loss = attach_loss(loss, pooled * self._moe.aux_losses[0][1], layers[0].loss_scale)
+            loss = attach_loss(loss, pooled * moe.aux_losses[0][1], layers[0].loss_scale)
         return loss
 
     def _sum_over_ranks(self, num_tokens: Tensor) -> Tensor:

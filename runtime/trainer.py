@@ -16,7 +16,7 @@ from runtime.checkpoint import folder as folders
 from runtime.checkpoint.position import TrainerState, seed_step
 from runtime.checkpoint.rank_files import collect_files, commit_checkpoint
 from runtime.checkpoint.writer import Outcome, Saver, check
-from runtime.data.loader import DataSource, Loader
+from runtime.data.loader import DataSource
 from runtime.data.packing import Samples
 from runtime.data.prefetch import Prefetcher
 from runtime.engine import Engine, StepResult
@@ -184,11 +184,11 @@ class Trainer:
         config, size = self.run.train, self._batch_sizes.full
         loader = self._loader(samples, config.micro_batch_size)
         count = samples.num_samples if config.eval_iters < 0 else min(samples.num_samples, config.eval_iters * size)
-        loss = 0.0
+        loss, tokens = 0.0, 0
         for first in range(0, count, size):
             self._progress(f"evaluation on the {name} set after iteration {self.state.iteration}, sample {first}")
-            share = min(size, count - first) / count
-            loss += share * float(self.engine.evaluate(loader.global_batch(first, size, limit=count)))
+            more, labels = self.engine.measure(loader.global_batch(first, size, limit=count))
+            loss, tokens = loss + more, tokens + labels
         loader.close()
         if self._log is not None:
             self._log.evaluation(
@@ -196,25 +196,16 @@ class Trainer:
                     iteration=self.state.iteration,
                     split=name,
                     consumed_tokens=self.state.consumed_train_samples * config.seq_length,
-                    lm_loss=loss,
-                    tokens=count * config.seq_length,
+                    lm_loss=loss / max(tokens, 1),
+                    tokens=tokens,
                     seconds=time.perf_counter() - start,
                 )
             )
 
     def _loader(self, samples: Samples, micro_batch_size: int) -> Prefetcher:
-        config = self.run.data
-        loader = Loader(
-            samples=samples,
-            micro_batch_size=micro_batch_size,
-            dp_rank=self.mesh.rank("dp"),
-            dp_size=self.mesh.size("dp"),
-            eod=self.data.eod(),
-            reset_position_ids=config.reset_position_ids,
-            reset_attention_mask=config.reset_attention_mask,
-            eod_mask_loss=config.eod_mask_loss,
-        )
-        return Prefetcher(loader, num_workers=config.num_workers, pin=self.engine.device.type == "cuda")
+        rank, size = self.mesh.rank("dp"), self.mesh.size("dp")
+        loader = self.data.loader(samples, micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=size)
+        return Prefetcher(loader, num_workers=self.run.data.num_workers, pin=self.engine.device.type == "cuda")
 
     def _step(self, loader: Prefetcher, stop: StopRequest | None) -> str:
         """Do a step.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from runtime.data.batch import cu_seqlens
 from runtime.data.blended import BlendedSamples
-from runtime.data.loader import DataSource, Loader
+from runtime.data.loader import DataSource
 from runtime.data.packing import Samples
 from runtime.data.prepare import PrepareProgress
+from runtime.data.rows import ConversationRows, RowReport
 
 _SHOWN = 5
 _SAMPLED = 64
@@ -57,19 +59,12 @@ def document_lengths(data: DataSource) -> list[int]:
     """Measure the documents that attention stays in.
 
     Args:
-        data: the opened data, with --reset-attention-mask.
+        data: the opened data, with documents that don't see each other.
 
     Returns:
         Tokens of each document, or of what is in a sample of it, in the first samples of the training data.
     """
-    loader = Loader(
-        samples=data.samples("train"),
-        micro_batch_size=1,
-        dp_rank=0,
-        dp_size=1,
-        eod=data.eod(),
-        reset_attention_mask=True,
-    )
+    loader = data.loader(data.samples("train"))
     lengths: list[int] = []
     for batch in loader.global_batch(0, min(_SAMPLED, loader.samples.num_samples)):
         assert batch.document_ids is not None
@@ -87,9 +82,36 @@ def describe_samples(samples: Samples, seq_length: int) -> str:
     Returns:
         For example "1,234 documents, 5.6 M tokens, 2,734 samples of 2,048".
     """
+    if (rows := row_report(samples)) is not None:
+        return _describe_rows(rows, seq_length)
     text = f"{samples.num_documents:,} documents, {count(samples.num_tokens)} tokens, {samples.num_samples:,} samples of {seq_length:,}"
     if samples.num_tokens <= seq_length:
         text += " (fewer tokens than one sample takes: they are repeated)"
+    return text
+
+
+def row_report(samples: Samples) -> RowReport | None:
+    """Say what conversations samples are made of; None where they are no conversations."""
+    if isinstance(samples, ConversationRows):
+        return samples.report
+    if not isinstance(samples, BlendedSamples):
+        return None
+    found = [report for part in samples.parts if (report := row_report(part)) is not None]
+    return functools.reduce(RowReport.plus, found) if found else None
+
+
+def _describe_rows(report: RowReport, seq_length: int) -> str:
+    text = (
+        f"{report.conversations:,} conversations, {count(report.tokens)} tokens, {count(report.trained)} of them trained "
+        f"({report.trained / report.tokens:.1%}), {report.rows:,} samples of {seq_length:,}, {report.padding:.2%} padding"
+    )
+    if report.cut:
+        lost = report.cut_tokens / (report.tokens + report.cut_tokens)
+        text += f", {report.cut:,} cut to a sample ({lost:.2%} of all tokens lost)"
+    if report.dropped:
+        text += f", {report.dropped:,} longer than a sample left out"
+    if report.untrained:
+        text += f", {report.untrained:,} left out because nothing trained is within a sample"
     return text
 
 

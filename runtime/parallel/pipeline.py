@@ -27,7 +27,7 @@ Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 class _Opaque(nn.Module):
     """Hides that a stage is sharded by FSDP: gradients are then reduced with each backward pass, as without stages.
 
-    Only activations go from stage to stage. Every rank has the batch, so positions and documents come from there.
+    Only activations go from stage to stage; what else a stage needs of the batch, its rank has.
     """
 
     def __init__(self, stage: nn.Module) -> None:
@@ -38,7 +38,7 @@ class _Opaque(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.microbatch is not None
-        out: Tensor = self.stage(x, self.microbatch.position_ids, self.microbatch.documents)
+        out: Tensor = self.stage(x, *self.microbatch.more)
         return out
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
-
-from runtime.ops.documents import Documents
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -21,10 +19,8 @@ class Microbatch:
     """[B, S] int64."""
     labels: Tensor
     """[B, S] int64."""
-    position_ids: Tensor | None = None
-    """[B, S] int64 positions that restart at documents; None: they don't."""
-    documents: Documents | None = None
-    """Documents that don't see each other; None: a row is one."""
+    more: tuple[Any, ...] = ()
+    """What every stage is given besides its input; every rank has it, so it is not sent."""
 
 
 class Runner(Protocol):
@@ -54,6 +50,6 @@ class WholeModel:
     def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step; arguments as of `Runner.run`."""
         for batch in microbatches:
-            loss = self._loss(self._model(batch.tokens, batch.position_ids, batch.documents), batch.labels)
+            loss = self._loss(self._model(batch.tokens, *batch.more), batch.labels)
             if backward:
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -34,6 +34,8 @@ class ChatSpec:
     """Where the tokenizer is."""
     template: str | None
     """Instead of the tokenizer's own chat template."""
+    named: str
+    """Where the template is, for messages."""
     turns: AssistantTurns = "all"
     plain_prompts: bool = False
     """Prompts that are strings, and their completions, stand as they are, without the template."""
@@ -91,6 +93,7 @@ def chat_spec(
     return ChatSpec(
         folder=str(path),
         template=text,
+        named=str(template or path),
         turns=turns,
         plain_prompts=plain_prompts,
         eod=eod,
@@ -206,23 +209,28 @@ class ChatEncoder:
 
     def _prefix(self, conversation: Conversation, count: int, whole: str, *, prompt: bool = False) -> str:
         """The text of the first messages, with what begins the assistant's next turn; it must begin the whole text."""
-        if count == 0:
-            return ""
-        if count == len(conversation.messages):
-            return whole
-        text = str(
-            self._apply(conversation, conversation.messages[:count], add_generation_prompt=prompt, tokenize=False)
-        )
+        text = self._first(conversation, count, whole, prompt=prompt)
         if not whole.startswith(text):
-            at = next(n for n, (a, b) in enumerate(zip(text + "\0", whole + "\0", strict=False)) if a != b)
-            other = " (or learn the last turn alone: --assistant-turns last)" if self.spec.turns == "all" else ""
-            raise DataError(
-                f"{conversation.where()}: the chat template of {self.spec.folder} writes the first {count} messages "
-                f"otherwise when more follow ({text[at : at + _QUOTED]!r} becomes {whole[at : at + _QUOTED]!r}), so it can't "
-                "be told what the assistant says; give a template that has {% generation %} and {% endgeneration %} "
-                f"around that, with --chat-template FILE{other}"
-            )
+            raise self._no_prefix(conversation, count, text, whole)
         return text
+
+    def _first(self, conversation: Conversation, count: int, whole: str, *, prompt: bool) -> str:
+        if count in (0, len(conversation.messages)):
+            return whole if count else ""
+        messages = conversation.messages[:count]
+        return str(self._apply(conversation, messages, add_generation_prompt=prompt, tokenize=False))
+
+    def _no_prefix(self, conversation: Conversation, count: int, text: str, whole: str) -> DataError:
+        at = next(n for n, (a, b) in enumerate(zip(text + "\0", whole + "\0", strict=False)) if a != b)
+        last = max(n for n, message in enumerate(conversation.messages) if message["role"] == ASSISTANT)
+        helps = self.spec.turns == "all" and whole.startswith(self._first(conversation, last, whole, prompt=True))
+        other = ", or learn the last turn alone: --assistant-turns last" if helps else ""
+        return DataError(
+            f"{conversation.where()}: the chat template of {self.spec.named} writes the first {count} messages otherwise "
+            f"when more follow ({text[at : at + _QUOTED]!r} becomes {whole[at : at + _QUOTED]!r}), so it can't be told what "
+            "the assistant says; give a template that has {% generation %} and {% endgeneration %} around that, with "
+            f"--chat-template FILE{other}"
+        )
 
     def _text(self, conversation: Conversation) -> str:
         return str(self._apply(conversation, conversation.messages, tokenize=False))

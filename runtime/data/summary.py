@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from runtime.data.batch import cu_seqlens
 from runtime.data.blended import BlendedSamples
+from runtime.data.config import DEFAULT_SPLIT
 from runtime.data.loader import DataSource
 from runtime.data.packing import Samples
 from runtime.data.prepare import PrepareProgress
@@ -48,6 +49,14 @@ def describe_data(
                 line += f" | {samples.epochs(train_samples):.3g} epochs in {train_steps:,} steps of {tokens} tokens"
                 line += _shares(data, samples, train_samples)
             lines.append(line)
+    config = data.config
+    shares = config.split or DEFAULT_SPLIT
+    kept = sum(shares[1:])
+    if config.finetuning and not config.own_splits and list(splits) == ["train"] and kept:
+        lines.append(
+            f"--split {','.join(f'{share:g}' for share in shares)} keeps {kept / sum(shares):.1%} of the "
+            "conversations from training, and nothing is evaluated on them (--eval-iters): --split 1 trains on all"
+        )
     left_out = data.left_out()
     if left_out:
         more = f"; and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""

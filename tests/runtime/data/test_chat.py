@@ -103,6 +103,17 @@ def test_a_template_whose_prefixes_are_none(tokenizer_folder: Path, texts: list[
     assert encode(ChatEncoder(spec_of(folder)), {"messages": record["messages"][:2]})[1][-1]
 
 
+def test_a_generation_prompt_that_no_turn_begins_with(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """As DeepSeek R1's, which opens thoughts that turns don't keep: learning the last turn alone would not help."""
+    folder = with_template(tokenizer_folder, without_marks(INSTRUCT), tmp_path / "t")
+    (tmp_path / "r1.jinja").write_text(without_marks(INSTRUCT) + "{{- '<think>' if add_generation_prompt -}}")
+    with pytest.raises(
+        DataError, match=r"the chat template of .*r1\.jinja writes the first 1 messages otherwise"
+    ) as caught:
+        encode(ChatEncoder(spec_of(folder, template=tmp_path / "r1.jinja")), {"messages": [USER, ANSWER]})
+    assert "--assistant-turns" not in str(caught.value)
+
+
 def test_prompts_and_completions(tokenizer_folder: Path, chatml: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chatml)
     record = {"prompt": "What is 2 + 2?", "completion": " It is four."}

@@ -110,6 +110,12 @@ def test_what_the_log_says(place: Place) -> None:
     assert f"{report.rows} samples of {SEQ_LENGTH}, {report.padding:.2%} padding | 2 epochs in 2 steps" in line
 
 
+def test_conversations_that_nobody_uses_are_said(place: Place) -> None:
+    data = place.source(split=(31, 10))
+    assert "--split 31,10 keeps 24.4% of the conversations from training" in describe_data(data, ["train"])
+    assert "--split" not in describe_data(data, ["train", "valid"])
+
+
 def test_long_conversations_are_cut_or_left_out(place: Place) -> None:
     lengths = [len(ids) for ids, _ in place.wanted]
     length = sorted(lengths)[COUNT // 2]

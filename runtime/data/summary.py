@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from runtime.data.batch import cu_seqlens
 from runtime.data.blended import BlendedSamples
 from runtime.data.config import DEFAULT_SPLIT
 from runtime.data.loader import DataSource
 from runtime.data.packing import Samples
 from runtime.data.prepare import PrepareProgress
 from runtime.data.rows import ConversationRows, RowReport
+from runtime.ops.documents import document_bounds
 
 _SHOWN = 5
 _SAMPLED = 64
@@ -77,7 +77,7 @@ def document_lengths(data: DataSource) -> list[int]:
     lengths: list[int] = []
     for batch in loader.global_batch(0, min(_SAMPLED, loader.samples.num_samples)):
         assert batch.document_ids is not None
-        lengths += cu_seqlens(batch.document_ids)[0].diff().tolist()
+        lengths += document_bounds(batch.document_ids)[1].tolist()
     return lengths
 
 

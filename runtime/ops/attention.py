@@ -84,7 +84,7 @@ def _flash_packed(
         places = packed.sink_places()
         bounds, num_keys = places.bounds, len(k) + len(places.sinks)
         k, v = (x.new_zeros(num_keys, *x.shape[1:]).index_copy(0, places.keys, x) for x in (k, v))
-        k[places.sinks, :, sink] = 1
+        k[..., sink].index_fill_(0, places.sinks, 1)
     options: dict[str, Any] = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     options |= {} if scale is None else {"scale": scale}
     sizes = (bounds.queries, bounds.keys, bounds.most_queries, bounds.most_keys)

@@ -13,6 +13,21 @@ import torch
 from torch import Tensor
 
 
+def document_bounds(document_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the documents of a batch laid row behind row.
+
+    Args:
+        document_ids_BS: [B, S] as in runtime.data.batch.Batch.
+
+    Returns:
+        [N] int64 where each document begins, and [N] its length.
+    """
+    begins_BS = torch.ones_like(document_ids_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
+    starts = begins_BS.flatten().nonzero().flatten()
+    return starts, torch.cat([starts, starts.new_tensor([begins_BS.numel()])]).diff()
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """Where the documents of some queries and keys begin, row laid behind row."""
@@ -74,7 +89,7 @@ class Packed:
     def bounds(self) -> Bounds:
         """Give where documents begin among queries and keys."""
         if self._bounds is None:
-            starts, lengths = self._documents()
+            starts, lengths = document_bounds(self._ids_BS)
             positions = self._ids_BS.shape[1]
             first = starts % positions
             queries = (first + lengths - first.clamp(min=self._begin)).clamp(min=0)
@@ -84,7 +99,7 @@ class Packed:
     def sink_places(self) -> SinkPlaces:
         """Give where keys lie when each document begins with a sink."""
         if self._sinks is None:
-            starts, lengths = self._documents()
+            starts, lengths = document_bounds(self._ids_BS)
             number = torch.arange(len(starts))
             keys = torch.arange(self._ids_BS.numel()) + torch.repeat_interleave(number + 1, lengths)
             plain = self.bounds()
@@ -92,13 +107,6 @@ class Packed:
             bounds = Bounds(plain.queries, plain.keys + self._sent(more), plain.most_queries, plain.most_keys + 1)
             self._sinks = SinkPlaces(bounds, self._sent(keys), self._sent(starts + number))
         return self._sinks
-
-    def _documents(self) -> tuple[Tensor, Tensor]:
-        """Where each begins in the row of all keys, and its length; on the host."""
-        begins = torch.ones_like(self._ids_BS, dtype=torch.bool)
-        begins[:, 1:] = self._ids_BS[:, 1:] != self._ids_BS[:, :-1]
-        starts = begins.flatten().nonzero().flatten()
-        return starts, torch.cat([starts, starts.new_tensor([begins.numel()])]).diff()
 
     def _on_device(self, queries: Tensor, keys: Tensor) -> Bounds:
         sums = [torch.cat([x.new_zeros(1), x.cumsum(0)]).to(torch.int32) for x in (queries, keys)]

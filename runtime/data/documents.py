@@ -186,9 +186,10 @@ def _text_of(record: Any, text_key: str, where: Callable[[], str]) -> str | Bad:
         if text_key in record:
             return Bad(where, f'its "{text_key}" is {type(text).__name__}; expected a string')
         keys = ", ".join(sorted(map(str, record))[:8])
+        advice = "; the trainer takes conversations with --finetune-data" if "messages" in record else ""
         return Bad(
             where,
-            f'expected an object with a "{text_key}" key that holds a string (--text-key); it has {keys or "none"}',
+            f'expected an object with a "{text_key}" key that holds a string (--text-key); it has {keys or "none"}{advice}',
         )
     return Bad(where, f'expected an object with a "{text_key}" key that holds a string (--text-key)')
 

@@ -120,7 +120,7 @@ class Pipeline:
         else:
             schedule.eval(*inputs, target=target, return_outputs=False)
         for stage in stages:
-            stage.microbatches = ()
+            stage.microbatches, stage.submod.microbatch = (), None  # type: ignore[assignment]
 
     def _make(self, num: int, batch: int, positions: int) -> tuple[Schedule, list[_Stage]]:
         stages = self._make_stages(batch, positions)

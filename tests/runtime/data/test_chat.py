@@ -20,7 +20,7 @@ from runtime.data.errors import DataError
 from runtime.data.indexed import open_tokens
 from runtime.data.listing import list_files
 from runtime.data.prepare import PrepareOptions, prepare
-from runtime.data.tokenizer import load_tokenizer
+from runtime.data.tokenizer import encoder_spec, load_tokenizer
 from tests.runtime.data.chats import CHATML, INSTRUCT, THINKING, Record, make_chats, with_template, without_marks
 
 Ids = list[int]
@@ -213,6 +213,13 @@ def test_bad_lines_are_named(tokenizer_folder: Path, tmp_path: Path) -> None:
         prepare(files, tmp_path / "one.bin", spec, PrepareOptions(workers=1, skip_bad_lines=1))
     result = prepare(files, tmp_path / "two.bin", spec, PrepareOptions(workers=1, skip_bad_lines=2))
     assert (result.documents, result.bad) == (3, 2)
+
+
+def test_conversations_given_as_text(tokenizer_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [USER, ANSWER]}))
+    spec = encoder_spec(load_tokenizer(tokenizer_folder), tokenizer_folder, append_eod=True)
+    with pytest.raises(DataError, match="it has messages; the trainer takes conversations with --finetune-data"):
+        prepare(list_files(str(tmp_path / "a.jsonl")).files, tmp_path / "o.bin", spec, PrepareOptions(workers=1))
 
 
 def test_what_can_not_be_rendered(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from runtime.moe.config import MoEConfig
 from runtime.moe.layer import moe_layers, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
 from runtime.ops.cross_entropy import cross_entropy
+from runtime.ops.documents import Documents
 from runtime.ops.reading import Reading
 from runtime.optim.adamw import squared_norm
 from runtime.optim.config import OptimConfig
@@ -40,7 +41,7 @@ from runtime.optim.make import make_optimizer
 from runtime.parallel.buckets import BucketStore
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.runner import Runner, WholeModel
+from runtime.parallel.runner import Microbatch, Runner, WholeModel
 from runtime.parallel.shards import Store
 from runtime.step_result import StepResult
 
@@ -124,46 +125,50 @@ class Engine:
                 optimizer are as before the step.
         """
         self.module.train()
-        tokens, labels = self._to_device(microbatches)
-        num_tokens = self._count_tokens(labels)
+        batches = [self._to_device(batch) for batch in microbatches]
+        num_tokens = self._count_tokens(batches).clamp(min=1)
         self._scale = (self.loss_scale.scale / num_tokens).to(self._wide)
         # Balancing losses are means over a micro-batch: of these the global batch has so many.
-        set_loss_scale(self.module, self.loss_scale.scale / (len(tokens) * self.mesh.size("dp")))
+        set_loss_scale(self.module, self.loss_scale.scale / (len(batches) * self.mesh.size("dp")))
         self._reset()
-        self.store.begin(len(tokens) if self._runner.counts_backwards else None)
-        self._runner.run(tokens, labels, backward=True)
+        self.store.begin(len(batches) if self._runner.counts_backwards else None)
+        self._runner.run(batches, backward=True)
         self.store.finish()
         sums = self._sum_over_ranks(num_tokens)
         read = Reading(sums)
         self._update(sums)
         # The optimizer is still at work: the host goes on with the next step meanwhile.
-        result = self._report(read.wait(), len(tokens) * self.mesh.size("dp"))
-        self._conclude(result, tokens, labels)
+        result = self._report(read.wait(), len(batches) * self.mesh.size("dp"))
+        self._conclude(result, batches)
         return result
 
-    @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
+        """Measure the mean cross entropy over all labels of all ranks, nats a token; as `measure`."""
+        loss, labels = self.measure(batches)
+        return loss / max(labels, 1)
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Measure the loss. Collective.
 
         Args:
             batches: this data-parallel rank's micro-batches, equally many on each rank and all of one shape.
 
         Returns:
-            Mean cross entropy over all tokens of all ranks, nats a token; the same on every rank.
+            Sum of the cross entropy over all labels of all ranks, nats, and their number; the same on every rank.
         """
         self.module.eval()
-        tokens, labels = self._to_device(batches)
+        mine = [self._to_device(batch) for batch in batches]
         # An interleaved schedule takes its micro-batches in rounds of pp: fill up with ones that don't count.
-        while len(tokens) % self.mesh.size("pp"):
-            tokens.append(tokens[0])
-            labels.append(torch.full_like(labels[0], IGNORED_LABEL))
-        num_tokens = self._count_tokens(labels)
+        while len(mine) % self.mesh.size("pp"):
+            mine.append(replace(mine[0], labels=torch.full_like(mine[0].labels, IGNORED_LABEL)))
+        num_tokens = self._count_tokens(mine)
         self._reset()
-        self._runner.run(tokens, labels, backward=False)
+        self._runner.run(mine, backward=False)
         loss = self._loss_sum.clone()
         if self.mesh.world_size > 1:
             dist.all_reduce(loss)
-        return float(loss / num_tokens)
+        return float(loss), int(num_tokens)
 
     @contextmanager
     def mean_of_weights(self) -> Iterator[None]:
@@ -283,18 +288,18 @@ class Engine:
         loss, collect = self._loss, self.store.collect
         return Pipeline(stages, self.mesh, self.device, parallel.pp_schedule, shape, dtype, loss, collect)
 
-    def _to_device(self, batches: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
-        pairs = [
-            (b.tokens.to(self.device, non_blocking=True), b.labels.to(self.device, non_blocking=True)) for b in batches
-        ]
-        return [tokens for tokens, _ in pairs], [labels for _, labels in pairs]
+    def _to_device(self, batch: Batch) -> Microbatch:
+        # Document numbers stay on the host: what attention needs of them is found out there.
+        moved = replace(batch, document_ids=None).to(self.device)
+        documents = Documents(batch.document_ids, self.device) if batch.document_ids is not None else None
+        return Microbatch(tokens=moved.tokens, labels=moved.labels, more=(moved.position_ids, documents))
 
-    def _count_tokens(self, labels: Sequence[Tensor]) -> Tensor:
-        """Labels of the global batch that count; 0-dim fp64, at least 1."""
-        count = torch.stack([(x != IGNORED_LABEL).sum() for x in labels]).sum().double()
+    def _count_tokens(self, batches: Sequence[Microbatch]) -> Tensor:
+        """Labels of the global batch that count; 0-dim fp64."""
+        count = torch.stack([(x.labels != IGNORED_LABEL).sum() for x in batches]).sum().double()
         if self.mesh.size("dp") > 1:
             dist.all_reduce(count, group=self.mesh.group("dp"))
-        return count.clamp(min=1)
+        return count
 
     def _reset(self) -> None:
         self._loss_sum.zero_()
@@ -315,20 +320,13 @@ class Engine:
         total = losses.sum()
         if self.mesh.rank("tp") == 0:
             self._loss_sum += total.detach()
-        loss = total * self._scale
-        if (
-            self._moe is not None
-            and self._moe.aux_loss_mode == "hf"
-            and self._moe.aux_losses
-            and torch.is_grad_enabled()
-        ):
+        loss, moe = total * self._scale, self._moe
+        if moe is not None and moe.aux_loss_mode == "hf" and moe.aux_losses and torch.is_grad_enabled():
             layers = moe_layers(self.module)
-            pooled = hf_load_balancing_loss(
-                [x for x in (m.router_logits for m in layers) if x is not None], self._moe.topk
-            )
+            pooled = hf_load_balancing_loss([x.router_logits for x in layers if x.router_logits is not None], moe.topk)
             for layer in layers:
                 layer.stats.add_loss("aux_loss", pooled)
-            loss = attach_loss(loss, pooled * self._moe.aux_losses[0][1], layers[0].loss_scale)
+            loss = attach_loss(loss, pooled * moe.aux_losses[0][1], layers[0].loss_scale)
         return loss
 
     def _sum_over_ranks(self, num_tokens: Tensor) -> Tensor:
@@ -361,7 +359,7 @@ class Engine:
             routing=self._metrics.unpack(sums[2:-1], num_microbatches),
         )
 
-    def _conclude(self, result: StepResult, tokens: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
+    def _conclude(self, result: StepResult, batches: Sequence[Microbatch]) -> None:
         """Account for the step; every rank sees the same numbers and decides alike."""
         if not result.skipped:
             self.optimizer.num_steps += 1
@@ -371,11 +369,11 @@ class Engine:
             return
         overflow = self._context.dtype == torch.float16 and self.loss_scale.overflow(self._optim)
         if not (overflow or self._optim.on_nonfinite == "skip"):
-            raise diagnose(self.module, self.store, self.mesh, lambda: self._again(tokens, labels), result.lm_loss)
+            raise diagnose(self.module, self.store, self.mesh, lambda: self._again(batches), result.lm_loss)
 
     @torch.no_grad()
-    def _again(self, tokens: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
-        self._runner.run(tokens, labels, backward=False)
+    def _again(self, batches: Sequence[Microbatch]) -> None:
+        self._runner.run(batches, backward=False)
 
 
 def _assert_combination(parallel: ParallelConfig, moe: MoEConfig | None) -> None:

@@ -22,9 +22,11 @@ from runtime.checkpoint.config import CheckpointConfig
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
 from runtime.checkpoint.rectangles import Read
 from runtime.checkpoint.verified import load_verified
+from runtime.data.chat import read_template
 from runtime.data.job import prepare_data
 from runtime.data.loader import DataSource
-from runtime.data.summary import describe_data
+from runtime.data.show import print_sample
+from runtime.data.summary import describe_data, document_lengths
 from runtime.engine import Engine
 from runtime.errors import require
 from runtime.estimate.forecast import Forecast, Gpu, Measured
@@ -50,6 +52,9 @@ from runtime.settings.resolved import RUN_FILE, run_file, summary
 from runtime.settings.run import RunConfig
 from runtime.trainer import Trainer, check_splits
 
+CHAT_TEMPLATE = "chat_template.jinja"
+"""What transformers reads before a template in tokenizer_config.json."""
+
 
 def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     """Do everything that needs no other process: open, put together, judge.
@@ -74,6 +79,11 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
         origin = dataclasses.replace(origin, checkpoint=checkpoint, notes=(*origin.notes, note))
     run = make_run(given, origin.checkpoint.model, origin.path, drawn=origin.drawn)
     check_run(run, process.world_size)
+    if run.data.chat_template is not None:
+        # Whoever talks to the trained model needs the template that it was trained with.
+        carried = {**origin.checkpoint.rewritten, CHAT_TEMPLATE: read_template(run.data.chat_template).encode()}
+        checkpoint = dataclasses.replace(origin.checkpoint, rewritten=carried)
+        origin = dataclasses.replace(origin, checkpoint=checkpoint)
     tokenizer = run.data.tokenizer_model
     require(tokenizer is None or tokenizer.exists(), f"--tokenizer-model {tokenizer}: no such file or folder")
     notes = [*origin.notes, *run.notes, *summary(run), *_groups(run, origin)]
@@ -135,6 +145,8 @@ def start_run(given: Given) -> int:
     except MoeconvError as error:  # wrong on each rank alike
         end_with(error)
         return USER_ERROR
+    if run.data.show_sample:
+        return show_sample(run, origin, process)
     watchdog: Watchdog | None = None
     hang_timeout = 60.0 * run.train.distributed_timeout_minutes
     try:
@@ -162,6 +174,27 @@ def start_run(given: Given) -> int:
         raise
     watchdog.stop()
     dist.destroy_process_group()
+    return 0
+
+
+def show_sample(run: RunConfig, origin: Origin, process: Process) -> int:
+    """Print the first training sample instead of a run; the first process does.
+
+    Args:
+        run: the settings.
+        origin: has the tokenizer.
+        process: this process's place in the job.
+
+    Returns:
+        The exit status, as `start_run`.
+    """
+    if process.rank != 0:
+        return 0
+    try:
+        print_sample(DataSource(run.data, origin.path, run.train.num_samples(1)))
+    except MoeconvError as error:
+        end_with(error)
+        return USER_ERROR
     return 0
 
 
@@ -203,6 +236,11 @@ def run_job(
     one_first(process.local_rank == 0, lambda: check_splits(run, data))
     if log is not None:
         log.note(describe_run_data(run, data, dp))
+        if run.data.separates_documents and not run.train.skip_train:
+            lengths = document_lengths(data)
+            log.count_flops(training_flops(run.model, run.train.seq_length, lengths))
+            mean = sum(length**2 for length in lengths) / sum(lengths)
+            log.note(f"attention stays in documents: a token's has {mean:.0f} tokens on average; TFLOP/s count that")
     progress("loading the checkpoint", limited=False)
     one_first(process.rank == 0, lambda: check_tied(origin.checkpoint, "training") if process.rank == 0 else None)
     mesh = ParallelMesh(run.parallel, process.world_size)

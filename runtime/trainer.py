@@ -18,7 +18,7 @@ from runtime.checkpoint import folder as folders
 from runtime.checkpoint.position import TrainerState, seed_step
 from runtime.checkpoint.rank_files import collect_files, commit_checkpoint
 from runtime.checkpoint.writer import Outcome, Saver, check
-from runtime.data.loader import DataSource, Loader
+from runtime.data.loader import DataSource
 from runtime.data.packing import Samples
 from runtime.data.prefetch import Prefetcher
 from runtime.engine import Engine, StepResult
@@ -231,18 +231,9 @@ class Trainer:
         return self.data.token_bytes() if counts(self.mesh) else None
 
     def _loader(self, samples: Samples, micro_batch_size: int) -> Prefetcher:
-        config = self.run.data
-        loader = Loader(
-            samples=samples,
-            micro_batch_size=micro_batch_size,
-            dp_rank=self.mesh.rank("dp"),
-            dp_size=self.mesh.size("dp"),
-            eod=self.data.eod(),
-            reset_position_ids=config.reset_position_ids,
-            reset_attention_mask=config.reset_attention_mask,
-            eod_mask_loss=config.eod_mask_loss,
-        )
-        return Prefetcher(loader, num_workers=config.num_workers, pin=self.engine.device.type == "cuda")
+        rank, size = self.mesh.rank("dp"), self.mesh.size("dp")
+        loader = self.data.loader(samples, micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=size)
+        return Prefetcher(loader, num_workers=self.run.data.num_workers, pin=self.engine.device.type == "cuda")
 
     def _step(self, loader: Prefetcher, stop: StopRequest | None) -> str:
         """Do a step.

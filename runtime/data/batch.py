@@ -24,7 +24,7 @@ class Batch:
     document_ids: torch.Tensor | None = None
     """[B, S] int32: number of the document in its row, from 0, not falling (--reset-attention-mask): a position attends
     to those of its own document only; None: to all before it. Of one shape whatever the documents, so that ranks and
-    pipeline stages can cut and send it; `cu_seqlens` gives the other usual form."""
+    pipeline stages can cut and send it; `runtime.ops.documents` gives the other usual forms."""
 
     def pin_memory(self) -> Batch:
         """Give the batch in page-locked memory, from where a GPU copies it while it computes."""
@@ -41,20 +41,3 @@ class Batch:
             position_ids=None if self.position_ids is None else change(self.position_ids),
             document_ids=None if self.document_ids is None else change(self.document_ids),
         )
-
-
-def cu_seqlens(document_ids_BS: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Give the bounds of the documents of a batch laid row behind row, as attention over packed sequences takes them.
-
-    Args:
-        document_ids_BS: [B, S] as in Batch.
-
-    Returns:
-        [N + 1] int32, from 0 to B * S: where each of the N documents begins; and the longest document's length.
-    """
-    rows, positions = document_ids_BS.shape
-    begins_BS = torch.ones_like(document_ids_BS, dtype=torch.bool)
-    begins_BS[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
-    begins = begins_BS.flatten().nonzero().flatten()
-    bounds = torch.cat([begins, begins.new_tensor([rows * positions])]).to(torch.int32)
-    return bounds, int(bounds.diff().max())

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from runtime.data.blend import Blend, parse_blend
 from runtime.data.errors import DataError
+from runtime.data.turns import AssistantTurns
 from runtime.errors import require
 from runtime.flag import check_fields, flag
 
@@ -46,6 +47,21 @@ class DataConfig:
     """Each path of --valid-data-path is a validation set with a loss of its own."""
     mock_data: bool = False
     """Train on made-up tokens, to try a layout and its speed without data."""
+    finetune_data: tuple[str, ...] = flag((), metavar="PATH")
+    """Conversations instead of text: files or folders of JSON Lines, JSON, Parquet or Arrow with "messages", or with
+    "prompt" and "completion"; or weights and paths in turn. What the assistant says is learned."""
+    finetune_valid_data: tuple[str, ...] = flag((), metavar="PATH")
+    """Conversations for validation only, as --finetune-data takes them, instead of a part of those (--split)."""
+    chat_template: Path | None = None
+    """File with a chat template (Jinja) instead of the tokenizer's own."""
+    assistant_turns: AssistantTurns = "all"
+    """Which turns of the assistant are learned: all, or the last of each conversation."""
+    plain_prompts: bool = False
+    """A "prompt" that is a string, and its completion, stand as they are, without the chat template."""
+    drop_long: bool = False
+    """Leave out conversations longer than a sample, instead of cutting them."""
+    show_sample: bool = False
+    """Print the first sample, with what is learned of it in colour, and leave."""
     data_order: DataOrder = "epochs"
     """Order of the samples. epochs: every document once, then every document again in another order, whatever the
     length of the run. megatron: exactly the samples that Megatron-Core takes with the same seed, length of the run and
@@ -93,6 +109,7 @@ class DataConfig:
         shared = ["--data-path"] if self.data_path else []
         shared += ["--data-args-path"] if self.data_args_path else []
         shared += ["--mock-data"] if self.mock_data else []
+        shared += ["--finetune-data"] if self.finetune_data else []
         ways = shared + (own if "--per-split-data-args-path" in own else own[:1])
         require(len(ways) <= 1, f"{' excludes '.join(ways)}: give one or the other")
         require(bool(ways), "no data: name files or folders with --data-path (or --mock-data to try a layout)")
@@ -101,19 +118,64 @@ class DataConfig:
             f"--split divides --data-path; {' '.join(own[:1])} names the parts themselves: leave --split out",
         )
         require(
-            not self.multiple_validation_sets or bool(own),
+            not self.multiple_validation_sets or bool(own or self.finetune_valid_data),
             "--multiple-validation-sets: name them with --valid-data-path",
+        )
+        self._check_conversations()
+
+    def _check_conversations(self) -> None:
+        """Refuse what conversations don't go together with, and what is for conversations only."""
+        for name in ("finetune_valid_data", "chat_template", "plain_prompts", "drop_long"):
+            require(
+                self.finetuning or not getattr(self, name),
+                f"--{name.replace('_', '-')} is for conversations: give them with --finetune-data, or leave it out",
+            )
+        require(
+            self.finetuning or self.assistant_turns == "all",
+            "--assistant-turns is for conversations: give them with --finetune-data, or leave it out",
+        )
+        require(
+            not (self.finetune_valid_data and self.split),
+            "--split divides --finetune-data; --finetune-valid-data names the validation part itself: give one of them",
+        )
+        for name, why in (
+            ("eod_mask_loss", "what is learned of a conversation is settled by its roles"),
+            ("bare_dtype", "token files hold no conversations"),
+        ):
+            require(
+                not (self.finetuning and getattr(self, name)),
+                f"--{name.replace('_', '-')} with --finetune-data: {why}; leave it out",
+            )
+        require(
+            not (self.finetuning and self.data_order == "megatron"),
+            "--data-order megatron is for text; conversations are laid into rows whole: leave it out",
         )
 
     @property
     def own_splits(self) -> bool:
         """Whether the parts have data of their own, instead of shares of the same."""
-        return not (self.data_path or self.data_args_path or self.mock_data)
+        shared = self.data_path or self.data_args_path or self.mock_data
+        return bool(self.finetune_valid_data) if self.finetuning else not shared
+
+    @property
+    def finetuning(self) -> bool:
+        """Whether the data are conversations."""
+        return bool(self.finetune_data)
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether attention stays in documents; conversations never see each other."""
+        return self.reset_attention_mask or self.finetuning
+
+    @property
+    def restarts_positions(self) -> bool:
+        """Whether positions begin at 0 in each document."""
+        return self.reset_position_ids or self.finetuning
 
     @property
     def needs_eod(self) -> bool:
         """Whether samples are made with knowledge of the end-of-document token."""
-        return self.reset_position_ids or self.reset_attention_mask or self.eod_mask_loss
+        return not self.finetuning and (self.reset_position_ids or self.reset_attention_mask or self.eod_mask_loss)
 
     def blends(self) -> tuple[Blend | None, Blend | None, Blend | None]:
         """Read what data each of train, valid and test has; the same blend three times where `split` divides it.
@@ -127,6 +189,10 @@ class DataConfig:
         """
         if self.mock_data:
             return (Blend((MOCK,)),) * 3
+        if self.finetuning:
+            train = parse_blend(self.finetune_data, "--finetune-data")
+            valid = parse_blend(self.finetune_valid_data, "--finetune-valid-data")
+            return (train, valid, None) if valid is not None else (train, train, train)
         if not self.own_splits:
             words, flag = list(self.data_path), "--data-path"
             if self.data_args_path is not None:

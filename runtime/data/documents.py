@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from runtime.data.errors import DataError
 from runtime.data.kinds import open_bytes, recognise
@@ -36,6 +36,11 @@ class Bad:
     what: str
 
 
+Taken = TypeVar("Taken")
+Take = Callable[[Any, Callable[[], str]], Taken | Bad]
+"""From a record and the words for its place to what is wanted of it, or to what is wrong with it."""
+
+
 def read_unit(unit: Unit, text_key: str) -> Iterator[Piece | Bad]:
     """Read a unit's documents.
 
@@ -51,12 +56,35 @@ def read_unit(unit: Unit, text_key: str) -> Iterator[Piece | Bad]:
     """
     if unit.reads == "text":
         yield from _plain_text(unit)
-    elif unit.reads == "lines":
-        yield from _pieces(_json_lines(unit, text_key))
+        return
+
+    def take(record: Any, where: Callable[[], str]) -> str | Bad:
+        return _text_of(record, text_key, where)
+
+    yield from _pieces(read_records(unit, take, lambda names: _text_column(unit, text_key, names)))
+
+
+def read_records(unit: Unit, take: Take[Taken], columns: Callable[[list[str]], list[str]]) -> Iterator[Taken | Bad]:
+    """Read a unit's records: objects of JSON, or rows of a table.
+
+    Args:
+        unit: the unit, which is no plain text.
+        take: what is wanted of each.
+        columns: which columns of a table are read, of those that it has.
+
+    Yields:
+        What was taken of each record in order, and what can't be read.
+
+    Raises:
+        DataError: the file changed or is damaged; what `columns` raises.
+    """
+    if unit.reads == "lines":
+        yield from _json_lines(unit, take)
     elif unit.reads == "elements":
-        yield from _pieces(_elements(unit, text_key))
+        for number, record in enumerate(unit.data, unit.begin + 1):
+            yield take(record, _place(f"{unit.path}, element {number}"))
     else:
-        yield from _pieces(_rows(unit, text_key))
+        yield from _rows(unit, take, columns)
 
 
 def _pieces(documents: Iterator[str | Bad]) -> Iterator[Piece | Bad]:
@@ -114,7 +142,7 @@ def _text_of_range(unit: Unit) -> tuple[int, bytes]:
         return ends[0], file.read(ends[1] - ends[0])
 
 
-def _json_lines(unit: Unit, text_key: str) -> Iterator[str | Bad]:
+def _json_lines(unit: Unit, take: Take[Taken]) -> Iterator[Taken | Bad]:
     begin, data = _lines_of(unit)
     if begin == 0:
         data = data.removeprefix(b"\xef\xbb\xbf")
@@ -130,7 +158,7 @@ def _json_lines(unit: Unit, text_key: str) -> Iterator[str | Bad]:
         except RecursionError:
             yield Bad(_line(unit, begin, number), "not JSON (nested too deeply)")
         else:
-            yield _text_of(record, text_key, _line(unit, begin, number))
+            yield take(record, _line(unit, begin, number))
 
 
 def _line(unit: Unit, begin: int, number: int) -> Callable[[], str]:
@@ -154,28 +182,25 @@ def _text_of(record: Any, text_key: str, where: Callable[[], str]) -> str | Bad:
         text = record.get(text_key)
         if isinstance(text, str):
             # A lone surrogate, which JSON can escape, is no text: it has no UTF-8.
-            return text if text.isascii() or not _has_surrogate(text) else Bad(where, "its text holds a lone surrogate")
+            return text if text.isascii() or not has_surrogate(text) else Bad(where, "its text holds a lone surrogate")
         if text_key in record:
             return Bad(where, f'its "{text_key}" is {type(text).__name__}; expected a string')
         keys = ", ".join(sorted(map(str, record))[:8])
+        advice = "; the trainer takes conversations with --finetune-data" if "messages" in record else ""
         return Bad(
             where,
-            f'expected an object with a "{text_key}" key that holds a string (--text-key); it has {keys or "none"}',
+            f'expected an object with a "{text_key}" key that holds a string (--text-key); it has {keys or "none"}{advice}',
         )
     return Bad(where, f'expected an object with a "{text_key}" key that holds a string (--text-key)')
 
 
-def _has_surrogate(text: str) -> bool:
+def has_surrogate(text: str) -> bool:
+    """Say whether a text holds half of a pair of UTF-16, for which there is no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return True
     return False
-
-
-def _elements(unit: Unit, text_key: str) -> Iterator[str | Bad]:
-    for number, record in enumerate(unit.data, unit.begin + 1):
-        yield _text_of(record, text_key, _place(f"{unit.path}, element {number}"))
 
 
 def _place(text: str) -> Callable[[], str]:
@@ -201,26 +226,22 @@ def _plain_text(unit: Unit) -> Iterator[Piece]:
         yield Piece(part, unit.first and place == 0, unit.last and place == len(parts) - 1)
 
 
-def _rows(unit: Unit, text_key: str) -> Iterator[str | Bad]:
+def _rows(unit: Unit, take: Take[Taken], columns: Callable[[list[str]], list[str]]) -> Iterator[Taken | Bad]:
     with arrow_errors(unit.path):
         row, group = 0, "row group" if unit.reads == "parquet" else "record batch"
-        for batch in _parquet_batches(unit, text_key) if unit.reads == "parquet" else _arrow_batches(unit):
-            if text_key not in batch.schema.names:
-                raise _no_column(unit, text_key, batch.schema.names)
-            for text in batch.column(text_key).to_pylist():
+        for batch in _parquet_batches(unit, columns) if unit.reads == "parquet" else _arrow_batches(unit):
+            for record in batch.select(columns(batch.schema.names)).to_pylist():
                 row += 1
-                yield _text_of({text_key: text}, text_key, _place(f"{unit.path}, {group} {unit.begin}, row {row}"))
+                yield take(record, _place(f"{unit.path}, {group} {unit.begin}, row {row}"))
 
 
-def _parquet_batches(unit: Unit, text_key: str) -> Iterator[Any]:
+def _parquet_batches(unit: Unit, columns: Callable[[list[str]], list[str]]) -> Iterator[Any]:
     import pyarrow.parquet as parquet
 
     with parquet.ParquetFile(unit.path) as file:
-        names = file.schema_arrow.names
-        if text_key not in names:
-            raise _no_column(unit, text_key, names)
+        names = columns(file.schema_arrow.names)
         groups = list(range(unit.begin, unit.end))
-        yield from file.iter_batches(_ROWS, row_groups=groups, columns=[text_key], use_threads=False)
+        yield from file.iter_batches(_ROWS, row_groups=groups, columns=names, use_threads=False)
 
 
 def _arrow_batches(unit: Unit) -> Iterator[Any]:
@@ -231,5 +252,7 @@ def _arrow_batches(unit: Unit) -> Iterator[Any]:
             yield from (batch.slice(row, _ROWS) for row in range(0, batch.num_rows, _ROWS))
 
 
-def _no_column(unit: Unit, text_key: str, names: list[str]) -> DataError:
-    return DataError(f"{unit.path}: has no column {text_key!r}; name one of {', '.join(names)} with --text-key")
+def _text_column(unit: Unit, text_key: str, names: list[str]) -> list[str]:
+    if text_key not in names:
+        raise DataError(f"{unit.path}: has no column {text_key!r}; name one of {', '.join(names)} with --text-key")
+    return [text_key]

@@ -14,10 +14,12 @@ from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.data.blend import Blend
 from runtime.data.blended import BlendedSamples, ExhaustiveSamples
 from runtime.data.config import DEFAULT_SPLIT, SPLITS, DataConfig
+from runtime.data.errors import DataError
 from runtime.data.megatron_order import MegatronSamples
 from runtime.data.packing import Documents, PackedSamples, Samples, no_documents, split_bounds
 from runtime.data.prepare import Report, quiet
-from runtime.data.sources import Sources
+from runtime.data.rows import ConversationRows
+from runtime.data.sources import Source, Sources
 from runtime.data.stream import TokenStream
 from runtime.errors import require
 
@@ -65,7 +67,7 @@ class DataSource:
         return blend is not None and all(self._has_documents(path, split) for path in blend.paths)
 
     def _has_documents(self, path: str, split: str) -> bool:
-        stream = TokenStream(self._sources.open(path).files, self.config.vocab_size)
+        stream = self._stream([self._sources.open(path)])
         return len(self._part(stream, 0, len(stream.files), split).starts) > 0
 
     def samples(self, split: str) -> Samples:
@@ -140,17 +142,23 @@ class DataSource:
         )
         return None if size is None else int(np.ceil(np.ceil(size * share) * (1 + 0.005)))
 
+    def _stream(self, sources: Sequence[Source]) -> TokenStream:
+        files = [file for source in sources for file in source.files]
+        return TokenStream(
+            files, self.config.vocab_size * (2 if self.config.finetuning else 1)
+        )  # marked ids are twice as many
+
     def _of(self, paths: Sequence[str], split: str, size: int | None) -> Samples:
         """Samples of a split's documents of some paths, which make one row."""
         sources = [self._sources.open(path) for path in paths]
-        stream = TokenStream([file for source in sources for file in source.files], self.config.vocab_size)
+        stream = self._stream(sources)
         parts, first = [], 0
         for source in sources:
             last = first + len(source.files)
             part = self._part(stream, first, last, split)
             if len(paths) == 1 and not len(part.starts):
                 total = len(stream.document_ends(first, last))
-                raise no_documents(source.path, split, total, self.config.split or DEFAULT_SPLIT)
+                raise self._nothing(source.path, split, total)
             parts.append(part)
             first = last
         documents = Documents(
@@ -158,12 +166,19 @@ class DataSource:
         )
         if not len(documents.starts):
             total = len(stream.document_ends(0, len(stream.files)))
-            raise no_documents(", ".join(paths), split, total, self.config.split or DEFAULT_SPLIT)
+            raise self._nothing(", ".join(paths), split, total)
         length, seed = self.config.seq_length, self.config.seed
+        if self.config.finetuning:
+            options = {"shuffle": split == "train", "drop_long": self.config.drop_long}
+            return ConversationRows(stream, documents, seq_length=length, seed=seed, **options)
         if self.config.data_order == "megatron":
             return MegatronSamples(stream, documents, size, seq_length=length, seed=seed)
         cache = self._sources.cache
         return PackedSamples(stream, documents, seq_length=length, seed=seed, shuffle=split == "train", cache=cache)
+
+    def _nothing(self, where: str, split: str, total: int) -> DataError:
+        config = self.config
+        return no_documents(where, split, total, config.split or DEFAULT_SPLIT, conversations=config.finetuning)
 
     def _part(self, stream: TokenStream, first: int, last: int, split: str) -> Documents:
         """The documents of some files that belong to a split."""
@@ -173,11 +188,37 @@ class DataSource:
         if self.config.own_splits:
             return Documents(starts, ends - starts)
         weights = (*(self.config.split or DEFAULT_SPLIT), 0.0, 0.0)[:3]
-        if len(ends) == 1:  # there are no documents to share out
+        if len(ends) == 1 and not self.config.finetuning:  # there are no documents to share out
             low, high = split_bounds(behind - begin, weights)[SPLITS.index(split)]
             return Documents(np.array([begin + low] * (high > low)), np.array([high - low] * (high > low)))
         low, high = split_bounds(len(ends), weights)[SPLITS.index(split)]
         return Documents(starts[low:high], ends[low:high] - starts[low:high])
+
+    def loader(self, samples: Samples, *, micro_batch_size: int = 1, dp_rank: int = 0, dp_size: int = 1) -> Loader:
+        """Make what deals samples out as the settings say.
+
+        Args:
+            samples: of a split.
+            micro_batch_size: samples of a micro-batch.
+            dp_rank: the data-parallel rank.
+            dp_size: the number of them.
+        """
+        config = self.config
+        return Loader(
+            samples=samples,
+            micro_batch_size=micro_batch_size,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            eod=self.eod(),
+            marked=config.finetuning,
+            reset_position_ids=config.restarts_positions,
+            reset_attention_mask=config.separates_documents,
+            eod_mask_loss=config.eod_mask_loss,
+        )
+
+    def decode(self, ids: Sequence[int]) -> list[str]:
+        """Give the text of each token by itself."""
+        return self._sources.decode(ids)
 
     def left_out(self) -> list[str]:
         """Say what of the data that are open is not read, each with the reason."""
@@ -216,6 +257,8 @@ class Loader:
     dp_size: int
     eod: int | None = None
     """End-of-document token, for the three flags below."""
+    marked: bool = False
+    """Samples are of marked ids (runtime.data.chat): only what is marked is a label."""
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
     eod_mask_loss: bool = False
@@ -246,8 +289,10 @@ class Loader:
             begins_BS = self._begins(rows, [places for _, places in found])
         else:
             rows = np.stack([self.samples.sample(index) for index in wanted])
-        rows_BS1 = torch.from_numpy(rows)
+        rows_BS1 = torch.from_numpy(rows >> 1 if self.marked else rows)
         tokens_BS, labels_BS = rows_BS1[:, :-1].contiguous(), rows_BS1[:, 1:].clone()
+        if self.marked:
+            labels_BS[torch.from_numpy(rows[:, 1:] & 1 == 0)] = IGNORED_LABEL
         if self.eod_mask_loss:
             labels_BS[tokens_BS == self.eod] = IGNORED_LABEL
         if limit is not None:

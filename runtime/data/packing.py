@@ -281,10 +281,14 @@ def split_bounds(size: int, weights: Sequence[float]) -> list[tuple[int, int]]:
     return list(pairwise(places))
 
 
-def no_documents(where: str, split: str, total: int, weights: Sequence[float]) -> DataError:
+def no_documents(
+    where: str, split: str, total: int, weights: Sequence[float], *, conversations: bool = False
+) -> DataError:
     """Make the error of a part that gets none of the documents."""
     shares = ",".join(f"{weight:g}" for weight in weights)
+    own = "--finetune-valid-data" if conversations else f"--{split}-data-path"
+    what = "conversations" if conversations else "documents"
+    remedy = f", more data, or data of its own ({own})" if split == "valid" or not conversations else " or more data"
     return DataError(
-        f"{where}: --split {shares} gives the {split} part none of its {total} documents; give it a larger share, "
-        f"more data, or data of its own (--{split}-data-path)"
+        f"{where}: --split {shares} gives the {split} part none of its {total} {what}; give it a larger share{remedy}"
     )

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from runtime.data.chat import ChatEncoder
+from runtime.data.conversations import read_conversations
 from runtime.data.documents import Bad, Piece, read_unit
 from runtime.data.errors import DataError
 from runtime.data.indexed import narrow
@@ -32,7 +34,7 @@ class PartReport:
     open: bool = False
     """The last of them is gone on with in the next unit."""
     empty: int = 0
-    """Documents without text, left out."""
+    """Documents without text, or conversations in which nothing is learned, left out."""
     bad: int = 0
     """Lines or rows that are no documents."""
     messages: tuple[str, ...] = ()
@@ -75,12 +77,12 @@ def read_report(folder: Path, index: int) -> PartReport | None:
     return part if part.index == index and size == part.ids_bytes else None
 
 
-def tokenize_unit(unit: Unit, encoder: Encoder, how: Tokenizing, folder: Path) -> PartReport:
+def tokenize_unit(unit: Unit, encoder: Encoder | ChatEncoder, how: Tokenizing, folder: Path) -> PartReport:
     """Tokenize a unit into a part.
 
     Args:
         unit: what to read.
-        encoder: turns texts into ids.
+        encoder: turns texts, or conversations, into ids.
         how: settings.
         folder: where the part goes.
 
@@ -93,10 +95,11 @@ def tokenize_unit(unit: Unit, encoder: Encoder, how: Tokenizing, folder: Path) -
     """
     ids_path, report_path = part_paths(folder, unit.index)
     dtype = np.dtype(how.dtype)
-    work = _Work(unit, encoder)
+    work = _Work(unit, how.max_messages)
+    blocks = _conversations(work, encoder) if isinstance(encoder, ChatEncoder) else _texts(work, encoder, how.text_key)
     with open(ids_path, "wb") as file:
-        for batch in _batches(read_unit(unit, how.text_key), work, how.max_messages):
-            file.write(narrow(work.encode(batch), dtype, Path(unit.path)).tobytes())
+        for block in blocks:
+            file.write(narrow(block, dtype, Path(unit.path)).tobytes())
         report = work.report(file.tell())
     partial = report_path.with_suffix(".writing")
     partial.write_text(json.dumps(asdict(report)), encoding="utf8")
@@ -104,14 +107,33 @@ def tokenize_unit(unit: Unit, encoder: Encoder, how: Tokenizing, folder: Path) -
     return report
 
 
-def _batches(items: Iterator[Piece | Bad], work: _Work, max_messages: int) -> Iterator[list[Piece]]:
+def _texts(work: _Work, encoder: Encoder, text_key: str) -> Iterator[npt.NDArray[np.int64]]:
+    texts = _Texts(work, encoder)
+    for batch in _batches(read_unit(work.unit, text_key), work):
+        yield texts.encode(batch)
+
+
+def _conversations(work: _Work, encoder: ChatEncoder) -> Iterator[npt.NDArray[np.int64]]:
+    for item in read_conversations(work.unit):
+        if isinstance(item, Bad):
+            work.refuse(item)
+            continue
+        marked = encoder.encode(item)
+        if isinstance(marked, str):
+            work.refuse(Bad(item.where, marked))
+        elif not (marked & 1).any():
+            work.empty += 1
+        else:
+            work.lengths.append(len(marked))
+            yield marked
+
+
+def _batches(items: Iterator[Piece | Bad], work: _Work) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     characters = 0
     for item in items:
         if isinstance(item, Bad):
-            work.bad += 1
-            if len(work.messages) < max_messages:
-                work.messages.append(f"{item.where()}: {item.what}")
+            work.refuse(item)
             continue
         batch.append(item)
         characters += len(item.text)
@@ -122,39 +144,36 @@ def _batches(items: Iterator[Piece | Bad], work: _Work, max_messages: int) -> It
         yield batch
 
 
-class _Work:
-    """What a unit has come to so far."""
+class _Texts:
+    """Texts to ids; a long document comes in pieces."""
 
-    def __init__(self, unit: Unit, encoder: Encoder) -> None:
-        self._unit, self._encoder = unit, encoder
+    def __init__(self, work: _Work, encoder: Encoder) -> None:
+        self._work, self._encoder = work, encoder
         self._frame: tuple[list[int], list[int]] | None = None
-        self.lengths: list[int] = []
-        self.joined = self._open = False
-        self.empty = self.bad = 0
-        self.messages: list[str] = []
 
     def encode(self, batch: list[Piece]) -> npt.NDArray[np.int64]:
         """Give the ids of a batch, and keep the documents' lengths."""
+        work = self._work
         whole = [piece.text for piece in batch if piece.first and piece.last and piece.text]
         ids = iter(self._encoder.encode(whole)) if whole else iter(())
         flat: list[int] = []
         for piece in batch:
             if piece.first and piece.last:
                 if not piece.text:
-                    self.empty += 1
+                    work.empty += 1
                     continue
                 document = self._encoder.end(next(ids))
             else:
                 document = self._part(piece)
             if piece.first:
                 if document:
-                    self.lengths.append(len(document))
-            elif self.lengths:
-                self.lengths[-1] += len(document)
+                    work.lengths.append(len(document))
+            elif work.lengths:
+                work.lengths[-1] += len(document)
             else:
-                self.joined = True
-                self.lengths.append(len(document))
-            self._open = not piece.last
+                work.joined = True
+                work.lengths.append(len(document))
+            work.open = not piece.last
             flat += document
         return np.array(flat, np.int64)
 
@@ -167,17 +186,34 @@ class _Work:
         ids = (before if piece.first else []) + ids
         return self._encoder.end(ids + behind) if piece.last else ids
 
+
+class _Work:
+    """What a unit has come to so far."""
+
+    def __init__(self, unit: Unit, max_messages: int) -> None:
+        self.unit, self._max_messages = unit, max_messages
+        self.lengths: list[int] = []
+        self.joined = self.open = False
+        self.empty = self.bad = 0
+        self.messages: list[str] = []
+
+    def refuse(self, bad: Bad) -> None:
+        """Count what is no document."""
+        self.bad += 1
+        if len(self.messages) < self._max_messages:
+            self.messages.append(f"{bad.where()}: {bad.what}")
+
     def report(self, ids_bytes: int) -> PartReport:
         """Say what the unit has come to."""
         return PartReport(
-            index=self._unit.index,
+            index=self.unit.index,
             lengths=self.lengths,
             joined=self.joined,
-            open=self._open,
+            open=self.open,
             empty=self.empty,
             bad=self.bad,
             messages=tuple(self.messages),
-            nbytes=self._unit.nbytes,
+            nbytes=self.unit.nbytes,
             ids_bytes=ids_bytes,
         )
 

@@ -11,9 +11,10 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from runtime.data.chat import ChatSpec, open_encoder
 from runtime.data.errors import DataError
 from runtime.data.parts import PartReport, Tokenizing, tokenize_unit
-from runtime.data.tokenizer import Encoder, EncoderSpec
+from runtime.data.tokenizer import EncoderSpec
 from runtime.data.units import Unit
 
 _ROOT = Path(__file__).parents[2]
@@ -26,13 +27,13 @@ def num_cores() -> int:
 
 
 def tokenize(
-    units: Iterator[Unit], spec: EncoderSpec, how: Tokenizing, folder: Path, workers: int
+    units: Iterator[Unit], spec: EncoderSpec | ChatSpec, how: Tokenizing, folder: Path, workers: int
 ) -> Iterator[PartReport | None]:
     """Tokenize units in parallel, each into a part in the folder.
 
     Args:
         units: what to do, taken as processes become free.
-        spec: how texts become ids.
+        spec: how texts, or conversations, become ids.
         how: settings.
         folder: where the parts go.
         workers: processes; 1 works in this one.
@@ -44,7 +45,7 @@ def tokenize(
         DataError: a file is damaged, a part can't be written, or a process died. What is done is kept.
     """
     if workers == 1:
-        encoder = Encoder(spec)
+        encoder = open_encoder(spec)
         for unit in units:
             try:
                 yield tokenize_unit(unit, encoder, how, folder)
@@ -61,7 +62,7 @@ def tokenize(
 
 
 class _Pool:
-    def __init__(self, spec: EncoderSpec, how: Tokenizing, folder: Path, workers: int) -> None:
+    def __init__(self, spec: EncoderSpec | ChatSpec, how: Tokenizing, folder: Path, workers: int) -> None:
         self._workers: dict[Connection, subprocess.Popen[bytes]] = {}
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.data.chat import ChatSpec
 from runtime.data.errors import DataError
 from runtime.data.indexed import publish, token_dtype
 from runtime.data.joined import MESSAGES, Joined, Prepared, write_whole
@@ -57,6 +58,8 @@ class PrepareProgress:
     """Another process does the work."""
 
 
+Spec = EncoderSpec | ChatSpec
+"""How texts, or conversations, become ids."""
 Report = Callable[[PrepareProgress], None]
 
 
@@ -83,14 +86,14 @@ def read_prepared(out: Path) -> Prepared | None:
 
 
 def prepare(
-    files: Sequence[DataFile], out: Path, spec: EncoderSpec, options: PrepareOptions, report: Report = quiet
+    files: Sequence[DataFile], out: Path, spec: Spec, options: PrepareOptions, report: Report = quiet
 ) -> Prepared:
     """Tokenize files into `out` and its .idx file, or go on with what a stopped run left.
 
     Args:
         files: files of text, in order.
         out: the .bin file to make; its folder exists.
-        spec: how texts become ids.
+        spec: how texts, or conversations, become ids.
         options: settings.
         report: told about once a second how far it is.
 
@@ -110,7 +113,7 @@ def prepare(
 def prepare_once(
     files: Sequence[DataFile],
     out: Path,
-    make_spec: Callable[[], EncoderSpec],
+    make_spec: Callable[[], Spec],
     options: PrepareOptions,
     report: Report = quiet,
 ) -> None:
@@ -122,7 +125,7 @@ def prepare_once(
     Args:
         files: files of text, in order.
         out: the .bin file.
-        make_spec: gives how texts become ids; called only where something is to be done.
+        make_spec: gives how texts, or conversations, become ids; called only where something is to be done.
         options: settings.
         report: told about once a second how far it is.
 
@@ -170,11 +173,9 @@ def locked(out: Path) -> Iterator[bool]:
             path.unlink(missing_ok=True)
 
 
-def _prepare(
-    files: Sequence[DataFile], out: Path, spec: EncoderSpec, options: PrepareOptions, report: Report
-) -> Prepared:
+def _prepare(files: Sequence[DataFile], out: Path, spec: Spec, options: PrepareOptions, report: Report) -> Prepared:
     folder = out.with_suffix(".parts")
-    dtype = token_dtype(spec.max_id + 1)
+    dtype = token_dtype(spec.num_values)
     try:
         folder.mkdir(exist_ok=True)
         _check_identity(folder, _identity(files, spec, options, dtype))
@@ -184,7 +185,7 @@ def _prepare(
             result = replace(joined.finish(out), text_key=options.text_key, eod=spec.eod, vocab_size=spec.vocab_size)
         if result.tokens == 0:
             shutil.rmtree(folder)
-            raise DataError(f"{files[0].path}: no text in the {len(files)} file(s) given")
+            raise DataError(f"{files[0].path}: no {_what(spec)} in the {len(files)} file(s) given")
         write_whole(sidecar(out), json.dumps(asdict(result), indent=1))
         publish(folder / "tokens.bin", folder / "index.idx", out)
         shutil.rmtree(folder)
@@ -198,10 +199,14 @@ def _prepare(
         ) from None
 
 
+def _what(spec: Spec) -> str:
+    return "conversation from which something is learned" if isinstance(spec, ChatSpec) else "text"
+
+
 def _run(
     files: Sequence[DataFile],
     folder: Path,
-    spec: EncoderSpec,
+    spec: Spec,
     options: PrepareOptions,
     dtype: np.dtype[np.generic],
     joined: Joined,
@@ -236,14 +241,13 @@ def _run(
 
 
 def _identity(
-    files: Sequence[DataFile], spec: EncoderSpec, options: PrepareOptions, dtype: np.dtype[np.generic]
+    files: Sequence[DataFile], spec: Spec, options: PrepareOptions, dtype: np.dtype[np.generic]
 ) -> dict[str, Any]:
     stats = [(file.path.resolve(), file.path.stat()) for file in files]
     return {
         "format": FORMAT,
         "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
-        "tokenizer": spec.backend or spec.folder,
-        "special tokens": [spec.split_special, spec.eod],
+        **spec.identity,
         "text key": options.text_key,
         "type of ids": dtype.name,
     }

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from runtime.data.chat import CHAT_FORMAT, ChatSpec, chat_spec, read_template
 from runtime.data.config import MOCK, DataConfig
 from runtime.data.errors import DataError
 from runtime.data.indexed import TokenFile, open_tokens
@@ -17,9 +20,12 @@ from runtime.data.joined import Prepared
 from runtime.data.kinds import Kind
 from runtime.data.listing import Listing, list_files
 from runtime.data.mock import mock_tokens
-from runtime.data.prepare import FORMAT, PrepareOptions, Report, prepare_once, quiet, read_prepared
+from runtime.data.prepare import FORMAT, PrepareOptions, Report, Spec, prepare_once, quiet, read_prepared
 from runtime.data.token_bytes import token_bytes
-from runtime.data.tokenizer import EncoderSpec, Tokenizer, digest_files, encoder_spec, load_tokenizer
+from runtime.data.tokenizer import Tokenizer, digest_files, encoder_spec, load_tokenizer
+
+_LONGEST_SIGN = 4
+"""Bytes of a sign in UTF-8, each of which may be a token."""
 
 
 def default_cache() -> Path:
@@ -95,7 +101,7 @@ class Sources:
                 prepared = read_prepared(target)
                 if prepared is not None:
                     self._check_size(prepared.vocab_size)
-                    left_out += _left_out(prepared)
+                    left_out += _left_out(prepared, conversations=self._config.finetuning)
                 files.append(open_tokens(target))
             dtype = self._config.bare_dtype
             files += [open_tokens(file.path, dtype) for file in listing.files if file.kind is Kind.TOKENS]
@@ -124,9 +130,30 @@ class Sources:
         except DataError:
             return None
 
+    def decode(self, ids: Sequence[int]) -> list[str]:
+        """Give the text that each token adds, special tokens included; a sign of several tokens is given with the last."""
+        decode = cast(Any, self._load()).decode
+        texts: list[str] = []
+        before: list[int] = []
+        waiting: list[int] = []
+        for token in ids:
+            waiting.append(token)
+            whole, known = str(decode([*before, *waiting])), str(decode(before)) if before else ""
+            if whole.endswith("\ufffd") and len(waiting) < _LONGEST_SIGN:
+                texts.append("")
+                continue
+            texts.append(whole[len(known) :] if whole.startswith(known) else str(decode(waiting)))
+            before, waiting = [token], []
+        if waiting:
+            texts[-1] = str(decode(waiting))
+        return texts
+
     def _listing(self, path: str) -> Listing:
         if path not in self._listings:
-            self._listings[path] = list_files(path)
+            listing = list_files(path)
+            if self._config.finetuning:
+                _check_conversations(path, listing)
+            self._listings[path] = listing
         return self._listings[path]
 
     def _load(self) -> Tokenizer:
@@ -134,10 +161,23 @@ class Sources:
             self._tokenizer = load_tokenizer(self._tokenizer_path)
         return self._tokenizer
 
-    def _make_spec(self) -> EncoderSpec:
-        tokenizer = self._load()
+    def _make_spec(self) -> Spec:
+        tokenizer, config = self._load(), self._config
         self._check_size(len(tokenizer))
-        return encoder_spec(tokenizer, self._tokenizer_path, append_eod=self._config.append_eod)
+        if config.finetuning:
+            return self._chat_spec(tokenizer)
+        return encoder_spec(tokenizer, self._tokenizer_path, append_eod=config.append_eod)
+
+    def _chat_spec(self, tokenizer: Tokenizer) -> ChatSpec:
+        config = self._config
+        return chat_spec(
+            tokenizer,
+            self._tokenizer_path,
+            template=config.chat_template,
+            turns=config.assistant_turns,
+            plain_prompts=config.plain_prompts,
+            append_eod=config.append_eod,
+        )
 
     def _check_size(self, size: int) -> None:
         if size > self._config.vocab_size:
@@ -155,8 +195,13 @@ class Sources:
     def _target(self, path: str) -> Path:
         """The token file of a path's text; its name changes with the tokenizer, and with each file's path, size or time."""
         config = self._config
-        digest = xxhash.xxh3_128(repr((FORMAT, config.text_key, config.append_eod)).encode())
-        digest.update(digest_files(self._tokenizer_path).encode())
+        kind: tuple[object, ...] = (FORMAT, config.text_key, config.append_eod)
+        if config.finetuning:
+            template = read_template(config.chat_template) if config.chat_template is not None else None
+            kind = (FORMAT, CHAT_FORMAT, config.append_eod, template, config.assistant_turns, config.plain_prompts)
+        digest = xxhash.xxh3_128(repr(kind).encode())
+        own_template = config.finetuning and config.chat_template is None
+        digest.update(digest_files(self._tokenizer_path, templates=own_template).encode())
         for file in self._listing(path).files:
             if file.kind is not Kind.TOKENS:
                 stat = file.path.stat()
@@ -164,13 +209,24 @@ class Sources:
         return self.cache / f"{digest.hexdigest()}.bin"
 
 
-def _left_out(prepared: Prepared) -> list[str]:
+def _check_conversations(path: str, listing: Listing) -> None:
+    """Refuse files that hold no records, before others of the listing are read for hours."""
+    for file in listing.files:
+        if file.kind in (Kind.TOKENS, Kind.TEXT):
+            raise DataError(
+                f"{file.path}: is {file.kind.value}, which holds no conversations (--finetune-data {path}); give JSON Lines, "
+                "JSON, Parquet or Arrow, or train on it with --data-path"
+            )
+
+
+def _left_out(prepared: Prepared, *, conversations: bool) -> list[str]:
     found = []
     if prepared.bad:
         found.append(f"{prepared.bad} bad lines (the first: {prepared.messages[0]})")
     if prepared.empty:
-        found.append(f"{prepared.empty} documents without text")
-    if prepared.eod is None:
+        what = "conversations in which the assistant says nothing" if conversations else "documents without text"
+        found.append(f"{prepared.empty} {what}")
+    if prepared.eod is None and not conversations:
         found.append(
             "no mark between documents: the tokenizer has no end-of-sequence token, or --no-append-eod is given"
         )

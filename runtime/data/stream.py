@@ -10,6 +10,7 @@ import numpy.typing as npt
 from runtime.data.errors import DataError
 from runtime.data.indexed import TokenFile
 
+_COUNTED = 1 << 22
 Ids = npt.NDArray[np.int64]
 Span = tuple[int, int, bool]
 """First token of a stretch, the token behind its last, and whether a document begins there."""
@@ -64,6 +65,27 @@ class TokenStream:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise self._foreign(parts)
         return ids
+
+    def count_marks(self, starts: Ids, ends: Ids) -> Ids:
+        """Count the odd ids of stretches: of marked ids those that are learned.
+
+        Args:
+            starts: [D] rising, where each stretch begins.
+            ends: [D] behind each; no stretch reaches into the next.
+
+        Returns:
+            [D] odd ids of each.
+        """
+        counts = np.zeros(len(starts), np.int64)
+        first = 0
+        while first < len(starts):
+            last = max(first + 1, int(np.searchsorted(ends, starts[first] + _COUNTED, side="right")))
+            parts = [tokens & 1 for _, _, tokens in self._read(int(starts[first]), int(ends[last - 1]))]  # type: ignore[operator]
+            odd = np.concatenate([*parts, [0]])  # one more, because a stretch may end with the last
+            bounds = np.stack([starts[first:last], ends[first:last]], axis=1).flatten() - starts[first]
+            counts[first:last] = np.add.reduceat(odd, bounds, dtype=np.int64)[::2] if len(odd) > 1 else 0
+            first = last
+        return np.where(ends > starts, counts, 0)
 
     def _read(self, begin: int, end: int) -> list[tuple[int, int, npt.NDArray[np.generic]]]:
         """Give the stretch as (file, position in it, tokens)."""

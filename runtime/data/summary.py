@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from runtime.data.blended import BlendedSamples
+from runtime.data.config import DEFAULT_SPLIT
 from runtime.data.loader import DataSource
 from runtime.data.packing import Samples
 from runtime.data.prepare import PrepareProgress
+from runtime.data.rows import ConversationRows, RowReport
+from runtime.ops.documents import document_bounds
 
 _SHOWN = 5
+_SAMPLED = 64
 
 
 def describe_data(
@@ -44,11 +49,36 @@ def describe_data(
                 line += f" | {samples.epochs(train_samples):.3g} epochs in {train_steps:,} steps of {tokens} tokens"
                 line += _shares(data, samples, train_samples)
             lines.append(line)
+    config = data.config
+    shares = config.split or DEFAULT_SPLIT
+    kept = sum(shares[1:])
+    if config.finetuning and not config.own_splits and list(splits) == ["train"] and kept:
+        lines.append(
+            f"--split {','.join(f'{share:g}' for share in shares)} keeps {kept / sum(shares):.1%} of the "
+            "conversations from training, and nothing is evaluated on them (--eval-iters): --split 1 trains on all"
+        )
     left_out = data.left_out()
     if left_out:
         more = f"; and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
         lines.append(f"not read: {'; '.join(left_out[:_SHOWN])}{more}")
     return "\n".join(lines)
+
+
+def document_lengths(data: DataSource) -> list[int]:
+    """Measure the documents that attention stays in.
+
+    Args:
+        data: the opened data, with documents that don't see each other.
+
+    Returns:
+        Tokens of each document, or of what is in a sample of it, in the first samples of the training data.
+    """
+    loader = data.loader(data.samples("train"))
+    lengths: list[int] = []
+    for batch in loader.global_batch(0, min(_SAMPLED, loader.samples.num_samples)):
+        assert batch.document_ids is not None
+        lengths += document_bounds(batch.document_ids)[1].tolist()
+    return lengths
 
 
 def describe_samples(samples: Samples, seq_length: int) -> str:
@@ -61,9 +91,36 @@ def describe_samples(samples: Samples, seq_length: int) -> str:
     Returns:
         For example "1,234 documents, 5.6 M tokens, 2,734 samples of 2,048".
     """
+    if (rows := row_report(samples)) is not None:
+        return _describe_rows(rows, seq_length)
     text = f"{samples.num_documents:,} documents, {count(samples.num_tokens)} tokens, {samples.num_samples:,} samples of {seq_length:,}"
     if samples.num_tokens <= seq_length:
         text += " (fewer tokens than one sample takes: they are repeated)"
+    return text
+
+
+def row_report(samples: Samples) -> RowReport | None:
+    """Say what conversations samples are made of; None where they are no conversations."""
+    if isinstance(samples, ConversationRows):
+        return samples.report
+    if not isinstance(samples, BlendedSamples):
+        return None
+    found = [report for part in samples.parts if (report := row_report(part)) is not None]
+    return functools.reduce(RowReport.plus, found) if found else None
+
+
+def _describe_rows(report: RowReport, seq_length: int) -> str:
+    text = (
+        f"{report.conversations:,} conversations, {count(report.tokens)} tokens, {count(report.trained)} of them trained "
+        f"({report.trained / report.tokens:.1%}), {report.rows:,} samples of {seq_length:,}, {report.padding:.2%} padding"
+    )
+    if report.cut:
+        lost = report.cut_tokens / (report.tokens + report.cut_tokens)
+        text += f", {report.cut:,} cut to a sample ({lost:.2%} of all tokens lost)"
+    if report.dropped:
+        text += f", {report.dropped:,} longer than a sample left out"
+    if report.untrained:
+        text += f", {report.untrained:,} left out because nothing trained is within a sample"
     return text
 
 

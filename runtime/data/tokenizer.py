@@ -23,6 +23,7 @@ _FILES = (
     "vocab.*",
     "merges.txt",
 )
+_TEMPLATES = ("chat_template*", "additional_chat_templates/*")
 _PROBES = (
     "Hello world",
     " two  spaces\nand a line\t",
@@ -55,6 +56,16 @@ class EncoderSpec:
     """Id that is put at the end of each document; None puts none."""
     vocab_size: int
     max_id: int
+
+    @property
+    def num_values(self) -> int:
+        """Ids are below it."""
+        return self.max_id + 1
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the ids of a text depend on."""
+        return {"tokenizer": self.backend or self.folder, "special tokens": [self.split_special, self.eod]}
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -120,9 +131,10 @@ def _check_sentencepiece(model: Path) -> None:
         raise need("sentencepiece", f"{model} (without a tokenizer.json beside it)") from None
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """List the files of a folder that make a tokenizer, in a fixed order."""
-    return [part for pattern in _FILES for part in sorted(folder.glob(pattern)) if part.is_file()]
+def tokenizer_files(folder: Path, *, templates: bool = True) -> list[Path]:
+    """List the files of a folder that make a tokenizer, in a fixed order, chat templates included or not."""
+    patterns = (*_FILES, *(_TEMPLATES if templates else ()))
+    return [part for pattern in patterns for part in sorted(folder.glob(pattern)) if part.is_file()]
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -131,18 +143,19 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max((*(index + 1 for index in ids), len(tokenizer)))
 
 
-def digest_files(path: Path) -> str:
+def digest_files(path: Path, *, templates: bool = False) -> str:
     """Name a tokenizer by the content of its files: a checkpoint that a run saves has the name of the one it began with.
 
     Args:
         path: as `load_tokenizer` takes it.
+        templates: whether its chat templates matter, too.
 
     Returns:
         A hexadecimal digest.
     """
     digest = xxhash.xxh3_128(path.name.encode() if path.is_file() else b"")
     folder = path.parent if path.is_file() else path
-    for part in tokenizer_files(folder):
+    for part in tokenizer_files(folder, templates=templates):
         digest.update(part.name.encode() + part.read_bytes())
     # What the family says chooses the class; nothing else of the model's configuration matters.
     digest.update(str(_is_llama_like(folder)).encode())
@@ -172,11 +185,7 @@ def encoder_spec(tokenizer: Tokenizer, path: Path, *, append_eod: bool) -> Encod
         backend.no_truncation()
         backend.no_padding()
         text = backend.to_str()
-        if getattr(backend.model, "dropout", None):
-            raise DataError(
-                f"{path}: its tokenizer.json keeps a BPE dropout of {backend.model.dropout}: the ids of a text would "
-                'differ from run to run; set "dropout" to null in it'
-            )
+        check_repeatable(tokenizer, path)
     spec = EncoderSpec(text, str(path), split_special, eod, len(tokenizer), max_id)
     if text is not None:
         # A class may change the text before its backend sees it: then its own way is taken, at half the speed.
@@ -184,6 +193,24 @@ def encoder_spec(tokenizer: Tokenizer, path: Path, *, append_eod: bool) -> Encod
         if Encoder(spec).encode(list(_PROBES)) != expected:
             return EncoderSpec(None, str(path), split_special, eod, len(tokenizer), max_id)
     return spec
+
+
+def check_repeatable(tokenizer: Tokenizer, path: Path) -> None:
+    """Refuse a tokenizer that draws at random.
+
+    Args:
+        tokenizer: the tokenizer.
+        path: where it came from.
+
+    Raises:
+        DataError: it has a BPE dropout.
+    """
+    dropout = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None)
+    if dropout:
+        raise DataError(
+            f"{path}: its tokenizer.json keeps a BPE dropout of {dropout}: the ids of a text would "
+            'differ from run to run; set "dropout" to null in it'
+        )
 
 
 class Encoder:

@@ -7,20 +7,20 @@ import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from runtime.data.chat import open_encoder
 from runtime.data.errors import DataError
 from runtime.data.parts import PartReport, tokenize_unit
-from runtime.data.tokenizer import Encoder
 
 
 def serve(connection: Connection) -> None:
     """Take units until the other side closes; answer each with its report or with an error's text.
 
     Args:
-        connection: gives (EncoderSpec, Tokenizing, folder) first, then units.
+        connection: gives (EncoderSpec or ChatSpec, Tokenizing, folder) first, then units.
     """
     try:
         spec, how, folder = connection.recv()
-        encoder = Encoder(spec)
+        encoder = open_encoder(spec)
         while True:
             unit = connection.recv()
             answer: PartReport | str

@@ -40,14 +40,14 @@ def _rotate_heads(
 
 @triton.jit
 def _rotary_kernel(
-    q, k, out_q, out_k, cos, sin, num_sequences, table_stride,
+    q, k, out_q, out_k, cos, sin, sharing, table_stride,
     q_token_stride, q_head_stride, k_token_stride, k_head_stride,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr, BACKWARD: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, HALF)
-    at = token // num_sequences * table_stride + pair
+    at = token // sharing * table_stride + pair
     c = tl.load(cos + at, mask=pair < ROTATED // 2, other=0.0).to(ACC)
     s = tl.load(sin + at, mask=pair < ROTATED // 2, other=0.0).to(ACC)
     if BACKWARD:
@@ -62,8 +62,8 @@ def rotate(q_SBHK: Tensor, k_SBGK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, ba
     Args:
         q_SBHK: [S, B, H, K], heads contiguous, tokens equally far apart.
         k_SBGK: [S, B, G, K], likewise.
-        cos_SR: [S, R], both halves of a row equal.
-        sin_SR: [S, R], both halves of a row equal.
+        cos_SR: [S, R], or [S, B, R] where each sequence has positions of its own; both halves of a row equal; contiguous.
+        sin_SR: likewise.
         backward: turn back: the gradient.
 
     Returns:
@@ -74,15 +74,16 @@ def rotate(q_SBHK: Tensor, k_SBGK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, ba
     out_k = torch.empty(k_SBGK.shape, dtype=k_SBGK.dtype, device=k_SBGK.device)
     if positions * sequences == 0:
         return out_q, out_k
-    rotated = cos_SR.shape[1]
+    rotated = cos_SR.shape[-1]
     half = int(triton.next_power_of_2(max(1, rotated // 2)))
     rest = int(triton.next_power_of_2(max(1, dim - rotated)))
     blocks = [min(max(1, TILE // half), int(triton.next_power_of_2(x.shape[2]))) for x in (q_SBHK, k_SBGK)]
     q, k = q_SBHK.view(-1, *q_SBHK.shape[2:]), k_SBGK.view(-1, *k_SBGK.shape[2:])
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
+    sharing = 1 if cos_SR.dim() == 3 else sequences  # tokens in turn that a row of the tables serves
     accumulator = tl.float64 if q.dtype == torch.float64 else tl.float32
     _rotary_kernel[(positions * sequences,)](
-        q, k, out_q, out_k, cos_SR, sin_SR, sequences, cos_SR.stride(0), *strides,
+        q, k, out_q, out_k, cos_SR, sin_SR, sharing, rotated, *strides,
         q.shape[1], k.shape[1], dim, rotated, backward, *blocks, half, rest, accumulator, num_warps=4,
     )  # fmt: skip
     return out_q, out_k

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moeconv.families.base import Model
@@ -47,7 +49,7 @@ _PEAKS = (
 )
 
 
-def forward_flops(model: Model, seq_length: int) -> float:
+def forward_flops(model: Model, seq_length: int, documents: Sequence[int] = ()) -> float:
     """Count the arithmetic of the forward pass for one token, at two operations for a multiplication and an addition.
 
     Matrix products and attention; of the experts those that a token is routed to. Attention is causal, within a
@@ -58,6 +60,7 @@ def forward_flops(model: Model, seq_length: int) -> float:
     Args:
         model: the architecture.
         seq_length: positions of a sequence.
+        documents: lengths of documents that attention stays in, a fair sample of them; none: it sees whole sequences.
 
     Returns:
         Floating-point operations a token.
@@ -73,23 +76,27 @@ def forward_flops(model: Model, seq_length: int) -> float:
         if len(t.shape) > 1 and t.rule.where != "first"
     )
     attended = 0.0
+    lengths = Counter(documents or (seq_length,))
+    tokens = sum(length * count for length, count in lengths.items())
     for window in model.compute.windows:
-        size = min(window or seq_length, seq_length)
-        attended += size * (1 - size / (2 * seq_length))
+        for length, count in lengths.items():
+            size = min(window or length, length)
+            attended += count * length / tokens * size * (1 - size / (2 * length))
     return 2 * matrices + 4 * attended * sizes["heads"] * sizes["head_dim"]
 
 
-def training_flops(model: Model, seq_length: int) -> float:
+def training_flops(model: Model, seq_length: int, documents: Sequence[int] = ()) -> float:
     """Count the arithmetic of a training step for one token: the forward pass, and twice as much backward.
 
     Args:
         model: the architecture.
         seq_length: positions of a sequence.
+        documents: lengths of documents that attention stays in, a fair sample of them; none: it sees whole sequences.
 
     Returns:
         Floating-point operations a token.
     """
-    return 3 * forward_flops(model, seq_length)
+    return 3 * forward_flops(model, seq_length, documents)
 
 
 def peak_flops(device_name: str) -> float | None:

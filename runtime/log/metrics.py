@@ -56,6 +56,11 @@ class MetricLog:
         self._write("run", version=LOG_VERSION, train_iters=train_iters, settings=settings)
         self._sinks = open_sinks(config, settings, self.note)
 
+    def count_flops(self, flops_per_token: float) -> None:
+        """Say how much arithmetic a token is, where that is known only once the data are open."""
+        if self._speed is not None:
+            self._speed = replace(self._speed, flops_per_token=flops_per_token)
+
     def note(self, text: str) -> None:
         """Print and keep a line for people."""
         self._screen.line(text)

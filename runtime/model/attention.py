@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from runtime.model.context import ModelContext
 from runtime.model.norm import RMSNorm, SharedRMSNorm
 from runtime.ops.context_attention import causal_attention
+from runtime.ops.documents import Documents
 from runtime.ops.linear import linear, linears
 from runtime.ops.rotary import rotary, split_pairs
 
@@ -51,13 +52,14 @@ class Attention(nn.Module):
             return RMSNorm(weight, eps)
         return SharedRMSNorm(weight, eps, context.mesh.group("tp"), full_size)
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None) -> Tensor:
         """Attend.
 
         Args:
             x_SBD: [S, B, D] normalised input, split over tp with sequence parallelism.
-            cos: [S, R] table of the positions.
-            sin: [S, R] table of the positions.
+            cos: [S, R] table of the positions, or [S, B, R].
+            sin: likewise.
+            documents: of the rows, which don't see each other; None: a row is one.
 
         Returns:
             As x_SBD.
@@ -65,13 +67,13 @@ class Attention(nn.Module):
         x = self._context.enter(x_SBD)
         q, kv = linears(x, [self.q_weight, self.kv_weight], [self.q_bias, self.kv_bias])
         if self._recompute and torch.is_grad_enabled():
-            out = checkpoint(self._core, q, kv, cos, sin, use_reentrant=False)
+            out = checkpoint(self._core, q, kv, cos, sin, documents, use_reentrant=False)
         else:
-            out = self._core(q, kv, cos, sin)
+            out = self._core(q, kv, cos, sin, documents)
         out = self._context.leave(linear(out.flatten(-2), self.o_weight))
         return out if self.o_bias is None else out + self.o_bias
 
-    def _core(self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _core(self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None) -> Tensor:
         k, v = kv.chunk(2, dim=-1)
         norms = (None, None) if self._norms_last else (self.q_norm, self.k_norm)
         q_SBHK, k_SBGK = self._heads(q, norms[0]), self._heads(k, norms[1])
@@ -83,7 +85,9 @@ class Attention(nn.Module):
         # A copy, so that the backward pass doesn't keep the keys as they were before.
         v_SBGK = self._heads(v.contiguous(), None)
         group, scale = self._context.mesh.group("cp"), self._scale
-        return causal_attention(q_SBHK, k_SBGK, v_SBGK, group, self._window, scale=scale, sinks_H=self.sinks)
+        return causal_attention(
+            q_SBHK, k_SBGK, v_SBGK, group, self._window, scale=scale, sinks_H=self.sinks, documents=documents
+        )
 
     def _heads(self, x: Tensor, norm: RMSNorm | SharedRMSNorm | None) -> Tensor:
         """Cut the last dim into heads, with the norm before or after."""

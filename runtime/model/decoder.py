@@ -19,6 +19,7 @@ from runtime.model.mlp import GatedMLP, MoEMLP
 from runtime.model.norm import ResidualLayerNorm, ResidualNorm
 from runtime.model.rope import Rotary
 from runtime.moe.tape import RoutingTape
+from runtime.ops.documents import Documents
 
 
 class DecoderLayer(nn.Module):
@@ -38,7 +39,9 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = GatedMLP(context, "mlp", layer)
 
-    def forward(self, summands_SBD: list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, summands_SBD: list[Tensor], cos: Tensor, sin: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compute the layer.
 
         Args:
@@ -47,27 +50,28 @@ class DecoderLayer(nn.Module):
                 for the backward pass is freed.
             cos: table of the positions.
             sin: table of the positions.
+            documents: of the rows, which don't see each other; None: a row is one.
 
         Returns:
             The residual, and what this layer adds to it.
         """
         delta_SBD = summands_SBD.pop() if len(summands_SBD) > 1 else None
         if self._norms_last:
-            return self._with_norms_last(summands_SBD.pop(), delta_SBD, cos, sin)
+            return self._with_norms_last(summands_SBD.pop(), delta_SBD, cos, sin, documents)
         normed, x_SBD = self.attention_norm(summands_SBD.pop(), delta_SBD)
         del delta_SBD
-        normed, x_SBD = self.mlp_norm(x_SBD, self._scaled(self.attention(normed, cos, sin)))
+        normed, x_SBD = self.mlp_norm(x_SBD, self._scaled(self.attention(normed, cos, sin, documents)))
         return x_SBD, self._scaled(self.mlp(normed))
 
     def _scaled(self, delta_SBD: Tensor) -> Tensor:
         return delta_SBD if self._scale == 1.0 else delta_SBD * self._scale
 
     def _with_norms_last(
-        self, x_SBD: Tensor, delta_SBD: Tensor | None, cos: Tensor, sin: Tensor
+        self, x_SBD: Tensor, delta_SBD: Tensor | None, cos: Tensor, sin: Tensor, documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
         """The norms are of what attention and feed-forward part give, before it is added."""
         x_SBD = x_SBD if delta_SBD is None else x_SBD + delta_SBD
-        x_SBD = x_SBD + self._scaled(self.attention_norm(self.attention(x_SBD, cos, sin))[0])
+        x_SBD = x_SBD + self._scaled(self.attention_norm(self.attention(x_SBD, cos, sin, documents))[0])
         return x_SBD, self._scaled(self.mlp_norm(self.mlp(x_SBD))[0])
 
 
@@ -114,12 +118,14 @@ class DecoderStage(nn.Module):
             tied = self.embedding.weight if model.tied and self.embedding is not None else None
             self.head = Head(context, tied)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, position_ids_BS: Tensor | None = None, documents: Documents | None = None) -> Tensor:
         """Compute the stage.
 
         Args:
             x: tokens [B, S] int64 on the first stage, else activations [S / cp, B, D], split over tp with sequence
                 parallelism.
+            position_ids_BS: [B, S] positions of whole rows, from 0 in each document; None: 0 to S - 1 in each row.
+            documents: of the rows, which don't see each other; None: a row is one.
 
         Returns:
             Logits [S / cp, B, V], V with the vocabulary's padding, on the last stage, else activations.
@@ -131,7 +137,7 @@ class DecoderStage(nn.Module):
         else:
             shares = context.mesh.size("cp") * (context.mesh.size("tp") if context.sp else 1)
             num_positions = x.shape[0] * shares
-        cos, sin = self.rotary(num_positions)
+        cos, sin = self.rotary(num_positions, position_ids_BS)
         summands = [x]
         del x
         for place, layer in enumerate(self.layers):
@@ -140,9 +146,9 @@ class DecoderStage(nn.Module):
                 summands = [_sum(summands).detach().requires_grad_(torch.is_grad_enabled())]
             if torch.is_grad_enabled() and self._recomputed(place):
                 # Kept for the second run: the sum alone, not both summands.
-                out = _again(lambda x, layer=layer: layer([x], cos, sin), _sum(summands))
+                out = _again(lambda x, layer=layer: layer([x], cos, sin, documents), _sum(summands))
             else:
-                out = layer(summands, cos, sin)
+                out = layer(summands, cos, sin, documents)
             summands = list(out)
             del out
         if self.head is not None and self.norm is not None:

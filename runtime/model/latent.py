@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from runtime.model.context import ModelContext
 from runtime.model.norm import RMSNorm
 from runtime.ops.context_attention import causal_attention
+from runtime.ops.documents import Documents
 from runtime.ops.linear import linear
 from runtime.ops.rotary import rotary, split_pairs
 
@@ -49,7 +50,7 @@ class LatentAttention(nn.Module):
         self.q_norm, self.kv_norm = norm("attention.q_a_norm"), norm("attention.kv_a_norm")
         self._recompute = context.recomputes("core_attn")
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None) -> Tensor:
         """Attend; see `Attention`."""
         assert self.kv_a_weight is not None
         assert self.kv_norm is not None
@@ -59,9 +60,9 @@ class LatentAttention(nn.Module):
         latent_SBL, k_turned_SBR = latent[..., : self._latent], latent[..., self._latent :]
         kv = linear(self.kv_norm(latent_SBL.contiguous()), self.kv_b_weight)
         if self._recompute and torch.is_grad_enabled():
-            out = checkpoint(self._core, q, kv, k_turned_SBR, cos, sin, use_reentrant=False)
+            out = checkpoint(self._core, q, kv, k_turned_SBR, cos, sin, documents, use_reentrant=False)
         else:
-            out = self._core(q, kv, k_turned_SBR, cos, sin)
+            out = self._core(q, kv, k_turned_SBR, cos, sin, documents)
         out = self._context.leave(linear(out.flatten(-2), self.o_weight))
         return out if self.o_bias is None else out + self.o_bias
 
@@ -74,7 +75,9 @@ class LatentAttention(nn.Module):
         latent: Tensor = self.q_norm(linear(x, self.q_a_weight, self.q_a_bias))
         return linear(latent, self.q_b_weight)
 
-    def _core(self, q: Tensor, kv: Tensor, k_turned_SBR: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _core(
+        self, q: Tensor, kv: Tensor, k_turned_SBR: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None
+    ) -> Tensor:
         q_SBHK = q.view(*q.shape[:-1], -1, self._plain + self._turned)
         kv_SBHK = kv.view(*kv.shape[:-1], -1, self._plain + self._value)
         q_plain, q_turned = q_SBHK[..., : self._plain], q_SBHK[..., self._plain :]
@@ -85,4 +88,5 @@ class LatentAttention(nn.Module):
         q_turned, k_turned = rotary(q_turned, k_turned, cos, sin)
         queries = torch.cat([q_plain, q_turned], dim=-1)
         keys = torch.cat([k_plain, k_turned.expand(*k_plain.shape[:3], -1)], dim=-1)
-        return causal_attention(queries, keys, v, self._context.mesh.group("cp"), None, scale=self._scale)
+        group = self._context.mesh.group("cp")
+        return causal_attention(queries, keys, v, group, None, scale=self._scale, documents=documents)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moeconv.families.rope import Rope
 from runtime.model.context import ModelContext
+from runtime.model.ends import take_positions
 from runtime.ops.context_attention import local_positions
 
 
@@ -127,24 +128,62 @@ class Rotary(nn.Module):
     def __init__(self, context: ModelContext) -> None:
         super().__init__()
         self._context = context
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
 
-    def forward(self, num_positions: int) -> tuple[Tensor, Tensor]:
+    def forward(self, num_positions: int, position_ids_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Give the tables of a sequence.
 
         Args:
             num_positions: length of the whole sequence.
+            position_ids_BS: [B, S] positions of whole sequences, from 0 in each document; None: 0 to S - 1 in each row.
 
         Returns:
-            Two tables [S / cp, R] in the compute dtype.
+            Two tables in the compute dtype: [S / cp, R], or [S / cp, B, R] where rows have positions of their own.
         """
-        if num_positions not in self._tables:
+        if position_ids_BS is None:
+            return self._table(num_positions, num_positions, mine=True)
+        positions_SB = take_positions(position_ids_BS, self._context)
+        tables = [table[positions_SB] for table in self._table(num_positions, num_positions, mine=False)]
+        original = self._changes_at()
+        if original is not None and original < num_positions:
+            short_SB1 = take_positions(document_lengths(position_ids_BS), self._context).unsqueeze(-1) <= original
+            shorts = self._table(num_positions, original, mine=False)
+            tables = [short[positions_SB].where(short_SB1, long) for short, long in zip(shorts, tables, strict=True)]
+        if positions_SB.shape[1] == 1:
+            tables = [table.squeeze(1) for table in tables]
+        return tables[0], tables[1]
+
+    def _changes_at(self) -> int | None:
+        """The length of a sequence beyond which its positions turn otherwise; None where length changes nothing."""
+        rope = self._context.model.compute.rope
+        return int(rope.parameters["original_max_position_embeddings"]) if rope.kind == "longrope" else None
+
+    def _table(self, num_positions: int, length: int, *, mine: bool) -> tuple[Tensor, Tensor]:
+        """Tables of positions 0 to `num_positions` as sequences of a length have them: this rank's rows, or all."""
+        if (num_positions, length, mine) not in self._tables:
             context, mesh, compute = self._context, self._context.mesh, self._context.model.compute
-            per_position, factor = frequencies(compute.rope, num_positions, compute.max_positions)
-            positions = local_positions(num_positions, mesh.rank("cp"), mesh.size("cp"), torch.device("cpu"))
+            per_position, factor = frequencies(compute.rope, length, compute.max_positions)
+            rank, size = (mesh.rank("cp"), mesh.size("cp")) if mine else (0, 1)
+            positions = local_positions(num_positions, rank, size, torch.device("cpu"))
             angles = torch.outer(positions.float(), per_position).repeat(1, 2)
             tables: list[Any] = [
                 (table * factor).to(context.device, context.dtype) for table in (angles.cos(), angles.sin())
             ]
-            self._tables[num_positions] = (tables[0], tables[1])
-        return self._tables[num_positions]
+            self._tables[num_positions, length, mine] = (tables[0], tables[1])
+        return self._tables[num_positions, length, mine]
+
+
+def document_lengths(position_ids_BS: Tensor) -> Tensor:
+    """Give the length of the document that each position is in.
+
+    Args:
+        position_ids_BS: [B, S] from 0 in each document.
+
+    Returns:
+        [B, S] int64.
+    """
+    places_S = torch.arange(position_ids_BS.shape[1], device=position_ids_BS.device)
+    last_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)
+    last_BS[:, :-1] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
+    ends_BS = torch.where(last_BS, places_S, places_S[-1]).flip(1).cummin(1).values.flip(1)
+    return position_ids_BS.gather(1, ends_BS) + 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from runtime.ops.attention import attend
+from runtime.ops.documents import Documents
 from runtime.parallel.collectives import Group, all_gather, group_rank, group_size
 
 
@@ -52,6 +53,7 @@ def causal_attention(
     *,
     scale: float | None = None,
     sinks_H: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Causal self-attention, over all ranks of a context-parallel group.
 
@@ -63,13 +65,15 @@ def causal_attention(
         window: positions that a query looks back, itself included; None is all.
         scale: of queries times keys; None is one over the root of K.
         sinks_H: [H] a logit of each head that takes a share of the attention and gives nothing; None for none.
+        documents: of the whole rows, which don't see each other; None: a row is one.
 
     Returns:
         [S / cp, B, H, V].
     """
     size, rank = group_size(group), group_rank(group)
     if size == 1:
-        return attend(q_SBHK, k_SBGK, v_SBGV, window, scale=scale, sinks_H=sinks_H)
+        packed = documents.part(0, len(q_SBHK)) if documents is not None else None
+        return attend(q_SBHK, k_SBGK, v_SBGV, window, scale=scale, sinks_H=sinks_H, packed=packed)
     kv = _in_order(all_gather(torch.cat([k_SBGK, v_SBGV], dim=-1), 0, group), size)
     early, late = q_SBHK.chunk(2, dim=0)
     chunk = early.shape[0]
@@ -77,5 +81,6 @@ def causal_attention(
     out = []
     for q, end in zip((early, late), ends, strict=True):
         k, v = kv[:end, ..., : k_SBGK.shape[-1]], kv[:end, ..., k_SBGK.shape[-1] :]
-        out.append(attend(q, k, v, window, scale=scale, sinks_H=sinks_H))
+        packed = documents.part(end - chunk, end) if documents is not None else None
+        out.append(attend(q, k, v, window, scale=scale, sinks_H=sinks_H, packed=packed))
     return torch.cat(out)

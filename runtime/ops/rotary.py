@@ -1,6 +1,7 @@
 """Rotary positions of queries and keys.
 
-Legend: S positions, B sequences, H query heads, G key heads, K head dim, R rotated dims.
+Legend: S positions, B sequences, H query heads, G key heads, K head dim, R rotated dims. A table [S, R] serves all
+sequences; one of [S, B, R] has the positions of each.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ def rotate(x_SBHK: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
 
     Args:
         x_SBHK: [S, B, H, K].
-        cos_SR: [S, R], both halves of a row equal.
-        sin_SR: [S, R], both halves of a row equal.
+        cos_SR: [S, R] or [S, B, R], both halves of a row equal.
+        sin_SR: likewise.
 
     Returns:
         [S, B, H, K].
     """
     rotated = cos_SR.shape[-1]
     turned, rest = x_SBHK[..., :rotated], x_SBHK[..., rotated:]
-    cos, sin = cos_SR[:, None, None], sin_SR[:, None, None]
+    cos, sin = (x.unsqueeze(-2) if x.dim() == 3 else x[:, None, None] for x in (cos_SR, sin_SR))
     low, high = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
@@ -79,8 +80,8 @@ def rotary(
     Args:
         q_SBHK: [S, B, H, K].
         k_SBGK: [S, B, G, K].
-        cos_SR: [S, R] table, R at most K and even; both halves of a row equal; no gradient.
-        sin_SR: [S, R] table, likewise.
+        cos_SR: [S, R] or [S, B, R] table, R at most K and even; both halves of a row equal; no gradient.
+        sin_SR: table, likewise.
         fused: use the kernel, which computes in fp32 and rounds once; None: on a GPU.
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +19,42 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from runtime.parallel.degrees import PipelineSchedule
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.runner import LossFunction
+from runtime.parallel.runner import LossFunction, Microbatch
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
 
 class _Opaque(nn.Module):
-    """Hides that a stage is sharded by FSDP: gradients are then reduced with each backward pass, as without stages."""
+    """Hides that a stage is sharded by FSDP: gradients are then reduced with each backward pass, as without stages.
+
+    Only activations go from stage to stage; what else a stage needs of the batch, its rank has.
+    """
 
     def __init__(self, stage: nn.Module) -> None:
         super().__init__()
         self.stage = stage
+        self.microbatch: Microbatch | None = None
+        """The one whose forward pass is due."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.stage(x)
+        assert self.microbatch is not None
+        out: Tensor = self.stage(x, *self.microbatch.more)
         return out
 
 
 class _Stage(PipelineStage):
-    """A stage that says when a pass for weight gradients alone is over: no hooks of parameters run in it."""
+    """A stage that knows which micro-batch it computes, and says when a pass for weight gradients alone is over.
+
+    No hooks of parameters run in such a pass.
+    """
 
     collect: Callable[[], None]
+    microbatches: Sequence[Microbatch] = ()
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Compute the forward pass of a micro-batch."""
+        self.submod.microbatch = self.microbatches[fwd_chunk_id]  # type: ignore[assignment]
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Compute weight gradients of a micro-batch, and have them collected."""
@@ -80,35 +96,44 @@ class Pipeline:
         self._stages, self._mesh, self._device = stages, mesh, device
         self._kind, self._activation, self._dtype, self._loss = schedule, activation, dtype, loss
         self._collect = collect
-        self._schedules: dict[tuple[int, int, int, bool], Schedule] = {}
+        self._schedules: dict[tuple[int, int, int, bool], tuple[Schedule, list[_Stage]]] = {}
 
     @property
     def counts_backwards(self) -> bool:
         """Whether each parameter sees one ordinary backward pass for each micro-batch."""
         return self._kind != "zero-bubble"
 
-    def run(self, tokens: Sequence[Tensor], labels: Sequence[Tensor], *, backward: bool) -> None:
-        """Run the micro-batches of a step.
-
-        Args:
-            tokens: [B, S] of each micro-batch; all alike in shape.
-            labels: [B, S] of each micro-batch.
-            backward: whether to compute gradients.
-        """
-        num, (batch, positions) = len(tokens), tokens[0].shape
+    def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
+        """Run the micro-batches of a step; arguments as of `Runner.run`."""
+        num, (batch, positions) = len(microbatches), microbatches[0].tokens.shape
         key = (num, batch, positions, backward)
         if key not in self._schedules:
             self._schedules[key] = self._make(num, batch, positions)
-        schedule = self._schedules[key]
+        schedule, stages = self._schedules[key]
+        for stage in stages:
+            stage.microbatches = microbatches
         first, last = self._mesh.rank("pp") == 0, self._mesh.rank("pp") == self._mesh.size("pp") - 1
-        inputs = (torch.cat(list(tokens)),) if first else ()
-        target = torch.cat(list(labels)) if last else None
+        inputs = (torch.cat([x.tokens for x in microbatches]),) if first else ()
+        target = torch.cat([x.labels for x in microbatches]) if last else None
         if backward:
             schedule.step(*inputs, target=target, return_outputs=False)
         else:
             schedule.eval(*inputs, target=target, return_outputs=False)
+        for stage in stages:
+            stage.microbatches, stage.submod.microbatch = (), None  # type: ignore[assignment]
 
-    def _make(self, num: int, batch: int, positions: int) -> Schedule:
+    def _make(self, num: int, batch: int, positions: int) -> tuple[Schedule, list[_Stage]]:
+        stages = self._make_stages(batch, positions)
+        size, plain = self._mesh.size("pp"), list[_PipelineStageBase](stages)
+        if self._kind == "zero-bubble":
+            return ScheduleInterleavedZeroBubble(plain, num, loss_fn=self._loss, scale_grads=False), stages
+        if len(stages) > 1:
+            return ScheduleInterleaved1F1B(plain, num, loss_fn=self._loss, scale_grads=False), stages
+        # With fewer micro-batches than stages there is no steady state for 1F1B: both orders are the same work.
+        kind = ScheduleGPipe if self._kind == "gpipe" or num < size else Schedule1F1B
+        return kind(stages[0], num, loss_fn=self._loss, scale_grads=False), stages
+
+    def _make_stages(self, batch: int, positions: int) -> list[_Stage]:
         size, rank = self._mesh.size("pp"), self._mesh.rank("pp")
         total = size * len(self._stages)
         between = torch.empty(self._activation(batch, positions), dtype=self._dtype, device="meta", requires_grad=True)
@@ -128,11 +153,4 @@ class Pipeline:
         ]
         for stage in mine:
             stage.collect = self._collect
-        stages: list[_PipelineStageBase] = list(mine)
-        if self._kind == "zero-bubble":
-            return ScheduleInterleavedZeroBubble(stages, num, loss_fn=self._loss, scale_grads=False)
-        if len(stages) > 1:
-            return ScheduleInterleaved1F1B(stages, num, loss_fn=self._loss, scale_grads=False)
-        # With fewer micro-batches than stages there is no steady state for 1F1B: both orders are the same work.
-        kind = ScheduleGPipe if self._kind == "gpipe" or num < size else Schedule1F1B
-        return kind(stages[0], num, loss_fn=self._loss, scale_grads=False)
+        return mine

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Microbatch:
+    """What one forward pass takes, on the device; the micro-batches of a step are all alike in shape."""
+
+    tokens: Tensor
+    """[B, S] int64."""
+    labels: Tensor
+    """[B, S] int64."""
+    more: tuple[Any, ...] = ()
+    """What every stage is given besides its input; every rank has it, so it is not sent."""
 
 
 class Runner(Protocol):
@@ -17,12 +30,11 @@ class Runner(Protocol):
     def counts_backwards(self) -> bool:
         """Whether each parameter sees one ordinary backward pass for each micro-batch."""
 
-    def run(self, tokens: Sequence[Tensor], labels: Sequence[Tensor], *, backward: bool) -> None:
+    def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step.
 
         Args:
-            tokens: [B, S] of each micro-batch; all alike in shape.
-            labels: [B, S] of each micro-batch.
+            microbatches: in order.
             backward: whether to compute gradients.
         """
 
@@ -35,9 +47,9 @@ class WholeModel:
     def __init__(self, model: nn.Module, loss: LossFunction) -> None:
         self._model, self._loss = model, loss
 
-    def run(self, tokens: Sequence[Tensor], labels: Sequence[Tensor], *, backward: bool) -> None:
+    def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step; arguments as of `Runner.run`."""
-        for inputs, target in zip(tokens, labels, strict=True):
-            loss = self._loss(self._model(inputs), target)
+        for batch in microbatches:
+            loss = self._loss(self._model(batch.tokens, *batch.more), batch.labels)
             if backward:
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -9,7 +9,6 @@ from moeconv.families.base import Model
 from moeconv.layout.degrees import OPTIONS, DegreesError
 from moeconv.layout.shard import divisors
 from moeconv.placement import check_degrees as check_model_degrees
-from runtime.data.config import DataConfig
 from runtime.errors import ConfigError, require
 from runtime.flag import flag_name
 from runtime.moe.config import MoEConfig
@@ -40,7 +39,6 @@ def check_run(run: RunConfig, world_size: int) -> None:
     resolve_groups(run.optim, run.model, trains=not run.train.skip_train)
     check_layout(run, world_size)
     check_precision(run)
-    check_documents(run.data)
 
 
 def check_layout(run: RunConfig, world_size: int) -> None:
@@ -157,19 +155,6 @@ def check_microbatches(parallel: ParallelConfig, train: TrainConfig, world_size:
             f"--global-batch-size {total} makes {num} micro-batches a step, with {FLAGS['pp_schedule']} interleaved "
             f"they must be a multiple of {PP} {pp}: give a multiple of {one_pass * pp}"
             + (", --rampup-batch-size included" if train.rampup_batch_size else ""),
-        )
-
-
-def check_documents(data: DataConfig) -> None:
-    """Refuse positions and attention that restart at documents, which the model does not compute.
-
-    Raises:
-        ConfigError: names the flag.
-    """
-    for name in ("reset_position_ids", "reset_attention_mask"):
-        require(
-            not getattr(data, name),
-            f"{flag_name(DataConfig, name)}: the model attends to whole samples, across the documents in them; leave it out",
         )
 
 

@@ -175,5 +175,6 @@ REFUSED: dict[str, str] = {
     "--profile": _PROFILE,
     "--use-pytorch-profiler": _PROFILE,
     "--record-memory-history": _PROFILE,
-    "--sft": "there is no fine-tuning on chat data; give text with --data",
+    "--sft": "give the conversations with --finetune-data instead of --data-path; the tokenizer's own chat template renders them",
+    "--sft-tokenizer-prompt-format": "the tokenizer's own chat template renders conversations; another is given with --chat-template FILE",
 }

@@ -81,7 +81,7 @@ def _as_given(owner: Any, setting: Setting) -> Any:
 
 def _shown(setting: Setting, value: Any) -> Any:
     """A value as its flag says it: a switch that has only an off form says that it is off."""
-    if setting.group == "data" and setting.field.endswith("data_path"):
+    if setting.group == "data" and setting.many and setting.mark.metavar == "PATH":
         return absolute_words(value)
     return not value if setting.kind is bool and not setting.names else value
 

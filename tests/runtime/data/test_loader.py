@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.data.batch import Batch, cu_seqlens
+from runtime.data.batch import Batch
 from runtime.data.blend import Blend, absolute_words, parse_blend
 from runtime.data.blended import BlendedSamples
 from runtime.data.config import DataConfig
@@ -26,7 +26,7 @@ from runtime.data.prefetch import Prefetcher
 from runtime.data.prepare import PrepareProgress
 from runtime.data.summary import describe_data, describe_progress
 from runtime.errors import ConfigError
-from runtime.settings.check import check_documents
+from runtime.ops.documents import document_bounds
 from runtime.settings.flags import parse_flags
 from tests.runtime.data.files import json_lines, write_tokens
 from tests.runtime.words import VOCAB_SIZE
@@ -324,12 +324,10 @@ def test_documents_restart_where_files_say_so(corpora: dict[str, str]) -> None:
         assert batch.document_ids[row].tolist() == expected.tolist()
         lengths = [len(list(group)) for _, group in itertools.groupby(expected)]
         assert batch.position_ids[row].tolist() == [n for length in lengths for n in range(length)]
-    bounds, longest = cu_seqlens(batch.document_ids)
-    assert bounds[0] == 0
-    assert bounds[-1] == 48
-    assert {16, 32} <= set(bounds.tolist())
-    assert len(bounds) - 1 == sum(int(row.max()) + 1 for row in batch.document_ids)
-    assert longest == max(b - a for a, b in itertools.pairwise(bounds.tolist()))
+    starts, lengths = document_bounds(batch.document_ids)
+    assert {0, 16, 32} <= set(starts.tolist())
+    assert len(starts) == sum(int(row.max()) + 1 for row in batch.document_ids)
+    assert (starts + lengths).tolist() == [*starts[1:].tolist(), 48]
 
 
 def test_what_is_said_at_start(corpora: dict[str, str], tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -440,13 +438,6 @@ def test_words_as_a_settings_file_keeps_them(tmp_path: Path, monkeypatch: pytest
     assert absolute_words(("a", "hf://x/y")) == (f"{tmp_path}/a", "hf://x/y")
     assert absolute_words(("3", "a", "1", "/b")) == ("3", f"{tmp_path}/a", "1", "/b")
     assert absolute_words(()) == ()
-
-
-def test_what_the_model_does_not_compute_is_refused() -> None:
-    for flag in ("reset_position_ids", "reset_attention_mask"):
-        with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')}: the model attends to whole samples"):
-            check_documents(config(data_path=("a",), **{flag: True}))
-    check_documents(config(data_path=("a",), eod_mask_loss=True))
 
 
 def test_made_up_tokens() -> None:

@@ -120,6 +120,12 @@ def test_rotary(positions: int, sequences: int, heads: int, key_heads: int, dim:
         return rotate(q, cos.double(), sin.double()), rotate(kv[:, :, :key_heads], cos.double(), sin.double())
 
     compare(mine, exact, leaves, 1e-6)
+    # Each sequence has positions of its own.
+    places = (
+        torch.randint(positions, (positions, sequences)) if positions else torch.zeros(0, sequences, dtype=torch.int64)
+    )
+    cos, sin = cos[places], sin[places]
+    compare(mine, exact, leaves, 1e-6)
 
 
 def test_rotary_turns_by_the_angle_of_the_position() -> None:

@@ -93,3 +93,11 @@ def test_an_unknown_gpu_and_a_cpu_have_no_peak() -> None:
     assert peak_flops("NVIDIA Something 9000") is None
     assert peak_flops("NVIDIA H1000") is None
     assert device_peak(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_attention_within_documents() -> None:
+    mine, _ = models("mixtral", EXPERTS)
+    documents = (4, 12, 16)
+    want = sum(length / 32 * forward_flops(mine, length) for length in documents)
+    assert forward_flops(mine, 32, documents) == pytest.approx(want)
+    assert forward_flops(mine, 32, documents) < forward_flops(mine, 32)

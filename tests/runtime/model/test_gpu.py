@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,12 +82,34 @@ def test_every_family_follows_fp32_on_the_cpu(family: str) -> None:
     assert rounded.grad_norm == pytest.approx(want.grad_norm, rel=0.1)
 
 
-def test_the_host_waits_for_no_kernel_but_those_whose_numbers_it_reads() -> None:
+def packed(step: int) -> Batch:
+    plain = batch(step)
+    begins = torch.rand(plain.tokens.shape, generator=torch.Generator().manual_seed(step)) < 0.05
+    begins[:, 0] = False
+    places = torch.arange(begins.shape[1]).expand_as(begins)
+    positions = places - torch.where(begins, places, 0).cummax(1).values
+    return replace(plain, position_ids=positions, document_ids=begins.cumsum(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_documents_follow_fp32_on_the_cpu(family: str) -> None:
+    """Flash attention over sequences of unequal length; with sinks and a window, and in fp32, a mask."""
+    want = make_engine("float32", "cpu", family=family).train_step([packed(0)])
+    exact = make_engine("float32", "cuda", family=family).train_step([packed(0)])
+    rounded = make_engine("bfloat16", "cuda", family=family).train_step([packed(0)])
+    assert exact.lm_loss == pytest.approx(want.lm_loss, rel=1e-5)
+    assert exact.grad_norm == pytest.approx(want.grad_norm, rel=1e-3)
+    assert rounded.lm_loss == pytest.approx(want.lm_loss, rel=0.02)
+    assert rounded.grad_norm == pytest.approx(want.grad_norm, rel=0.1)
+
+
+@pytest.mark.parametrize("make_batch", [batch, packed])
+def test_the_host_waits_for_no_kernel_but_those_whose_numbers_it_reads(make_batch: Callable[[int], Batch]) -> None:
     engine = make_engine("bfloat16", "cuda")
-    engine.train_step([batch(0), batch(1)])  # kernels are compiled when they are first used
+    engine.train_step([make_batch(0), make_batch(1)])  # kernels are compiled when they are first used
     counts = []
     for num in (1, 3):
-        batches = [batch(step) for step in range(num)]
+        batches = [make_batch(step) for step in range(num)]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")

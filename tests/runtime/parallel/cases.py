@@ -128,6 +128,10 @@ CASES = (
     case("cp2 sliding window", 2, {"cp": 2}, model={"sliding_window": 5}),
     case("tp2 dp2 dense", 4, {"tp": 2} | DIST, model=QWEN2),
     case("tp4 sp dense, two kv heads", 4, {"tp": 4} | SP, model=QWEN2),
+    # Rows of several documents, which every stage and every part of a sequence must tell apart.
+    case("cp2 tp2 sp documents, sliding window", 4, {"cp": 2, "tp": 2} | SP, model={"sliding_window": 5}, documents=True),
+    case("pp2 cp2 documents, sinks, recomputed", 4, {"pp": 2, "cp": 2}, model=OSS, recompute={"granularity": "full"}, documents=True),
+    case("pp2 vpp2 zero-bubble, documents, latent attention", 2, {"pp": 2, "vpp": 2, "pp_schedule": "zero-bubble"}, model=LATENT, documents=True),
     # Recomputed activations.
     case("ep2 full recompute", 2, {"ep": 2}, recompute={"granularity": "full"}),
     case("pp2 tp2 sp one recomputed", 4, {"pp": 2, "tp": 2} | SP, recompute={"granularity": "full", "num_layers": 1}),

@@ -44,6 +44,8 @@ class Case:
     positions: int = 16
     device: str = "cpu"
     """Where to compute: cpu, or cuda, which is this process's GPU."""
+    documents: bool = False
+    """Rows hold documents that don't see each other, whose positions begin at 0."""
 
     @property
     def reference(self) -> Case:
@@ -58,12 +60,15 @@ class Case:
             num_microbatches=self.num_microbatches,
             positions=self.positions,
             device=self.device,
+            documents=self.documents,
         )
 
     @property
     def key(self) -> str:
         """Equal for cases with the same reference."""
-        return repr((self.model, self.moe, self.optim, self.dtype, self.num_microbatches, self.positions))
+        return repr(
+            (self.model, self.moe, self.optim, self.dtype, self.num_microbatches, self.positions, self.documents)
+        )
 
 
 @dataclass
@@ -142,8 +147,18 @@ def global_batch(case: Case, step: int) -> list[Batch]:
         tokens = torch.randint(vocab, (2, case.positions + 1), generator=generator)
         labels = tokens[:, 1:].clone()
         labels[0, : 2 * number] = IGNORED_LABEL
-        out.append(Batch(tokens=tokens[:, :-1], labels=labels))
+        marks = _documents(labels, generator) if case.documents else {}
+        out.append(Batch(tokens=tokens[:, :-1], labels=labels, **marks))
     return out
+
+
+def _documents(labels_BS: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Cut rows into documents, at other places in each."""
+    begins_BS = torch.rand(labels_BS.shape, generator=generator) < 0.25
+    begins_BS[:, 0] = False
+    places_BS = torch.arange(labels_BS.shape[1]).expand_as(labels_BS)
+    first_BS = torch.where(begins_BS, places_BS, 0).cummax(1).values
+    return {"position_ids": places_BS - first_BS, "document_ids": begins_BS.cumsum(1, dtype=torch.int32)}
 
 
 def own_share(batches: list[Batch], mesh: ParallelMesh) -> list[Batch]:

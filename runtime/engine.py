@@ -142,20 +142,15 @@ class Engine:
         self._conclude(result, batches)
         return result
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Measure the mean cross entropy over all labels of all ranks, nats a token; as `measure`."""
-        loss, labels = self.measure(batches)
-        return loss / max(labels, 1)
-
     @torch.no_grad()
-    def measure(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def evaluate(self, batches: Sequence[Batch]) -> float:
         """Measure the loss. Collective.
 
         Args:
             batches: this data-parallel rank's micro-batches, equally many on each rank and all of one shape.
 
         Returns:
-            Sum of the cross entropy over all labels of all ranks, nats, and their number; the same on every rank.
+            Mean cross entropy over all labels of all ranks, nats a token, the same on every rank; 0 where there are none.
         """
         self.module.eval()
         mine = [self._to_device(batch) for batch in batches]
@@ -168,7 +163,7 @@ class Engine:
         loss = self._loss_sum.clone()
         if self.mesh.world_size > 1:
             dist.all_reduce(loss)
-        return float(loss), int(num_tokens)
+        return float(loss) / max(int(num_tokens), 1)
 
     @contextmanager
     def mean_of_weights(self) -> Iterator[None]:

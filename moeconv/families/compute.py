@@ -185,7 +185,13 @@ class Compute:
 
 
 def resolve(
-    rule: ComputeRule, config: Mapping[str, Any], sizes: Mapping[str, int], *, bias: bool, linear_bias: bool = False, top_k: str = ""
+    rule: ComputeRule,
+    config: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    *,
+    bias: bool,
+    linear_bias: bool = False,
+    top_k: str = "",
 ) -> Compute:
     """Read from a config what a family's model computes.
 
@@ -203,12 +209,13 @@ def resolve(
     Raises:
         MappingError: a value is of the wrong type, or no value that transformers computes with.
     """
-    fixed = FIXED | dict(rule.fixed)
+    fixed = {**FIXED, **rule.fixed}
     others = {key: config[key] for key, value in fixed.items() if key in config and not _alike(config[key], value)}
     for key, value in others.items():
         if isinstance(fixed[key], float) and not _is_number(value):
             raise MappingError(f"config.json: {key} is {value!r}; expected a number")
-    others |= {key: config[key] for key, size in rule.same.items() if config.get(key) not in (None, sizes[size])}
+    stated = {key: config[key] for key in rule.same if config.get(key) is not None}
+    others |= {key: v for key, v in stated.items() if type(v) is not int or v != sizes[rule.same[key]]}
     if config.get("quantization_config") is not None:
         others["quantization_config"] = config["quantization_config"].get("quant_method", "?")
     rope = rule.rope.resolve(config, sizes["head_dim"], number(rule.max_positions, config, int))
@@ -282,9 +289,10 @@ def _windows(rule: WindowRule | None, config: Mapping[str, Any], layers: int) ->
     if rule is None:
         return (None,) * layers
     on = rule.switch is None or rule.switch.flag(config)
-    size = rule.size.of(config) if on else None
+    size = rule.size.of(config)
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
         raise MappingError(f"config.json: {rule.size.name} is {size!r}; expected null or a whole number of at least 1")
+    size = size if on else None
     bound = number(rule.bound, config, int) if rule.bound is not None else layers
     kinds = config.get("layer_types") if rule.pattern != "all" else None
     if kinds is None:

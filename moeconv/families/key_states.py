@@ -57,7 +57,9 @@ def key_states(family: Family) -> dict[str, State]:
     """
     states: dict[str, State] = dict.fromkeys((key for keys in HARMLESS.values() for key in keys), "harmless")
     states |= dict.fromkeys(family.harmless, "harmless")
-    states |= dict.fromkeys((*FIXED, *family.compute.fixed, *family.compute.same, *family.compute.undescribed, QUANTISED), "refused")
+    states |= dict.fromkeys(
+        (*FIXED, *family.compute.fixed, *family.compute.same, *family.compute.undescribed, QUANTISED), "refused"
+    )
     return dict(sorted((states | dict.fromkeys(_honoured(family), "honoured")).items()))
 
 
@@ -68,7 +70,7 @@ def known_keys(family: Family) -> frozenset[str]:
 
 def unknown_keys(family: Family, config: Mapping[str, Any]) -> list[str]:
     """List the keys of a config.json that have no state: neither transformers nor this project reads them."""
-    return sorted(set(config) - known_keys(family))
+    return sorted(set(family.language_config(config)) - known_keys(family))
 
 
 def _honoured(family: Family) -> Iterator[str]:
@@ -88,4 +90,6 @@ def _honoured(family: Family) -> Iterator[str]:
     if compute.router is not None and compute.router.grouped is not None:
         yield compute.router.grouped[0].name
     rope = compute.rope
-    yield from (key for key in (rope.turned, rope.interleaved[0] if isinstance(rope.interleaved, tuple) else None) if key)
+    yield from (
+        key for key in (rope.turned, rope.interleaved[0] if isinstance(rope.interleaved, tuple) else None) if key
+    )

@@ -79,9 +79,11 @@ def _layers_of(config: Mapping[str, Any], key: str) -> list[int]:
 
 def _types(config: Mapping[str, Any], key: str, count: int, kinds: set[str]) -> list[str] | None:
     types = config.get(key)
-    if types is not None and (not isinstance(types, list) or len(types) != count or not all(
-        isinstance(kind, str) and kind in kinds for kind in types
-    )):
+    if types is not None and (
+        not isinstance(types, list)
+        or len(types) != count
+        or not all(isinstance(kind, str) and kind in kinds for kind in types)
+    ):
         raise MappingError(f"config.json: {key} is {str(types)[:80]}; expected {count} of {', '.join(sorted(kinds))}")
     return types
 

@@ -101,7 +101,9 @@ class RopeRule:
         theta = table.get("rope_theta", config.get("rope_theta", self.theta))
         share = table.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         if share is None and "partial_rotary_factor" in table:
-            raise MappingError("config.json: partial_rotary_factor of the rotary parameters is null; expected a number above 0")
+            raise MappingError(
+                "config.json: partial_rotary_factor of the rotary parameters is null; expected a number above 0"
+            )
         turned = config.get(self.turned) if self.turned is not None else None
         if share is None and isinstance(turned, int) and turned > 0:
             share = turned / head_dim
@@ -118,13 +120,17 @@ class RopeRule:
             )
         dim = int(head_dim * share)
         if dim < 2 or dim % 2:
-            raise MappingError(f"config.json: {dim} of {head_dim} elements of a head are turned; they must be pairs")
+            raise MappingError(
+                f"config.json: partial_rotary_factor is {share:g} of a head_dim of {head_dim}: {dim} elements are turned; they must be pairs"
+            )
         more = ("short_mscale", "long_mscale") if self.magnitudes and kind != "default" else ()
         beside = {ORIGINAL: config[ORIGINAL]} if ORIGINAL in config and ORIGINAL in KINDS[kind][1] else {}
         parameters = _parameters(kind, {ORIGINAL: max_positions, **table, **beside}, dim, more)
         key = self.interleaved
         said = config.get(key[0], key[1]) if isinstance(key, tuple) else key
-        return Rope(theta=float(theta), dim=dim, share=float(share), kind=kind, parameters=parameters, interleaved=bool(said))
+        return Rope(
+            theta=float(theta), dim=dim, share=float(share), kind=kind, parameters=parameters, interleaved=bool(said)
+        )
 
     def table(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Give the parameters that count, of a config in the form of transformers 4 or 5.
@@ -137,7 +143,9 @@ class RopeRule:
             raise MappingError(f"config.json: the rotary parameters are {str(wrong[0])[:80]}; expected an object")
         table: Mapping[str, Any] = stated[0] or (stated[1] if stated[1] is not None else self.silent or {})
         if nested := [key for key, value in table.items() if isinstance(value, Mapping)]:
-            raise MappingError(f"config.json: the rotary parameters have others for {nested[0]}; expected one set for all layers")
+            raise MappingError(
+                f"config.json: the rotary parameters have others for {nested[0]}; expected one set for all layers"
+            )
         return table
 
     def problems(self, rope: Rope) -> list[str]:
@@ -171,9 +179,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _parameters(
-    kind: str, table: Mapping[str, Any], dim: int, more: tuple[str, ...]
-) -> dict[str, Any]:
+def _parameters(kind: str, table: Mapping[str, Any], dim: int, more: tuple[str, ...]) -> dict[str, Any]:
     needed, optional = KINDS[kind]
     needed = (*needed, *more)
     if missing := [name for name in needed if name not in table]:

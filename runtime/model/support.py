@@ -52,16 +52,23 @@ def check_supported(model: Model, where: Path) -> None:
     )
     require_plain(model, where, "training")
     for key, value in compute.others.items():
-        require(False, f"{where}: config.json says {key} = {value!r}, which the trainer doesn't compute{_instead(model, key)}")
+        require(
+            False,
+            f"{where}: config.json says {key} = {value!r}, which the trainer doesn't compute{_instead(model, key)}",
+        )
     require(
         model.sizes["heads"] % model.sizes["kv_heads"] == 0,
-        f"{where}: {model.sizes['heads']} attention heads are not a multiple of {model.sizes['kv_heads']} key/value heads",
+        f"{where}: {model.family.key_of('heads')} is {model.sizes['heads']}, not a multiple of {model.family.key_of('kv_heads')} {model.sizes['kv_heads']}",
     )
 
 
 def _instead(model: Model, key: str) -> str:
     """Say which value of a key the trainer computes, where it computes one."""
-    fixed = FIXED | dict(model.family.compute.fixed)
+    compute = model.family.compute
+    fixed = {**FIXED, **compute.fixed}
+    if key in compute.same:
+        size = compute.same[key]
+        return f"; it computes {key} = {model.sizes[size]} ({model.family.key_of(size)})"
     return f"; it computes {key} = {fixed[key]!r}" if key in fixed else ""
 
 

@@ -31,7 +31,10 @@ def run_flip(judge: Judge, flip: Flip) -> Verdict:
         return verdict(judge, [flip.key], json.dumps(flip.config).encode())
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return Verdict("finding", f"traceback: {type(error).__name__}: {str(error)[:120]} at {Path(where.filename).name}:{where.lineno}")
+        return Verdict(
+            "finding",
+            f"traceback: {type(error).__name__}: {str(error)[:120]} at {Path(where.filename).name}:{where.lineno}",
+        )
 
 
 def run_family(model_type: str, key: str | None = None) -> list[tuple[Flip, Verdict]]:
@@ -48,7 +51,9 @@ def main() -> int:
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(description="Flip each key of each family's config.json, and compare with transformers.")
+    parser = argparse.ArgumentParser(
+        description="Flip each key of each family's config.json, and compare with transformers."
+    )
     parser.add_argument("--family", choices=list(FAMILIES), action="append", help="only this one; may be repeated")
     parser.add_argument("--key", help="only this key")
     parser.add_argument("--table", action="store_true", help="print family x key, not the sums alone")
@@ -82,7 +87,9 @@ def report(results: dict[str, list[tuple[Flip, Verdict]]], *, table: bool) -> No
             kinds[flip.key].add(found.kind)
         print(f"\n| {name}: key | state | its flips |\n| --- | --- | --- |")
         for key, seen in kinds.items():
-            print(f"| {key} | {state_of(name, key) or 'unknown'} | {', '.join(kind for kind in KINDS if kind in seen)} |")
+            print(
+                f"| {key} | {state_of(name, key) or 'unknown'} | {', '.join(kind for kind in KINDS if kind in seen)} |"
+            )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def _changed_keys(base: dict[str, Any], raw: bytes) -> list[str]:
         return []
     if not isinstance(config, dict):
         return []
-    return [key for key in {**base, **config} if key not in base or key not in config or not _same(base[key], config[key])]
+    return [
+        key for key in {**base, **config} if key not in base or key not in config or not _same(base[key], config[key])
+    ]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -106,7 +108,10 @@ def run_case(case: Case, rng: Random) -> Verdict:
         return case(rng)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return Verdict("finding", f"traceback: {type(error).__name__}: {str(error)[:120]} at {Path(where.filename).name}:{where.lineno}")
+        return Verdict(
+            "finding",
+            f"traceback: {type(error).__name__}: {str(error)[:120]} at {Path(where.filename).name}:{where.lineno}",
+        )
 
 
 def run_family(model_type: str, cases: int, seed: int, first: int = 0) -> dict[str, list[Verdict]]:
@@ -115,7 +120,9 @@ def run_family(model_type: str, cases: int, seed: int, first: int = 0) -> dict[s
         judge = Judge(model_type, Path(folder))
         makers = {"config": config_case, "index": index_case}
         return {
-            what: [run_case(case, Random(f"{seed} {model_type} {what} {number}")) for number in range(first, first + cases)]
+            what: [
+                run_case(case, Random(f"{seed} {model_type} {what} {number}")) for number in range(first, first + cases)
+            ]
             for what, make in makers.items()
             for case in [make(judge)]
         }
@@ -127,7 +134,9 @@ def main() -> int:
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(description="Mutate config.json and the index at random, and compare with transformers.")
+    parser = argparse.ArgumentParser(
+        description="Mutate config.json and the index at random, and compare with transformers."
+    )
     parser.add_argument("--per-family", type=int, default=100, help="cases of each file of each family")
     parser.add_argument("--family", choices=list(FAMILIES), action="append", help="only this one; may be repeated")
     parser.add_argument("--seed", type=int, default=0, help="determines every case")
@@ -142,12 +151,18 @@ def main() -> int:
         rows[name] = {what: Counter(v.kind for v in verdicts) for what, verdicts in found.items()}
         for what, verdicts in found.items():
             total[what] += rows[name][what]
-            print(f"{name:<18}{what:<8}" + "".join(f"{rows[name][what][kind]:>10,}" for kind in KINDS), file=sys.stderr, flush=True)
+            print(
+                f"{name:<18}{what:<8}" + "".join(f"{rows[name][what][kind]:>10,}" for kind in KINDS),
+                file=sys.stderr,
+                flush=True,
+            )
             for number, one in enumerate(verdicts, flags.case or 0):
                 if one.kind == "finding" or flags.case is not None:
                     print(f"    case {number}: {one.kind}: {one.what}", file=sys.stderr, flush=True)
     if flags.json:
-        print(json.dumps({name: {what: dict(c) for what, c in found.items()} for name, found in rows.items()}, indent=1))
+        print(
+            json.dumps({name: {what: dict(c) for what, c in found.items()} for name, found in rows.items()}, indent=1)
+        )
     for what, counts in total.items() if not flags.json else ():
         print(f"{'all':<18}{what:<8}" + "".join(f"{counts[kind]:>10,}" for kind in KINDS))
     return 1 if any(counts["finding"] for counts in total.values()) else 0

@@ -58,7 +58,11 @@ SET: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, 0.5),
     "max_position_embeddings": (12, 256),
     "num_experts_per_tok": (1, 2, 3),
-    "quantization_config": ({"quant_method": "fp8", "weight_block_size": [8, 8]}, {"quant_method": "gptq", "bits": 4, "group_size": 8}, {}),
+    "quantization_config": (
+        {"quant_method": "fp8", "weight_block_size": [8, 8]},
+        {"quant_method": "gptq", "bits": 4, "group_size": 8},
+        {},
+    ),
 }
 # Keys that configs on the hub have, or that transformers reads of any config, although its classes don't serialise them.
 EXTRA: dict[str, tuple[Any, ...]] = {
@@ -188,44 +192,66 @@ class Flip:
     config: dict[str, Any]
 
 
-def flips(config: dict[str, Any], serialised: dict[str, Any]) -> Iterator[Flip]:
+def flips(config: dict[str, Any], serialised: dict[str, Any], *, nested: bool = True) -> Iterator[Flip]:
     """Flip each key of a config.
 
     Args:
         config: as the base's folder has it.
         serialised: every key that transformers' class of the family serialises, with the base's values.
+        nested: whether what is inside the rotary parameters is flipped too, for each kind of positions.
 
     Yields:
         A config for each value that each key may have besides, and one without the key.
     """
     for key in sorted({*config, *serialised, *EXTRA} - {"model_type"}):
         old = config.get(key, serialised.get(key))
-        values = [*_others(key, old), *SET.get(key, ()), *EXTRA.get(key, ())] if key in {*config, *serialised} else EXTRA[key]
+        values = (
+            [*_others(key, old), *SET.get(key, ()), *EXTRA.get(key, ())]
+            if key in {*config, *serialised}
+            else EXTRA[key]
+        )
         for value in _unlike(values, config.get(key, _ABSENT)):
             yield Flip(key, _words(value), copy.deepcopy(config) | {key: copy.deepcopy(value)})
         if key in config:
             yield Flip(key, "absent", {k: copy.deepcopy(v) for k, v in config.items() if k != key})
-    yield from _rope_flips(config)
+    if nested:
+        yield from _rope_flips(config)
 
 
 def _rope_flips(config: dict[str, Any]) -> Iterator[Flip]:
     """Flip what is inside the rotary parameters, in the forms of transformers 4 and 5, for each kind of positions."""
-    plain = {key: value for key, value in config.items() if key not in ("rope_parameters", "rope_scaling", "rope_theta")}
+    plain = {
+        key: value for key, value in config.items() if key not in ("rope_parameters", "rope_scaling", "rope_theta")
+    }
     for name, kind in ROPES.items():
         new = plain | {"rope_parameters": kind | {"rope_theta": 2e4}}
         old = plain | {"rope_scaling": kind, "rope_theta": 3e4}
         yield Flip("rope_parameters", name, copy.deepcopy(new))
         yield Flip("rope_scaling", name, copy.deepcopy(old))
-        yield Flip("original_max_position_embeddings", f"16 with {name}", copy.deepcopy(old) | {"original_max_position_embeddings": 16})
-        for key in sorted({*kind, "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"} - {"rope_type", "type"}):
+        yield Flip(
+            "original_max_position_embeddings",
+            f"16 with {name}",
+            copy.deepcopy(old) | {"original_max_position_embeddings": 16},
+        )
+        for key in sorted(
+            {*kind, "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"} - {"rope_type", "type"}
+        ):
             for value in (*_others(key, kind.get(key, 1.0))[:2], None):
                 table = copy.deepcopy(new["rope_parameters"])
-                yield Flip(f"rope_parameters.{key}", f"{_words(value)} of {name}", new | {"rope_parameters": table | {key: value}})
+                yield Flip(
+                    f"rope_parameters.{key}",
+                    f"{_words(value)} of {name}",
+                    new | {"rope_parameters": table | {key: value}},
+                )
             table = {k: v for k, v in new["rope_parameters"].items() if k != key}
             yield Flip(f"rope_parameters.{key}", f"absent of {name}", copy.deepcopy(new | {"rope_parameters": table}))
     for theta in (500, 500.0):
         yield Flip("rope_theta", f"{theta!r}, no table", copy.deepcopy(plain) | {"rope_theta": theta})
-    yield Flip("partial_rotary_factor", "0.5, no table", copy.deepcopy(plain) | {"rope_theta": 1e4, "partial_rotary_factor": 0.5})
+    yield Flip(
+        "partial_rotary_factor",
+        "0.5, no table",
+        copy.deepcopy(plain) | {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    )
 
 
 def _others(key: str, old: Any) -> list[Any]:

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from moeconv.checking import check_tied
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.families.base import Model
@@ -36,7 +37,6 @@ from tests.upcycle.hub import make_model
 TOLERANCE = 1e-5
 LENGTH = 24  # tokens: more than the short windows and lengths that flips write
 RANDOM_IN_TRAINING = frozenset(("phimoe",))  # transformers draws its experts while it trains
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,10 @@ class Judge:
 
         Args:
             model_type: the family.
-            folder: an empty folder.
+            folder: an empty folder, or none yet.
         """
         self.model_type, self.folder = model_type, folder
+        self.folder.mkdir(exist_ok=True)
         with quiet():
             model = make_model(model_type)
             model.save_pretrained(folder, max_shard_size="60KB")
@@ -107,7 +108,11 @@ class Judge:
             OtherTensorsError: the folder's tensors are not those that transformers wants.
         """
         model, found = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+            self.folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
         wrong = {*found["missing_keys"], *found["unexpected_keys"], *(name for name, *_ in found["mismatched_keys"])}
         if wrong:
@@ -127,7 +132,9 @@ class Judge:
             try:
                 model = self.load()
                 logits = self._logits(model.eval())
-                drawn = self._logits(model.train()) if training and self.model_type not in RANDOM_IN_TRAINING else logits
+                drawn = (
+                    self._logits(model.train()) if training and self.model_type not in RANDOM_IN_TRAINING else logits
+                )
             except OtherTensorsError as error:
                 return Theirs(other=error.names)
             except Exception as error:
@@ -153,13 +160,23 @@ class Judge:
 
         def megatron() -> None:
             nonlocal args
+            check_tied(checkpoint, "Megatron")
             args = model_args(model)
+
+        def trainer() -> None:
+            check_tied(checkpoint, "training")
+            check_supported(model, self.folder)
 
         hidden, experts = model.sizes["hidden"], 4
         shape = Shape(
-            experts=experts, top_k=2, granularity=1, shared=0, width=model.width("mlp"), layers=frozenset(range(model.sizes["layers"]))
+            experts=experts,
+            top_k=2,
+            granularity=1,
+            shared=0,
+            width=model.width("mlp"),
+            layers=frozenset(range(model.sizes["layers"])),
         )
-        asked: dict[str, Callable[[], Any]] = {"trainer": lambda: check_supported(model, Path("config.json")), "megatron": megatron}
+        asked: dict[str, Callable[[], Any]] = {"trainer": trainer, "megatron": megatron}
         if model.family.compute.router is None and hidden:
             asked["upcycle"] = lambda: choose(None, model, shape)
         for who, ask in asked.items():
@@ -193,6 +210,7 @@ class Judge:
             except Exception:
                 return None
         return again
+
 
 class OtherTensorsError(Exception):
     def __init__(self, names: tuple[str, ...]) -> None:

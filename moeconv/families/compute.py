@@ -51,11 +51,13 @@ class Key:
 class WindowRule:
     """Which layers attend through a sliding window: all of them, those from a layer on, every second one below a layer, or every second one.
 
+    With "all unless listed" it is all of them too where the config doesn't list the kinds of layers.
+
     `size` counts positions, the token's own included. With `switch` there is a window only where that key is true; `bound` is the layer
     of "from" and "even below". All patterns but "all" yield to `layer_types` where the config lists them.
     """
 
-    pattern: Literal["all", "from", "even below", "alternate"]
+    pattern: Literal["all", "all unless listed", "from", "even below", "alternate"]
     size: Key
     switch: Key | None = None
     bound: Key | None = None
@@ -314,7 +316,7 @@ def _windows(rule: WindowRule | None, config: Mapping[str, Any], layers: int) ->
 
 def _has_window(rule: WindowRule, layer: int, bound: int, *, on: bool, sized: bool) -> bool:
     """Say whether a layer has a window where the config doesn't list the kinds of layers."""
-    if rule.pattern == "all":
+    if rule.pattern in ("all", "all unless listed"):
         return sized
     if rule.pattern == "from":
         return sized and layer >= bound

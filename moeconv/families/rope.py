@@ -128,6 +128,8 @@ class RopeRule:
         parameters = _parameters(kind, {ORIGINAL: max_positions, **table, **beside}, dim, more)
         key = self.interleaved
         said = config.get(key[0], key[1]) if isinstance(key, tuple) else key
+        if isinstance(key, tuple) and not isinstance(said, bool):
+            raise MappingError(f"config.json: {key[0]} is {said!r}; expected true or false")
         return Rope(
             theta=float(theta), dim=dim, share=float(share), kind=kind, parameters=parameters, interleaved=bool(said)
         )

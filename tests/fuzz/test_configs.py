@@ -36,6 +36,7 @@ ONCE_WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": ROPES["longrope"], "original_max_position_embeddings": 16}, "followed"),
     ("llama", {"rope_parameters": YARN | {"truncate": None}}, "followed"),
     ("llama", {"rope_parameters": YARN | {"original_max_position_embeddings": None}}, "refused"),
+    ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "followed"),
     ("mixtral", {"router_jitter_noise": 0.3}, "refused"),
     ("mixtral", {"num_experts": 8}, "refused"),
     ("mixtral", {"num_experts": 4}, "harmless"),

@@ -14,7 +14,7 @@ from moeconv.families.key_states import State, key_states
 from tests.fuzz.judge import TOLERANCE, Judge, Ours, Theirs, gap
 
 # What transformers 5 refuses by its types, or crashes at, and what other versions of it take: our meaning is theirs.
-OLDER = {("head_dim", None), ("head_dim", "absent")}  # hidden_size / num_attention_heads
+OLDER = {("head_dim", None), ("head_dim", "absent"), ("num_key_value_heads", None)}
 _FIELD = re.compile(r"Validation error for (?:field|validator) '(\w+)'")
 # A tensor that doesn't fit, or another key that a key contradicts.
 _OTHER = re.compile(r"config\.json: \w+( or \w+)? is |\.weight|\.bias|_proj|config\.json implies|lacks \w+\.")

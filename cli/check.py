@@ -159,7 +159,7 @@ def _coordinates(text: str) -> dict[str, int]:
 def _screen(value: dict[str, Any]) -> list[str]:
     sizes = value["sizes"]
     optimizer = ", with optimizer state" if value["optimizer_state"] else ""
-    quantised = value["quantised"]
+    quantised, unread = value["quantised"], value["unread_config_keys"]
     lines = [
         f"{value['path']}: {value['family']}, {value['kind']}, {', '.join(value['dtypes'])}",
         f"  parameters  {value['parameters']:,} total, {value['active_parameters']:,} active for a token",
@@ -167,6 +167,11 @@ def _screen(value: dict[str, Any]) -> list[str]:
         f"  stored      {value['tensors']} tensors, {amount(value['bytes'])} in {value['files']} files{optimizer}",
         *([f"  quantised   {quantised['weights']} weights as {quantised['as']}"] if quantised else []),
         *([f"  carried     {value['carried_tensors']} tensors, unread"] if value["carried_tensors"] else []),
+        *(
+            [f"  unread keys {', '.join(unread)} of config.json: transformers reads none of them either"]
+            if unread
+            else []
+        ),
     ]
     if "degrees" in value:
         lines.append("  layout      " + ", ".join(f"{name} {degree}" for name, degree in value["degrees"].items()))

@@ -9,6 +9,7 @@ from typing import Any
 from moeconv.checkpoint import Checkpoint
 from moeconv.dtypes import dtype
 from moeconv.errors import LayoutError
+from moeconv.families.key_states import unknown_keys
 from moeconv.placement import Placement, split_optimizer_name
 
 
@@ -52,6 +53,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         if model.quantised and model.scheme
         else None,
         "carried_tensors": len(model.carried),
+        "unread_config_keys": unknown_keys(model.family, checkpoint.config),
         "optimizer_state": len(stored) < len(checkpoint.tensors),
     }
     if checkpoint.manifest is not None:

@@ -14,11 +14,11 @@ from moeconv.families.compute import Compute, ComputeRule, Key, resolve
 from moeconv.families.layers import LinearLayers, MoELayers, linear_layers, moe_layers
 from moeconv.families.names import EXPERT, evaluate, fill, layer_of
 from moeconv.families.quantised import Part, Scheme, scheme_of
+from moeconv.families.sizes import read_sizes
 
 Axis = Literal["tp", "etp"]
 Where = Literal["first", "layers", "last"]
 Layers = Literal["all", "moe", "dense", "linear", "full"]
-MAX_LAYERS, MAX_EXPERTS = 4096, 16384
 # What a tensor can do. A part has `gate`, `up`, `down` where it is a gated feed-forward network, `gate_up` where a matrix holds the two in turns.
 ROLES = frozenset(
     (
@@ -34,7 +34,6 @@ ROLES = frozenset(
         *(f"linear.{name}" for name in ("x", "dt", "dt.bias", "a", "d", "norm", "dt_norm", "b_norm", "c_norm")),
     )
 )
-_DEFAULTS = {"kv_heads": "heads"}
 CARRIED = "carried"  # the role of tensors that go along unread
 
 
@@ -169,6 +168,13 @@ class Family:
             **{key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config},
         }
 
+    def key_of(self, size: str) -> str:
+        """Name the key of config.json that says a size, or those that it is the sum of."""
+        keys = self.sizes.get(size)
+        if keys is None:
+            return " + ".join(self.key_of(term) for term in self.defaults[size].split("+"))
+        return keys if isinstance(keys, str) else keys[0]
+
     def width(self, part: str) -> str | None:
         """Give the formula of the neurons of a feed-forward part (`mlp`, `expert`, `shared`), as `shared*ffn`; None where the family has no such part."""
         down = next((rule for rule in self.rules if rule.role == f"{part}.down"), None)
@@ -206,21 +212,9 @@ class Model:
             MappingError: a size is missing or no whole number of at least 1.
         """
         config = family.language_config(config)
-        sizes: dict[str, int] = {}
-        defaults = _DEFAULTS | dict(family.defaults)
-        for name, keys in family.sizes.items():
-            keys = (keys,) if isinstance(keys, str) else keys
-            value = _size(keys, config, 0 if name in family.may_be_zero else 1)
-            if value is not None:
-                sizes[name] = value
-            elif name not in defaults:
-                raise MappingError(f"config.json has no {' or '.join(keys)}, which {family.name} needs")
-        for name, formula in defaults.items():
-            if name not in sizes:
-                sizes[name] = _default(name, formula, sizes)
+        sizes = read_sizes(family.name, config, family.sizes, family.defaults, family.may_be_zero)
         named = {flag: (key, False) if isinstance(key, str) else key for flag, key in family.flags.items()}
         flags = {flag: Key(key, silent).flag(config) for flag, (key, silent) in named.items()}
-        _check_limits(sizes)
         moe = moe_layers(family.dense_layers, config, sizes["layers"]) if "experts" in sizes else frozenset[int]()
         return cls(family, sizes, flags, moe, config, linear_layers(family.linear_layers, config, sizes["layers"]))
 
@@ -275,7 +269,7 @@ class Model:
             self.sizes,
             bias=self.has("router.bias"),
             linear_bias=self.has("router.linear.bias"),
-            top_k=" or ".join(named) if isinstance(named := self.family.sizes.get("top_k", ""), tuple) else named,
+            top_k=self.family.key_of("top_k") if "top_k" in self.sizes else "",
         )
 
     @cached_property
@@ -400,35 +394,3 @@ class Model:
     def shape(self, rule: TensorRule) -> tuple[int, ...]:
         """Give the shape, in elements, of the tensors of a rule."""
         return tuple(evaluate(term, self.sizes) for term in rule.shape)
-
-
-def _size(keys: tuple[str, ...], config: Mapping[str, Any], least: int) -> int | None:
-    """Read a size, which a config may state under several names; None where it states none."""
-    stated = {key: config[key] for key in keys if config.get(key) is not None}
-    for key, value in stated.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise MappingError(f"config.json: {key} is {value!r}; expected a whole number of at least {least}")
-    if len(set(stated.values())) > 1:
-        said = ", ".join(f"{key} is {value}" for key, value in stated.items())
-        raise MappingError(f"config.json: {said}; they are names of one size, so remove those that are wrong")
-    return next(iter(stated.values()), None)
-
-
-def _check_limits(sizes: Mapping[str, int]) -> None:
-    """Refuse sizes that no model has, before anything of that size is made."""
-    for name, most in (("layers", MAX_LAYERS), ("experts", MAX_EXPERTS)):
-        if sizes.get(name, 0) > most:
-            raise MappingError(f"config.json says {sizes[name]} {name}; models have at most {most}")
-    if any(size >= 2**40 for size in sizes.values()):
-        raise MappingError(
-            f"config.json says {max(sizes, key=lambda n: sizes[n])} {max(sizes.values())}; no model is so large"
-        )
-
-
-def _default(name: str, formula: str, sizes: Mapping[str, int]) -> int:
-    if "//" not in formula:
-        return evaluate(formula, sizes)
-    over, under = (evaluate(term, sizes) for term in formula.split("//"))
-    if over % under:
-        raise MappingError(f"config.json: {name} is not given and {formula} = {over} / {under} is no whole number")
-    return over // under

@@ -51,11 +51,13 @@ class Key:
 class WindowRule:
     """Which layers attend through a sliding window: all of them, those from a layer on, every second one below a layer, or every second one.
 
+    With "all unless listed" it is all of them too where the config doesn't list the kinds of layers.
+
     `size` counts positions, the token's own included. With `switch` there is a window only where that key is true; `bound` is the layer
     of "from" and "even below". All patterns but "all" yield to `layer_types` where the config lists them.
     """
 
-    pattern: Literal["all", "from", "even below", "alternate"]
+    pattern: Literal["all", "all unless listed", "from", "even below", "alternate"]
     size: Key
     switch: Key | None = None
     bound: Key | None = None
@@ -214,7 +216,8 @@ def resolve(
     for key, value in others.items():
         if isinstance(fixed[key], float) and not _is_number(value):
             raise MappingError(f"config.json: {key} is {value!r}; expected a number")
-    others |= {key: config[key] for key, size in rule.same.items() if config.get(key) not in (None, sizes[size])}
+    stated = {key: config[key] for key in rule.same if config.get(key) is not None}
+    others |= {key: v for key, v in stated.items() if type(v) is not int or v != sizes[rule.same[key]]}
     if config.get("quantization_config") is not None:
         others["quantization_config"] = config["quantization_config"].get("quant_method", "?")
     rope = rule.rope.resolve(config, sizes["head_dim"], number(rule.max_positions, config, int))
@@ -288,9 +291,10 @@ def _windows(rule: WindowRule | None, config: Mapping[str, Any], layers: int) ->
     if rule is None:
         return (None,) * layers
     on = rule.switch is None or rule.switch.flag(config)
-    size = rule.size.of(config) if on else None
+    size = rule.size.of(config)
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
         raise MappingError(f"config.json: {rule.size.name} is {size!r}; expected null or a whole number of at least 1")
+    size = size if on else None
     bound = number(rule.bound, config, int) if rule.bound is not None else layers
     kinds = config.get("layer_types") if rule.pattern != "all" else None
     if kinds is None:
@@ -312,7 +316,7 @@ def _windows(rule: WindowRule | None, config: Mapping[str, Any], layers: int) ->
 
 def _has_window(rule: WindowRule, layer: int, bound: int, *, on: bool, sized: bool) -> bool:
     """Say whether a layer has a window where the config doesn't list the kinds of layers."""
-    if rule.pattern == "all":
+    if rule.pattern in ("all", "all unless listed"):
         return sized
     if rule.pattern == "from":
         return sized and layer >= bound

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 
 from moeconv.families import FAMILIES
 from moeconv.families.base import Family, TensorRule
-from moeconv.families.compute import Key
+from moeconv.families.compute import FIXED, Key
+from moeconv.families.key_states import HARMLESS, QUANTISED, key_states
 from moeconv.families.wrapped import WRAPPED
 
 HEAD = """# Families
@@ -30,7 +32,13 @@ _DENSE = {
 def page() -> str:
     """Give the page's text."""
     return "\n".join(
-        [HEAD, *_overview(), *_wrapped(), *(line for family in FAMILIES.values() for line in _family(family))]
+        [
+            HEAD,
+            *_overview(),
+            *_wrapped(),
+            *_shared_keys(),
+            *(line for family in FAMILIES.values() for line in _family(family)),
+        ]
     )
 
 
@@ -53,6 +61,42 @@ def _wrapped() -> Iterator[str]:
     for family in WRAPPED:
         carried = ", ".join(f"`{name}`" for name in family.carried)
         yield f"| {family.name} | `{family.model_type}` | `{family.template('attention_norm')}` ... | {carried} |"
+    yield ""
+
+
+def _shared_keys() -> Iterator[str]:
+    yield "## Keys of config.json"
+    yield ""
+    yield (
+        "Each key is honoured, has knowingly no effect, or is refused by name; a value of the wrong type, names of one size that disagree, and "
+        "a layer with a window that has no size are refused too. What a family honours and refuses stands with it below. "
+        "`python -m tests.fuzz.config_keys` flips every key of every family and compares with transformers."
+    )
+    yield ""
+    yield f"- Refused in every family, by whoever computes (the trainer, upcycling, export-megatron): {_fixed(FIXED)}; `{QUANTISED}`."
+    for what, keys in HARMLESS.items():
+        yield f"- Without effect, {what}: {', '.join(f'`{key}`' for key in keys)}."
+    yield "- Of the padding token transformers leaves the embedding untrained; the trainer trains every row that the data use."
+    yield "- Keys that are not known are read by nobody here, and not by transformers; `moeconv inspect` lists them."
+    yield ""
+
+
+def _fixed(fixed: Mapping[str, object]) -> str:
+    return ", ".join(f"`{key}` other than `{json.dumps(value)}`" for key, value in fixed.items())
+
+
+def _family_keys(family: Family) -> Iterator[str]:
+    states = key_states(family)
+    yield f"Honoured: {', '.join(f'`{key}`' for key, state in states.items() if state == 'honoured')}."
+    compute = family.compute
+    refused = [_fixed(compute.fixed)] if compute.fixed else []
+    refused += [f"`{key}` other than `{family.key_of(size)}`" for key, size in compute.same.items()]
+    if compute.undescribed:
+        refused.append(f"whatever {', '.join(f'`{key}`' for key in compute.undescribed)} say")
+    if refused:
+        yield f"Refused by whoever computes: {', '.join(refused)}."
+    if family.harmless:
+        yield f"Without effect: {', '.join(f'`{key}`' for key in family.harmless)}."
     yield ""
 
 
@@ -124,6 +168,7 @@ def _family(family: Family) -> Iterator[str]:
     if family.compute.rope.share is not None:
         yield f"| turned share of a head | `partial_rotary_factor` | {family.compute.rope.share:g} |"
     yield ""
+    yield from _family_keys(family)
 
 
 _LAYERS = {

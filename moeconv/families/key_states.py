@@ -70,7 +70,7 @@ def known_keys(family: Family) -> frozenset[str]:
 
 def unknown_keys(family: Family, config: Mapping[str, Any]) -> list[str]:
     """List the keys of a config.json that have no state: neither transformers nor this project reads them."""
-    return sorted(set(config) - known_keys(family))
+    return sorted(set(family.language_config(config)) - known_keys(family))
 
 
 def _honoured(family: Family) -> Iterator[str]:

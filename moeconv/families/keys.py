@@ -115,7 +115,7 @@ def window_keys(rule: WindowRule | None, windows: tuple[int | None, ...]) -> dic
     keys: dict[str, Any] = {rule.size.name: sizes.pop()}
     if rule.switch is not None:
         keys[rule.switch.name] = True
-    if rule.pattern != "all":
+    if rule.pattern != "all" and not (rule.pattern == "all unless listed" and None not in windows):
         keys["layer_types"] = [FULL if size is None else WINDOWED for size in windows]
     return keys
 

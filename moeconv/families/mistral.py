@@ -19,7 +19,8 @@ MISTRAL = Family(
         norm_eps=Key("rms_norm_eps", 1e-6),
         max_positions=Key("max_position_embeddings", 131072),
         rope=RopeRule(),
-        window=WindowRule(pattern="all", size=Key("sliding_window", 4096)),
+        # With layer_types transformers takes it for a Ministral, which differs in nothing else.
+        window=WindowRule(pattern="all unless listed", size=Key("sliding_window", 4096)),
     ),
     tokens=BOS_EOS,
     sentencepiece=True,

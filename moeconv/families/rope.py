@@ -120,12 +120,16 @@ class RopeRule:
             )
         dim = int(head_dim * share)
         if dim < 2 or dim % 2:
-            raise MappingError(f"config.json: {dim} of {head_dim} elements of a head are turned; they must be pairs")
+            raise MappingError(
+                f"config.json: partial_rotary_factor is {share:g} of a head_dim of {head_dim}: {dim} elements are turned; they must be pairs"
+            )
         more = ("short_mscale", "long_mscale") if self.magnitudes and kind != "default" else ()
         beside = {ORIGINAL: config[ORIGINAL]} if ORIGINAL in config and ORIGINAL in KINDS[kind][1] else {}
         parameters = _parameters(kind, {ORIGINAL: max_positions, **table, **beside}, dim, more)
         key = self.interleaved
         said = config.get(key[0], key[1]) if isinstance(key, tuple) else key
+        if isinstance(key, tuple) and not isinstance(said, bool):
+            raise MappingError(f"config.json: {key[0]} is {said!r}; expected true or false")
         return Rope(
             theta=float(theta), dim=dim, share=float(share), kind=kind, parameters=parameters, interleaved=bool(said)
         )

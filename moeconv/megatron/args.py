@@ -10,7 +10,7 @@ from math import isfinite
 from typing import Any
 
 from moeconv.errors import MappingError
-from moeconv.families.base import MAX_EXPERTS, MAX_LAYERS
+from moeconv.families.sizes import MAX_EXPERTS, MAX_LAYERS
 from moeconv.io.unpickle import Opaque
 
 _LARGEST = 2**40

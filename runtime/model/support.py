@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 from moeconv.families.base import Model
 from moeconv.families.compute import FIXED
 from moeconv.quant import require_plain
 from runtime.errors import require
+from runtime.model.context import TORCH_DTYPES
 from runtime.model.dtypes import DtypeName
 
 # The roles that the trainer's modules take. A model with others would be trained without them.
@@ -57,19 +58,22 @@ def check_supported(model: Model, where: Path) -> None:
         )
     require(
         model.sizes["heads"] % model.sizes["kv_heads"] == 0,
-        f"{where}: {model.sizes['heads']} attention heads are not a multiple of {model.sizes['kv_heads']} key/value heads",
+        f"{where}: {model.family.key_of('heads')} is {model.sizes['heads']}, not a multiple of {model.family.key_of('kv_heads')} {model.sizes['kv_heads']}",
     )
 
 
 def _instead(model: Model, key: str) -> str:
     """Say which value of a key the trainer computes, where it computes one."""
-    fixed = {**FIXED, **model.family.compute.fixed}
+    compute = model.family.compute
+    fixed = {**FIXED, **compute.fixed}
+    if key in compute.same:
+        size = compute.same[key]
+        return f"; it computes {key} = {model.sizes[size]} ({model.family.key_of(size)})"
     return f"; it computes {key} = {fixed[key]!r}" if key in fixed else ""
 
 
 def stored_dtype(model: Model) -> DtypeName:
     """Give the type that a checkpoint's config.json says its weights have; float32 where it is silent."""
     name = model.config.get("dtype") or model.config.get("torch_dtype") or "float32"
-    known = get_args(DtypeName)
-    require(name in known, f"config.json: dtype is {name!r}; expected one of {', '.join(known)}")
+    require(name in TORCH_DTYPES, f"config.json: dtype is {name!r}; expected one of {', '.join(TORCH_DTYPES)}")
     return cast(DtypeName, name)

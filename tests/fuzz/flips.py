@@ -192,12 +192,13 @@ class Flip:
     config: dict[str, Any]
 
 
-def flips(config: dict[str, Any], serialised: dict[str, Any]) -> Iterator[Flip]:
+def flips(config: dict[str, Any], serialised: dict[str, Any], *, nested: bool = True) -> Iterator[Flip]:
     """Flip each key of a config.
 
     Args:
         config: as the base's folder has it.
         serialised: every key that transformers' class of the family serialises, with the base's values.
+        nested: whether what is inside the rotary parameters is flipped too, for each kind of positions.
 
     Yields:
         A config for each value that each key may have besides, and one without the key.
@@ -213,7 +214,8 @@ def flips(config: dict[str, Any], serialised: dict[str, Any]) -> Iterator[Flip]:
             yield Flip(key, _words(value), copy.deepcopy(config) | {key: copy.deepcopy(value)})
         if key in config:
             yield Flip(key, "absent", {k: copy.deepcopy(v) for k, v in config.items() if k != key})
-    yield from _rope_flips(config)
+    if nested:
+        yield from _rope_flips(config)
 
 
 def _rope_flips(config: dict[str, Any]) -> Iterator[Flip]:

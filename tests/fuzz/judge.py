@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from moeconv.checking import check_tied
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.families.base import Model
@@ -79,9 +80,10 @@ class Judge:
 
         Args:
             model_type: the family.
-            folder: an empty folder.
+            folder: an empty folder, or none yet.
         """
         self.model_type, self.folder = model_type, folder
+        self.folder.mkdir(exist_ok=True)
         with quiet():
             model = make_model(model_type)
             model.save_pretrained(folder, max_shard_size="60KB")
@@ -158,7 +160,12 @@ class Judge:
 
         def megatron() -> None:
             nonlocal args
+            check_tied(checkpoint, "Megatron")
             args = model_args(model)
+
+        def trainer() -> None:
+            check_tied(checkpoint, "training")
+            check_supported(model, self.folder)
 
         hidden, experts = model.sizes["hidden"], 4
         shape = Shape(
@@ -169,10 +176,7 @@ class Judge:
             width=model.width("mlp"),
             layers=frozenset(range(model.sizes["layers"])),
         )
-        asked: dict[str, Callable[[], Any]] = {
-            "trainer": lambda: check_supported(model, Path("config.json")),
-            "megatron": megatron,
-        }
+        asked: dict[str, Callable[[], Any]] = {"trainer": trainer, "megatron": megatron}
         if model.family.compute.router is None and hidden:
             asked["upcycle"] = lambda: choose(None, model, shape)
         for who, ask in asked.items():

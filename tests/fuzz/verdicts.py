@@ -14,9 +14,10 @@ from moeconv.families.key_states import State, key_states
 from tests.fuzz.judge import TOLERANCE, Judge, Ours, Theirs, gap
 
 # What transformers 5 refuses by its types, or crashes at, and what other versions of it take: our meaning is theirs.
-OLDER = {("head_dim", None), ("head_dim", "absent")}  # hidden_size / num_attention_heads
+OLDER = {("head_dim", None), ("head_dim", "absent"), ("num_key_value_heads", None)}
 _FIELD = re.compile(r"Validation error for (?:field|validator) '(\w+)'")
-_TENSOR = re.compile(r"\.weight|\.bias|_proj|config\.json implies|lacks \w+\.")
+# A tensor that doesn't fit, or another key that a key contradicts.
+_OTHER = re.compile(r"config\.json: \w+( or \w+)? is |\.weight|\.bias|_proj|config\.json implies|lacks \w+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def _refused(judge: Judge, keys: Sequence[str], raw: bytes, ours: Ours, theirs: 
         if (
             named
             and message != judge.base.refusals.get(who)
-            and not _named(keys, message, judge.base.refusals.get(who))
+            and not refusal_names(keys, message, judge.base.refusals.get(who))
         ):
             return Verdict("finding", f"{who} refuses without naming the key: {message[:160]}")
     if FAMILIES[judge.model_type].compute.lacks is not None and "import" not in ours.refusals:
@@ -97,14 +98,15 @@ def _refused(judge: Judge, keys: Sequence[str], raw: bytes, ours: Ours, theirs: 
     return Verdict("refused", next(iter(ours.refusals.values()))[:200])
 
 
-def _named(keys: Sequence[str], message: str, before: str | None) -> bool:
+def refusal_names(keys: Sequence[str], message: str, before: str | None) -> bool:
+    """Say whether a refusal names one of these keys, or the tensors that don't fit, or says nothing more than `before`."""
     leaves = {part for key in keys for part in key.split(".")}
     rotary = any(
         key.startswith("rope") or key in ("partial_rotary_factor", "original_max_position_embeddings") for key in keys
     )
     return (
         any(leaf in message for leaf in leaves)
-        or bool(_TENSOR.search(message))
+        or bool(_OTHER.search(message))
         or (rotary and ("rotary" in message or "rope_type" in message or "mscale" in message))
         or (before is not None and set(before.split("; ")) >= set(message.split("; ")))
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from moeconv.errors import MappingError
 from moeconv.families import FAMILIES, document
 from moeconv.families.base import ROLES, Model
 from moeconv.families.compute import Compute, Key
-from moeconv.families.key_states import known_keys
+from moeconv.families.key_states import unknown_keys
 from moeconv.families.keys import config_keys
 
 SIZES: dict[str, Any] = {
@@ -70,6 +69,7 @@ def check(config: dict[str, Any]) -> None:
     assert ours.max_positions == theirs.max_position_embeddings
     assert ours.act == theirs.hidden_act
     assert ours.init_std == theirs.initializer_range
+    theirs.standardize_rope_params()  # as a model does that is made of it
     rope = dict(theirs.rope_parameters)
     assert ours.rope.kind == rope.pop("rope_type")
     assert ours.rope.theta == rope.pop("rope_theta")
@@ -133,7 +133,9 @@ SAYINGS: list[dict[str, Any]] = [
 
 
 def skips(model_type: str, saying: dict[str, Any]) -> bool:
-    """Phi-MoE's positions are plain ones, or longrope with two factors more."""
+    """Phi-MoE's positions are plain ones, or longrope with two factors more; transformers refuses a gpt-oss without its window."""
+    if model_type == "gpt_oss" and saying == {"sliding_window": None}:
+        return True
     rope = saying.get("rope_scaling") or saying.get("rope_parameters") or {}
     return model_type == "phimoe" and rope.get("rope_type", rope.get("type", "default")) != "default"
 
@@ -211,35 +213,90 @@ def test_roles_are_known_and_name_one_tensor(family: Any) -> None:
     assert len(roles) == len(set(roles))
 
 
-# Keys of transformers' configs that change nothing in what one forward and backward pass computes.
-HARMLESS = {
-    "use_cache",
-    "output_router_logits",
-    "router_aux_loss_coef",  # the trainer's own flag
-    "router_jitter_noise",  # the trainer's own flag
-    "pretraining_tp",
-    "num_mtp_layers",  # MTP layers are tensors of their own
-    "eod_token_id",
-    "sep_token_id",
-}
-LATENT = {"num_key_value_heads", "head_dim"}  # those of latent attention follow from other keys
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_key_of_transformers_has_a_state(model_type: str) -> None:
+    """Each field that the config class serialises, and each other name that it takes one by, is honoured, harmless or refused."""
+    from transformers import CONFIG_MAPPING
 
-
-@pytest.mark.parametrize("model_type", COMPUTED)
-def test_every_key_of_transformers_is_known(model_type: str) -> None:
-    """Each field of the config class is a size, a flag, a rule's key, a fixed one, or harmless."""
-    from transformers import PreTrainedConfig
-
-    family = FAMILIES[model_type]
-    known = {key for names in family.sizes.values() for key in ((names,) if isinstance(names, str) else names)}
-    known |= {key if isinstance(key, str) else key[0] for key in family.flags.values()} | set(family.compute.fixed)
-    known |= {"layer_types", "rope_parameters"} | known_keys(family) | (LATENT if "kv_rank" in family.sizes else set())
-    theirs = {f.name for f in dataclasses.fields(type(reference(silent(model_type))))}
-    base = {f.name for f in dataclasses.fields(PreTrainedConfig)}
-    tokens = {"bos_token_id", "eos_token_id", "pad_token_id"}
-    assert theirs - base - known - HARMLESS - tokens == set()
+    config = CONFIG_MAPPING[model_type]()
+    keys = {*config.to_dict(), *config.attribute_map}
+    assert unknown_keys(FAMILIES[model_type], dict.fromkeys(keys)) == []
 
 
 def test_the_page_of_families_is_made_from_the_data() -> None:
     page = Path(__file__).parents[3] / "docs" / "families.md"
     assert page.read_text(encoding="utf8") == document.page(), "python -m moeconv.families.document > docs/families.md"
+
+
+WINDOW_OF_QWEN = {"use_sliding_window": False, "sliding_window": 5, "layer_types": ["sliding_attention"] * 4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "saying", "words"),
+    [
+        ("mixtral", {"num_local_experts": 4, "num_experts": 8}, "num_local_experts is 4, num_experts is 8"),
+        ("ernie4_5_moe", {"moe_k": 2, "num_experts_per_tok": 1}, "moe_k is 2, num_experts_per_tok is 1"),
+        ("hunyuan_v1_moe", {"moe_topk": 2, "num_experts_per_tok": 1}, "moe_topk is 2, num_experts_per_tok is 1"),
+        ("mixtral", {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; expected true or false"),
+        ("llama", {"attention_bias": None}, "attention_bias is None"),
+        ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1; expected true or false"),
+        ("qwen2", WINDOW_OF_QWEN, "use_sliding_window false.*layer_types"),
+        ("qwen2_moe", WINDOW_OF_QWEN, "use_sliding_window false.*layer_types"),
+        ("gpt_oss", {"sliding_window": None}, "sliding_window is None"),
+        ("qwen2", {"layer_types": [["full_attention"]] * 4}, "layer_types"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "topk_group": 1}, "n_group is None"),
+        ("deepseek_v3", {"rope_scaling": YARN | {"factor": None, "mscale_all_dim": 1.0}}, "mscale_all_dim"),
+        ("deepseek_v3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}}, "mscale_all_dim"),
+        ("glm4_moe_lite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn"}}, "lacks factor"),
+        ("llama", {"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta is 1"),
+        ("llama", {"rope_scaling": LONG | {"original_max_position_embeddings": 1}}, "original_max_position_embeddings"),
+        ("llama", {"rope_scaling": YARN | {"original_max_position_embeddings": None}}, "original_max_position_embeddings"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta is None"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "full_attention"),
+        ("mixtral", {"attention_dropout": None}, "attention_dropout is None"),
+        ("ernie4_5_moe", {"moe_layer_interval": None}, "moe_layer_interval is None"),
+    ],
+)  # fmt: skip
+def test_what_transformers_refuses_or_reads_otherwise_is_refused_by_name(
+    model_type: str, saying: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(MappingError, match=words):
+        computed(silent(model_type) | saying)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "saying"),
+    [
+        *((name, {"is_causal": False}) for name in COMPUTED),
+        *((name, {"per_layer_config": {"0": {"num_attention_heads": 2}}}) for name in COMPUTED),
+        ("mixtral", {"router_jitter_noise": 0.3}),
+        ("minimax_m2", {"router_jitter_noise": 0.3}),
+        ("deepseek_v3", {"num_key_value_heads": 1}),
+        ("deepseek_v3", {"head_dim": 16}),
+        ("glm4_moe_lite", {"qk_head_dim": 16}),
+        ("olmoe", {"clip_qkv": 0.05}),
+        ("jamba", {"mamba_proj_bias": True}),
+    ],
+)
+def test_keys_that_nobody_here_computes_are_named(model_type: str, saying: dict[str, Any]) -> None:
+    config = silent(model_type) | dict.fromkeys(("mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank"), 4)
+    if model_type in COMPUTED and "head_dim" in config and "kv_lora_rank" in config:
+        del config["head_dim"]
+    assert computed(config | saying).others == saying
+
+
+def test_a_length_beside_the_table_counts_before_the_tables() -> None:
+    """transformers puts it into the table when a model is made."""
+    config = silent("llama") | {"rope_scaling": YARN, "original_max_position_embeddings": 16}
+    check(config)
+    assert computed(config).rope.parameters["original_max_position_embeddings"] == 16
+
+
+def test_an_empty_table_is_not_a_missing_one() -> None:
+    config = silent("gpt_oss") | {"rope_parameters": {}}
+    check(config)
+    assert computed(config).rope.kind == "default"

@@ -260,7 +260,7 @@ def test_megatrons_present_script() -> None:
         ({"num_local_experts": None, "num_experts_per_tok": 9}, "num_local_experts"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type is 'spiral'"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
-        ({"num_key_value_heads": 5}, "not a multiple of 5"),
+        ({"num_key_value_heads": 5}, "not a multiple of num_key_value_heads 5"),
     ],
 )
 def test_configs_that_the_runtime_does_not_compute(change: dict[str, Any], message: str) -> None:

@@ -20,6 +20,7 @@ State = Literal["honoured", "harmless", "refused"]
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPE = ("dtype", "torch_dtype")
 LAYER_TYPES = "layer_types"
+AUX_LOSS = "router_aux_loss_coef"  # of a loss that transformers adds where it is asked to return router logits
 QUANTISED = "quantization_config"  # converts where its parts are known; whoever computes refuses it
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", ORIGINAL)
 # Keys of all families that change nothing that a forward and a backward pass compute, by what they are about.
@@ -38,7 +39,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         *("pretraining_tp", "gradient_checkpointing"),
     ),
     "the type of the weights, which the tensors have": DTYPE,
-    "a loss that the trainer has a flag for (--moe-aux-loss-coeff)": ("router_aux_loss_coef",),
+    "a loss that the trainer has a flag for (--moe-aux-loss-coeff)": (AUX_LOSS,),
     "other tasks": (
         *("id2label", "label2id", "num_labels", "problem_type", "is_encoder_decoder", "is_decoder"),
         *("add_cross_attention", "tie_encoder_decoder", "chunk_size_feed_forward"),

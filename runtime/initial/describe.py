@@ -12,7 +12,7 @@ from moeconv.checkpoint import model_of
 from moeconv.errors import SourceError
 from moeconv.families import family_of
 from moeconv.families.base import Model
-from moeconv.families.key_states import SPECIAL_TOKENS
+from moeconv.families.key_states import DTYPE, QUANTISED, SPECIAL_TOKENS
 from moeconv.hub import description_folder
 from moeconv.io.decode import parse_json
 from moeconv.io.hf_folder import CONFIG
@@ -20,7 +20,6 @@ from moeconv.io.paths import read_inside
 from runtime.initial.tokenizer import TokenizerFacts, read_tokenizer
 
 GENERATION = "generation_config.json"
-_OF_WEIGHTS = "quantization_config"  # says how weights that are not read are stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def from_config(source: str, dtype: str | None, std: float | None, tokenizer: Pa
     if facts is not None and not own:
         config |= facts.special
     name = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", _OF_WEIGHTS)}
+    config = {key: value for key, value in config.items() if key not in (*DTYPE, QUANTISED)}
     family = family_of(config)
     config = {"architectures": [family.architecture], **config, "torch_dtype": name}
     if std is not None:

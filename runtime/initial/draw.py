@@ -19,8 +19,10 @@ from moeconv.pieces import TensorInfo
 from moeconv.upcycle.draws import normal
 from runtime.initial.config import InitConfig
 
-# Elements that are drawn at a time, so that memory stays bounded whatever a tensor's size.
-_BLOCK = 1 << 21
+# Columns that are drawn as a matrix of their own, so that whoever holds some columns draws few others. Part of what a seed means.
+_TILE = 1024
+# Rows that are drawn at a time, so that memory stays bounded whatever a tensor's size; a multiple of the draws' own blocks.
+_ROWS = 1024
 # Output projections into the residual stream.
 _SCALED = frozenset(("attention.o", "mlp.down", "expert.down", "shared.down"))
 _DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -93,15 +95,18 @@ class DrawnCheckpoint(Checkpoint):
         dtype = numpy_dtype(info.dtype)
         if spread.std == 0:
             return np.full(rect.shape, spread.mean, dtype)
+        std = np.float32(spread.std)
         # A vector is a matrix of one column.
         columns = info.shape[1] if len(info.shape) > 1 else 1
         left, width = (rect.offsets[1], rect.shape[1]) if len(info.shape) > 1 else (0, 1)
         out = np.empty((rect.shape[0], width), dtype)
-        rows = max(1, _BLOCK // columns)
-        for row in range(0, rect.shape[0], rows):
-            count = min(rows, rect.shape[0] - row)
-            drawn = normal(self.seed, name, rect.offsets[0] + row, count, columns)
-            out[row : row + count] = drawn[:, left : left + width] * np.float32(spread.std)
+        for begin in range(left // _TILE * _TILE, left + width, _TILE):
+            tile = min(_TILE, columns - begin)
+            low, high = max(begin, left), min(begin + tile, left + width)
+            for row in range(0, rect.shape[0], _ROWS):
+                count = min(_ROWS, rect.shape[0] - row)
+                drawn = normal(self.seed, f"{name}\0{begin}", rect.offsets[0] + row, count, tile)
+                out[row : row + count, low - left : high - left] = drawn[:, low - begin : high - begin] * std
         return out.reshape(rect.shape)
 
 

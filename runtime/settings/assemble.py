@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.families.base import Model
+from moeconv.families.key_states import AUX_LOSS
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.config import DataConfig
 from runtime.errors import ConfigError, require
+from runtime.flag import flag_name
 from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
 from runtime.model.recompute import RecomputeConfig
@@ -64,7 +66,19 @@ def make_run(given: Given, model: Model, where: Path, *, drawn: bool = False) ->
         stated=dict(given.stated),
         drawn=drawn,
     )
-    return dataclasses.replace(run, notes=(*given.notes, *check_idle(given, run)))
+    return dataclasses.replace(run, notes=(*given.notes, *check_idle(given, run), *_balance_note(given, run)))
+
+
+def _balance_note(given: Given, run: RunConfig) -> list[str]:
+    """Say that a config asks for a balancing loss where no flag does: it is the run's to choose, and none is the default."""
+    wanted = run.model.config.get(AUX_LOSS)
+    chosen = any(group == "moe" and name in ("aux_loss_coeff", "load_balancing") for group, name in given.values)
+    if run.moe is None or chosen or not wanted:
+        return []
+    return [
+        f"config.json has {AUX_LOSS} {wanted}, which by itself has no effect: experts are balanced by "
+        f"{flag_name(MoEConfig, 'aux_loss_coeff')}, which is not given (0)"
+    ]
 
 
 def _fit_train(train: TrainConfig, model: Model, where: Path) -> TrainConfig:

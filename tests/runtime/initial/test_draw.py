@@ -23,7 +23,8 @@ def drawn(model: Model, dtype: str = "float32", seed: int = 1234, **init: Any) -
 
 
 def test_every_part_is_the_part_of_the_whole() -> None:
-    checkpoint = drawn(tiny_model("gpt_oss", hidden_size=96, vocab_size=200), "bfloat16")
+    model = tiny_model("gpt_oss", hidden_size=96, intermediate_size=1100, vocab_size=2300)
+    checkpoint = drawn(model, "bfloat16")
     random = np.random.default_rng(0)
     for name, info in checkpoint.tensors.items():
         whole = checkpoint.read(name)

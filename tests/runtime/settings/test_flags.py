@@ -68,6 +68,15 @@ def test_a_disagreement_names_both_values(flag: str, values: str) -> None:
         make(f"{SHORT} {flag}")
 
 
+def test_a_balancing_loss_that_the_config_asks_for_is_not_passed_over() -> None:
+    config = MIXTRAL_8X7B | {"router_aux_loss_coef": 0.02}
+    line = "config.json has router_aux_loss_coef 0.02, which by itself has no effect: experts are balanced by --moe-aux-loss-coeff"
+    assert sum(note.startswith(line) for note in make(SHORT, config).notes) == 1
+    for flags in ("--moe-aux-loss-coeff 0.02", "--moe-aux-loss-coeff 0", "--moe-router-load-balancing-type none"):
+        assert not any("router_aux_loss_coef" in note for note in make(f"{SHORT} {flags}", config).notes)
+    assert not any("router_aux_loss_coef" in note for note in make(SHORT, config | {"router_aux_loss_coef": 0}).notes)
+
+
 def test_tied_embeddings_disagree() -> None:
     config = MixtralConfig(tie_word_embeddings=True).to_dict()
     with pytest.raises(

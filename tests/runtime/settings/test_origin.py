@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from moeconv.errors import MoeconvError
+from runtime.checkpoint.config import CheckpointConfig
 from runtime.job.processes import Process
 from runtime.settings.flags import parse_flags
-from runtime.settings.origin import Origin
+from runtime.settings.origin import Origin, nothing_at
 from runtime.start import prepare
 from tests.support.configs import tiny_config
 
@@ -79,6 +80,16 @@ def test_a_run_that_died_before_its_first_save_begins_again(tmp_path: Path) -> N
     assert origin(f"--load {tmp_path} --save {tmp_path} {logs}").drawn
     with pytest.raises(MoeconvError, match="holds no checkpoint, but cache, tensorboard"):
         origin(f"--save {tmp_path}")
+
+
+def test_another_runs_folder_is_a_checkpoint_to_load(tmp_path: Path) -> None:
+    (tmp_path / "run" / "iter_0000002").mkdir(parents=True)
+    (tmp_path / "run" / "run.yaml").touch()
+    with pytest.raises(MoeconvError, match=r"holds no checkpoint, but iter_0000002, run\.yaml"):
+        nothing_at(CheckpointConfig(load=tmp_path / "run", save=tmp_path / "out"))
+    (tmp_path / "run" / "iter_0000002" / "moeconv.json").touch()
+    for place in ("run", "run/iter_0000002"):
+        assert nothing_at(CheckpointConfig(load=tmp_path / place, save=tmp_path / "out")) is None
 
 
 def test_a_config_that_exists_is_enough(tmp_path: Path) -> None:

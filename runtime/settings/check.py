@@ -48,6 +48,7 @@ def check_layout(run: RunConfig, world_size: int) -> None:
     check_combinations(run.parallel, run.moe)
     check_sequence(run.parallel, run.train)
     check_microbatches(run.parallel, run.train, world_size)
+    check_optimizer(run)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -156,6 +157,26 @@ def check_microbatches(parallel: ParallelConfig, train: TrainConfig, world_size:
             f"they must be a multiple of {PP} {pp}: give a multiple of {one_pass * pp}"
             + (", --rampup-batch-size included" if train.rampup_batch_size else ""),
         )
+
+
+def check_optimizer(run: RunConfig) -> None:
+    """Refuse layouts whose ranks hold parts of the matrices that Muon needs whole.
+
+    Raises:
+        ConfigError: names the flags.
+    """
+    parallel = run.parallel
+    cuts = [f"{FLAGS[axis]} {getattr(parallel, axis)}" for axis in ("tp", "etp") if getattr(parallel, axis) > 1]
+    cuts += [
+        flag_name(ParallelConfig, field)
+        for field in ("use_distributed_optimizer", "fully_shard")
+        if getattr(parallel, field)
+    ]
+    require(
+        run.optim.optimizer != "muon" or not cuts,
+        f"--optimizer muon orthogonalises whole matrices, of which {', '.join(cuts)} leaves a rank only a part: leave that "
+        "out and spread the model by expert, pipeline and context parallelism, or take --optimizer adam",
+    )
 
 
 def check_precision(run: RunConfig) -> None:

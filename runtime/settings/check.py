@@ -12,6 +12,7 @@ from moeconv.placement import check_degrees as check_model_degrees
 from runtime.errors import ConfigError, require
 from runtime.flag import flag_name
 from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
 from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
 from runtime.settings.run import RunConfig
@@ -48,7 +49,7 @@ def check_layout(run: RunConfig, world_size: int) -> None:
     check_combinations(run.parallel, run.moe)
     check_sequence(run.parallel, run.train)
     check_microbatches(run.parallel, run.train, world_size)
-    check_optimizer(run)
+    check_optimizer(run.optim, run.parallel)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -159,13 +160,12 @@ def check_microbatches(parallel: ParallelConfig, train: TrainConfig, world_size:
         )
 
 
-def check_optimizer(run: RunConfig) -> None:
+def check_optimizer(optim: OptimConfig, parallel: ParallelConfig) -> None:
     """Refuse layouts whose ranks hold parts of the matrices that Muon needs whole.
 
     Raises:
         ConfigError: names the flags.
     """
-    parallel = run.parallel
     cuts = [f"{FLAGS[axis]} {getattr(parallel, axis)}" for axis in ("tp", "etp") if getattr(parallel, axis) > 1]
     cuts += [
         flag_name(ParallelConfig, field)
@@ -173,7 +173,7 @@ def check_optimizer(run: RunConfig) -> None:
         if getattr(parallel, field)
     ]
     require(
-        run.optim.optimizer != "muon" or not cuts,
+        optim.optimizer != "muon" or not cuts,
         f"--optimizer muon orthogonalises whole matrices, of which {', '.join(cuts)} leaves a rank only a part: leave that "
         "out and spread the model by expert, pipeline and context parallelism, or take --optimizer adam",
     )

@@ -204,8 +204,8 @@ def _trainer(found: Checkpoint, fmt: Format) -> dict[str, Any] | None:
     ]
     if frozen:
         raise MappingError(
-            f"{found.root}: {len(frozen)} tensors were frozen and have no moments, such as {frozen[0]}; Megatron's "
-            f"optimizer has them for all{remedy}"
+            f"{found.root}: {len(frozen)} tensors have no moments, such as {frozen[0]}: they were frozen, or trained "
+            f"by Muon; Megatron's optimizer has them for all{remedy}"
         )
     trainer = parse_trainer(read_content(found.carried_files[TRAINER]), str(found.root / TRAINER))
     if "num_steps" not in trainer["optimizer"]:

@@ -76,7 +76,7 @@ def gradients(shards: Sequence[Shard]) -> Iterator[StateTensor]:
 def optimizer_state(shards: Sequence[Shard], optimizer: Optimizer) -> Iterator[StateTensor]:
     """Master weights, where they are not the weights themselves, and the optimizer's states, each element on one rank."""
     for shard in shards:
-        states = {name: optimizer.state(shard, name) for name in optimizer.states}
+        states = {name: optimizer.state(shard, name) for name in optimizer.states(shard)}
         if shard.separate_master:
             states[MASTER] = shard.master
         for block, part in _owned(shard):
@@ -156,7 +156,7 @@ def load_optimizer(shards: Sequence[Shard], optimizer: Optimizer, read: Read, st
         MoeconvError: a state is not stored, or can't be read.
     """
     for shard in shards:
-        for name in (name for name in optimizer.states if name not in DERIVED_STATES):
+        for name in (name for name in optimizer.states(shard) if name not in DERIVED_STATES):
             _fill(shard, optimizer.state(shard, name), read, f"optimizer.{name}.")
         # A run in fp32 stores no masters: its weights, read by `load_weights`, are just as precise.
         _fill(shard, shard.master, read, f"optimizer.{MASTER}.", stored)
@@ -165,7 +165,7 @@ def load_optimizer(shards: Sequence[Shard], optimizer: Optimizer, read: Read, st
 def start_derived(shards: Sequence[Shard], optimizer: Optimizer, read: Read, stored: Container[str]) -> None:
     """Fill the states that begin as the masters; arguments as of `load_optimizer`, after it."""
     for shard in shards:
-        for name in (name for name in optimizer.states if name in DERIVED_STATES):
+        for name in (name for name in optimizer.states(shard) if name in DERIVED_STATES):
             optimizer.state(shard, name).copy_(shard.master)
             _fill(shard, optimizer.state(shard, name), read, f"optimizer.{name}.", stored)
 

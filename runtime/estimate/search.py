@@ -238,7 +238,7 @@ class Search:
     def _states(self, parallel: ParallelConfig) -> dict[int, float]:
         """The same of the pipeline ranks that differ: the first two, the last."""
         setup = replace(self._setup, parallel=parallel).sharing(self._parameters(parallel))
-        item, wide, moment = ITEMSIZE[setup.dtype], setup.wide, setup.moment
+        item, wide = ITEMSIZE[setup.dtype], setup.wide
         masters = wide if item != wide or parallel.fully_shard else 0
         out = {}
         for rank in {0, min(1, parallel.pp - 1), parallel.pp - 1}:
@@ -246,7 +246,7 @@ class Search:
             for expert, count in setup.parameters.sums(rank).by_expert.items():
                 parts = setup.replicas(expert=expert)
                 whole = 0 if parallel.fully_shard and parts > 1 else item + wide
-                own = masters + 2 * moment + (wide if whole == 0 else 0)
+                own = masters + setup.states() + (wide if whole == 0 else 0)
                 shared = parts if parallel.use_distributed_optimizer or parallel.fully_shard else 1
                 out[rank] += count * (whole + own / shared)
                 still = setup.parameters.sums(rank).frozen[expert] * item

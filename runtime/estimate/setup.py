@@ -12,7 +12,7 @@ from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
-from runtime.parallel.tensor_settings import TensorSettings
+from runtime.parallel.tensor_settings import DEFAULT, TensorSettings
 from runtime.settings.run import RunConfig
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -89,6 +89,15 @@ class Setup:
         """Bytes of an element of a moment."""
         return 2 if self.optim.moments_dtype == "bfloat16" else self.wide
 
+    def states(self, settings: TensorSettings | None = DEFAULT) -> int:
+        """Give the bytes that the optimizer keeps of an element beside its master, the mean of the weights included.
+
+        Args:
+            settings: how its tensor is trained; None where a parameter's tensors are trained differently.
+        """
+        muon = settings is not None and settings.matrix
+        return (self.wide if muon else 2 * self.moment) + (self.wide if self.optim.ema_decay is not None else 0)
+
     @property
     def global_batch_size(self) -> int:
         """Sequences of a step."""
@@ -109,4 +118,4 @@ class Setup:
         """How each tensor is trained; None where no flag says anything of single tensors."""
         optim = self.optim
         said = optim.freeze or optim.no_weight_decay or optim.lr_scale or optim.decoupled_lr is not None
-        return resolve_groups(optim, self.model) if said else None
+        return resolve_groups(optim, self.model) if said or optim.optimizer != "adam" else None

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from runtime.estimate.parameters import Parameter
 from runtime.estimate.setup import ITEMSIZE, Setup
 from runtime.parallel.packing import lay_out, pack
+from runtime.parallel.tensor_settings import DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class State:
     masters: int
     """fp32; none where the weights are their own masters."""
     moments: int
-    """Both of them."""
+    """And other states of the optimizer, such as the mean of the weights."""
 
     @property
     def total(self) -> int:
@@ -58,9 +59,9 @@ def rank_state(parameters: Sequence[Parameter], setup: Setup) -> State:
 
 
 def _in_buckets(parameters: Sequence[Parameter], setup: Setup, *, distributed: bool) -> State:
-    weight, wide, moment = ITEMSIZE[setup.dtype], setup.wide, setup.moment
+    weight, wide = ITEMSIZE[setup.dtype], setup.wide
     elements = owned = 0
-    frozen = 0
+    frozen = states = 0
     for members in buckets(parameters):
         if members[0].frozen:
             frozen += lay_out([member.size for member in members], 1)[1]
@@ -68,8 +69,9 @@ def _in_buckets(parameters: Sequence[Parameter], setup: Setup, *, distributed: b
         parts = setup.replicas(expert=members[0].expert) if distributed else 1
         _, count = lay_out([member.size for member in members], parts)
         elements, owned = elements + count, owned + count // parts
+        states += count // parts * setup.states(members[0].settings)
     masters = owned * wide if weight != wide else 0
-    return State((elements + frozen) * weight, elements * wide, masters, 2 * owned * moment)
+    return State((elements + frozen) * weight, elements * wide, masters, states)
 
 
 def _fully_sharded(parameters: Sequence[Parameter], setup: Setup) -> State:
@@ -79,7 +81,7 @@ def _fully_sharded(parameters: Sequence[Parameter], setup: Setup) -> State:
         rows, parts = parameter.shape[0], setup.replicas(expert=parameter.expert)
         count = -(-rows // parts) * (parameter.size // rows)
         owned, frozen = (owned, frozen + count) if parameter.frozen else (owned + count, frozen)
-    return State(frozen * ITEMSIZE[setup.dtype], owned * setup.wide, owned * setup.wide, 2 * owned * setup.moment)
+    return State(frozen * ITEMSIZE[setup.dtype], owned * setup.wide, owned * setup.wide, owned * setup.states())
 
 
 def checkpoint_bytes(setup: Setup, *, with_optimizer: bool = True) -> int:
@@ -96,6 +98,8 @@ def checkpoint_bytes(setup: Setup, *, with_optimizer: bool = True) -> int:
     plain = [t for t in tensors if not t.rule.buffer and not setup.model.optional(t)]
     buffers = sum(t.size for t in tensors if t.rule.buffer) * 4
     groups, weight = setup.groups, ITEMSIZE[setup.dtype]
-    trained = sum(t.size for t in plain if groups is None or not groups[t.name].frozen) if with_optimizer else 0
+    settings = [(t.size, DEFAULT if groups is None else groups[t.name]) for t in plain]
+    trained = [(size, found) for size, found in settings if with_optimizer and not found.frozen]
     masters = setup.wide if weight != setup.wide else 0
-    return buffers + sum(t.size for t in plain) * weight + trained * (masters + 2 * setup.moment)
+    states = sum(size * (masters + setup.states(found)) for size, found in trained)
+    return buffers + sum(t.size for t in plain) * weight + states

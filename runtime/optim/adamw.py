@@ -37,8 +37,7 @@ class AdamW:
         self._places = {id(shard): place for place, shard in enumerate(shards)}
         self._segments = [[s for s in segments(shard) if not s.settings.frozen] for shard in shards]
 
-    @property
-    def states(self) -> Sequence[str]:
+    def states(self, shard: Shard) -> Sequence[str]:
         """The two moments."""
         return MOMENTS
 

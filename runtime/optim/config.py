@@ -12,8 +12,16 @@ from runtime.flag import check_fields, flag
 class OptimConfig:
     """AdamW with fp32 master weights and moments."""
 
-    optimizer: Literal["adam"] = "adam"
-    """adam: AdamW, whose weight decay is decoupled."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """adam: AdamW, whose weight decay is decoupled. muon: torch's Muon for the matrices of the layers, each expert's and
+    each of query, key and value by itself, and AdamW for the rest; it needs whole matrices on each rank."""
+    muon_momentum: float = flag(0.95, at_least=0, below=1)
+    """Muon only: decay of the running mean of the gradient."""
+    muon_num_ns_steps: int = flag(5, at_least=1, below=100)
+    """Muon only: Newton-Schulz iterations of the orthogonalisation."""
+    muon_adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Muon only: size of an update. match_rms_adamw: that of AdamW's, so that both have the same --lr; original: that of a
+    matrix with singular values of 1, times the root of rows over columns where there are more rows."""
     lr: float = flag(1e-4, at_least=0)
     """Peak learning rate; the schedule sets the rate of each step."""
     decoupled_lr: float | None = flag(None, at_least=0)

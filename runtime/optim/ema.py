@@ -45,10 +45,9 @@ class WithMean:
         """What gradients were divided by in the last step."""
         return self._inner.divisor
 
-    @property
-    def states(self) -> Sequence[str]:
+    def states(self, shard: Shard) -> Sequence[str]:
         """Those of the optimizer, and the mean."""
-        return (*self._inner.states, EMA)
+        return (*self._inner.states(shard), EMA)
 
     def state(self, shard: Shard, name: str) -> Tensor:
         """A state of a shard, [N] as its master; live memory."""

@@ -99,7 +99,7 @@ def num_trained(groups: Mapping[str, TensorSettings], model: Model) -> int:
 
 
 def check_states(groups: Mapping[str, TensorSettings], stored: Iterable[str], where: object) -> None:
-    """Refuse to go on with the optimizer of a run that had frozen what is trained now.
+    """Refuse to go on with the optimizer of a run that had frozen what is trained now, or had another optimizer.
 
     Args:
         groups: what `resolve_groups` gave.
@@ -109,14 +109,17 @@ def check_states(groups: Mapping[str, TensorSettings], stored: Iterable[str], wh
     Raises:
         ConfigError: it holds moments, but not of every tensor that is trained now.
     """
-    found = map(split_optimizer_name, stored)
-    have = {base for state, base in found if state is not None and state not in DERIVED_STATES}
-    missing = [name for name, settings in groups.items() if not settings.frozen and name not in have]
+    have = {(state, base) for state, base in map(split_optimizer_name, stored) if state not in (None, *DERIVED_STATES)}
+    missing = [
+        name
+        for name, settings in groups.items()
+        if not settings.frozen and ("momentum_buffer" if settings.matrix else "exp_avg", name) not in have
+    ]
     require(
         not have or not missing,
         f"{where} holds no moments of {len(missing)} tensors that are trained now, such as {next(iter(missing), '')}: "
-        "they were frozen. Freeze them again, or start with new moments for all: --load it with --no-load-optim, "
-        "and give another --save",
+        "they were frozen, or another --optimizer trained them. Do as that run did, or start with new moments for all: "
+        "--load it with --no-load-optim, and give another --save",
     )
 
 
@@ -126,7 +129,8 @@ def _trained(tensor: GlobalTensor) -> bool:
 
 def _plain_settings(tensor: GlobalTensor, config: OptimConfig) -> TensorSettings:
     decoupled = config.decoupled_lr is not None and tensor.rule.role in _ENDS
-    return TensorSettings(decay=len(tensor.shape) > 1, decoupled=decoupled)
+    matrix = config.optimizer == "muon" and len(tensor.shape) == 2 and tensor.rule.role not in _ENDS
+    return TensorSettings(decay=len(tensor.shape) > 1, decoupled=decoupled, matrix=matrix)
 
 
 def _change(out: dict[str, TensorSettings], names: Sequence[str], **values: Any) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from runtime.optim.adamw import AdamW
 from runtime.optim.config import OptimConfig
 from runtime.optim.ema import WithMean
+from runtime.optim.muon import Muon
 from runtime.optim.protocol import Optimizer
 from runtime.parallel.shards import Shard
 
 # By the name that --optimizer takes.
-OPTIMIZERS: Mapping[str, Callable[[OptimConfig, Sequence[Shard]], Optimizer]] = {"adam": AdamW}
+OPTIMIZERS: Mapping[str, Callable[[OptimConfig, Sequence[Shard]], Optimizer]] = {"adam": AdamW, "muon": Muon}
 
 
 def make_optimizer(config: OptimConfig, shards: Sequence[Shard]) -> Optimizer:

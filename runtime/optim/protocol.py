@@ -23,9 +23,8 @@ class Optimizer(Protocol):
     def divisor(self) -> Tensor | None:
         """What gradients were divided by in the last step."""
 
-    @property
-    def states(self) -> Sequence[str]:
-        """The names of what is kept for each element, beside the master."""
+    def states(self, shard: Shard) -> Sequence[str]:
+        """The names of what is kept for each element of a shard, beside the master."""
 
     def state(self, shard: Shard, name: str) -> Tensor:
         """A state of a shard, [N] as its master; live memory."""

@@ -18,6 +18,8 @@ class TensorSettings:
     """Factor on the learning rate."""
     decoupled: bool = False
     """Its rate is --decoupled-lr's instead of --lr's."""
+    matrix: bool = False
+    """Muon updates it, as a whole."""
 
 
 DEFAULT = TensorSettings()

@@ -12,6 +12,7 @@ from moeconv.placement import check_degrees as check_model_degrees
 from runtime.errors import ConfigError, require
 from runtime.flag import flag_name
 from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
 from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
 from runtime.settings.run import RunConfig
@@ -48,6 +49,7 @@ def check_layout(run: RunConfig, world_size: int) -> None:
     check_combinations(run.parallel, run.moe)
     check_sequence(run.parallel, run.train)
     check_microbatches(run.parallel, run.train, world_size)
+    check_optimizer(run.optim, run.parallel)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -156,6 +158,25 @@ def check_microbatches(parallel: ParallelConfig, train: TrainConfig, world_size:
             f"they must be a multiple of {PP} {pp}: give a multiple of {one_pass * pp}"
             + (", --rampup-batch-size included" if train.rampup_batch_size else ""),
         )
+
+
+def check_optimizer(optim: OptimConfig, parallel: ParallelConfig) -> None:
+    """Refuse layouts whose ranks hold parts of the matrices that Muon needs whole.
+
+    Raises:
+        ConfigError: names the flags.
+    """
+    cuts = [f"{FLAGS[axis]} {getattr(parallel, axis)}" for axis in ("tp", "etp") if getattr(parallel, axis) > 1]
+    cuts += [
+        flag_name(ParallelConfig, field)
+        for field in ("use_distributed_optimizer", "fully_shard")
+        if getattr(parallel, field)
+    ]
+    require(
+        optim.optimizer != "muon" or not cuts,
+        f"--optimizer muon orthogonalises whole matrices, of which {', '.join(cuts)} leaves a rank only a part: leave that "
+        "out and spread the model by expert, pipeline and context parallelism, or take --optimizer adam",
+    )
 
 
 def check_precision(run: RunConfig) -> None:

@@ -107,7 +107,8 @@ def nothing_at(places: CheckpointConfig, others: Iterable[Path] = ()) -> str | N
     found = sorted(entry.name for entry in where.iterdir() if not (same and _of_a_run(entry, others)))
     if not found:
         return f"no checkpoint at {flag} {where}, which is empty"
-    if flag == "--load" and ({CONFIG, MANIFEST} & set(found) or recognise(where) is not None):
+    a_run = folders.latest(where) is not None
+    if flag == "--load" and (a_run or {CONFIG, MANIFEST} & set(found) or recognise(where) is not None):
         return None  # opened, which says what is wrong with it, if anything is
     shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
     other = "" if flag == "--load" else "; to start from what is there, name it with --load"

@@ -27,7 +27,7 @@ from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.shards import Shard
-from runtime.settings.check import check_combinations, check_degrees, check_world
+from runtime.settings.check import check_combinations, check_degrees, check_optimizer, check_world
 from tests.support.configs import tiny_model, trained_families
 
 NUM_LAYOUTS = 50
@@ -44,6 +44,8 @@ TRAINED: tuple[dict[str, Any], ...] = (
     {},
     {"freeze": ("*embed_tokens*", "*.layers.0.*")},
     {"no_weight_decay": ("*k_proj*", "*kv_*"), "decoupled_lr": 1e-3},
+    {"ema_decay": 0.99, "freeze": ("*norm*",)},
+    {"optimizer": "muon"},
     {"freeze": ("*attn*",), "lr_scale": ("*.layers.1.*=0.1",)},
 )
 
@@ -81,6 +83,7 @@ def draw(random_: random.Random) -> Setup:
             check_world(parallel, world)
             check_degrees(parallel, model)
             check_combinations(parallel, setup.moe)
+            check_optimizer(setup.optim, parallel)
             resolve_groups(setup.optim, model)
         except MoeconvError:
             continue
@@ -122,7 +125,7 @@ def memory_of(engine: Engine) -> State:
     gradients = sum(size(shard.grads) for shard in bucketed)  # type: ignore[attr-defined]
     gradients += sum(master(shard) for shard in trained if shard not in bucketed)
     masters = sum(master(shard) for shard in trained if shard not in bucketed or shard.separate_master)
-    moments = sum(size(engine.optimizer.state(s, name)) for s in trained for name in engine.optimizer.states)
+    moments = sum(size(engine.optimizer.state(s, name)) for s in trained for name in engine.optimizer.states(s))
     return State(weights, gradients, masters, moments)
 
 

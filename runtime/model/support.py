@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 from moeconv.families.base import Model
 from moeconv.families.compute import FIXED
 from moeconv.quant import require_plain
 from runtime.errors import require
-from runtime.model.context import TORCH_DTYPES
 from runtime.model.dtypes import DtypeName
 
 # The roles that the trainer's modules take. A model with others would be trained without them.
@@ -75,5 +74,6 @@ def _instead(model: Model, key: str) -> str:
 def stored_dtype(model: Model) -> DtypeName:
     """Give the type that a checkpoint's config.json says its weights have; float32 where it is silent."""
     name = model.config.get("dtype") or model.config.get("torch_dtype") or "float32"
-    require(name in TORCH_DTYPES, f"config.json: dtype is {name!r}; expected one of {', '.join(TORCH_DTYPES)}")
+    known = get_args(DtypeName)
+    require(name in known, f"config.json: dtype is {name!r}; expected one of {', '.join(known)}")
     return cast(DtypeName, name)

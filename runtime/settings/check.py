@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import Model
 from moeconv.layout.degrees import OPTIONS, DegreesError
 from moeconv.layout.shard import divisors
@@ -39,6 +40,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
     resolve_groups(run.optim, run.model, trains=not run.train.skip_train)
     check_layout(run, world_size)
     check_precision(run)
+    check_adapters(run)
 
 
 def check_layout(run: RunConfig, world_size: int) -> None:
@@ -156,6 +158,29 @@ def check_microbatches(parallel: ParallelConfig, train: TrainConfig, world_size:
             f"they must be a multiple of {PP} {pp}: give a multiple of {one_pass * pp}"
             + (", --rampup-batch-size included" if train.rampup_batch_size else ""),
         )
+
+
+def check_adapters(run: RunConfig) -> None:
+    """Refuse what can't be trained beside adapters.
+
+    Raises:
+        ConfigError: names the flags and what would fit.
+    """
+    model, moe = run.model, run.moe
+    if not isinstance(model, AdaptedModel) or moe is None:
+        return
+    flags = {name: flag_name(MoEConfig, name) for name in ("gemm_backend", "fp8_format", "enable_expert_bias")}
+    require(
+        not moe.enable_expert_bias,
+        f"{flags['enable_expert_bias']} changes the frozen model beside adapters, which no save of them would hold; leave it out",
+    )
+    experts = any(model.tensors[name].expert is not None for name in model.adapted)
+    te = moe.gemm_backend == "te" or moe.fp8_format is not None
+    require(
+        not (experts and te),
+        f"--lora-targets gives routed experts adapters, which {flags['gemm_backend']} te and {flags['fp8_format']} don't compute; "
+        "take another backend in bf16",
+    )
 
 
 def check_precision(run: RunConfig) -> None:

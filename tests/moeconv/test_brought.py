@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from moeconv.checking import check_tied, compare, lone_state
-from moeconv.checkpoint import finish_checkpoint, open_checkpoint
+from moeconv.checkpoint import open_checkpoint
+from moeconv.finish import finish_checkpoint
 from moeconv.convert import Options, write_hf, write_sharded
 from moeconv.errors import MappingError, SourceError
 from moeconv.io.hf_folder import INDEX

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moeconv.checkpoint import finish_checkpoint, open_checkpoint
+from moeconv.checkpoint import open_checkpoint
+from moeconv.finish import finish_checkpoint
 from moeconv.convert import Options, write_hf
 from moeconv.errors import IntegrityError
 from moeconv.io.shards import ShardEntry, write_shard_file

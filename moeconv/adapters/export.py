@@ -97,11 +97,7 @@ def plan_peft(save: Checkpoint, form: Form | None = None, base_name: str | None 
             )
     modules = _whole(save, model, out)
     out.matrices.sort(key=lambda matrix: (-dtype(matrix.dtype).itemsize, matrix.key))
-    every = [
-        name.removesuffix(_SUFFIX)
-        for name, t in model.plain.items()
-        if len(t.shape) == 2 and not (chosen and t.expert is not None)
-    ]
+    target_modules, target_parameters = _targets(model, list(left), chosen)
     out.config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -110,13 +106,12 @@ def plan_peft(save: Checkpoint, form: Form | None = None, base_name: str | None 
         "r": record.rank,
         "lora_alpha": _plain(record.alpha),
         "use_rslora": record.rslora,
-        "lora_dropout": 0.0 if chosen else record.dropout,
+        "lora_dropout": 0.0 if target_parameters else record.dropout,  # peft has none for parameters
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": _short([name.removesuffix(_SUFFIX) for name in left], every, 1),
-        "target_parameters": _short([stack.name for stack in chosen], [stack.name for stack in stacks(model)], 2)
-        or None,
+        "target_modules": target_modules,
+        "target_parameters": target_parameters or None,
         "rank_pattern": parts.ranks,
         "alpha_pattern": parts.alphas,
         "modules_to_save": modules or None,
@@ -232,6 +227,26 @@ def _short(chosen: list[str], every: list[str], words: int) -> list[str]:
     ends = list(dict.fromkeys(".".join(name.split(".")[-words:]) for name in chosen))
     hit = {name for name in every if any(name == end or name.endswith(f".{end}") for end in ends)}
     return ends if hit == set(chosen) else chosen
+
+
+def _targets(model: Model, names: list[str], chosen: list[Stack]) -> tuple[list[str], list[str]]:
+    """Say which modules and which parameters have adapters.
+
+    peft takes modules that are called as the parts of experts were before transformers 5 for these: others of that name,
+    such as shared experts', are named as parameters, which gives their adapters the same form.
+    """
+    every = list(stacks(model))
+    parts = {_leaf(tensor.name) for stack in every for group in stack.groups for tensor in group}
+    clash = [name for name in names if model.plain[name].expert is None and _leaf(name) in parts]
+    plain = [name.removesuffix(_SUFFIX) for name in names if name not in clash]
+    matrices = [(name, tensor) for name, tensor in model.plain.items() if len(tensor.shape) == 2]
+    modules = [name.removesuffix(_SUFFIX) for name, tensor in matrices if tensor.expert is None or not chosen]
+    parameters = _short([stack.name for stack in chosen], [stack.name for stack in every], 2)
+    return _short(plain, modules, 1), parameters + clash
+
+
+def _leaf(name: str) -> str:
+    return name.removesuffix(_SUFFIX).rpartition(".")[2]
 
 
 def _whole(save: Checkpoint, model: Model, out: PeftFolder) -> list[str]:

@@ -148,7 +148,8 @@ class _Peft:
         if found is None or not found[0].stack:
             weights = self._names.weights(name + _SUFFIX) or self._names.weights(name)
             if weights and (found is None or not found[0].dim):
-                self._add(module, name, [[self._model.plain[weight] for weight in weights]])
+                target = name + _SUFFIX if self._config.targets(name + _SUFFIX) else name
+                self._add(module, target, [[self._model.plain[weight] for weight in weights]])
                 return
         bare, depth = name.replace(".base_layer", ""), name.count(".base_layer")
         targeted = [stack for stack in self._stacks.get(bare, []) if self._config.targets(stack.name)]

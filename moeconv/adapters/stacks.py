@@ -38,25 +38,28 @@ def matrix_sizes(tensor: GlobalTensor) -> tuple[int, int]:
     return (first, second) if tensor.rule.transposed else (second, first)
 
 
-def stacks(model: Model) -> Iterator[Stack]:
+def stacks(model: Model, *, published: bool = False) -> Iterator[Stack]:
     """List the stacks of a model, layer by layer, those of a module in the order in which it has them.
 
     Args:
-        model: the model, with or without adapters.
+        model: the model.
+        published: also those in which checkpoints are published and that transformers keeps in another form.
 
     Yields:
         Each stack whose matrices can have adapters.
     """
     names = NameMap(model)
+    # Where a family has a form besides the published one, it is that of transformers' memory.
+    aliases = sorted((alias for alias in names.aliases if alias.stack), key=lambda alias: alias.hub)
     for layer in range(model.sizes["layers"]):
         seen: set[str] = set()
-        for alias in names.aliases:
-            groups = names.members(alias, layer) if alias.stack else None
+        for alias in aliases:
+            groups = names.members(alias, layer)
             members = [tensor for group in groups or () for tensor in group]
             if groups is None or not all(tensor.rule.role in ADAPTABLE for tensor in members):
                 continue
             outward = all(alias.dim == (1 if t.rule.transposed else 0) or len(g) == 1 for g in groups for t in g)
-            if outward and not seen.intersection(tensor.name for tensor in members):
+            if outward and (published or not seen.intersection(tensor.name for tensor in members)):
                 seen |= {tensor.name for tensor in members}
                 module, _, parameter = names.alias_name(alias, layer).rpartition(".")
                 yield Stack(module, parameter, tuple(tuple(group) for group in groups))
@@ -65,6 +68,6 @@ def stacks(model: Model) -> Iterator[Stack]:
 def by_module(model: Model) -> dict[str, list[Stack]]:
     """Give the stacks of each module that has some."""
     out: dict[str, list[Stack]] = {}
-    for stack in stacks(model):
+    for stack in stacks(model, published=True):
         out.setdefault(stack.module, []).append(stack)
     return out

@@ -80,13 +80,13 @@ def _named(flag_: str, pattern: str, names: Iterable[str]) -> list[str]:
 
 def _check_experts(model: Model, adapted: set[str]) -> None:
     """Refuse adapters on some experts of a layer: all are one grouped product."""
-    counts: dict[tuple[int | None, str], int] = {}
+    counts: dict[tuple[int, str], int] = {}
     for name in adapted:
         tensor = model.tensors[name]
-        if tensor.expert is not None:
+        if tensor.expert is not None and tensor.layer is not None:
             key = (tensor.layer, tensor.rule.role)
             counts[key] = counts.get(key, 0) + 1
-    for (layer, role), count in counts.items():
+    for (layer, role), count in sorted(counts.items()):
         require(
             count == model.sizes["experts"],
             f"--lora-targets: fits {role} of {count} of the {model.sizes['experts']} experts of layer {layer}; adapters go "

@@ -35,6 +35,9 @@ CASES: dict[str, tuple[str, LoraConfig]] = {
     "qwen3_moe": ("qwen3_moe", LoraConfig(rank=4, rslora=True, targets=ALL)),
     "qwen3_moe-a-layer": ("qwen3_moe", LoraConfig(rank=4, targets=("*layers.1*up_proj*", "*layers.0*[kv]_proj*"))),
     "gpt_oss": ("gpt_oss", LoraConfig(rank=4, targets=ALL)),
+    # Shared experts and a dense layer are called as experts were; the published stacks are others than transformers'.
+    "glm4_moe": ("glm4_moe", LoraConfig(rank=2, targets=("*self_attn*", "*mlp*"))),
+    "granitemoe": ("granitemoe", LoraConfig(rank=2, targets=ALL)),
     "deepseek_v3": ("deepseek_v3", LoraConfig(rank=2, targets=("*self_attn*", "*mlp.experts*"))),
 }
 

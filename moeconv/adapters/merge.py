@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from moeconv.quant import require_plain
 
 # Allowed difference of logits, relative to the largest: of fp32 sums in another order, and where weights of 16 bits are rounded.
 EXACT_BOUND, ROUNDED_BOUND = 1e-4, 5e-2
+_BAND = 1 << 19  # elements that are compared at a time
 
 
 class ProofError(MoeconvError):
@@ -219,7 +221,7 @@ def prove(merged: Merged, written: Checkpoint, options: Options, *, logits: bool
 
 @dataclass(frozen=True)
 class _Effective(Checkpoint):
-    """The base with an adapter, unrounded: weights in fp32, made anew from the adapter's files in one piece."""
+    """The base with an adapter, unrounded, made anew from both."""
 
     merged: Merged | None = None
 
@@ -229,37 +231,41 @@ class _Effective(Checkpoint):
         return cls(**(values | {"ops": {}}), merged=merged)
 
     def read(self, name: str, rect: Rect | None = None) -> Array:
-        """As `Checkpoint.read`; weights that the adapter changes in fp32 (fp64 for F64)."""
+        """As `Checkpoint.read`; weights that the adapter changes in fp32, those of fp32 in fp64."""
         assert self.merged is not None
-        adapter, kind = self.merged.adapter_of, wide(self.tensors[name].dtype)
+        adapter, dtype = self.merged.adapter_of, self.tensors[name].dtype
         wanted = rect or Rect.whole(self.tensors[name].shape)
         if name in adapter.whole:
-            return adapter.whole[name]().astype(kind)[wanted.slices()]
+            return adapter.whole[name]().astype(wide(dtype))[wanted.slices()]
         values = super().read(name, rect)
         if name not in adapter.deltas:
             return values
-        delta = adapter.deltas[name]
-        a, b = delta.a().astype(np.float64), delta.b().astype(np.float64)
-        product = delta.scale * (b @ a)
-        whole: Array = product.T if delta.transposed else product
-        return (values.astype(np.float64) + whole[wanted.slices()]).astype(kind)
+        # Rounded weights are compared with fp32 sums, fp32 ones with sums in fp64.
+        kind = np.float64 if dtype in ("F32", "F64") else np.float32
+        rows, columns = wanted.slices()
+        return values.astype(kind) + adapter.deltas[name].rows(rows.start, rows.stop, kind)[:, columns]
 
 
 def _check_weight(effective: _Effective, written: Checkpoint, name: str, told: Progress | None) -> bool:
     """Compare a written weight with the sum that it must be; say whether its adapter adds nothing."""
-    kind = numpy_dtype(written.tensors[name].dtype)
-    want, got = effective.read(name).astype(np.float64), written.read(name).astype(np.float64)
-    # Half a step of the type, and what fp32 sums in another order can differ by.
-    step = _epsilon(kind)
-    slack = np.abs(want) * (step / 2 + 2.0**-20) + np.abs(want).max(initial=0.0) * 2.0**-22 + float(_smallest(kind))
-    wrong = ~(np.abs(got - want) <= slack)
+    info = written.tensors[name]
+    kind, shape = numpy_dtype(info.dtype), info.shape
+    band = max(1, _BAND // max(prod(shape[1:]), 1))
+    for first in range(0, shape[0] if shape else 1, band):
+        rect = Rect.slab(shape, 0, first, min(first + band, shape[0])) if shape else Rect.whole(shape)
+        want, got = effective.read(name, rect), written.read(name, rect).astype(np.float64)
+        # Half a step of the type, and what fp32 sums in another order can differ by.
+        slack = np.abs(want) * (_epsilon(kind) / 2 + 2.0**-20) + np.abs(want).max(initial=0.0) * 2.0**-22
+        wrong = ~(np.abs(got - want) <= slack + _smallest(kind))
+        if wrong.any():
+            at = tuple(int(i) for i in np.argwhere(wrong)[0])
+            place = [first + at[0], *at[1:]] if at else []
+            raise ProofError(
+                f"{written.root}: {name}{place} was written as {got[at]:.6g}, and the base with the adapter is {want[at]:.6g} there. "
+                "Nothing was finished"
+            )
     if told is not None:
-        told(written.tensors[name].nbytes)
-    if wrong.any():
-        at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise ProofError(
-            f"{written.root}: {name}{list(at)} was written as {got[at]:.6g}, and the base with the adapter is {want[at]:.6g} there. Nothing was finished"
-        )
+        told(info.nbytes)
     delta = effective.merged.adapter_of.deltas.get(name) if effective.merged is not None else None
     return delta is not None and not delta.b().any()
 

@@ -75,19 +75,26 @@ def _report(
         f"{adapter.root}: {adapter.title}: added to {len(adapter.deltas)} weights, in place of {len(adapter.whole)}"
     ]
     lines += [f"not taken along: {what}" for what in merged.stale]
-    if proof is not None:
-        lines.append(
-            f"checked: {proof.weights} weights are the fp32 sums, rounded once"
-            + (f"; {proof.zero} adapters add nothing" if proof.zero else "")
-        )
-        lines.append(
-            proof.note
-            if proof.logits_error is None
-            else f"checked: logits differ by {proof.logits_error:.1e} of the largest from base and adapter (bound {proof.bound:.0e})"
-        )
+    lines += [] if proof is None else _proved(proof)
     what = f"{len(plan.jobs)} tensors in {len(plan.files)} files, {amount(plan.nbytes)}"
     lines.append(f"{out}: would hold {what}" if proof is None else f"{out}: {what} in {seconds:.1f} s")
     show(value, options["as_json"], lines)
+
+
+def _proved(proof: Proof) -> list[str]:
+    zero = f"; {proof.zero} adapters add nothing" if proof.zero else ""
+    lines = [
+        f"checked: {proof.weights} weights are their sums, rounded once; rounding changed them by {proof.rounding:.1%} of what the "
+        f"adapter did{zero}"
+    ]
+    if proof.rounding > 1:
+        lines.append(
+            "WARNING: rounding changed the weights by more than the adapter did: little of it is left in weights of 16 bits"
+        )
+    if proof.logits_error is None:
+        return [*lines, proof.note]
+    found = f"logits differ by {proof.logits_error:.1e} of the largest from those of the base with the adapter"
+    return [*lines, f"checked: {found} (bound {proof.bound:.0e})"]
 
 
 @click.command("export-adapter")

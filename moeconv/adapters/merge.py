@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.adapters.delta import AddDelta, Array, Replace, wide
+from moeconv.adapters.delta import AddDelta, Array, Replace
 from moeconv.adapters.identity import check_base, fingerprint
 from moeconv.adapters.source import Adapter
 from moeconv.checkpoint import TRAINER, Checkpoint, make_manifest
@@ -27,9 +27,10 @@ from moeconv.pieces import NameMap, Piece
 from moeconv.placement import split_optimizer_name
 from moeconv.plan import Plan, RowOp, make_plan, safetensors_target
 from moeconv.quant import require_plain
+from moeconv.reading import read_rect
 
-# Allowed difference of logits, relative to the largest: of fp32 sums in another order, and where weights of 16 bits are rounded.
-EXACT_BOUND, ROUNDED_BOUND = 1e-4, 5e-2
+# Allowed difference of logits, relative to the largest: of sums in another order, and where that decides how 16 bits are rounded.
+EXACT_BOUND, ROUNDED_BOUND = 1e-4, 1e-3
 _BAND = 1 << 19  # elements that are compared at a time
 
 
@@ -118,11 +119,13 @@ def plan_merge(merged: Merged, *, hf: bool = False) -> tuple[Plan, bytes | None]
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was found of the written files: weights compared with fp32 sums, and logits with those of base and adapter; None where left out."""
+    """What was found of the written files: weights compared with their sums, and logits with those of base and adapter; None where left out."""
 
     weights: int
     zero: int
     """Adapters that add nothing."""
+    rounding: float
+    """What rounding changed of the weights over what the adapter did, root mean squares."""
     logits_error: float | None = None
     bound: float | None = None
     note: str = ""
@@ -189,39 +192,36 @@ def prove(merged: Merged, written: Checkpoint, options: Options, *, logits: bool
         ProofError: a weight or the logits differ by more than rounding.
     """
     adapter = merged.adapter_of
-    effective = _Effective.of(merged)
-    told = options.progress(sum(merged.tensors[name].nbytes for name in adapter.deltas)) if options.progress else None
+    names = [*adapter.deltas, *adapter.whole]
+    told = options.progress(sum(merged.tensors[name].nbytes for name in names)) if options.progress else None
     with ThreadPoolExecutor(options.workers) as pool:
-        zero = sum(
-            pool.map(lambda name: _check_weight(effective, written, name, told), [*adapter.deltas, *adapter.whole])
-        )
-    count = len(adapter.deltas) + len(adapter.whole)
+        found = list(pool.map(lambda name: _check_weight(merged, written, name, told), names))
+    added, lost = (sum(column) for column in zip(*found, strict=True))
+    zero = sum(not own for own, _ in found[: len(adapter.deltas)])
+    proof = Proof(len(names), zero, (lost / added) ** 0.5 if added else 0.0)
     if logits is False:
-        return Proof(count, zero, note="logits: left out")
+        return replace(proof, note="logits: left out")
     from moeconv import forward
     from moeconv.upcycle.check import free_memory
 
     needed, free = forward.layer_bytes(merged), free_memory()
     if logits is None and needed > free:
-        return Proof(
-            count,
-            zero,
-            note=f"logits: left out: a layer in fp32 takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-        )
-    error = forward.logits_difference(written, effective)
-    rounds = any(merged.tensors[name].dtype not in ("F32", "F64") for name in (*adapter.deltas, *adapter.whole))
+        why = f"a layer in fp32 takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        return replace(proof, note=f"logits: left out: {why}")
+    error = forward.logits_difference(written, _Effective.of(merged))
+    rounds = any(merged.tensors[name].dtype not in ("F32", "F64") for name in names)
     bound = ROUNDED_BOUND if rounds else EXACT_BOUND
     if not error <= bound:
         raise ProofError(
-            f"{written.root}: the merged model's logits differ by {error:.1e} of the largest from those of the base with the adapter; "
-            f"at most {bound:.0e} is expected of rounding. Nothing was finished"
+            f"{written.root}: the merged model's logits differ by {error:.1e} of the largest from those of the base with the adapter, "
+            f"its sums rounded as the weights are; expected are at most {bound:.0e}. Nothing was finished"
         )
-    return Proof(count, zero, error, bound)
+    return replace(proof, logits_error=error, bound=bound)
 
 
 @dataclass(frozen=True)
 class _Effective(Checkpoint):
-    """The base with an adapter, unrounded, made anew from both."""
+    """The base with an adapter, its sums rounded as the weights are, made anew from both."""
 
     merged: Merged | None = None
 
@@ -231,43 +231,50 @@ class _Effective(Checkpoint):
         return cls(**(values | {"ops": {}}), merged=merged)
 
     def read(self, name: str, rect: Rect | None = None) -> Array:
-        """As `Checkpoint.read`; weights that the adapter changes in fp32, those of fp32 in fp64."""
+        """As `Checkpoint.read`."""
         assert self.merged is not None
-        adapter, dtype = self.merged.adapter_of, self.tensors[name].dtype
         wanted = rect or Rect.whole(self.tensors[name].shape)
-        if name in adapter.whole:
-            return adapter.whole[name]().astype(wide(dtype))[wanted.slices()]
-        values = super().read(name, rect)
-        if name not in adapter.deltas:
-            return values
-        # Rounded weights are compared with fp32 sums, fp32 ones with sums in fp64.
-        kind = np.float64 if dtype in ("F32", "F64") else np.float32
-        rows, columns = wanted.slices()
-        return values.astype(kind) + adapter.deltas[name].rows(rows.start, rows.stop, kind)[:, columns]
+        base, added = _sum_of(self.merged, name, wanted)
+        return (base if added is None else base + added).astype(numpy_dtype(self.tensors[name].dtype))
 
 
-def _check_weight(effective: _Effective, written: Checkpoint, name: str, told: Progress | None) -> bool:
-    """Compare a written weight with the sum that it must be; say whether its adapter adds nothing."""
+def _sum_of(merged: Merged, name: str, rect: Rect) -> tuple[Array, Array | None]:
+    """A part of the base's weight, and what the adapter adds, None for nothing: in fp32, for fp32 weights in fp64."""
+    adapter, dtype = merged.adapter_of, merged.tensors[name].dtype
+    kind = np.float64 if dtype in ("F32", "F64") else np.float32
+    if name in adapter.whole:
+        return adapter.whole[name]()[rect.slices()].astype(kind), None
+    base = read_rect(merged.root, merged.tensors[name], merged.pieces[name], rect)
+    if name not in adapter.deltas:
+        return base, None
+    rows, columns = rect.slices()
+    return base.astype(kind), adapter.deltas[name].rows(rows.start, rows.stop, kind)[:, columns]
+
+
+def _check_weight(merged: Merged, written: Checkpoint, name: str, told: Progress | None) -> tuple[float, float]:
+    """Compare a written weight with the sum that it must be; give the sums of squares of what was added, and of what rounding changed."""
     info = written.tensors[name]
     kind, shape = numpy_dtype(info.dtype), info.shape
-    band = max(1, _BAND // max(prod(shape[1:]), 1))
-    for first in range(0, shape[0] if shape else 1, band):
-        rect = Rect.slab(shape, 0, first, min(first + band, shape[0])) if shape else Rect.whole(shape)
-        want, got = effective.read(name, rect), written.read(name, rect).astype(np.float64)
-        # Half a step of the type, and what fp32 sums in another order can differ by.
+    band, total, lost = max(1, _BAND // max(prod(shape[1:]), 1)), 0.0, 0.0
+    for first in range(0, shape[0], band):
+        rect = Rect.slab(shape, 0, first, min(first + band, shape[0]))
+        base, added = _sum_of(merged, name, rect)
+        want = base if added is None else base + added
+        off = np.abs(written.read(name, rect).astype(want.dtype) - want)
+        # Half a step of the type, and what sums in another order can differ by.
         slack = np.abs(want) * (_epsilon(kind) / 2 + 2.0**-20) + np.abs(want).max(initial=0.0) * 2.0**-22
-        wrong = ~(np.abs(got - want) <= slack + _smallest(kind))
+        wrong = ~(off <= slack + _smallest(kind))
         if wrong.any():
             at = tuple(int(i) for i in np.argwhere(wrong)[0])
-            place = [first + at[0], *at[1:]] if at else []
             raise ProofError(
-                f"{written.root}: {name}{place} was written as {got[at]:.6g}, and the base with the adapter is {want[at]:.6g} there. "
+                f"{written.root}: {name}{[first + at[0], *at[1:]]} is {off[at]:.2g} off the base with the adapter, which is {want[at]:.6g} there. "
                 "Nothing was finished"
             )
+        if added is not None:
+            total, lost = total + float(np.vdot(added, added)), lost + float(np.vdot(off, off))
     if told is not None:
         told(info.nbytes)
-    delta = effective.merged.adapter_of.deltas.get(name) if effective.merged is not None else None
-    return delta is not None and not delta.b().any()
+    return total, lost
 
 
 def _epsilon(kind: Any) -> float:

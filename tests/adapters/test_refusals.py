@@ -106,7 +106,8 @@ def test_sums_are_rounded_once_and_the_layout_stays(trained: Trained, tmp_path: 
     out = open_checkpoint(tmp_path / "merged")
     assert out.degrees == base.degrees
     assert proof.logits_error is not None
-    assert 1e-5 < proof.logits_error < 5e-2, "of what bf16 rounds"
+    assert proof.logits_error < 1e-3
+    assert 1e-3 < proof.rounding < 1e-1, "of what bf16 rounds"
     model = trained.engine._context.model
     values = random_values(model)  # type: ignore[arg-type]
     assert proof.weights == len(model.adapted) == 2 * (4 + 4 * 3)  # type: ignore[attr-defined]
@@ -144,7 +145,7 @@ def test_commands(trained: Trained, tmp_path: Path) -> None:
     assert planned["proof"] is None
     assert not (tmp_path / "merged").exists()
     done = call("merge", trained.base.root, run, tmp_path / "merged", "--json")
-    assert done["proof"]["logits_error"] < done["proof"]["bound"] == 5e-2
+    assert done["proof"]["logits_error"] < done["proof"]["bound"] == 1e-3
     made = call("export-adapter", run, tmp_path / "peft", "--base-name", "someone/model", "--json")
     assert made["config"]["base_model_name_or_path"] == "someone/model"
     assert made["config"]["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -72,7 +72,7 @@ def train(folder: Path, family: str, config: LoraConfig, dtype: torch.dtype = to
     parallel = ParallelConfig()
     mesh = ParallelMesh(parallel)
     optim = OptimConfig(clip_grad=0.0)
-    engine = Engine(model, torch.float32, parallel, moe, optim, RecomputeConfig(), mesh, torch.device("cpu"), config)
+    engine = Engine(model, torch.float32, parallel, moe, optim, RecomputeConfig(), mesh, torch.device("cpu"), lora=config)
     values = random_values(model)
     engine.load_state(over(base.read, rectangles(values), values))
     source = source_of_saves(base, model, config, fingerprint(base), base.root)

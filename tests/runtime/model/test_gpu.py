@@ -130,12 +130,8 @@ def test_adapters_follow_fp32_on_the_cpu(family: str, rank: int) -> None:
     assert rounded.grad_norm == pytest.approx(want.grad_norm, rel=0.1)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("make_batch", [batch, packed])
 def test_the_host_waits_for_no_kernel_but_those_whose_numbers_it_reads(make_batch: Callable[[int], Batch]) -> None:
-=======
-def test_the_host_waits_for_no_kernel_but_those_whose_numbers_it_reads() -> None:
->>>>>>> a9e0fb9 (Compare merged weights in bounded memory; adapters on a GPU's kernels have a test there)
     engine = make_engine("bfloat16", "cuda")
     engine.train_step([make_batch(0), make_batch(1)])  # kernels are compiled when they are first used
     counts = []

@@ -130,7 +130,7 @@ def make_engine(case: Case, **optim: Any) -> tuple[Engine, ParallelMesh]:
         RecomputeConfig(**case.recompute),
         mesh,
         device,
-        LoraConfig(**case.lora),
+        lora=LoraConfig(**case.lora),
     )
     engine.load_state(initial_reader(model))
     return engine, mesh

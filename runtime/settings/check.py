@@ -167,7 +167,14 @@ def check_adapters(run: RunConfig) -> None:
         ConfigError: names the flags and what would fit.
     """
     model, moe = run.model, run.moe
-    if not isinstance(model, AdaptedModel) or moe is None:
+    if not isinstance(model, AdaptedModel):
+        return
+    require(
+        not run.drawn or run.checkpoint.save is None,
+        f"--lora-rank {run.lora.rank} with drawn weights: no save of adapters would find its model again. Save the model first "
+        "(--train-iters 0), --load it, or leave --save out",
+    )
+    if moe is None:
         return
     flags = {name: flag_name(MoEConfig, name) for name in ("gemm_backend", "fp8_format", "enable_expert_bias")}
     require(

@@ -114,7 +114,7 @@ def nothing_at(places: CheckpointConfig, others: Iterable[Path] = ()) -> str | N
             "name an empty folder",
         )
         return f"no checkpoint at {flag} {where}, which isn't there yet"
-    if not where.is_dir():
+    if not where.is_dir() or folders.latest(where) is not None:
         return None
     found = sorted(entry.name for entry in where.iterdir() if not (same and _of_a_run(entry, others)))
     if not found:

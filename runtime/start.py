@@ -5,25 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Container
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from moeconv.adapters.identity import check_base, fingerprint
-from moeconv.adapters.initial import initial_adapters
 from moeconv.checking import check_tied
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.families.adapted import AdaptedModel
 from moeconv.io.manifest import MANIFEST
 from runtime.checkpoint import folder as folders
-from runtime.checkpoint.adapters import check_adapters, over, source_of_saves
+from runtime.checkpoint.adapters import check_adapters
 from runtime.checkpoint.config import CheckpointConfig
-from runtime.checkpoint.position import TRAINER_FILE, TrainerState
-from runtime.checkpoint.rectangles import Read
-from runtime.checkpoint.verified import load_verified
 from runtime.data.chat import read_template
 from runtime.data.job import prepare_data
 from runtime.data.loader import DataSource
@@ -36,6 +30,7 @@ from runtime.job.failure import USER_ERROR, end_with, tell_launcher
 from runtime.job.processes import Process, connect, one_first, start
 from runtime.job.signals import StopRequest
 from runtime.job.watchdog import FAILURE_STATUS, Progress, Watchdog
+from runtime.loading import adapter_saves, load
 from runtime.log.config import LOG_NAME
 from runtime.log.flops import device_peak, training_flops
 from runtime.log.metrics import MetricLog
@@ -251,7 +246,7 @@ def run_job(
     saves_as: list[Checkpoint] = []
     if isinstance(run.model, AdaptedModel):
         progress("finding out which model it is", limited=False)
-        one_first(process.rank == 0, lambda: saves_as.append(_adapter_saves(run, origin, process)))
+        one_first(process.rank == 0, lambda: saves_as.append(adapter_saves(run, origin, process)))
     progress("loading the checkpoint", limited=False)
     one_first(process.rank == 0, lambda: check_tied(origin.checkpoint, "training") if process.rank == 0 else None)
     mesh = ParallelMesh(run.parallel, process.world_size)
@@ -278,18 +273,6 @@ def run_job(
         log.close()
     for claim in claims:
         claim.release()
-
-
-def _adapter_saves(run: RunConfig, origin: Origin, process: Process) -> Checkpoint:
-    """Make sure that adapters to go on with belong to the model, and give what saves of adapters come from; one rank looks."""
-    base, model = origin.checkpoint, run.model
-    assert isinstance(model, AdaptedModel)
-    found = ""
-    if process.rank == 0:
-        found = fingerprint(base)
-        if origin.adapters is not None:
-            check_base(base.root, found, origin.adapters)
-    return source_of_saves(base, model, run.lora, found, base.root)
 
 
 def _claim(run: RunConfig, origin: Origin, process: Process, claims: list[folders.Claim]) -> None:
@@ -372,60 +355,6 @@ def describe_run_data(run: RunConfig, data: DataSource, dp: int) -> str:
     sizes = train.batch_sizes(dp)
     steps, consumed = train.length(dp)
     return describe_data(data, splits, train_samples=consumed, train_steps=steps, batch_sizes=[*sizes.all()])
-
-
-def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
-    """Load this rank's rectangles, and the optimizer's where they are wanted and there.
-
-    Args:
-        engine: takes them.
-        run: the settings.
-        origin: the checkpoint.
-
-    Returns:
-        The position that the run goes on from; None starts anew.
-    """
-    state, options = origin.state, run.checkpoint
-    has_state = any(name.startswith("optimizer.") for name in state.tensors)
-    # The model may have a run behind it, adapters that begin have none.
-    fresh = isinstance(run.model, AdaptedModel) and origin.adapters is None
-    wanted = not fresh and not run.train.skip_train and (origin.own or options.load_optim)
-    with_optimizer = has_state and wanted
-    stored = state.tensors if with_optimizer else None
-    mean = f"optimizer.{EMA}." if run.train.skip_train and run.train.eval_ema else ""
-
-    def named(read: Read) -> Read:
-        return lambda name, rect: read(mean + name if mean and mean + name in state.tensors else name, rect)
-
-    _load_tensors(engine, run, origin, stored, named)
-    path = origin.path / TRAINER_FILE
-    if fresh or origin.drawn or not path.is_file() or (options.finetune and not origin.own):
-        return None
-    position = TrainerState.from_json(path.read_text(), path)
-    if not (origin.own or options.load_rng):
-        position = dataclasses.replace(position, seed=run.train.seed)
-    # An evaluation takes what else belongs to the model, such as the biases of its experts.
-    return position if with_optimizer or run.train.skip_train else dataclasses.replace(position, optimizer={})
-
-
-def _load_tensors(
-    engine: Engine, run: RunConfig, origin: Origin, stored: Container[str] | None, named: Callable[[Read], Read]
-) -> None:
-    """Load this rank's rectangles: of the model, and of the adapters over it, if the run trains some."""
-    base, saved, model, device = origin.checkpoint, origin.adapters, run.model, engine.device
-    if not isinstance(model, AdaptedModel):
-        load_verified(base, lambda read: engine.load_state(named(read), stored), device)
-    elif saved is None:
-        first = initial_adapters(model, run.train.seed)
-        load_verified(base, lambda read: engine.load_state(over(read, first, model.weight_of)), device)
-    else:
-
-        def both(read: Read) -> None:
-            load_verified(
-                saved, lambda own: engine.load_state(over(read, named(own), saved.tensors), stored), device
-            )
-
-        load_verified(base, both, device)
 
 
 def _open_log(run: RunConfig, origin: Origin, process: Process, device: torch.device) -> MetricLog | None:

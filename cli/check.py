@@ -159,6 +159,7 @@ def _coordinates(text: str) -> dict[str, int]:
 def _screen(value: dict[str, Any]) -> list[str]:
     sizes = value["sizes"]
     optimizer = ", with optimizer state" if value["optimizer_state"] else ""
+    adapter = value.get("adapter")
     quantised, unread = value["quantised"], value["unread_config_keys"]
     lines = [
         f"{value['path']}: {value['family']}, {value['kind']}, {', '.join(value['dtypes'])}",
@@ -173,6 +174,9 @@ def _screen(value: dict[str, Any]) -> list[str]:
             else []
         ),
     ]
+    if adapter is not None:
+        kind = f"rank {adapter['rank']}, alpha {adapter['alpha']:g}{', rank-stabilised' if adapter['rslora'] else ''}"
+        lines.append(f"  adapters    {kind}, of {adapter['base_path']} (fingerprint {adapter['base']})")
     if "degrees" in value:
         lines.append("  layout      " + ", ".join(f"{name} {degree}" for name, degree in value["degrees"].items()))
         lines += [f"  stage {stage:<6}layers {_ranges(layers)}" for stage, layers in enumerate(value["stages"])]

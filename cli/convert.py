@@ -79,7 +79,7 @@ def reshard(ckpt: Path, out: Path, **options: Any) -> None:
 
     Example: moeconv reshard ckpt ckpt-ep8 --ep 8 --etp 1
     """
-    source = open_checkpoint(ckpt)
+    source = open_checkpoint(ckpt, adapters=True)
     if source.kind != "sharded":
         raise SourceError(f"{ckpt}: is a Hugging Face folder; shard it with `moeconv import-hf`")
     _sharded(source, out, degrees(options), options, "reshard")

@@ -57,7 +57,7 @@ def import_hf(source: str | Path, out: str | Path, degrees: Degrees, *, options:
 
 def reshard(source: str | Path, out: str | Path, degrees: Degrees, *, options: Options | None = None) -> Checkpoint:
     """Turn a sharded checkpoint into one of another layout; optimizer state goes along. Arguments as of `import_hf`."""
-    found = open_checkpoint(source)
+    found = open_checkpoint(source, adapters=True)
     if found.kind != "sharded":
         raise SourceError(f"{source}: is {found.title}; shard it with import_hf")
     write_sharded(found, Path(out), degrees, options or Options())

@@ -14,9 +14,11 @@ from typing import Any, Literal
 import numpy as np
 
 from moeconv.agreement import check_manifest, stage_layers
-from moeconv.errors import IntegrityError, MappingError, SourceError, WriteError
+from moeconv.errors import IntegrityError, MappingError, SourceError
 from moeconv.families import family_of
+from moeconv.families.adapted import AdaptedModel, adapted_weights
 from moeconv.families.base import CARRIED, Family, Model
+from moeconv.io.adapter import AdapterRecord
 from moeconv.io.carried import Content, carried_files, read_content
 from moeconv.io.checksum import checksum
 from moeconv.io.decode import brief, parse_json
@@ -24,15 +26,13 @@ from moeconv.io.hf_folder import CONFIG, HFFolder, read_hf_folder
 from moeconv.io.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
 from moeconv.io.paths import check_folder, check_inside, read_inside
 from moeconv.io.safetensors import Header, read_header
-from moeconv.io.staging import write_beneath
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect, check_cover
 from moeconv.pieces import NameMap, Piece, TensorInfo, as_stored, check_complete, check_scaled
-from moeconv.placement import Placement, split_optimizer_name
+from moeconv.placement import split_optimizer_name
 from moeconv.plan import RowOp
 from moeconv.prefixes import check_prefix, strip_prefix
-from moeconv.reading import VerifiedReader, read_rect
-from moeconv.unread import write_carried
+from moeconv.reading import read_rect
 
 TRAINER = "trainer.json"
 MAX_LAYERS, MAX_BLOCKS = 10_000, 200_000  # layers, or experts of a layer; experts of a model: several times the largest
@@ -58,6 +58,8 @@ class Checkpoint:
     ops: Mapping[str, RowOp] = field(default_factory=dict)
     rewritten: Mapping[str, bytes] = field(default_factory=dict)
     """Contents that go along instead of a carried file's."""
+    adapter: AdapterRecord | None = None
+    """Of adapters that are saved without the model that they belong to."""
 
     def with_model(self, model: Model) -> Checkpoint:
         """Give the same tensors under another config of the same family, which goes along instead of the stored one."""
@@ -73,6 +75,8 @@ class Checkpoint:
     @property
     def title(self) -> str:
         """What kind of checkpoint it is, in words."""
+        if self.adapter is not None:
+            return "a save of adapters"
         return "sharded" if self.kind == "sharded" else "Hugging Face"
 
     @property
@@ -123,13 +127,16 @@ class Checkpoint:
         return read_rect(self.root, self.tensors[name], self.pieces[name], rect)
 
 
-def open_checkpoint(path: Path | str, carry: Sequence[str] = (), prefix: str = "") -> Checkpoint:
+def open_checkpoint(
+    path: Path | str, carry: Sequence[str] = (), prefix: str = "", *, adapters: bool = False
+) -> Checkpoint:
     """Open a sharded checkpoint or a Hugging Face folder, and check that its tensors are exactly those that its config implies.
 
     Args:
         path: the folder.
         carry: shell-style patterns of tensors of a Hugging Face folder that the family doesn't know and that go along unread.
         prefix: what stands before every name of a Hugging Face folder and is taken off.
+        adapters: whether a save of adapters will do, which holds no model.
 
     Returns:
         The checkpoint; no tensor has been read.
@@ -142,7 +149,13 @@ def open_checkpoint(path: Path | str, carry: Sequence[str] = (), prefix: str = "
     root = Path(path)
     check_folder(root)
     if (root / MANIFEST).exists():
-        return _open_sharded(root, carry, prefix)
+        found = _open_sharded(root, carry, prefix)
+        if found.adapter is not None and not adapters:
+            raise SourceError(
+                f"{root}: holds adapters and not the model {found.adapter.base_path} that they belong to; `moeconv merge` makes "
+                "a model of both, `moeconv export-adapter` files for PEFT"
+            )
+        return found
     if list(root.glob("*-pp[0-9]*.safetensors")) or root.name.endswith(".partial"):
         raise SourceError(
             f"{root}: has no {MANIFEST}: the run that wrote it did not finish; finish it with --resume, or remove the folder"
@@ -188,6 +201,10 @@ def _open_sharded(root: Path, carry: Sequence[str], prefix: str) -> Checkpoint:
     shapes = {t.name: t.shape for record in manifest.files.values() for t in record.tensors}
     unread = [t.name for name, f in manifest.files.items() if name.startswith(f"{CARRIED}-") for t in f.tensors]
     model = as_stored(model_of(config, str(root / CONFIG)), shapes, [escape(name) for name in unread])
+    if manifest.adapter is not None:
+        held = {split_optimizer_name(name)[1] for name in shapes}
+        whole = held & model.plain.keys()
+        model = AdaptedModel.of(model, manifest.adapter.rank, adapted_weights(model, held), whole).by_itself()
     pieces: dict[str, list[Piece]] = {}
     tensors: dict[str, TensorInfo] = {}
     checksums: dict[tuple[str, str], str] = {}
@@ -222,6 +239,7 @@ def _open_sharded(root: Path, carry: Sequence[str], prefix: str) -> Checkpoint:
         checksums,
         tuple(manifest.carried),
         manifest,
+        adapter=manifest.adapter,
     )
 
 
@@ -275,84 +293,6 @@ def _check_header(root: Path, record: FileRecord, header: Header) -> None:
         raise IntegrityError(f"{path}: holds other tensors than the manifest says; restore the file")
 
 
-def finish_checkpoint(folder: Path, source: Checkpoint, degrees: Degrees, records: list[FileRecord]) -> None:
-    """Make a folder of shard files that ranks have written a checkpoint: config, tokenizer and manifest, the manifest last.
-
-    Args:
-        folder: the folder; every file of `records` is in it.
-        source: the checkpoint that the run began with; its carried files and shard map go along (read `source.carried_bytes` early where its folder may go).
-        degrees: the layout's degrees.
-        records: the files' records.
-
-    Raises:
-        IntegrityError: the files don't cover every tensor exactly once.
-        WriteError: a file can't be written.
-        SourceError: the tensors that the source carries are gone.
-    """
-    if source.model.carried:
-        records = [*records, *_carry_tensors(folder, source, degrees)]
-    shapes: dict[str, tuple[int, ...]] = {}
-    parts: dict[str, list[tuple[Rect, str]]] = {}
-    for record in records:
-        for t in record.tensors:
-            shapes[t.name] = t.shape
-            parts.setdefault(t.name, []).append((Rect(t.offsets, t.extent), record.name))
-    for name, found in parts.items():
-        check_cover(name, shapes[name], found)
-    check_complete(source.model, parts, str(folder))
-    trainer = folder / TRAINER
-    carried = {name: data for name, data in source.carried_bytes.items() if name != TRAINER}
-    carried[CONFIG] = _with_dtype(carried[CONFIG], source, records)
-    try:
-        for name, data in carried.items():
-            write_beneath(folder, name, data)
-        if trainer.exists():
-            carried[TRAINER] = trainer.read_bytes()
-        manifest = make_manifest(
-            source, degrees, records, {name: (len(data), checksum(data)) for name, data in carried.items()}
-        )
-        write_beneath(folder, MANIFEST, manifest.encode())
-    except OSError as error:
-        raise WriteError(f"{folder}: can't be written: {error.strerror or error}") from None
-
-
-def _carry_tensors(folder: Path, source: Checkpoint, degrees: Degrees) -> list[FileRecord]:
-    """Write the tensors that a run doesn't read, from its source, or where that is gone from a checkpoint that the run saved before."""
-    tensors = [source.tensors[name] for name in source.model.carried]
-    files = {piece.file for info in tensors for piece in source.pieces[info.name]}
-    holder = source
-    if not all((source.root / file).exists() for file in files):
-        saved = sorted(folder.parent.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
-        others = (open_checkpoint(path.parent) for path in saved if path.parent != folder)
-        found = next((other for other in others if other.model.carried == source.model.carried), None)
-        if found is None:
-            raise SourceError(
-                f"{source.root}: is gone, and with it {len(tensors)} tensors that go along unread; no checkpoint beside {folder} has them either"
-            )
-        holder = found
-    try:
-        return write_carried(folder, tensors, Placement(source.model, degrees), VerifiedReader(holder).read)
-    except OSError as error:
-        raise WriteError(f"{folder}: can't be written: {error.strerror or error}") from None
-
-
-def _with_dtype(config: bytes, source: Checkpoint, records: list[FileRecord]) -> bytes:
-    """Give config.json's bytes; where training changed the weights' dtype, it says the new one, else a reader would cast them back."""
-    before = {name: info.dtype for name, info in source.tensors.items()}
-    changed = {
-        t.dtype
-        for r in records
-        for t in r.tensors
-        if split_optimizer_name(t.name)[0] is None and t.dtype != before[t.name]
-    }
-    table = json.loads(config)
-    keys = [key for key in ("dtype", "torch_dtype") if key in table]
-    if len(changed) != 1 or not keys:
-        return config
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-    return (json.dumps(table | dict.fromkeys(keys, names[changed.pop()]), indent=2) + "\n").encode()
-
-
 def make_manifest(
     source: Checkpoint, degrees: Degrees, records: list[FileRecord], carried: dict[str, tuple[int, str]]
 ) -> Manifest:
@@ -369,7 +309,9 @@ def make_manifest(
     """
     from moeconv.io.manifest import SourceFile
 
-    if source.manifest is not None:
+    if source.adapter is not None:
+        files, index = {}, None
+    elif source.manifest is not None:
         files, index = source.manifest.source, source.manifest.index
     elif source.folder is not None and all(h.raw for h in source.folder.headers.values()):
         files = {name: SourceFile(h.file_size, h.raw) for name, h in source.folder.headers.items()}
@@ -384,6 +326,7 @@ def make_manifest(
         carried=dict(sorted(carried.items())),
         source=files,
         index=index,
+        adapter=source.adapter,
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import msgspec
+
 from moeconv.checkpoint import Checkpoint
 from moeconv.dtypes import dtype
 from moeconv.errors import LayoutError
@@ -56,6 +58,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "unread_config_keys": unknown_keys(model.family, checkpoint.config),
         "optimizer_state": len(stored) < len(checkpoint.tensors),
     }
+    if checkpoint.adapter is not None:
+        out["adapter"] = msgspec.to_builtins(checkpoint.adapter)
     if checkpoint.manifest is not None:
         out["degrees"] = checkpoint.manifest.degrees
         out["stages"] = checkpoint.manifest.stages

@@ -69,7 +69,7 @@ class _Run:
                     out.hasher = hashers[out.piece.rect] = Crc32() if self.archives else new()
             for source in sources:
                 # A rectangle that goes over unchanged is hashed once, on its way out.
-                known = source.piece.rect in hashers and not self.archives
+                known = source.piece.rect in hashers and not self.archives and job.op is None
                 if (source.piece.file, job.info.name) in self.checksums and not known:
                     source.hasher = new()
             for first, last in sweep.bands():
@@ -83,7 +83,7 @@ class _Run:
             for out in outs if self.staging.sync else ():
                 start_writeback(out.fd, out.piece.begin, out.piece.nbytes)
             for source in sources:
-                hasher = source.hasher or hashers.get(source.piece.rect)
+                hasher = source.hasher or (hashers.get(source.piece.rect) if job.op is None else None)
                 check_sum(self.root, source.piece, self.checksums, hasher and hasher.hexdigest())
             for piece in targets:
                 digest = hashers[piece.rect].hexdigest() if piece.rect.size else self.empty

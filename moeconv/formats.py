@@ -12,7 +12,7 @@ from moeconv.megatron.source import is_megatron
 
 
 def open_any(path: Path, **options: Any) -> Checkpoint:
-    """Open a checkpoint of any kind: Megatron's, a sharded one, or a Hugging Face folder.
+    """Open a checkpoint of any kind: Megatron's, a sharded one, a save of adapters, or a Hugging Face folder.
 
     Args:
         path: the folder.
@@ -24,4 +24,6 @@ def open_any(path: Path, **options: Any) -> Checkpoint:
     Raises:
         MoeconvError: as `open_megatron` and `open_checkpoint`.
     """
-    return as_checkpoint(open_megatron(path, **options)) if is_megatron(path) else open_checkpoint(path)
+    if is_megatron(path):
+        return as_checkpoint(open_megatron(path, **options))
+    return open_checkpoint(path, adapters=True)

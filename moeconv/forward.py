@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from moeconv.checkpoint import Checkpoint
+from moeconv.errors import SourceError
 from moeconv.families.base import Model
 from moeconv.families.inverse import layer_config
 from moeconv.families.names import fill
@@ -81,7 +82,12 @@ def logits(checkpoint: Checkpoint, tokens_BS: torch.Tensor) -> torch.Tensor:
 
     Returns:
         Logits [B, S, V], fp32.
+
+    Raises:
+        SourceError: it is a save of adapters, without the model that they belong to.
     """
+    if checkpoint.adapter is not None:
+        raise SourceError(f"{checkpoint.root}: holds adapters and no model; `moeconv merge` makes one")
     *_, (final_BSD,) = hidden_states(checkpoint, [tokens_BS])
     out_BSV = torch.cat([final_BSD @ head.T for head in _head(checkpoint)], -1)
     bias = checkpoint.model.find("head.bias")

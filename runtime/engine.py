@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import Model
 from moeconv.layout.degrees import chunk_layers
 from moeconv.layout.rect import Rect
@@ -24,6 +25,7 @@ from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
 from runtime.model.ends import take_positions
+from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.routing_report import RouterMetrics
 from runtime.moe.config import MoEConfig
@@ -63,6 +65,7 @@ class Engine:
         device: torch.device,
         *,
         trains: bool = True,
+        lora: LoraConfig | None = None,
     ) -> None:
         """Build the model and the optimizer; weights are zero until `load_state`. Collective.
 
@@ -76,6 +79,7 @@ class Engine:
             mesh: the ranks.
             device: where to compute.
             trains: whether there will be steps; else there is room for weights only.
+            lora: of the model's adapters; None for a model without.
         """
         _assert_combination(parallel, moe)
         mesh.share_heads(model.sizes["kv_heads"])
@@ -89,6 +93,7 @@ class Engine:
             mesh=mesh,
             device=device,
             groups=resolve_groups(optim, model, trains=trains),
+            lora=lora or LoraConfig(),
         )
         chunks = chunk_layers(model.sizes["layers"], parallel.layout)[mesh.rank("pp") :: parallel.pp]
         stages = [DecoderStage(self._context, layers) for layers in chunks]
@@ -186,6 +191,9 @@ class Engine:
         out = list(states.weights(self.store.shards))
         if self.mesh.rank("tp") == 0 and self.mesh.rank("dp_cp") == 0:
             out += [states.whole(name, tensor) for name, tensor in self._buffers()]
+        model = self._context.model
+        if isinstance(model, AdaptedModel):  # the rest is as it was
+            out = [item for item in out if item.name in model.own]
         if with_optimizer:
             out += states.optimizer_state(self.trained, self.optimizer)
         return out

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from typing import Any
 
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
@@ -15,13 +13,11 @@ from torch.distributed.distributed_c10d import Store
 from moeconv.checking import check_tied
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import MoeconvError
+from moeconv.families.adapted import AdaptedModel
 from moeconv.io.manifest import MANIFEST
-from moeconv.layout.rect import Rect
 from runtime.checkpoint import folder as folders
+from runtime.checkpoint.adapters import check_adapters
 from runtime.checkpoint.config import CheckpointConfig
-from runtime.checkpoint.position import TRAINER_FILE, TrainerState
-from runtime.checkpoint.rectangles import Read
-from runtime.checkpoint.verified import load_verified
 from runtime.data.chat import read_template
 from runtime.data.job import prepare_data
 from runtime.data.loader import DataSource
@@ -34,11 +30,13 @@ from runtime.job.failure import USER_ERROR, end_with, tell_launcher
 from runtime.job.processes import Process, connect, one_first, start
 from runtime.job.signals import StopRequest
 from runtime.job.watchdog import FAILURE_STATUS, Progress, Watchdog
+from runtime.loading import adapter_saves, load
 from runtime.log.config import LOG_NAME
 from runtime.log.flops import device_peak, training_flops
 from runtime.log.metrics import MetricLog
 from runtime.log.records import Speed
 from runtime.model.context import TORCH_DTYPES
+from runtime.model.targets import describe_adapters
 from runtime.moe.grouped_gemm import describe_backend
 from runtime.optim.ema import EMA
 from runtime.optim.groups import check_states, describe_frozen, num_trained, resolve_groups
@@ -114,14 +112,18 @@ def expect(run: RunConfig, process: Process) -> Forecast | None:
 
 def _groups(run: RunConfig, origin: Origin) -> list[str]:
     """Judge the groups of tensors against the optimizer's state that the run goes on with, and say what is frozen."""
-    tensors, wanted = origin.checkpoint.tensors, run.optim.ema_decay is not None
+    groups, model = resolve_groups(run.optim, run.model, trains=not run.train.skip_train), run.model
+    adapted = model if isinstance(model, AdaptedModel) else None
+    check_adapters(adapted, run.lora, origin.adapters, own=origin.own, where=origin.path)
+    tensors, wanted = origin.state.tensors, run.optim.ema_decay is not None
     has_mean = any(name.startswith(f"optimizer.{EMA}.") for name in tensors)
+    notes = describe_adapters(model, run.lora)
     if run.train.skip_train:
         require(has_mean or not run.train.eval_ema, f"--eval-ema: {origin.path} holds no mean of the weights")
-        return []
-    groups = resolve_groups(run.optim, run.model)
-    notes = describe_frozen(groups, run.model)
-    if origin.own or run.checkpoint.load_optim:
+        return notes
+    notes += describe_frozen(groups, model) if not notes or run.optim.freeze else []
+    fresh = adapted is not None and origin.adapters is None  # what the model has of a run behind it is not this one's
+    if not fresh and (origin.own or run.checkpoint.load_optim):
         check_states(groups, tensors, origin.path)
         if has_mean and not wanted:
             notes.append(f"the mean of the weights in {origin.path} is not kept on: --ema-decay is not given")
@@ -241,17 +243,22 @@ def run_job(
             log.count_flops(training_flops(run.model, run.train.seq_length, lengths))
             mean = sum(length**2 for length in lengths) / sum(lengths)
             log.note(f"attention stays in documents: a token's has {mean:.0f} tokens on average; TFLOP/s count that")
+    saves_as: list[Checkpoint] = []
+    if isinstance(run.model, AdaptedModel):
+        progress("finding out which model it is", limited=False)
+        one_first(process.rank == 0, lambda: saves_as.append(adapter_saves(run, origin, process)))
     progress("loading the checkpoint", limited=False)
     one_first(process.rank == 0, lambda: check_tied(origin.checkpoint, "training") if process.rank == 0 else None)
     mesh = ParallelMesh(run.parallel, process.world_size)
     dtype = TORCH_DTYPES[run.dtype]
     trains = not run.train.skip_train
-    engine = Engine(run.model, dtype, run.parallel, run.moe, run.optim, run.recompute, mesh, device, trains=trains)
+    settings = (run.parallel, run.moe, run.optim, run.recompute)
+    engine = Engine(run.model, dtype, *settings, mesh, device, trains=trains, lora=run.lora)
     try:
         state = load(engine, run, origin)
     except MoeconvError as error:
         raise error.advise(folders.way_back(origin.path, open_at)) from None
-    trainer = Trainer(run, engine, mesh, origin.checkpoint, data, log, progress)
+    trainer = Trainer(run, engine, mesh, (saves_as or [origin.checkpoint])[0], data, log, progress)
     if state is not None:
         trainer.resume(state, own=origin.own)
     stopped = False if run.train.skip_train else trainer.train(stop)
@@ -292,8 +299,12 @@ def _try_save(run: RunConfig, origin: Origin, process: Process) -> None:
     # Master weights and two moments of what is trained, each in fp32, or fp64 where the weights are.
     weight, state = TORCH_DTYPES[run.dtype].itemsize, 8 if run.dtype == "float64" else 4
     trained = num_trained(resolve_groups(run.optim, run.model), run.model) if run.checkpoint.save_optim else 0
-    count = 3 if run.optim.ema_decay is None else 4
-    folders.try_writing(save, num_parameters(origin.checkpoint) * weight + trained * count * state)
+    count, model = 3 if run.optim.ema_decay is None else 4, run.model
+    if isinstance(model, AdaptedModel):
+        size = sum(model.tensors[name].size for name in model.own)
+    else:
+        size = num_parameters(origin.checkpoint)
+    folders.try_writing(save, size * weight + trained * count * state)
     if process.rank == 0:
         (save / RUN_FILE).write_text(run_file(run), encoding="utf8")
 
@@ -346,40 +357,6 @@ def describe_run_data(run: RunConfig, data: DataSource, dp: int) -> str:
     return describe_data(data, splits, train_samples=consumed, train_steps=steps, batch_sizes=[*sizes.all()])
 
 
-def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
-    """Load this rank's rectangles, and the optimizer's where they are wanted and there.
-
-    Args:
-        engine: takes them.
-        run: the settings.
-        origin: the checkpoint.
-
-    Returns:
-        The position that the run goes on from; None starts anew.
-    """
-    checkpoint, options = origin.checkpoint, run.checkpoint
-    has_state = any(name.startswith("optimizer.") for name in checkpoint.tensors)
-    with_optimizer = has_state and (origin.own or options.load_optim) and not run.train.skip_train
-    stored = checkpoint.tensors if with_optimizer else None
-    mean = f"optimizer.{EMA}." if run.train.skip_train and run.train.eval_ema else ""
-
-    def fill(read: Read) -> None:
-        def named(name: str, rect: Rect) -> npt.NDArray[Any]:
-            return read(mean + name if mean and mean + name in checkpoint.tensors else name, rect)
-
-        engine.load_state(named, stored)
-
-    load_verified(checkpoint, fill, engine.device)
-    path = origin.path / TRAINER_FILE
-    if origin.drawn or not path.is_file() or (options.finetune and not origin.own):
-        return None
-    state = TrainerState.from_json(path.read_text(), path)
-    if not (origin.own or options.load_rng):
-        state = dataclasses.replace(state, seed=run.train.seed)
-    # An evaluation takes what else belongs to the model, such as the biases of its experts.
-    return state if with_optimizer or run.train.skip_train else dataclasses.replace(state, optimizer={})
-
-
 def _open_log(run: RunConfig, origin: Origin, process: Process, device: torch.device) -> MetricLog | None:
     import yaml
 
@@ -389,7 +366,7 @@ def _open_log(run: RunConfig, origin: Origin, process: Process, device: torch.de
     if log.file is None and save is not None and not run.train.skip_train:
         log = dataclasses.replace(log, file=save / LOG_NAME)
     speed = Speed(
-        flops_per_token=training_flops(origin.checkpoint.model, run.train.seq_length),
+        flops_per_token=training_flops(run.model, run.train.seq_length),
         num_gpus=process.world_size,
         peak_flops=device_peak(device, TORCH_DTYPES[run.dtype]),
     )

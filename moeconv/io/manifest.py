@@ -12,6 +12,7 @@ import msgspec
 
 from moeconv.dtypes import dtype
 from moeconv.errors import IntegrityError, MoeconvError, SourceError
+from moeconv.io.adapter import AdapterRecord
 from moeconv.io.beside import WEIGHT_SUFFIXES
 from moeconv.io.checksum import checksum, combined
 from moeconv.io.decode import Digest, Name, Shape, Size, parse_json, typed
@@ -63,7 +64,10 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What `moeconv.json` says. `degrees` is the JSON form of the layout's degrees; `source` is empty where no Hugging Face files were imported."""
+    """What `moeconv.json` says. `degrees` is the JSON form of the layout's degrees; `source` is empty where no Hugging Face files were imported.
+
+    `adapter` is there where the files hold what was trained beside a frozen model, and not the model.
+    """
 
     family: str
     degrees: dict[str, Any]
@@ -72,6 +76,7 @@ class Manifest:
     carried: dict[str, tuple[int, str]]
     source: dict[str, SourceFile]
     index: bytes | None = None
+    adapter: AdapterRecord | None = None
 
     def encode(self) -> bytes:
         """Give the manifest as the bytes of `moeconv.json`; the same manifest gives the same bytes."""
@@ -106,6 +111,8 @@ class Manifest:
             "source": {name: {"size": s.size, "header": _pack(s.header)} for name, s in self.source.items()},
             "source_index": _pack(self.index) if self.index is not None else None,
         }
+        if self.adapter is not None:
+            value["adapter"] = msgspec.to_builtins(self.adapter)
         return (json.dumps(value | {"manifest_checksum": _digest(value)}, indent=1) + "\n").encode()
 
     @classmethod
@@ -147,6 +154,7 @@ class Manifest:
             carried={name: (c.size, c.checksum) for name, c in found.carried.items()},
             source={name: SourceFile(s.size, stored.unpack(s.header)) for name, s in found.source.items()},
             index=stored.unpack(found.source_index) if found.source_index is not None else None,
+            adapter=found.adapter,
         )
 
 
@@ -190,6 +198,7 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     carried: dict[str, _Carried]
     source: dict[str, _Source]
     source_index: str | None
+    adapter: AdapterRecord | None = None
 
 
 def _check_names(found: _Manifest, where: str) -> None:

@@ -48,7 +48,7 @@ def check(source: Checkpoint, planned: Planned, *, logits: bool | None = None, t
         return Checked()
     from moeconv import forward
 
-    needed, free = forward.layer_bytes(planned), _free_memory()
+    needed, free = forward.layer_bytes(planned), free_memory()
     if logits is None and text is None and needed > free:
         return Checked(check=f"left out: a layer in fp32 takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
     losses: tuple[float | None, float | None] = (None, None)
@@ -69,7 +69,8 @@ def check(source: Checkpoint, planned: Planned, *, logits: bool | None = None, t
     return Checked(error, *losses, check="done")
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
+    """Give the bytes of memory that are free; a large number where the system doesn't say."""
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeconv.checkpoint import Checkpoint, finish_checkpoint
+from moeconv.checkpoint import Checkpoint
 from moeconv.families.base import Model
+from moeconv.finish import finish_checkpoint
 from moeconv.io.manifest import FileRecord
 from moeconv.io.shards import ShardEntry
 from moeconv.placement import split_optimizer_name

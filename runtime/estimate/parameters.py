@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
+from moeconv.families.adapted import LORA_A, LORA_B
 from moeconv.families.base import GlobalTensor, Model
 from moeconv.layout.degrees import Degrees, chunk_layers
 from moeconv.placement import rank_rects
@@ -170,6 +171,8 @@ class RankParameters:
         yield from self._take("attention", layer, "attention.o")
         yield from self._take("attention", layer, "attention.o.bias", partial=self._sp)
         yield from self._take("attention", layer, "attention.sinks")
+        for roles in (("attention.q",), ("attention.k", "attention.v"), ("attention.o",)):
+            yield from self._adapters(layer, *roles)
         for role in ("attention.q_norm", "attention.k_norm"):
             yield from self._take("norms", layer, role, partial=True)
 
@@ -183,6 +186,8 @@ class RankParameters:
         yield from self._take("attention", layer, "attention.kv_b")
         yield from self._take("attention", layer, "attention.o")
         yield from self._take("attention", layer, "attention.o.bias", partial=self._sp)
+        for name in ("q", "q_a", "q_b", "kv_a", "kv_b", "o"):
+            yield from self._adapters(layer, f"attention.{name}")
         for role in ("attention.q_a_norm", "attention.kv_a_norm"):
             yield from self._take("norms", layer, role, partial=True)
 
@@ -191,6 +196,8 @@ class RankParameters:
         yield from self._take(part, layer, f"{part}.down")
         yield from self._take(part, layer, f"{part}.gate.bias", f"{part}.up.bias")
         yield from self._take(part, layer, f"{part}.down.bias", partial=self._sp)
+        yield from self._adapters(layer, f"{part}.gate", f"{part}.up")
+        yield from self._adapters(layer, f"{part}.down")
 
     def _mixture(self, layer: int) -> Iterator[Parameter]:
         yield from self._take("router", layer, "router", partial=True)
@@ -203,17 +210,32 @@ class RankParameters:
         else:
             yield self._experts(layer, "expert.gate", "expert.up")
             yield self._experts(layer, "expert.down")
+        for roles in (("expert.gate_up",), ("expert.gate", "expert.up"), ("expert.down",)):
+            yield from self._expert_adapters(layer, *roles)
         yield from self._take("shared", layer, "shared.router", partial=self._sp)
         yield from self._gated("shared", layer)
 
-    def _experts(self, layer: int, *roles: str, replicated: tuple[str, ...] = ()) -> Parameter:
+    def _adapters(self, layer: int, *roles: str) -> Iterator[Parameter]:
+        """A and B of the adapters beside a parameter of these roles, if it has some."""
+        present = [role for role in roles if self.model.find(role + LORA_A, layer) is not None]
+        for end in (LORA_A, LORA_B) if present else ():
+            yield from self._take("adapters", layer, *(role + end for role in present), partial=True)
+
+    def _expert_adapters(self, layer: int, *roles: str) -> Iterator[Parameter]:
+        present = [role for role in roles if self.model.find(role + LORA_A, layer, 0) is not None]
+        for end in (LORA_A, LORA_B) if present else ():
+            whole = self.model.rule(present[0] + end).split is None
+            replicated = ("etp",) if whole else ()
+            yield self._experts(layer, *(role + end for role in present), replicated=replicated, part="adapters")
+
+    def _experts(self, layer: int, *roles: str, replicated: tuple[str, ...] = (), part: str = "experts") -> Parameter:
         """The stacked tensors of this rank's experts; vectors of all of them in one vector."""
         count = self.model.sizes["experts"] // self.degrees.ep
         shapes = [self._shape(role, layer) for role in roles]
         rows = sum(shape[0] for shape in shapes)
         shape = (count, rows, shapes[0][1]) if len(shapes[0]) > 1 else (count * rows,)
         settings = self._settings([self.model.tensor(role, layer, n) for n in range(count) for role in roles])
-        return Parameter("experts", shape, True, replicated, replicated, *settings)
+        return Parameter(part, shape, True, replicated, replicated, *settings)
 
     def _norm(self, role: str, layer: int | None, part: str) -> Iterator[Parameter]:
         yield from self._take(part, layer, role, partial=self._sp)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import Model
 from runtime.estimate.parameters import RankParameters
 from runtime.model.recompute import RecomputeConfig
@@ -118,4 +119,5 @@ class Setup:
         """How each tensor is trained; None where no flag says anything of single tensors."""
         optim = self.optim
         said = optim.freeze or optim.no_weight_decay or optim.lr_scale or optim.decoupled_lr is not None
-        return resolve_groups(optim, self.model) if said or optim.optimizer != "adam" else None
+        said = said or optim.optimizer != "adam" or isinstance(self.model, AdaptedModel)
+        return resolve_groups(optim, self.model) if said else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 
+from moeconv.families.adapted import AdaptedModel
 from runtime.estimate.parameters import Parameter
 from runtime.estimate.setup import ITEMSIZE, Setup
 from runtime.parallel.packing import lay_out, pack
@@ -85,7 +86,7 @@ def _fully_sharded(parameters: Sequence[Parameter], setup: Setup) -> State:
 
 
 def checkpoint_bytes(setup: Setup, *, with_optimizer: bool = True) -> int:
-    """Count the bytes of a checkpoint that a run saves: each element of the model once, without padding.
+    """Count the bytes of a checkpoint that a run saves: each element of the model once, without padding; of adapters without the model.
 
     Args:
         setup: the model and its types.
@@ -94,7 +95,8 @@ def checkpoint_bytes(setup: Setup, *, with_optimizer: bool = True) -> int:
     Returns:
         Bytes of tensors.
     """
-    tensors = setup.model.tensors.values()
+    model = setup.model.by_itself() if isinstance(setup.model, AdaptedModel) else setup.model
+    tensors = model.tensors.values()
     plain = [t for t in tensors if not t.rule.buffer and not setup.model.optional(t)]
     buffers = sum(t.size for t in tensors if t.rule.buffer) * 4
     groups, weight = setup.groups, ITEMSIZE[setup.dtype]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from moeconv.families.base import Model
+from moeconv.families.adapted import AdaptedModel
+from moeconv.families.base import GlobalTensor, Model
 
 if TYPE_CHECKING:
     import torch
@@ -68,13 +69,7 @@ def forward_flops(model: Model, seq_length: int, documents: Sequence[int] = ()) 
     Source:
         https://github.com/NVIDIA/Megatron-LM/blob/001b00c/megatron/training/training.py (which knows no windows)
     """
-    sizes = model.sizes
-    share = sizes.get("top_k", 0) / max(sizes.get("experts", 0), 1)
-    matrices = sum(
-        t.size * (1.0 if t.expert is None else share)
-        for t in model.tensors.values()
-        if len(t.shape) > 1 and t.rule.where != "first"
-    )
+    sizes, matrices = model.sizes, _matrices(model, model.tensors.values())
     attended = 0.0
     lengths = Counter(documents or (seq_length,))
     tokens = sum(length * count for length, count in lengths.items())
@@ -85,8 +80,17 @@ def forward_flops(model: Model, seq_length: int, documents: Sequence[int] = ()) 
     return 2 * matrices + 4 * attended * sizes["heads"] * sizes["head_dim"]
 
 
+def _matrices(model: Model, tensors: Iterable[GlobalTensor]) -> float:
+    """Elements of the matrices that a token meets, of the experts those that it is routed to."""
+    share = model.sizes.get("top_k", 0) / max(model.sizes.get("experts", 0), 1)
+    met = (t for t in tensors if len(t.shape) > 1 and t.rule.where != "first")
+    return sum(t.size * (1.0 if t.expert is None else share) for t in met)
+
+
 def training_flops(model: Model, seq_length: int, documents: Sequence[int] = ()) -> float:
     """Count the arithmetic of a training step for one token: the forward pass, and twice as much backward.
+
+    Of what is frozen beside adapters the backward pass computes the gradient of the input alone.
 
     Args:
         model: the architecture.
@@ -96,7 +100,10 @@ def training_flops(model: Model, seq_length: int, documents: Sequence[int] = ())
     Returns:
         Floating-point operations a token.
     """
-    return 3 * forward_flops(model, seq_length, documents)
+    frozen = 0.0
+    if isinstance(model, AdaptedModel):
+        frozen = 2 * _matrices(model, (t for t in model.tensors.values() if t.name not in model.own))
+    return 3 * forward_flops(model, seq_length, documents) - frozen
 
 
 def peak_flops(device_name: str) -> float | None:

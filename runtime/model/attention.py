@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from runtime.model.adapter import adapted, take_adapter
 from runtime.model.context import ModelContext
 from runtime.model.norm import RMSNorm, SharedRMSNorm
 from runtime.ops.context_attention import causal_attention
@@ -35,6 +36,9 @@ class Attention(nn.Module):
         self.kv_bias = parameters.take_optional("attention.k.bias", "attention.v.bias", layer=layer)
         self.o_weight = parameters.take("attention.o", layer=layer)
         self.o_bias = parameters.take_optional("attention.o.bias", layer=layer, partial=context.sp)
+        self.q_adapter = take_adapter(context, self.q_weight, "attention.q", layer=layer)
+        self.kv_adapter = take_adapter(context, self.kv_weight, "attention.k", "attention.v", layer=layer)
+        self.o_adapter = take_adapter(context, self.o_weight, "attention.o", layer=layer)
         self.sinks = parameters.take_optional("attention.sinks", layer=layer)
         self.q_norm = self._norm("attention.q_norm", layer)
         self.k_norm = self._norm("attention.k_norm", layer)
@@ -66,11 +70,13 @@ class Attention(nn.Module):
         """
         x = self._context.enter(x_SBD)
         q, kv = linears(x, [self.q_weight, self.kv_weight], [self.q_bias, self.kv_bias])
+        q, kv = adapted(q, x, self.q_adapter), adapted(kv, x, self.kv_adapter)
         if self._recompute and torch.is_grad_enabled():
             out = checkpoint(self._core, q, kv, cos, sin, documents, use_reentrant=False)
         else:
             out = self._core(q, kv, cos, sin, documents)
-        out = self._context.leave(linear(out.flatten(-2), self.o_weight))
+        out = out.flatten(-2)
+        out = self._context.leave(adapted(linear(out, self.o_weight), out, self.o_adapter))
         return out if self.o_bias is None else out + self.o_bias
 
     def _core(self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None) -> Tensor:

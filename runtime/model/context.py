@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from moeconv.families.base import Model
+from runtime.model.lora import LoraConfig
 from runtime.model.parameters import Parameters
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
@@ -40,6 +41,8 @@ class ModelContext:
     device: torch.device
     groups: Mapping[str, TensorSettings]
     """How each tensor is trained."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Of the adapters, if the model has some."""
 
     @cached_property
     def parameters(self) -> Parameters:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from runtime.model.adapter import Adapter, adapted, take_adapter
 from runtime.model.context import ModelContext
 from runtime.model.norm import RMSNorm
 from runtime.ops.context_attention import causal_attention
@@ -47,6 +48,16 @@ class LatentAttention(nn.Module):
         self.kv_b_weight = parameters.take("attention.kv_b", layer=layer)
         self.o_weight = parameters.take("attention.o", layer=layer)
         self.o_bias = parameters.take_optional("attention.o.bias", layer=layer, partial=context.sp)
+
+        def adapter(weight: nn.Parameter | None, role: str) -> Adapter | None:
+            return take_adapter(context, weight, role, layer=layer)
+
+        self.q_adapter = adapter(self.q_weight, "attention.q")
+        self.q_a_adapter = adapter(self.q_a_weight, "attention.q_a")
+        self.q_b_adapter = adapter(self.q_b_weight, "attention.q_b")
+        self.kv_a_adapter = adapter(self.kv_a_weight, "attention.kv_a")
+        self.kv_b_adapter = adapter(self.kv_b_weight, "attention.kv_b")
+        self.o_adapter = adapter(self.o_weight, "attention.o")
         self.q_norm, self.kv_norm = norm("attention.q_a_norm"), norm("attention.kv_a_norm")
         self._recompute = context.recomputes("core_attn")
 
@@ -56,24 +67,26 @@ class LatentAttention(nn.Module):
         assert self.kv_norm is not None
         x = self._context.enter(x_SBD)
         q = self._queries(x)
-        latent = linear(x, self.kv_a_weight, self.kv_a_bias)
+        latent = adapted(linear(x, self.kv_a_weight, self.kv_a_bias), x, self.kv_a_adapter)
         latent_SBL, k_turned_SBR = latent[..., : self._latent], latent[..., self._latent :]
-        kv = linear(self.kv_norm(latent_SBL.contiguous()), self.kv_b_weight)
+        normed = self.kv_norm(latent_SBL.contiguous())
+        kv = adapted(linear(normed, self.kv_b_weight), normed, self.kv_b_adapter)
         if self._recompute and torch.is_grad_enabled():
             out = checkpoint(self._core, q, kv, k_turned_SBR, cos, sin, documents, use_reentrant=False)
         else:
             out = self._core(q, kv, k_turned_SBR, cos, sin, documents)
-        out = self._context.leave(linear(out.flatten(-2), self.o_weight))
+        out = out.flatten(-2)
+        out = self._context.leave(adapted(linear(out, self.o_weight), out, self.o_adapter))
         return out if self.o_bias is None else out + self.o_bias
 
     def _queries(self, x: Tensor) -> Tensor:
         if self.q_weight is not None:
-            return linear(x, self.q_weight)
+            return adapted(linear(x, self.q_weight), x, self.q_adapter)
         assert self.q_a_weight is not None
         assert self.q_b_weight is not None
         assert self.q_norm is not None
-        latent: Tensor = self.q_norm(linear(x, self.q_a_weight, self.q_a_bias))
-        return linear(latent, self.q_b_weight)
+        latent: Tensor = self.q_norm(adapted(linear(x, self.q_a_weight, self.q_a_bias), x, self.q_a_adapter))
+        return adapted(linear(latent, self.q_b_weight), latent, self.q_b_adapter)
 
     def _core(
         self, q: Tensor, kv: Tensor, k_turned_SBR: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None

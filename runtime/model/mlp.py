@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.model.adapter import adapt_experts, adapted, take_adapter
 from runtime.model.context import ModelContext
 from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.config import MoEConfig
@@ -33,13 +34,17 @@ class GatedMLP(nn.Module):
         self._context = context
         self.w13 = parameters.take(f"{part}.gate", f"{part}.up", layer=layer)
         self.w2 = parameters.take(f"{part}.down", layer=layer)
+        self.adapter13 = take_adapter(context, self.w13, f"{part}.gate", f"{part}.up", layer=layer)
+        self.adapter2 = take_adapter(context, self.w2, f"{part}.down", layer=layer)
         self.b13 = parameters.take_optional(f"{part}.gate.bias", f"{part}.up.bias", layer=layer)
         self.b2 = parameters.take_optional(f"{part}.down.bias", layer=layer, partial=context.sp)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
-        gate, up = linear(self._context.enter(x_SBD), self.w13, self.b13).chunk(2, dim=-1)
-        out = self._context.leave(linear(F.silu(gate) * up, self.w2))
+        x = self._context.enter(x_SBD)
+        gate, up = adapted(linear(x, self.w13, self.b13), x, self.adapter13).chunk(2, dim=-1)
+        act = F.silu(gate) * up
+        out = self._context.leave(adapted(linear(act, self.w2), act, self.adapter2))
         return out if self.b2 is None else out + self.b2
 
 
@@ -98,6 +103,7 @@ class MoEMLP(nn.Module):
         else:
             parameters.tag_experts(experts.w13, "expert.gate", "expert.up", layer=layer)
             parameters.tag_experts(experts.w2, "expert.down", layer=layer)
+        adapt_experts(context, experts, layer)
         if self.moe.router.linear_bias is not None:
             parameters.tag_whole(self.moe.router.linear_bias, "router.linear.bias", layer=layer, partial=True)
         if parameters.has("router.bias", layer):

@@ -127,6 +127,14 @@ class Parameters:
         assert split is not None
         return self._rect(tensor).shape[split.dim]
 
+    def has_expert(self, role: str, layer: int) -> bool:
+        """Say whether the experts of a layer have a tensor of this role."""
+        return self.model.find(role, layer, 0) is not None
+
+    def local_shape(self, role: str, layer: int) -> tuple[int, ...]:
+        """Give the shape of what this rank holds of one expert's tensor."""
+        return self._rect(self.model.tensor(role, layer, 0)).shape
+
     def tag_experts(self, parameter: nn.Parameter, *roles: str, layer: int) -> None:
         """Tag the stacked tensors of this rank's experts.
 

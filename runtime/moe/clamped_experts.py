@@ -17,6 +17,7 @@ from moeconv.errors import MoeconvError
 from moeconv.families.compute import Gate
 from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import GroupedGemm, make_gemm, resolve_backend
+from runtime.moe.low_rank import Adapters, Form, add_to_rows
 from runtime.moe.passes import permute, unpermute
 from runtime.moe.permutation import RowPlan, plan_rows
 
@@ -35,16 +36,18 @@ class _RowsTimes(torch.autograd.Function):
         return out.masked_fill_(~used_R1, 0)  # rows past the last expert's may hold anything
 
     @staticmethod
-    def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:
         rows_RK, weight_EKN = ctx.saved_tensors
         plan, gemm = ctx.plan, ctx.gemm
         _, used_R1 = _experts_of_rows(plan)
         grad_RN = grad_RN.contiguous().masked_fill(~used_R1, 0)
         grad_rows = gemm.rows_times_transposed(grad_RN, weight_EKN, plan).masked_fill(~used_R1, 0)
-        grad_weight = gemm.transposed_times_rows(rows_RK, grad_RN, plan)
-        # Sums over each expert's rows in a fixed order: a product with ones, 8 wide since kernels want whole eights.
-        ones_R8 = grad_RN.new_ones(grad_RN.shape[0], 8)
-        grad_bias = gemm.transposed_times_rows(ones_R8, grad_RN, plan)[:, 0]
+        grad_weight = gemm.transposed_times_rows(rows_RK, grad_RN, plan) if ctx.needs_input_grad[1] else None
+        grad_bias = None
+        if ctx.needs_input_grad[2]:
+            # Sums over each expert's rows in a fixed order: a product with ones, 8 wide since kernels want whole eights.
+            ones_R8 = grad_RN.new_ones(grad_RN.shape[0], 8)
+            grad_bias = gemm.transposed_times_rows(ones_R8, grad_RN, plan)[:, 0]
         return grad_rows, grad_weight, grad_bias, None, None
 
 
@@ -113,9 +116,27 @@ class ClampedExperts(nn.Module):
 
         self.gate_up, self.down = empty(experts, hidden_size, 2 * width), empty(experts, width, hidden_size)
         self.gate_up_bias, self.down_bias = empty(experts * 2 * width), empty(experts * hidden_size)
+        self.gate_up_a: nn.Parameter | None = None
+        self.gate_up_b: nn.Parameter | None = None
+        self.down_a: nn.Parameter | None = None
+        self.down_b: nn.Parameter | None = None
+        self._forms: dict[str, Form] = {}
         self.fused = config.permute_fusion
         self._config, self._gate, self._shares = config, gate, shares
         self._gemm: tuple[torch.device, torch.dtype, GroupedGemm] | None = None
+
+    def adapt(self, which: str, a: nn.Parameter, b: nn.Parameter, form: Form) -> None:
+        """Add low-rank adapters.
+
+        Args:
+            which: beside `gate_up` or `down`.
+            a: [E, rank, D] or [E, rank, F].
+            b: [E, 2F, rank] or [E, D, rank].
+            form: what they are beside their matrices.
+        """
+        setattr(self, f"{which}_a", a)
+        setattr(self, f"{which}_b", b)
+        self._forms[which] = form
 
     @property
     def num_local_experts(self) -> int:
@@ -148,10 +169,18 @@ class ClampedExperts(nn.Module):
         gemm, experts = self.gemm(), self.num_local_experts
         rows_RD, weights_R = permute(x_TD, weights_TK, plan, fused=self.fused)
         hidden = _apply(rows_RD, self.gate_up, self.gate_up_bias.view(experts, -1), plan, gemm)
+        hidden = self._adapted("gate_up", hidden, rows_RD, plan, gemm)
         bias = self.down_bias.view(experts, -1)
         bias = bias if self._shares == 1 else bias / self._shares
-        out_RD = _apply(clamped_gate(hidden, self._gate), self.down, bias, plan, gemm)
+        act = clamped_gate(hidden, self._gate)
+        out_RD = self._adapted("down", _apply(act, self.down, bias, plan, gemm), act, plan, gemm)
         return unpermute((out_RD * weights_R.unsqueeze(1)).to(out_RD.dtype), plan, fused=self.fused)
+
+    def _adapted(self, which: str, out: Tensor, rows: Tensor, plan: RowPlan, gemm: GroupedGemm) -> Tensor:
+        if which not in self._forms:
+            return out
+        adapters = Adapters(getattr(self, f"{which}_a"), getattr(self, f"{which}_b"), self._forms[which])
+        return add_to_rows(out, rows, adapters, plan, gemm, training=self.training)
 
 
 def _apply(rows: Tensor, weight: Tensor, bias: Tensor, plan: RowPlan, gemm: GroupedGemm) -> Tensor:

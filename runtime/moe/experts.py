@@ -15,6 +15,7 @@ from moeconv.errors import MoeconvError
 from runtime.moe import passes
 from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend
+from runtime.moe.low_rank import Adapters, Form, adapted_mlp
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.te_experts import TransformerEngineExperts
 from runtime.ops.norm import Kept, restore
@@ -48,7 +49,7 @@ class _GroupedMLP(torch.autograd.Function):
         del rows
         out = gemm.rows_times_transposed(act, w2_EDF, plan)
         del act
-        kept = Kept.of(x_TD)
+        kept = Kept.of(x_TD) if ctx.needs_input_grad[2] else Kept.nothing()
         ctx.save_for_backward(hidden, weights_TK, w13_EGD, w2_EDF, *kept.tensors)
         ctx.plan, ctx.gemm, ctx.fused, ctx.source = plan, gemm, fused, kept.source
         ctx.sinks = sink_of(w13_EGD), sink_of(w2_EDF)
@@ -136,10 +137,33 @@ class Experts(nn.Module):
             torch.empty(num_local_experts, 2 * ffn_local_size, hidden_size, dtype=dtype, device=device)
         )
         self.w2 = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn_local_size, dtype=dtype, device=device))
+        self.a13: nn.Parameter | None = None
+        self.b13: nn.Parameter | None = None
+        self.a2: nn.Parameter | None = None
+        self.b2: nn.Parameter | None = None
+        self._forms: dict[str, Form] = {}
         self.fused = config.permute_fusion
         self._config = config
         self._gemm: tuple[torch.device, torch.dtype, GroupedGemm | TransformerEngineExperts] | None = None
         self.reset_parameters()
+
+    def adapt(self, which: str, a: nn.Parameter, b: nn.Parameter, form: Form) -> None:
+        """Add low-rank adapters.
+
+        Args:
+            which: beside w13, `13`, or beside w2, `2`.
+            a: [E, P, D] or [E, P, F].
+            b: [E, rows of all parts, rank].
+            form: what they are beside their matrices.
+        """
+        setattr(self, f"a{which}", a)
+        setattr(self, f"b{which}", b)
+        self._forms[which] = form
+
+    def _adapters(self, which: str) -> Adapters | None:
+        if which not in self._forms:
+            return None
+        return Adapters(getattr(self, f"a{which}"), getattr(self, f"b{which}"), self._forms[which])
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draw the weights from a normal distribution."""
@@ -176,5 +200,10 @@ class Experts(nn.Module):
             raise MoeconvError(f"experts hold {self.w13.dtype} weights but got {x_TD.dtype} tokens; cast one of them")
         gemm = self.gemm()
         if isinstance(gemm, TransformerEngineExperts):
+            assert not self._forms, "adapters and te: `runtime.settings.check` refuses them"
             return gemm(x_TD, weights_TK, self.w13, self.w2, plan, fused=self.fused)
+        if self._forms:
+            first, second = self._adapters("13"), self._adapters("2")
+            args = (x_TD, weights_TK, self.w13, self.w2, first, second, plan, gemm)
+            return adapted_mlp(*args, fused=self.fused, training=self.training)
         return grouped_mlp(x_TD, weights_TK, self.w13, self.w2, plan, gemm, fused=self.fused)

@@ -60,18 +60,27 @@ def _weight_gradient(left_TN: Tensor, right_TD: Tensor, sink: GradientSink | Non
     return None
 
 
+def _linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
+    """The map's output, never as a view: what adds to it does so in place."""
+    if bias_N is None:
+        return F.linear(x, weight_ND)
+    out = x.new_empty(*x.shape[:-1], weight_ND.shape[0])
+    torch.addmm(bias_N, x.reshape(-1, x.shape[-1]), weight_ND.t(), out=out.view(-1, weight_ND.shape[0]))
+    return out
+
+
 class _Linears(torch.autograd.Function):
     """One input, several maps: keeps the input, or what it was made of, and sums its gradients inside the products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, sinks: bool, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases = parameters[:count], parameters[count:]
-        kept = Kept.of(x)
+        kept = Kept.of(x) if any(ctx.needs_input_grad[3 : 3 + count]) else Kept.nothing()  # frozen weights need none
         ctx.save_for_backward(*weights, *kept.tensors)
         ctx.count, ctx.source, ctx.shape = count, kept.source, x.shape
         ctx.biases = biases
         ctx.sinks = [sink_of(p) if sinks and p is not None else None for p in parameters]
-        return tuple(F.linear(x, w, b) for w, b in zip(cast("tuple[Tensor, ...]", weights), biases, strict=True))
+        return tuple(_linear(x, w, b) for w, b in zip(cast("tuple[Tensor, ...]", weights), biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,11 +93,14 @@ class _Linears(torch.autograd.Function):
                 grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
             assert grad_x is not None
             grad_x = grad_x.view(ctx.shape)
-        rows = restore(saved, ctx.source).reshape(-1, ctx.shape[-1])
-        left: list[Tensor | None] = []
-        for place, grad in enumerate(flat):
-            wanted = ctx.needs_input_grad[3 + place]
-            left.append(_weight_gradient(grad, rows, ctx.sinks[place]) if wanted else None)
+        wanted = ctx.needs_input_grad[3 : 3 + ctx.count]
+        left: list[Tensor | None] = [None] * ctx.count
+        if any(wanted):
+            rows = restore(saved, ctx.source).reshape(-1, ctx.shape[-1])
+            left = [
+                _weight_gradient(grad, rows, sink) if want else None
+                for grad, sink, want in zip(flat, ctx.sinks, wanted, strict=False)
+            ]
         for place, (grad, bias) in enumerate(zip(flat, ctx.biases, strict=True)):
             if bias is None or not ctx.needs_input_grad[3 + ctx.count + place]:
                 left.append(None)

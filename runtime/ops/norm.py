@@ -93,6 +93,11 @@ class Kept:
         source.uses += 1
         return Kept((total, weight_D), source)
 
+    @staticmethod
+    def nothing() -> Kept:
+        """Keep nothing: no gradient needs the input."""
+        return Kept((), None)
+
 
 def restore(saved: Sequence[Tensor], source: _Source | None) -> Tensor:
     """The input again, from the tensors of a `Kept` and its source."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import CARRIED, GlobalTensor, Model
 from moeconv.placement import split_optimizer_name
 from runtime.errors import ConfigError, require
@@ -45,6 +46,8 @@ def resolve_groups(config: OptimConfig, model: Model, *, trains: bool = True) ->
     if not trains:
         _change(out, list(out), frozen=True)
         return out
+    if isinstance(model, AdaptedModel):
+        _change(out, [name for name in out if name not in model.own], frozen=True)
     for pattern in config.no_weight_decay:
         _change(out, _matches("no_weight_decay", pattern, out), decay=False)
     for text in config.lr_scale:
@@ -138,17 +141,22 @@ def _change(out: dict[str, TensorSettings], names: Sequence[str], **values: Any)
         out[name] = replace(out[name], **values)
 
 
-def _matches(field: str, pattern: str, names: Iterable[str]) -> list[str]:
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """Give the names that fit a glob."""
     matches = re.compile(fnmatch.translate(pattern)).match
-    found = [name for name in names if matches(name)]
+    return [name for name in names if matches(name)]
+
+
+def _matches(field: str, pattern: str, names: Iterable[str]) -> list[str]:
+    found = matching(pattern, names)
     if not found:
         raise ConfigError(
-            f"{_FLAGS[field]} {pattern}: no trained tensor of the model has such a name; nearest: {_nearest(pattern, names)}"
+            f"{_FLAGS[field]} {pattern}: no trained tensor of the model has such a name; nearest: {nearest(pattern, names)}"
         )
     return found
 
 
-def _nearest(pattern: str, names: Iterable[str]) -> str:
+def nearest(pattern: str, names: Iterable[str]) -> str:
     """Name the kinds of tensors, their numbers as `*`, that look most like a glob."""
     kinds = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
     plain = re.sub(r"\b\d+\b", "*", pattern)

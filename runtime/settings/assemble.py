@@ -14,8 +14,10 @@ from runtime.errors import ConfigError, require
 from runtime.flag import flag_name
 from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
+from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.support import check_supported, stored_dtype
+from runtime.model.targets import adapt
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.optim.schedule import ScheduleConfig
@@ -46,15 +48,16 @@ def make_run(given: Given, model: Model, where: Path, *, drawn: bool = False) ->
     check_supported(model, where)
     check_architecture(given.stated, model, where)
     train = _fit_train(train, model, where)
-    optim = OptimConfig(**given.of("optim"))
+    optim, lora = OptimConfig(**given.of("optim")), LoraConfig(**given.of("lora"))
     learning_rate = ScheduleConfig(**given.of("learning_rate"))
     recompute = RecomputeConfig(**given.of("recompute"))
     shared: dict[str, Any] = {"seq_length": train.seq_length, "seed": train.seed, "vocab_size": model.sizes["vocab"]}
     run = RunConfig(
-        model=model,
+        model=adapt(model, lora),
         parallel=_parallel(given, model, where),
         moe=_moe(given, model, recompute, where),
         optim=optim,
+        lora=lora,
         learning_rate=learning_rate,
         schedule=learning_rate.resolve(optim.lr, train.train_iters, train.train_samples, optim.decoupled_lr),
         recompute=recompute,

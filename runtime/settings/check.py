@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import Model
 from moeconv.layout.degrees import OPTIONS, DegreesError
 from moeconv.layout.shard import divisors
@@ -40,6 +41,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
     resolve_groups(run.optim, run.model, trains=not run.train.skip_train)
     check_layout(run, world_size)
     check_precision(run)
+    check_adapters(run)
 
 
 def check_layout(run: RunConfig, world_size: int) -> None:
@@ -176,6 +178,36 @@ def check_optimizer(optim: OptimConfig, parallel: ParallelConfig) -> None:
         optim.optimizer != "muon" or not cuts,
         f"--optimizer muon orthogonalises whole matrices, of which {', '.join(cuts)} leaves a rank only a part: leave that "
         "out and spread the model by expert, pipeline and context parallelism, or take --optimizer adam",
+    )
+
+
+def check_adapters(run: RunConfig) -> None:
+    """Refuse what can't be trained beside adapters.
+
+    Raises:
+        ConfigError: names the flags and what would fit.
+    """
+    model, moe = run.model, run.moe
+    if not isinstance(model, AdaptedModel):
+        return
+    require(
+        not run.drawn or run.checkpoint.save is None,
+        f"--lora-rank {run.lora.rank} with drawn weights: no save of adapters would find its model again. Save the model first "
+        "(--train-iters 0), --load it, or leave --save out",
+    )
+    if moe is None:
+        return
+    flags = {name: flag_name(MoEConfig, name) for name in ("gemm_backend", "fp8_format", "enable_expert_bias")}
+    require(
+        not moe.enable_expert_bias,
+        f"{flags['enable_expert_bias']} changes the frozen model beside adapters, which no save of them would hold; leave it out",
+    )
+    experts = any(model.tensors[name].expert is not None for name in model.adapted)
+    te = moe.gemm_backend == "te" or moe.fp8_format is not None
+    require(
+        not (experts and te),
+        f"--lora-targets gives routed experts adapters, which {flags['gemm_backend']} te and {flags['fp8_format']} don't compute; "
+        "take another backend in bf16",
     )
 
 

@@ -19,6 +19,7 @@ from runtime.errors import ConfigError
 from runtime.flag import Mark, choices_of, describe_range, mark_of, types_of
 from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
+from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
@@ -46,6 +47,7 @@ GROUPS = (
     Group(name="data", title="data", owner=DataConfig, given=frozenset({"seq_length", "seed", "vocab_size"})),
     Group(name="train", title="steps and evaluation", owner=TrainConfig),
     Group(name="optim", title="optimizer", owner=OptimConfig),
+    Group(name="lora", title="adapters (LoRA)", owner=LoraConfig),
     Group(name="learning_rate", title="learning rate", owner=ScheduleConfig),
     Group(name="parallel", title="parallelism (data parallel is what the world size leaves)", owner=ParallelConfig),
     Group(

@@ -26,13 +26,22 @@ class Origin:
     """Where a run starts."""
 
     path: Path
+    """The checkpoint that says how far the run is."""
     checkpoint: Checkpoint
+    """The model; `path` holds it, unless it is a save of adapters."""
     own: bool
     """The run itself wrote it earlier: everything is taken from it, whatever the flags leave out of --load."""
     drawn: bool = False
     """There is no checkpoint: weights are drawn. `path` then has the tokenizer, unless the settings name another."""
     notes: tuple[str, ...] = ()
     """Lines for the log: how it came to be this one."""
+    adapters: Checkpoint | None = None
+    """The save of adapters at `path`, of the model `checkpoint`."""
+
+    @property
+    def state(self) -> Checkpoint:
+        """The checkpoint at `path`, which has the optimizer's state, if there is one."""
+        return self.adapters or self.checkpoint
 
     @property
     def title(self) -> str:
@@ -69,9 +78,12 @@ def find_origin(given: Given, places: CheckpointConfig, step: int | None = None)
     else:
         path = mine or folders.resolve(load)
     try:
-        origin = Origin(path=path, checkpoint=open_at(path), own=mine is not None)
+        found = open_at(path)
     except MoeconvError as error:
         raise error.advise(folders.way_back(path, open_at)) from None
+    if found.adapter is not None:
+        return _with_base(path, found, load, own=mine is not None)
+    origin = Origin(path=path, checkpoint=found, own=mine is not None)
     if mine is None or path == folders.resolve(load).resolve():
         return origin
     return dataclasses.replace(origin, notes=_compare_with_load(origin, load, save or mine))
@@ -157,10 +169,24 @@ def open_at(path: Path) -> Checkpoint:
     Raises:
         MoeconvError: it is none, or its position is damaged.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, adapters=True)
     if (path / TRAINER_FILE).is_file():
         TrainerState.from_json((path / TRAINER_FILE).read_text(), path / TRAINER_FILE)
     return checkpoint
+
+
+def _with_base(path: Path, adapters: Checkpoint, load: Path, *, own: bool) -> Origin:
+    """Find the model that saved adapters belong to: what --load names, unless that is adapters too, else where it was."""
+    assert adapters.adapter is not None
+    base, recorded = folders.resolve(load), Path(adapters.adapter.base_path)
+    if base.resolve() == path.resolve() or open_checkpoint(base, adapters=True).adapter is not None:
+        require(
+            recorded.exists(),
+            f"{path} holds adapters of the model {recorded}, which is gone: give its place with --load, and this run's folder with --save",
+        )
+        base = recorded
+    note = f"going on from the adapters {path}, of the model {base}"
+    return Origin(path=path, checkpoint=open_checkpoint(base), own=own, notes=(note,), adapters=adapters)
 
 
 def _compare_with_load(origin: Origin, load: Path, save: Path) -> tuple[str, ...]:
@@ -169,7 +195,7 @@ def _compare_with_load(origin: Origin, load: Path, save: Path) -> tuple[str, ...
     if not load.exists() or (load.is_dir() and not any(load.iterdir())):  # the run began with drawn weights
         return (note,)
     try:
-        named = open_checkpoint(folders.resolve(load)).model
+        named = open_checkpoint(folders.resolve(load), adapters=True).model
     except MoeconvError as error:
         return (f"{note} (it can't be: {error})",)
     model = origin.checkpoint.model

@@ -11,6 +11,7 @@ from runtime.data.config import DataConfig
 from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
 from runtime.model.dtypes import DtypeName
+from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
@@ -24,10 +25,12 @@ class RunConfig:
     """Everything that a run is made of; each field but the model and the schedule is a group of settings."""
 
     model: Model
+    """The checkpoint's; with adapters, if the run trains some."""
     parallel: ParallelConfig
     moe: MoEConfig | None
     """None for a dense model."""
     optim: OptimConfig
+    lora: LoraConfig
     learning_rate: ScheduleConfig
     """The schedule as it was given."""
     schedule: Schedule

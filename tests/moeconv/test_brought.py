@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from moeconv.checking import check_tied, compare, lone_state
-from moeconv.checkpoint import finish_checkpoint, open_checkpoint
+from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf, write_sharded
 from moeconv.errors import MappingError, SourceError
+from moeconv.finish import finish_checkpoint
 from moeconv.io.hf_folder import INDEX
 from moeconv.io.safetensors import encode_header, read_header
 from moeconv.io.shards import ShardEntry, write_shard_file

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moeconv.checkpoint import finish_checkpoint, open_checkpoint
+from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf
 from moeconv.errors import IntegrityError
+from moeconv.finish import finish_checkpoint
 from moeconv.io.shards import ShardEntry, write_shard_file
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect

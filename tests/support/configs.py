@@ -29,7 +29,7 @@ _ALWAYS = {
 
 
 # transformers computes no other value of it.
-_OWN: dict[str, dict[str, Any]] = {"deepseek_v2": {"norm_topk_prob": False}, "gpt_oss": {"sliding_window": 128}}
+_OWN: dict[str, dict[str, Any]] = {"deepseek_v2": {"norm_topk_prob": False}, "gpt_oss": {"sliding_window": 5}}
 
 
 def tiny_config(model_type: str = "mixtral", **options: Any) -> dict[str, Any]:

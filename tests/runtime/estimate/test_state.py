@@ -14,13 +14,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moeconv.errors import MoeconvError
 from moeconv.families import FAMILIES
+from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import Model
 from moeconv.placement import Placement
 from runtime.engine import Engine
 from runtime.estimate.setup import Setup
 from runtime.estimate.state import State, checkpoint_bytes, rank_state
 from runtime.model.context import TORCH_DTYPES
+from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
+from runtime.model.targets import adapt
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.optim.groups import resolve_groups
@@ -50,6 +53,16 @@ TRAINED: tuple[dict[str, Any], ...] = (
 )
 
 
+LORA: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {},
+    {"rank": 4},
+    {"rank": 3, "targets": ("*_proj*", "*w[123].weight"), "also_train": ("*norm.weight",)},
+    {"rank": 2, "targets": ("*layers.1*up_proj*", "*v_proj*", "*w3*")},
+)
+
+
 def draw(random_: random.Random) -> Setup:
     """Draw a setup that the trainer accepts."""
     while True:
@@ -66,6 +79,10 @@ def draw(random_: random.Random) -> Setup:
             use_distributed_optimizer=random_.random() < 0.6,
             fully_shard=random_.random() < 0.3,
         )
+        try:
+            model = adapt(model, LoraConfig(**random_.choice(LORA)))
+        except MoeconvError:
+            continue
         router = model.compute.router
         setup = Setup(
             model=model,
@@ -105,7 +122,8 @@ def build(setup: Setup, device: str = "cpu") -> tuple[Engine, ParallelMesh]:
     mesh = ParallelMesh(setup.parallel)
     dtype = TORCH_DTYPES[setup.dtype]
     args = (setup.model, dtype, setup.parallel, setup.moe, setup.optim, setup.recompute, mesh, torch.device(device))
-    return Engine(*args), mesh
+    lora = LoraConfig(rank=setup.model.rank) if isinstance(setup.model, AdaptedModel) else None
+    return Engine(*args, lora=lora), mesh
 
 
 def memory_of(engine: Engine) -> State:

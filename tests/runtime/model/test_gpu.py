@@ -13,7 +13,9 @@ import torch
 from runtime.data.batch import Batch
 from runtime.engine import Engine
 from runtime.model.context import TORCH_DTYPES
+from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
+from runtime.model.targets import adapt
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
@@ -35,8 +37,16 @@ WIDE = {
 }  # fmt: skip
 
 
-def make_engine(dtype: Any, device: str, granularity: Any = "none", family: str = "mixtral", **moe: Any) -> Engine:
+def make_engine(
+    dtype: Any,
+    device: str,
+    granularity: Any = "none",
+    family: str = "mixtral",
+    lora: LoraConfig | None = None,
+    **moe: Any,
+) -> Engine:
     model = tiny_model(family, **{key: value for key, value in WIDE.items() if key in tiny_config(family)})
+    model = adapt(model, lora or LoraConfig())
     parallel = ParallelConfig()
     options = None
     if model.compute.router is not None:
@@ -51,6 +61,7 @@ def make_engine(dtype: Any, device: str, granularity: Any = "none", family: str 
         recompute,
         ParallelMesh(parallel),
         torch.device(device),
+        lora=lora,
     )
     engine.load_state(initial_reader(model))
     return engine
@@ -97,6 +108,22 @@ def test_documents_follow_fp32_on_the_cpu(family: str) -> None:
     want = make_engine("float32", "cpu", family=family).train_step([packed(0)])
     exact = make_engine("float32", "cuda", family=family).train_step([packed(0)])
     rounded = make_engine("bfloat16", "cuda", family=family).train_step([packed(0)])
+    assert exact.lm_loss == pytest.approx(want.lm_loss, rel=1e-5)
+    assert exact.grad_norm == pytest.approx(want.grad_norm, rel=1e-3)
+    assert rounded.lm_loss == pytest.approx(want.lm_loss, rel=0.02)
+    assert rounded.grad_norm == pytest.approx(want.grad_norm, rel=0.1)
+
+
+# A rank that fills no 16 bytes, one that does, and one of whole tiles of our own kernels.
+@pytest.mark.parametrize("rank", [3, 8, 64])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_adapters_follow_fp32_on_the_cpu(family: str, rank: int) -> None:
+    lora = LoraConfig(
+        rank=rank, alpha=4.0, targets=("*_proj*",) if family != "mixtral" else ("*self_attn*", "*experts*")
+    )
+    want = make_engine("float32", "cpu", family=family, lora=lora).train_step([batch(0)])
+    exact = make_engine("float32", "cuda", family=family, lora=lora).train_step([batch(0)])
+    rounded = make_engine("bfloat16", "cuda", family=family, lora=lora).train_step([batch(0)])
     assert exact.lm_loss == pytest.approx(want.lm_loss, rel=1e-5)
     assert exact.grad_norm == pytest.approx(want.grad_norm, rel=1e-3)
     assert rounded.lm_loss == pytest.approx(want.lm_loss, rel=0.02)

@@ -71,6 +71,13 @@ SOME_EXPERTS: dict[str, Any] = {
     "clip_grad": 0.05,
 }
 
+# Adapters on attention and all feed-forward parts; routers are trained whole, one layer's A and everything else is frozen.
+LORA: dict[str, Any] = {
+    "lora": {"rank": 4, "alpha": 6.0, "targets": ("*_proj*", "*experts*"), "also_train": ("*.gate.weight", "*layers.2.*norm*")},
+    "optim": {"clip_grad": 0.05, "freeze": ("*layers.0*lora_A*",), "no_weight_decay": ("*.w2.lora_B*",)},
+}  # fmt: skip
+ALL: dict[str, Any] = {"lora": {"rank": 3, "rslora": True, "targets": ("*_proj*",)}, "optim": {"clip_grad": 0.05}}
+
 
 def case(name: str, num_ranks: int, parallel: dict[str, Any] | None = None, **options: Any) -> Case:
     """A case with its degrees as one dict."""
@@ -156,6 +163,14 @@ CASES = (
     case("tp4 frozen embedding, vocabulary 9", 4, {"tp": 4} | SP, model={"vocab_size": 9}, optim={"freeze": ("*embed_tokens*", "*.[0-2].*")}),
     case("pp2 tp2 dp2 tied, groups", 8, {"pp": 2, "tp": 2} | DIST, model=TIED, optim=GROUPS | {"freeze": ("*experts.1.*",)}),
     case("tp2 sp ep2 experts of one rank are trained", 4, {"tp": 2, "ep": 2} | SP, optim=SOME_EXPERTS),
+    # Adapters.
+    case("tp2 adapters", 2, {"tp": 2}, **LORA),
+    case("tp2 sp ep2 etp1 dp2 distributed optimizer, adapters", 4, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, **LORA),
+    case("tp4 etp2 adapters, two kv heads", 4, {"tp": 4, "etp": 2}, **LORA),
+    case("pp2 cp2 zero-bubble, adapters", 4, {"pp": 2, "cp": 2, "pp_schedule": "zero-bubble"}, **LORA),
+    case("ep2 dp2 fully sharded, adapters recomputed", 4, {"ep": 2} | SHARD, recompute={"granularity": "full"}, **LORA),
+    case("tp2 sp ep2 etp1 adapters, clamped experts", 2, {"tp": 2, "ep": 2, "etp": 1} | SP, model=OSS, **ALL),
+    case("tp2 etp2 adapters, latent attention, shared experts", 2, {"tp": 2}, model=LATENT, **ALL),
     # What families add: norms of heads, biases, shared experts with and without gate, dense layers, part of a head turned.
     case("tp4 sp head norms, two kv heads", 4, {"tp": 4} | SP, model={"model_type": "qwen3"}),
     case("tp2 biases everywhere", 2, {"tp": 2}, model={"model_type": "llama", "attention_bias": True, "mlp_bias": True}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,9 @@ from runtime.checkpoint.rectangles import StateTensor
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.engine import Engine
 from runtime.model.context import TORCH_DTYPES
+from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
+from runtime.model.targets import adapt
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
@@ -38,6 +41,7 @@ class Case:
     moe: dict[str, Any] = field(default_factory=dict)
     recompute: dict[str, Any] = field(default_factory=dict)
     optim: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     num_microbatches: int = 4
     """Of the global batch, over all data-parallel ranks."""
@@ -56,6 +60,7 @@ class Case:
             model=self.model,
             moe=self.moe,
             optim=self.optim,
+            lora=self.lora,
             dtype=self.dtype,
             num_microbatches=self.num_microbatches,
             positions=self.positions,
@@ -66,9 +71,8 @@ class Case:
     @property
     def key(self) -> str:
         """Equal for cases with the same reference."""
-        return repr(
-            (self.model, self.moe, self.optim, self.dtype, self.num_microbatches, self.positions, self.documents)
-        )
+        parts = (self.model, self.moe, self.optim, self.lora, self.dtype, self.num_microbatches, self.positions)
+        return repr((*parts, self.documents))
 
 
 @dataclass
@@ -83,12 +87,14 @@ class Outcome:
 
 def model_of(case: Case) -> Model:
     """The case's model; a Mixtral of 4 layers where it says nothing else."""
-    return tiny_model(**case.model)
+    return adapt(tiny_model(**case.model), LoraConfig(**case.lora))
 
 
 def initial_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """A global tensor that depends on its name alone."""
-    generator = torch.Generator().manual_seed(int.from_bytes(name.encode()[-16:], "little") % 2**63 + len(name))
+    seed = int.from_bytes(name.encode()[-16:], "little") % 2**63 + len(name)
+    # Adapters of all layers and experts end alike.
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) if ".lora_" in name else seed)
     values = torch.randn(shape, generator=generator) * (0.15 if len(shape) > 1 else 0.2)
     if "norm" in name:
         values += 1
@@ -124,6 +130,7 @@ def make_engine(case: Case, **optim: Any) -> tuple[Engine, ParallelMesh]:
         RecomputeConfig(**case.recompute),
         mesh,
         device,
+        lora=LoraConfig(**case.lora),
     )
     engine.load_state(initial_reader(model))
     return engine, mesh

@@ -1,0 +1,96 @@
+"""Loading a run: the model, adapters over it, the optimizer's state, and how far it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container
+
+from moeconv.adapters.identity import check_base, fingerprint
+from moeconv.adapters.initial import initial_adapters
+from moeconv.checkpoint import Checkpoint
+from moeconv.families.adapted import AdaptedModel
+from runtime.checkpoint.adapters import over, source_of_saves
+from runtime.checkpoint.position import TRAINER_FILE, TrainerState
+from runtime.checkpoint.rectangles import Read
+from runtime.checkpoint.verified import load_verified
+from runtime.engine import Engine
+from runtime.job.processes import Process
+from runtime.optim.ema import EMA
+from runtime.settings.origin import Origin
+from runtime.settings.run import RunConfig
+
+
+def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:
+    """Load this rank's rectangles, and the optimizer's where they are wanted and there.
+
+    Args:
+        engine: takes them.
+        run: the settings.
+        origin: the checkpoint.
+
+    Returns:
+        The position that the run goes on from; None starts anew.
+    """
+    state, options = origin.state, run.checkpoint
+    has_state = any(name.startswith("optimizer.") for name in state.tensors)
+    # The model may have a run behind it, adapters that begin have none.
+    fresh = isinstance(run.model, AdaptedModel) and origin.adapters is None
+    wanted = not fresh and not run.train.skip_train and (origin.own or options.load_optim)
+    with_optimizer = has_state and wanted
+    stored = state.tensors if with_optimizer else None
+    mean = f"optimizer.{EMA}." if run.train.skip_train and run.train.eval_ema else ""
+
+    def named(read: Read) -> Read:
+        return lambda name, rect: read(mean + name if mean and mean + name in state.tensors else name, rect)
+
+    _load_tensors(engine, run, origin, stored, named)
+    path = origin.path / TRAINER_FILE
+    if fresh or origin.drawn or not path.is_file() or (options.finetune and not origin.own):
+        return None
+    position = TrainerState.from_json(path.read_text(), path)
+    if not (origin.own or options.load_rng):
+        position = dataclasses.replace(position, seed=run.train.seed)
+    # An evaluation takes what else belongs to the model, such as the biases of its experts.
+    return position if with_optimizer or run.train.skip_train else dataclasses.replace(position, optimizer={})
+
+
+def _load_tensors(
+    engine: Engine, run: RunConfig, origin: Origin, stored: Container[str] | None, named: Callable[[Read], Read]
+) -> None:
+    """Load this rank's rectangles: of the model, and of the adapters over it, if the run trains some."""
+    base, saved, model, device = origin.checkpoint, origin.adapters, run.model, engine.device
+    if not isinstance(model, AdaptedModel):
+        load_verified(base, lambda read: engine.load_state(named(read), stored), device)
+    elif saved is None:
+        first = initial_adapters(model, run.train.seed)
+        load_verified(base, lambda read: engine.load_state(over(read, first, model.weight_of)), device)
+    else:
+
+        def both(read: Read) -> None:
+            load_verified(saved, lambda own: engine.load_state(over(read, named(own), saved.tensors), stored), device)
+
+        load_verified(base, both, device)
+
+
+def adapter_saves(run: RunConfig, origin: Origin, process: Process) -> Checkpoint:
+    """Make sure that adapters to go on with belong to the model, and say what the run's saves come from; one rank looks.
+
+    Args:
+        run: the settings of a run that trains adapters.
+        origin: where it starts.
+        process: this process's place in the job.
+
+    Returns:
+        What `Trainer` saves as; the first rank's knows the model's fingerprint.
+
+    Raises:
+        IntegrityError: the adapters belong to another model.
+    """
+    base, model = origin.checkpoint, run.model
+    assert isinstance(model, AdaptedModel)
+    found = ""
+    if process.rank == 0:
+        found = fingerprint(base)
+        if origin.adapters is not None:
+            check_base(base.root, found, origin.adapters)
+    return source_of_saves(base, model, run.lora, found, base.root)

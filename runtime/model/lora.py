@@ -1,0 +1,38 @@
+"""The settings of low-rank adapters (LoRA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.families.adapted import scale_of
+from runtime.flag import check_fields, flag
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Adapters beside frozen weights."""
+
+    rank: int = flag(0, "--lora-rank", at_least=0)
+    """Train low-rank adapters of this rank, and freeze the model; 0 trains the model itself."""
+    alpha: float | None = flag(None, "--lora-alpha", above=0)
+    """What adapters add is scaled by alpha over the rank; by default twice the rank."""
+    rslora: bool = flag(False, "--lora-rslora")
+    """Scale by alpha over the root of the rank (rank-stabilised LoRA)."""
+    dropout: float = flag(0.0, "--lora-dropout", at_least=0, below=1)
+    """Probability with which an adapter misses an element of its input, in training."""
+    targets: tuple[str, ...] = flag((), "--lora-targets", metavar="GLOB")
+    """Weights that get an adapter, by their Hugging Face names ('*.self_attn.*' '*.experts.*'); by default all of
+    attention's. Matrices of attention, dense layers, shared and routed experts can have one."""
+    also_train: tuple[str, ...] = flag((), "--lora-also-train", metavar="GLOB")
+    """Weights that are trained whole beside the adapters, by their Hugging Face names ('*.gate.weight' for routers)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 2.0 * self.rank)
+
+    @property
+    def scale(self) -> float:
+        """Factor on what adapters add."""
+        assert self.alpha is not None
+        return scale_of(self.rank, self.alpha, rslora=self.rslora)

@@ -230,19 +230,7 @@ def run_job(
     log = _open_log(run, origin, process, device)
     if log is not None:
         log.note("\n".join([*run.notes, *_remains(run), describe(run, origin, process)]))
-    dp = data_parallel_size(run.parallel, process.world_size)
-    data = DataSource(run.data, origin.path, run.train.num_samples(dp))
-    progress("preparing the data", limited=False)
-    prepare_data(data, store, process.world_size, log.note if log is not None else None)
-    progress("opening the data", limited=False)
-    one_first(process.local_rank == 0, lambda: check_splits(run, data))
-    if log is not None:
-        log.note(describe_run_data(run, data, dp))
-        if run.data.separates_documents and not run.train.skip_train:
-            lengths = document_lengths(data)
-            log.count_flops(training_flops(run.model, run.train.seq_length, lengths))
-            mean = sum(length**2 for length in lengths) / sum(lengths)
-            log.note(f"attention stays in documents: a token's has {mean:.0f} tokens on average; TFLOP/s count that")
+    data = _open_data(run, origin, process, store, progress, log)
     saves_as: list[Checkpoint] = []
     if isinstance(run.model, AdaptedModel):
         progress("finding out which model it is", limited=False)
@@ -273,6 +261,26 @@ def run_job(
         log.close()
     for claim in claims:
         claim.release()
+
+
+def _open_data(
+    run: RunConfig, origin: Origin, process: Process, store: Store, progress: Progress, log: MetricLog | None
+) -> DataSource:
+    """Tokenize what isn't yet, open the data, and say what there is; arguments as of `run_job`."""
+    dp = data_parallel_size(run.parallel, process.world_size)
+    data = DataSource(run.data, origin.path, run.train.num_samples(dp))
+    progress("preparing the data", limited=False)
+    prepare_data(data, store, process.world_size, log.note if log is not None else None)
+    progress("opening the data", limited=False)
+    one_first(process.local_rank == 0, lambda: check_splits(run, data))
+    if log is not None:
+        log.note(describe_run_data(run, data, dp))
+        if run.data.separates_documents and not run.train.skip_train:
+            lengths = document_lengths(data)
+            log.count_flops(training_flops(run.model, run.train.seq_length, lengths))
+            mean = sum(length**2 for length in lengths) / sum(lengths)
+            log.note(f"attention stays in documents: a token's has {mean:.0f} tokens on average; TFLOP/s count that")
+    return data
 
 
 def _claim(run: RunConfig, origin: Origin, process: Process, claims: list[folders.Claim]) -> None:

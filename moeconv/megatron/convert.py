@@ -156,12 +156,18 @@ def export_megatron(
     else:
         tracker = target.iteration.encode()
         write_plan(found, out, plan, beside, options, lambda staging, *_: staging.write(TRACKER, tracker))
-    left = len(found.tensors) - len(kept)
-    dropped = [f"{left} tensors of optimizer state (--no-optimizer)"] if left else []
-    dropped += found.dropped
-    dropped += [f"{len(unread)} tensors that the model does not compute with, such as {unread[0]}"] if unread else []
+    dropped = _dropped(found, len(found.tensors) - len(kept), unread)
     nbytes = plan.nbytes + sum(map(size_of, beside.values()))
     return Summary(len(files) + len(beside) + 1, nbytes, tuple(dropped), str(degrees), tuple(_notes(found.model)))
+
+
+def _dropped(found: Checkpoint, left: int, unread: list[str]) -> list[str]:
+    """Say what is not converted: states of the optimizer, files beside the weights, carried tensors."""
+    dropped = [f"{left} tensors of optimizer state (--no-optimizer)"] if left else []
+    dropped += found.dropped
+    return dropped + (
+        [f"{len(unread)} tensors that the model does not compute with, such as {unread[0]}"] if unread else []
+    )
 
 
 def _is_carried(found: Checkpoint, name: str) -> bool:

@@ -255,8 +255,7 @@ def run_job(
             trainer.evaluate(split)
     if log is not None:
         forecast = expect(run, process)
-        outcome = forecast.outcome(Measured(log.seconds, log.memory)) if forecast is not None else ""
-        if outcome:
+        if forecast is not None and (outcome := forecast.outcome(Measured(log.seconds, log.memory))):
             log.note(outcome)
         log.close()
     for claim in claims:

@@ -154,8 +154,7 @@ def export_megatron(
     if dry_run:
         check_free(out.absolute())
     else:
-        tracker = target.iteration.encode()
-        write_plan(found, out, plan, beside, options, lambda staging, *_: staging.write(TRACKER, tracker))
+        write_plan(found, out, plan, beside, options, lambda s, *_: s.write(TRACKER, target.iteration.encode()))
     dropped = _dropped(found, len(found.tensors) - len(kept), unread)
     nbytes = plan.nbytes + sum(map(size_of, beside.values()))
     return Summary(len(files) + len(beside) + 1, nbytes, tuple(dropped), str(degrees), tuple(_notes(found.model)))

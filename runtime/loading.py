@@ -15,7 +15,7 @@ from runtime.checkpoint.rectangles import Read
 from runtime.checkpoint.verified import load_verified
 from runtime.engine import Engine
 from runtime.job.processes import Process
-from runtime.optim.ema import EMA
+from runtime.optim.config import EMA
 from runtime.settings.origin import Origin
 from runtime.settings.run import RunConfig
 

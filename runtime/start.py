@@ -38,7 +38,7 @@ from runtime.log.records import Speed
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.targets import describe_adapters
 from runtime.moe.grouped_gemm import describe_backend
-from runtime.optim.ema import EMA
+from runtime.optim.config import EMA
 from runtime.optim.groups import check_states, describe_frozen, num_trained, resolve_groups
 from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.assemble import make_run

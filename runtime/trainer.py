@@ -29,7 +29,7 @@ from runtime.job.signals import StopRequest
 from runtime.job.watchdog import Progress
 from runtime.log.metrics import MetricLog
 from runtime.log.records import EvalRecord, StepRecord
-from runtime.optim.ema import EMA
+from runtime.optim.config import EMA
 from runtime.optim.groups import changed_groups
 from runtime.optim.schedule import Schedule
 from runtime.parallel.mesh import ParallelMesh

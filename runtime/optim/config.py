@@ -7,6 +7,9 @@ from typing import Literal
 
 from runtime.flag import check_fields, flag
 
+EMA = "ema"
+"""The state that is the mean of the weights: on disk `optimizer.ema.<tensor>`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.optim.config import EMA
 from runtime.optim.protocol import Optimizer
 from runtime.parallel.shards import Shard
 
-EMA = "ema"
-"""The state's name: on disk `optimizer.ema.<tensor>`."""
 _CHUNK = 1 << 24
 
 

@@ -17,8 +17,7 @@ from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import CARRIED, GlobalTensor, Model
 from moeconv.placement import split_optimizer_name
 from runtime.errors import ConfigError, require
-from runtime.optim.config import OptimConfig
-from runtime.optim.ema import EMA
+from runtime.optim.config import EMA, OptimConfig
 from runtime.parallel.tensor_settings import TensorSettings
 
 DERIVED_STATES = ("master", EMA)

@@ -32,7 +32,7 @@ TRAINER = {
     "optimizer": {"num_steps": 7, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "loss_scale": 1024.0},
 }
 
-_SMALL = {"num_hidden_layers": 2, "num_local_experts": 4}
+_SMALL = {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts": 4}
 
 
 def build(root: Path) -> None:

@@ -16,7 +16,7 @@ from moeconv.errors import MoeconvError
 from moeconv.families.adapted import AdaptedModel
 from moeconv.io.manifest import MANIFEST
 from runtime.checkpoint import folder as folders
-from runtime.checkpoint.adapters import check_adapters
+from runtime.checkpoint.adapters import as_saved, check_adapters
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.chat import read_template
 from runtime.data.job import prepare_data
@@ -76,6 +76,9 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
         checkpoint = origin.checkpoint.with_model(model)
         origin = dataclasses.replace(origin, checkpoint=checkpoint, notes=(*origin.notes, note))
     run = make_run(given, origin.checkpoint.model, origin.path, drawn=origin.drawn)
+    if run.train.skip_train and origin.adapters is not None and not run.lora.rank:
+        model, lora = as_saved(origin.adapters, run.model)
+        run = dataclasses.replace(run, model=model, lora=lora)
     check_run(run, process.world_size)
     if run.data.chat_template is not None:
         # Whoever talks to the trained model needs the template that it was trained with.

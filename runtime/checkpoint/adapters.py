@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from moeconv.checkpoint import Checkpoint
 from moeconv.families.adapted import AdaptedModel
+from moeconv.families.base import Model
 from moeconv.io.adapter import AdapterRecord
 from moeconv.layout.rect import Rect
 from runtime.checkpoint.rectangles import Read
@@ -61,6 +62,20 @@ def over(base: Read, own: Read, held: Container[str]) -> Read:
         return own(name, rect) if name in held else base(name, rect)
 
     return read
+
+
+def as_saved(saved: Checkpoint, base: Model) -> tuple[AdaptedModel, LoraConfig]:
+    """Give the model and the settings that a save of adapters was trained with.
+
+    Args:
+        saved: the save.
+        base: the model that it belongs to.
+    """
+    record, held = saved.adapter, saved.model
+    assert record is not None
+    assert isinstance(held, AdaptedModel)
+    config = LoraConfig(rank=record.rank, alpha=record.alpha, rslora=record.rslora, dropout=record.dropout)
+    return AdaptedModel.of(base, record.rank, held.adapted, held.whole), config
 
 
 def check_adapters(

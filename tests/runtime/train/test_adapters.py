@@ -54,6 +54,17 @@ class Workplace:
             with pytest.raises(RankError) as raised:
                 run_jobs([self.job("two", 4, load=folder / "touched")], pool)
             self.refusal = str(raised.value)
+            words = ("--skip-train", "--eval-iters", "2", "--seq-length", "32", "--global-batch-size", "4", "--fp32")
+            given = (
+                "--load",
+                str(folder / "two"),
+                "--data",
+                str(self.text),
+                "--data-cache-path",
+                str(folder / "cache"),
+            )
+            log = ("--log-file", str(folder / "evaluated.jsonl"))
+            run_jobs([Job(1, (*given, *words, *log)), Job(1, (*given, *words, *log, *LORA))], pool)
 
     def job(self, name: str, iterations: int, *more: str, ranks: int = 1, load: Path | None = None) -> Job:
         return Job(ranks, tuple(self.words(name, iterations, load) + list(LORA) + list(more)))
@@ -130,6 +141,13 @@ def test_a_save_holds_what_was_trained_alone(place: Workplace) -> None:
     assert size < sum(info.nbytes for info in base.tensors.values()) / 2
     records = [json.loads(line) for line in (place.folder / "whole.jsonl").read_text().splitlines()]
     assert any("on 64 weights" in str(record) for record in records), "the log says what is adapted"
+
+
+def test_an_evaluation_needs_no_flags(place: Workplace) -> None:
+    records = map(json.loads, (place.folder / "evaluated.jsonl").read_text().splitlines())
+    found = [record["eval_lm_loss"] for record in records if record.get("split") == "valid"]
+    assert len(found) == 2
+    assert found[0] == found[1]
 
 
 def test_another_model_is_refused(place: Workplace) -> None:

@@ -158,7 +158,9 @@ def test_cross_entropy(tokens: int, columns: int, padded: int, dtype: torch.dtyp
         torch.testing.assert_close(got.double(), want.detach(), rtol=1e-5, atol=1e-5)
         (got * grad).sum().backward()
         assert leaf.grad is not None
-        assert relative(leaf.grad[..., :columns], exact.grad) < bound or tokens == 0
+        # A probability near 1 less 1 keeps the rounding of what it is a difference of.
+        error = (leaf.grad[..., :columns].double() - exact.grad).abs()
+        assert (error <= bound * grad.abs().unsqueeze(-1)).all()
         assert not leaf.grad[..., columns:].any()
 
 

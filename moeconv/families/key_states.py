@@ -20,6 +20,7 @@ State = Literal["honoured", "harmless", "refused"]
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPE = ("dtype", "torch_dtype")
 LAYER_TYPES = "layer_types"
+NOISE = ("router_jitter_noise", "input_jitter_noise")  # factors on what experts or routers see, in training alone
 AUX_LOSS = "router_aux_loss_coef"  # of a loss that transformers adds where it is asked to return router logits
 QUANTISED = "quantization_config"  # converts where its parts are known; whoever computes refuses it
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", ORIGINAL)

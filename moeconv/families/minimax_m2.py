@@ -49,8 +49,9 @@ MINIMAX_M2 = Family(
         max_positions=Key("max_position_embeddings", 196608),
         rope=RopeRule(theta=5e6, share=1.0, turned="rotary_dim"),
         router=RouterRule(score="sigmoid", normalise=True),
-        fixed={"attention_dropout": 0.0, "router_jitter_noise": 0.0},
+        fixed={"attention_dropout": 0.0},
     ),
     tokens={"bos_token_id": 200034, "eos_token_id": 200020},
+    harmless=("router_jitter_noise",),
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/minimax_m2/modeling_minimax_m2.py",
 )

@@ -45,11 +45,12 @@ MIXTRAL = Family(
         window=WindowRule(pattern="all", size=Key("sliding_window", None)),
         # The softmax over all experts, renormalised over the chosen ones.
         router=RouterRule(score="softmax", normalise=True),
-        fixed={"attention_dropout": 0.0, "router_jitter_noise": 0.0},
+        fixed={"attention_dropout": 0.0},
     ),
     aliases=(Alias(MLP + "gate.weight", (SPARSE + "gate.weight",)), *FUSED_W132),
     tokens=BOS_EOS,
     mergekit="mixtral",
     sentencepiece=True,
+    harmless=("router_jitter_noise",),
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/mixtral/modeling_mixtral.py",
 )

@@ -56,8 +56,9 @@ PHIMOE = Family(
         window=WindowRule(pattern="all", size=Key("sliding_window", None)),
         router=RouterRule(score="sparsemixer", normalise=False, jitter=Key("router_jitter_noise", 0.01)),
         norm="layer",
-        fixed={"attention_dropout": 0.0, "input_jitter_noise": 0.0},
+        fixed={"attention_dropout": 0.0},
     ),
     tokens=BOS_EOS,
+    harmless=("input_jitter_noise",),
     source="https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/phimoe/modeling_phimoe.py",
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.families.base import Model
-from moeconv.families.key_states import AUX_LOSS
+from moeconv.families.key_states import AUX_LOSS, NOISE
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.config import DataConfig
 from runtime.errors import ConfigError, require
@@ -69,7 +69,9 @@ def make_run(given: Given, model: Model, where: Path, *, drawn: bool = False) ->
         stated=dict(given.stated),
         drawn=drawn,
     )
-    return dataclasses.replace(run, notes=(*given.notes, *check_idle(given, run), *_balance_note(given, run)))
+    return dataclasses.replace(
+        run, notes=(*given.notes, *check_idle(given, run), *_balance_note(given, run), *_noise_note(given, run))
+    )
 
 
 def _balance_note(given: Given, run: RunConfig) -> list[str]:
@@ -81,6 +83,18 @@ def _balance_note(given: Given, run: RunConfig) -> list[str]:
     return [
         f"config.json has {AUX_LOSS} {wanted}, which by itself has no effect: experts are balanced by "
         f"{flag_name(MoEConfig, 'aux_loss_coeff')}, which is not given (0)"
+    ]
+
+
+def _noise_note(given: Given, run: RunConfig) -> list[str]:
+    """Say that a config asks for noise in training where no flag does."""
+    family, config = run.model.family, run.model.config
+    wanted = [f"{key} {config[key]}" for key in NOISE if key in family.harmless and config.get(key)]
+    if run.moe is None or not wanted or ("moe", "input_jitter_eps") in given.values:
+        return []
+    return [
+        f"config.json has {', '.join(wanted)}, noise in training that by itself has no effect here: "
+        f"{flag_name(MoEConfig, 'input_jitter_eps')} puts it on what routers see"
     ]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeconv.families import FAMILIES
-from moeconv.families.key_states import State, key_states
+from moeconv.families.key_states import NOISE, State, key_states
 from tests.fuzz.judge import TOLERANCE, Judge, Ours, Theirs, gap
 
 # What transformers 5 refuses by its types, or crashes at, and what other versions of it take: our meaning is theirs.
@@ -64,7 +64,9 @@ def verdict(judge: Judge, keys: Sequence[str], raw: bytes, *, named: bool = True
     ours_logits = judge.our_logits(ours.checkpoint) if changed else judge.base_logits
     if (far := gap(ours_logits, theirs.logits)) > TOLERANCE:
         return Verdict("finding", f"logits differ by {far:.2g}")
-    if gap(theirs.training, theirs.logits) > TOLERANCE:
+    # Noise that the trainer has a flag for: it says so at the start (test_flags).
+    noise = any(key in NOISE and state_of(judge.model_type, key) == "harmless" for key in keys)
+    if not noise and gap(theirs.training, theirs.logits) > TOLERANCE:
         return Verdict("finding", "transformers computes something else in training")
     moved = gap(theirs.logits, judge.base_theirs.logits) > TOLERANCE
     if moved and not {state_of(judge.model_type, key) for key in keys} & {"honoured", "refused"}:

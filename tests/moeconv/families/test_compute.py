@@ -273,8 +273,6 @@ def test_what_transformers_refuses_or_reads_otherwise_is_refused_by_name(
     [
         *((name, {"is_causal": False}) for name in COMPUTED),
         *((name, {"per_layer_config": {"0": {"num_attention_heads": 2}}}) for name in COMPUTED),
-        ("mixtral", {"router_jitter_noise": 0.3}),
-        ("minimax_m2", {"router_jitter_noise": 0.3}),
         ("deepseek_v3", {"num_key_value_heads": 1}),
         ("deepseek_v3", {"head_dim": 16}),
         ("glm4_moe_lite", {"qk_head_dim": 16}),

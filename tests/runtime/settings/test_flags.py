@@ -77,6 +77,14 @@ def test_a_balancing_loss_that_the_config_asks_for_is_not_passed_over() -> None:
     assert not any("router_aux_loss_coef" in note for note in make(SHORT, config | {"router_aux_loss_coef": 0}).notes)
 
 
+def test_noise_that_the_config_asks_for_is_not_passed_over() -> None:
+    config = MIXTRAL_8X7B | {"router_jitter_noise": 0.01}
+    line = "config.json has router_jitter_noise 0.01, noise in training that by itself has no effect here: --moe-input-jitter-eps"
+    assert sum(note.startswith(line) for note in make(SHORT, config).notes) == 1
+    assert not any("jitter" in note for note in make(f"{SHORT} --moe-input-jitter-eps 0", config).notes)
+    assert not any("jitter" in note for note in make(SHORT, config | {"router_jitter_noise": 0.0}).notes)
+
+
 def test_tied_embeddings_disagree() -> None:
     config = MixtralConfig(tie_word_embeddings=True).to_dict()
     with pytest.raises(

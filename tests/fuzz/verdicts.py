@@ -46,6 +46,8 @@ def verdict(judge: Judge, keys: Sequence[str], raw: bytes, *, named: bool = True
         The verdict.
     """
     ours = judge.ours(raw)
+    if not named and "import" in ours.refusals:  # whatever it says, and however large a model transformers would make of it
+        return Verdict("refused", ours.refusals["import"][:200])
     theirs = judge.judge(raw)
     if "trainer" in ours.refusals:
         return _refused(judge, keys, raw, ours, theirs, named=named)

@@ -14,7 +14,7 @@ from moeconv.families.compute import Compute, ComputeRule, Key, resolve
 from moeconv.families.layers import LinearLayers, MoELayers, linear_layers, moe_layers
 from moeconv.families.names import EXPERT, evaluate, fill, layer_of
 from moeconv.families.quantised import Part, Scheme, scheme_of
-from moeconv.families.sizes import read_sizes
+from moeconv.families.sizes import read_size, read_sizes
 
 Axis = Literal["tp", "etp"]
 Where = Literal["first", "layers", "last"]
@@ -213,6 +213,7 @@ class Model:
         """
         config = family.language_config(config)
         sizes = read_sizes(family.name, config, family.sizes, family.defaults, family.may_be_zero)
+        read_size(family.mtp, config, 0)
         named = {flag: (key, False) if isinstance(key, str) else key for flag, key in family.flags.items()}
         flags = {flag: Key(key, silent).flag(config) for flag, (key, silent) in named.items()}
         moe = moe_layers(family.dense_layers, config, sizes["layers"]) if "experts" in sizes else frozenset[int]()
@@ -252,9 +253,9 @@ class Model:
         if any(fnmatchcase(name, pattern) for pattern in self.family.carried):
             return True
         further = self._layer_of(name)
-        count = next((self.config[key] for key in self.family.mtp if self.config.get(key) is not None), None)
+        count = read_size(self.family.mtp, self.config, 0) or 0
         first = self.sizes["layers"]
-        return isinstance(count, int) and further is not None and first <= further < first + count
+        return further is not None and first <= further < first + count
 
     @cached_property
     def compute(self) -> Compute:

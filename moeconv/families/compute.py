@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import log
@@ -226,7 +227,7 @@ def resolve(
         max_positions=number(rule.max_positions, config, int),
         rope=rope,
         act=str(rule.act.of(config)),
-        init_std=number(rule.init_std, config, float),
+        init_std=number(rule.init_std, config, float, most=1.0),
         windows=_windows(rule.window, config, sizes["layers"]),
         router=_router(rule.router, config, sizes, bias, linear_bias, top_k) if rule.router is not None else None,
         others=others,
@@ -273,17 +274,20 @@ def _value(source: Any, config: Mapping[str, Any], kind: type[int] | type[float]
     return number(source, config, kind) if isinstance(source, Key) else source
 
 
-def number(key: Key, config: Mapping[str, Any], kind: type[int] | type[float]) -> Any:
-    """Read a number that is at least 0.
+def number(key: Key, config: Mapping[str, Any], kind: type[int] | type[float], most: float = sys.float_info.max) -> Any:
+    """Read a number that is at least 0 and at most `most`.
 
     Raises:
         MappingError: the value is none.
     """
     value = key.of(config)
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if not (whole or (kind is float and isinstance(value, float))) or not 0 <= value < float("inf"):
+    if not (whole or (kind is float and isinstance(value, float))) or not 0 <= value <= most:
         what = "a whole number" if kind is int else "a number"
-        raise MappingError(f"config.json: {key.name} is {value!r}; expected {what} of at least 0")
+        bound = f" and at most {most:g}" if most < sys.float_info.max else ""
+        raise MappingError(
+            f"config.json: {key.name} is {str(value)[:80] if isinstance(value, int) else repr(value)}; expected {what} of at least 0{bound}"
+        )
     return kind(value)
 
 

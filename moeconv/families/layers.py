@@ -71,8 +71,9 @@ def _number(config: Mapping[str, Any], key: str, silent: int | None, least: int 
 
 
 def _layers_of(config: Mapping[str, Any], key: str) -> list[int]:
-    listed = config.get(key) or []
-    if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
+    listed = config.get(key)
+    listed = [] if listed is None else listed
+    if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
         raise MappingError(f"config.json: {key} is {str(listed)[:80]}; expected a list of layers")
     return listed
 

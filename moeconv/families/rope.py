@@ -6,6 +6,7 @@ Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,9 +110,9 @@ class RopeRule:
             share = turned / head_dim
         share = self.share if share is None else share
         share = 1.0 if share is None else share
-        for name, value, most in (("rope_theta", theta, float("inf")), ("partial_rotary_factor", share, 1.0)):
+        for name, value, most in (("rope_theta", theta, sys.float_info.max), ("partial_rotary_factor", share, 1.0)):
             if not (_is_number(value) and 0 < value <= most):
-                raise MappingError(f"config.json: {name} is {value!r}; expected a number above 0")
+                raise MappingError(f"config.json: {name} is {str(value)[:80]}; expected a number above 0")
         if kind == "yarn" and theta == 1:
             raise MappingError("config.json: rope_theta is 1, of which yarn has no logarithm to divide by")
         if self.share is None and share != 1.0:
@@ -193,14 +194,18 @@ def _parameters(kind: str, table: Mapping[str, Any], dim: int, more: tuple[str, 
         values["truncate"] = False
     for name, value in values.items():
         if name in ("short_factor", "long_factor"):
-            right = isinstance(value, list) and len(value) == dim // 2 and all(_is_number(v) and v > 0 for v in value)
+            right = (
+                isinstance(value, list)
+                and len(value) == dim // 2
+                and all(_is_number(v) and 0 < v <= sys.float_info.max for v in value)
+            )
             expected = f"{dim // 2} positive numbers"
         elif name == "truncate":
             right, expected = isinstance(value, bool), "true or false"
         elif name == ORIGINAL and kind == "longrope":
-            right, expected = _is_number(value) and value > 1, "a number above 1"
+            right, expected = _is_number(value) and 1 < value <= sys.float_info.max, "a number above 1"
         else:
-            right, expected = _is_number(value) and value > 0, "a number above 0"
+            right, expected = _is_number(value) and 0 < value <= sys.float_info.max, "a number above 0"
         if not right:
             raise MappingError(f"config.json: {name} of the rotary positions is {str(value)[:80]}; expected {expected}")
     return values

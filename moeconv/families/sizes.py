@@ -38,7 +38,7 @@ def read_sizes(
     defaults = _DEFAULTS | dict(defaults)
     for name, names in keys.items():
         names = (names,) if isinstance(names, str) else names
-        value = _size(names, config, 0 if name in may_be_zero else 1)
+        value = read_size(names, config, 0 if name in may_be_zero else 1)
         if value is not None:
             sizes[name] = value
         elif name not in defaults:
@@ -50,8 +50,12 @@ def read_sizes(
     return sizes
 
 
-def _size(keys: tuple[str, ...], config: Mapping[str, Any], least: int) -> int | None:
-    """Read a size, which a config may state under several names; None where it states none."""
+def read_size(keys: tuple[str, ...], config: Mapping[str, Any], least: int) -> int | None:
+    """Read a size, or another count, which a config may state under several names; None where it states none.
+
+    Raises:
+        MappingError: it is no whole number of at least `least`, or the names disagree.
+    """
     stated = {key: config[key] for key in keys if config.get(key) is not None}
     for key, value in stated.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -98,7 +98,7 @@ def _unsaid_router(model: Model) -> Iterable[str]:
     router = model.compute.router
     assert router is not None
     if router.experts > 1 and router.top_k == 1 and router.normalise and router.score != "sparsemixer":
-        yield "one expert a token with a routing weight of 1 (it weighs the expert by its score)"
+        yield f"{model.family.key_of('top_k')} = 1: one expert a token with a routing weight of 1 (it weighs the expert by its score)"
     if router.score == "sigmoid" and router.top_k > 1 and not router.normalise:
         yield "sigmoid routing weights that don't sum to 1"
     if router.score not in ("softmax", "sigmoid"):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from moeconv.families import FAMILIES
 from tests.fuzz.flips import Flip, flips
-from tests.fuzz.judge import Judge
+from tests.fuzz.judge import Judge, bound_memory
 from tests.fuzz.verdicts import Verdict, state_of, verdict
 from tests.moeconv.models import RAM
 
@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print family x key, not the sums alone")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     flags = parser.parse_args()
+    bound_memory()
     results = {}
     print(f"{'family':<18}" + "".join(f"{kind:>10}" for kind in ("keys", *KINDS)), file=sys.stderr)
     for name in flags.family or FAMILIES:

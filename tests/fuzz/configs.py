@@ -26,7 +26,7 @@ from moeconv.errors import MoeconvError
 from moeconv.families import FAMILIES
 from moeconv.io.hf_folder import CONFIG, INDEX
 from tests.fuzz.flips import EXTRA, SET, flips
-from tests.fuzz.judge import TOLERANCE, Judge, gap
+from tests.fuzz.judge import TOLERANCE, Judge, bound_memory, gap
 from tests.fuzz.mutate import mutate_json, nasty
 from tests.fuzz.verdicts import Verdict, verdict
 from tests.moeconv.models import RAM
@@ -143,6 +143,7 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="run this case alone")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     flags = parser.parse_args()
+    bound_memory()
     total: dict[str, Counter[str]] = {"config": Counter(), "index": Counter()}
     rows: dict[str, dict[str, Counter[str]]] = {}
     print(f"{'family':<18}{'file':<8}" + "".join(f"{kind:>10}" for kind in KINDS), file=sys.stderr)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import resource
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -35,6 +39,7 @@ from runtime.parallel.mesh import ParallelMesh
 from tests.upcycle.hub import make_model
 
 TOLERANCE = 1e-5
+SECONDS, MEMORY_BYTES = 30, 4 << 30  # that transformers has for one config
 LENGTH = 24  # tokens: more than the short windows and lengths that flips write
 RANDOM_IN_TRAINING = frozenset(("phimoe",))  # transformers draws its experts while it trains
 
@@ -129,6 +134,8 @@ class Judge:
         (self.folder / CONFIG).write_bytes(raw)
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(7)
+            before = signal.signal(signal.SIGALRM, _slow)
+            signal.alarm(SECONDS)
             try:
                 model = self.load()
                 logits = self._logits(model.eval())
@@ -139,6 +146,9 @@ class Judge:
                 return Theirs(other=error.names)
             except Exception as error:
                 return Theirs(error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            finally:
+                signal.alarm(0)
+                signal.signal(signal.SIGALRM, before)
         return Theirs(logits=logits, training=drawn)
 
     def _logits(self, model: Any) -> Tensor:
@@ -210,6 +220,17 @@ class Judge:
             except Exception:
                 return None
         return again
+
+
+def _slow(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError(f"transformers takes more than {SECONDS} s")
+
+
+def bound_memory() -> None:
+    """Bound this process's address space, so that what asks for too much ends in a MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 class OtherTensorsError(Exception):

@@ -17,7 +17,9 @@ from tests.fuzz.judge import TOLERANCE, Judge, Ours, Theirs, gap
 OLDER = {("head_dim", None), ("head_dim", "absent"), ("num_key_value_heads", None)}
 _FIELD = re.compile(r"Validation error for (?:field|validator) '(\w+)'")
 # A tensor that doesn't fit, or another key that a key contradicts.
-_OTHER = re.compile(r"config\.json: \w+( or \w+)? is |\.weight|\.bias|_proj|config\.json implies|lacks \w+\.")
+_OTHER = re.compile(
+    r"config\.json: \w+( or \w+)? is |\.weight|\.bias|_proj|config\.json implies|lacks \w+\.|is no tensor of"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,10 @@ def verdict(judge: Judge, keys: Sequence[str], raw: bytes, *, named: bool = True
         The verdict.
     """
     ours = judge.ours(raw)
+    if (
+        not named and "import" in ours.refusals
+    ):  # whatever it says, and however large a model transformers would make of it
+        return Verdict("refused", ours.refusals["import"][:200])
     theirs = judge.judge(raw)
     if "trainer" in ours.refusals:
         return _refused(judge, keys, raw, ours, theirs, named=named)
@@ -109,7 +115,7 @@ def refusal_names(keys: Sequence[str], message: str, before: str | None) -> bool
     return (
         any(leaf in message for leaf in leaves)
         or bool(_OTHER.search(message))
-        or (rotary and ("rotary" in message or "rope_type" in message or "mscale" in message))
+        or (rotary and ("rotary" in message or any(word in message for word in ("rope_type", "yarn", "mscale"))))
         or (before is not None and set(before.split("; ")) >= set(message.split("; ")))
     )
 

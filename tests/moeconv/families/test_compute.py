@@ -259,6 +259,13 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0]
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "full_attention"),
         ("mixtral", {"attention_dropout": None}, "attention_dropout is None"),
         ("ernie4_5_moe", {"moe_layer_interval": None}, "moe_layer_interval is None"),
+        ("qwen3_moe", {"mlp_only_layers": [False]}, "mlp_only_layers"),
+        ("qwen3_moe", {"mlp_only_layers": {}}, "mlp_only_layers"),
+        ("deepseek_v3", {"num_mtp_layers": -0.0}, "num_mtp_layers is -0.0"),
+        ("llama", {"initializer_range": 7}, "initializer_range is 7; .* at most 1"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ("llama", {"rope_theta": 10**400}, "rope_theta is 1000"),
+        ("llama", {"rope_scaling": YARN | {"factor": float("inf")}}, "factor of the rotary positions is inf"),
     ],
 )  # fmt: skip
 def test_what_transformers_refuses_or_reads_otherwise_is_refused_by_name(

@@ -100,16 +100,7 @@ class RopeRule:
         if not isinstance(kind, str) or kind not in known:
             raise MappingError(f"config.json: rope_type is {kind!r}; known kinds are {', '.join(known)}")
         theta = table.get("rope_theta", config.get("rope_theta", self.theta))
-        share = table.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-        if share is None and "partial_rotary_factor" in table:
-            raise MappingError(
-                "config.json: partial_rotary_factor of the rotary parameters is null; expected a number above 0"
-            )
-        turned = config.get(self.turned) if self.turned is not None else None
-        if share is None and isinstance(turned, int) and turned > 0:
-            share = turned / head_dim
-        share = self.share if share is None else share
-        share = 1.0 if share is None else share
+        share = self._share(table, config, head_dim)
         for name, value, most in (("rope_theta", theta, sys.float_info.max), ("partial_rotary_factor", share, 1.0)):
             if not (_is_number(value) and 0 < value <= most):
                 raise MappingError(f"config.json: {name} is {str(value)[:80]}; expected a number above 0")
@@ -134,6 +125,23 @@ class RopeRule:
         return Rope(
             theta=float(theta), dim=dim, share=float(share), kind=kind, parameters=parameters, interleaved=bool(said)
         )
+
+    def _share(self, table: Mapping[str, Any], config: Mapping[str, Any], head_dim: int) -> Any:
+        """Read the turned share of a head, which the table states, a key beside it, or the number of turned elements."""
+        stated = next((said for said in (table, config) if "partial_rotary_factor" in said), None)
+        if stated is not None:
+            share = stated["partial_rotary_factor"]
+            if share is None and (stated is table or self.share is not None):
+                raise MappingError("config.json: partial_rotary_factor is null; expected a number above 0")
+            return 1.0 if share is None else share
+        turned = config.get(self.turned) if self.turned is not None else None
+        if turned is None:
+            return 1.0 if self.share is None else self.share
+        if type(turned) is not int or not 0 < turned <= head_dim:
+            raise MappingError(
+                f"config.json: {self.turned} is {turned!r}; expected a whole number of at least 1 and at most {head_dim}"
+            )
+        return turned / head_dim
 
     def table(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Give the parameters that count, of a config in the form of transformers 4 or 5.
@@ -179,7 +187,7 @@ class RopeRule:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (type(value) is int and value < 2**63)  # torch takes no larger integers
 
 
 def _parameters(kind: str, table: Mapping[str, Any], dim: int, more: tuple[str, ...]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ SET: dict[str, tuple[Any, ...]] = {
     "topk_group": (1, 2),
     "head_dim": (8, 4, 16),
     "num_key_value_heads": (1, 2, 4),
-    "rotary_dim": (4, 8),
+    "rotary_dim": (4, 8, 0, 3, 16, None),
     "layer_types": (
         ["sliding_attention", "full_attention"],
         ["sliding_attention"] * 2,
@@ -68,9 +68,9 @@ SET: dict[str, tuple[Any, ...]] = {
 EXTRA: dict[str, tuple[Any, ...]] = {
     "rope_theta": (500.0,),
     "rope_scaling": (*ROPES.values(), None),
-    "partial_rotary_factor": (0.5, 1.0, 0.25),
+    "partial_rotary_factor": (0.5, 1.0, 0.25, None),
     "original_max_position_embeddings": (8, 64),
-    "rotary_dim": (4, 8),
+    "rotary_dim": (4, 8, 0, 16, None),
     "sliding_window": (3,),
     "use_sliding_window": (True, False),
     "max_window_layers": (1, 0),
@@ -247,11 +247,13 @@ def _rope_flips(config: dict[str, Any]) -> Iterator[Flip]:
             yield Flip(f"rope_parameters.{key}", f"absent of {name}", copy.deepcopy(new | {"rope_parameters": table}))
     for theta in (500, 500.0):
         yield Flip("rope_theta", f"{theta!r}, no table", copy.deepcopy(plain) | {"rope_theta": theta})
-    yield Flip(
-        "partial_rotary_factor",
-        "0.5, no table",
-        copy.deepcopy(plain) | {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
-    )
+    for key, value in (
+        ("partial_rotary_factor", 0.5),
+        ("partial_rotary_factor", None),
+        ("rotary_dim", 4),
+        ("rotary_dim", 0),
+    ):
+        yield Flip(key, f"{_words(value)}, no table", copy.deepcopy(plain) | {"rope_theta": 1e4, key: value})
 
 
 def _others(key: str, old: Any) -> list[Any]:

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from moeconv.families import FAMILIES
+from moeconv.families.key_states import key_states
+
 _ABSENT = object()
 FACTORS = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 ROPES: dict[str, dict[str, Any]] = {
@@ -253,6 +256,9 @@ def _rope_flips(config: dict[str, Any]) -> Iterator[Flip]:
         ("rotary_dim", 4),
         ("rotary_dim", 0),
     ):
+        # Without the table the base counts otherwise already: a key that nobody reads would be blamed for it.
+        if key_states(FAMILIES[config["model_type"]]).get(key) != "honoured":
+            continue
         yield Flip(key, f"{_words(value)}, no table", copy.deepcopy(plain) | {"rope_theta": 1e4, key: value})
 
 

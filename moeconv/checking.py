@@ -167,8 +167,7 @@ def check_tied(checkpoint: Checkpoint, doing: str) -> None:
     same = checkpoint.tensors[head].dtype == checkpoint.tensors[embedding].dtype
     bands = _bands(checkpoint, checkpoint, head, None, embedding) if same else ()
     if not same or any(not np.array_equal(rows_a, rows_b) for _, rows_a, rows_b in bands):
-        key = model.family.flags["tied"]
-        key = key if isinstance(key, str) else key[0]
+        key = model.family.flag_key("tied")
         raise MappingError(
             f"{checkpoint.root}: config.json says {key}, and {head} differs from {embedding}: transformers then computes with the "
             f"stored head, {doing} would not. Put {key}: false into the source's config.json, and convert it again"

@@ -258,10 +258,8 @@ def check_complete(model: Model, present: Iterable[str], where: str) -> None:
 
 def _remedy(model: Model, missing: Sequence[str]) -> str:
     """Say what to do about missing tensors; of an output head alone, how a config says that it is the embedding."""
-    key = model.family.flags.get("tied", "")
-    if key and set(missing) <= {rule.name for rule in model.family.rules if rule.absent_if == "tied"}:
-        key = key if isinstance(key, str) else key[0]
-        return f". Put {key}: true into config.json if the embedding serves as the output head too; else complete the source"
+    if set(missing) <= {rule.name for rule in model.family.rules if rule.absent_if == "tied"}:
+        return f". Put {model.family.flag_key('tied')}: true into config.json if the embedding serves as the output head too; else complete the source"
     return ". Complete the source, or correct config.json"
 
 

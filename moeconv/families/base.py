@@ -152,6 +152,11 @@ class Family:
         """Give the name, with `{layer}` and `{expert}`, of the tensors with a role; None where the family has none."""
         return next((rule.name for rule in self.rules if rule.role == role), None)
 
+    def flag_key(self, flag: str) -> str:
+        """Give the config key of a flag."""
+        key = self.flags[flag]
+        return key if isinstance(key, str) else key[0]
+
     def language_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Give what a config says of the language model: all of it, or the part under `text` with what holds for the whole.
 

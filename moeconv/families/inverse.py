@@ -161,16 +161,16 @@ def _sizes(family: Family, wanted: Description) -> tuple[dict[str, int], list[st
 
 def _flags(family: Family, wanted: Description) -> dict[str, bool]:
     keys = {}
-    for flag, key in family.flags.items():
+    for flag in family.flags:
         has = any(rule.only_if == flag and rule.role in wanted.shapes for rule in family.rules)
-        keys[key if isinstance(key, str) else key[0]] = has
+        keys[family.flag_key(flag)] = has
     return keys | dict.fromkeys(_tied_keys(family), wanted.tied)
 
 
 def _tied_keys(family: Family) -> list[str]:
     """Name the keys of the flags under which a tensor need not be stored."""
     flags = {rule.absent_if for rule in family.rules}
-    return [key if isinstance(key, str) else key[0] for flag, key in family.flags.items() if flag in flags]
+    return [family.flag_key(flag) for flag in family.flags if flag in flags]
 
 
 def _roles(model: Model, wanted: Description) -> list[str]:

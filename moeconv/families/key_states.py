@@ -82,7 +82,7 @@ def _honoured(family: Family) -> Iterator[str]:
     yield from pattern_keys(family.dense_layers, family.linear_layers)
     for keys in family.sizes.values():
         yield from (keys,) if isinstance(keys, str) else keys
-    yield from (key if isinstance(key, str) else key[0] for key in family.flags.values())
+    yield from map(family.flag_key, family.flags)
     yield from family.mtp
     for rule in (compute, compute.window, compute.router, compute.gate):
         values = [getattr(rule, field.name) for field in fields(rule)] if rule is not None else []

@@ -79,13 +79,11 @@ class Forecast:
 
     def _remedy(self) -> str:
         setup = self._estimate.setup
-        found = Search(setup, setup.global_batch_size, self._machine, Free()).run(1)
-        if found.best:
-            return f"This fits: {' '.join(trainer_flags(found.best[0].setup))}"
         smaller = replace(setup, optim=replace(setup.optim, moments_dtype="bfloat16"))
-        found = Search(smaller, setup.global_batch_size, self._machine, Free()).run(1)
-        if found.best:
-            return f"This fits: {' '.join(trainer_flags(found.best[0].setup))}"
+        for tried in (setup, smaller):
+            found = Search(tried, setup.global_batch_size, self._machine, Free()).run(1)
+            if found.best:
+                return f"This fits: {' '.join(trainer_flags(found.best[0].setup))}"
         return (
             f"No layout of {setup.world_size} such GPUs fits: take more (`moeconv plan MODEL --gpus N` says how many)"
         )

@@ -9,12 +9,11 @@ from pathlib import Path
 from moeconv.checkpoint import model_of
 from moeconv.errors import SourceError
 from moeconv.families.base import Model
+from moeconv.families.key_states import QUANTISED
 from moeconv.hub import config_file
 from moeconv.io.decode import MAX_SMALL_BYTES, parse_json
 from moeconv.io.hf_folder import CONFIG
 from moeconv.io.paths import brief_path, read_whole
-
-_QUANTISED = "quantization_config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +43,8 @@ def read_source(source: str, revision: str | None = None) -> Source:
     path = _config_path(source, revision)
     config = parse_json(read_whole(path, MAX_SMALL_BYTES), str(path))
     notes: tuple[str, ...] = ()
-    if config.get(_QUANTISED) is not None:
-        config = {key: value for key, value in config.items() if key != _QUANTISED}
+    if config.get(QUANTISED) is not None:
+        config = {key: value for key, value in config.items() if key != QUANTISED}
         notes = (
             "weights are stored quantised; planned for plain ones (`moeconv import-hf --dtype bfloat16` makes them)",
         )

@@ -14,7 +14,7 @@ from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
 from moeconv.convert import plan_hf, plan_sharded, write_hf, write_sharded
 from moeconv.errors import SourceError, WriteError
 from moeconv.hub import push_folder
-from moeconv.hub_preview import preview
+from moeconv.hub_preview import opened, preview
 from moeconv.io.carried import size_of
 from moeconv.io.staging import check_free
 from moeconv.layout.degrees import Degrees
@@ -47,14 +47,11 @@ def import_hf(src: str, out: Path, **options: Any) -> None:
     """
     check_free(out.absolute())
     layout = degrees(options)
-    with preview(src, options["revision"]) as seen:
-        source = _open(seen.folder, options)
-        if options["dry_run"]:
-            _sharded(source, out, layout, options, "import")
-            return
-        if seen.repository is not None:
-            plan_sharded(source, layout)  # what can't be done is refused before the weights are downloaded
-            source = _open(seen.download(source), options)
+    if options["dry_run"]:
+        with preview(src, options["revision"]) as seen:
+            _sharded(_open(seen.folder, options), out, layout, options, "import")
+        return
+    source = opened(src, options["revision"], lambda f: _open(f, options), lambda found: plan_sharded(found, layout))
     _sharded(source, out, layout, options, "import")
 
 

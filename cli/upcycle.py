@@ -12,7 +12,7 @@ from cli.main import ExitCode
 from cli.options import ByteSize, amount, conversion, degree_options, degrees, progress_bar, run_options, show
 from moeconv.checkpoint import open_checkpoint
 from moeconv.errors import RecipeError
-from moeconv.hub_preview import preview
+from moeconv.hub_preview import opened
 from moeconv.io.staging import check_free
 from moeconv.layout.degrees import Degrees
 from moeconv.upcycle.carriers import CARRIERS
@@ -120,12 +120,10 @@ def upcycle(src: str, out: Path, **options: Any) -> None:
         raise RecipeError(f"--hf writes no shards; leave out --hf, or the degrees ({layout})")
     check_free(out.absolute())
     recipe, dtype = _recipe(src, options)
-    with preview(src, options["revision"]) as seen:
-        source = open_checkpoint(seen.folder)
-        if seen.repository is not None:
-            if recipe.router != "hidden":  # whose plan reads weights
-                plan(source, recipe)  # what can't be done is refused before the weights are downloaded
-            source = open_checkpoint(seen.download(source))
+    # The plan of router rows from texts reads weights: that one is made when they are there.
+    source = opened(
+        src, options["revision"], open_checkpoint, lambda found: recipe.router == "hidden" or plan(found, recipe)
+    )
     if dtype is not None and {info.dtype for info in source.tensors.values()} != {dtype}:
         raise RecipeError(f"{options['recipe']}: asks for dtype {dtype}, which SRC's weights don't have; leave it out")
     target = Target(degrees=None if options["hf"] else layout, max_shard_size=options["max_shard_size"])

@@ -10,7 +10,7 @@ from moeconv.convert import Options, plan_sharded, write_hf, write_sharded
 from moeconv.errors import SourceError
 from moeconv.formats import open_any
 from moeconv.hub import local_folder
-from moeconv.hub_preview import preview
+from moeconv.hub_preview import opened
 from moeconv.layout.degrees import Degrees
 
 
@@ -44,13 +44,14 @@ def import_hf(source: str | Path, out: str | Path, degrees: Degrees, *, options:
     Raises:
         MoeconvError: anything is wrong; then `out` does not exist.
     """
-    with preview(str(source)) as seen:
-        found = open_checkpoint(seen.folder)
+
+    def open_folder(folder: Path) -> Checkpoint:
+        found = open_checkpoint(folder)
         if found.kind == "sharded":
             raise SourceError(f"{source}: is sharded already; change its layout with reshard")
-        if seen.repository is not None:
-            plan_sharded(found, degrees)  # what can't be done is refused before the weights are downloaded
-            found = open_checkpoint(seen.download(found))
+        return found
+
+    found = opened(str(source), None, open_folder, lambda found: plan_sharded(found, degrees))
     write_sharded(found, Path(out), degrees, options or Options())
     return open_checkpoint(out)
 

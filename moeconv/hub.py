@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from moeconv.errors import MoeconvError, SourceError, WriteError
@@ -65,27 +66,42 @@ def local_folder(source: str, revision: str | None = None) -> Path:
         return path
     if not _REPOSITORY.fullmatch(source):
         raise SourceError(f"{brief_path(path)}: no such folder, and no repository id (OWNER/NAME)")
+    return _download(source, revision, lambda: _checkpoint(source, revision))
+
+
+def _checkpoint(repository: str, revision: str | None) -> Path:
+    """Download a checkpoint: what the manifest of a sharded one names, else its safetensors, else its .bin files."""
     from huggingface_hub import snapshot_download
+
+    manifest = _manifest(repository, revision)
+    if manifest is not None:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_listed(manifest)))
+    folder = Path(snapshot_download(repository, revision=revision, ignore_patterns=list(_IGNORED)))
+    if any(folder.glob("*.safetensors")):
+        return folder
+    # A repository from before safetensors: its .bin files are no second copy. The folder's name is the commit.
+    return Path(snapshot_download(repository, revision=folder.name, allow_patterns=[BIN_PATTERN]))
+
+
+def _download(repository: str, revision: str | None, download: Callable[[], Path]) -> Path:
+    """Download a folder; without a connection, give what the cache holds of the repository.
+
+    Raises:
+        SourceError: the hub can't give it, and the cache has none.
+    """
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        manifest = _manifest(source, revision)
-        if manifest is not None:
-            return Path(snapshot_download(source, revision=revision, allow_patterns=_listed(manifest)))
-        folder = Path(snapshot_download(source, revision=revision, ignore_patterns=list(_IGNORED)))
-        if any(folder.glob("*.safetensors")):
-            return folder
-        # A repository from before safetensors: its .bin files are no second copy. The folder's name is the commit.
-        return Path(snapshot_download(source, revision=folder.name, allow_patterns=[BIN_PATTERN]))
+        return download()
     except LocalEntryNotFoundError as error:
-        cached = cached_folder(source, revision)
+        cached = cached_folder(repository, revision)
         if cached is None:
-            raise refusal(source, error) from None
+            raise refusal(repository, error) from None
         return cached
     except MoeconvError:
         raise
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise refusal(source, error) from None
+        raise refusal(repository, error) from None
 
 
 def description_folder(source: str) -> Path:
@@ -106,17 +122,8 @@ def description_folder(source: str) -> Path:
     if not is_repository(source):
         raise SourceError(f"{brief_path(path)}: no such file or folder, and no repository id (OWNER/NAME)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(_DESCRIPTION)))
-    except LocalEntryNotFoundError as error:
-        cached = cached_folder(source)
-        if cached is None:
-            raise refusal(source, error) from None
-        return cached
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise refusal(source, error) from None
+    return _download(source, None, lambda: Path(snapshot_download(source, allow_patterns=list(_DESCRIPTION))))
 
 
 def cached_folder(repository: str, revision: str | None = None) -> Path | None:
@@ -151,12 +158,11 @@ def config_file(repository: str, revision: str | None = None) -> Path:
     if not is_repository(repository):
         raise SourceError(f"{brief_path(Path(repository))}: no such folder or file, and no repository id (OWNER/NAME)")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        return Path(hf_hub_download(repository, CONFIG, revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise refusal(repository, error) from None
+    return (
+        _download(repository, revision, lambda: Path(hf_hub_download(repository, CONFIG, revision=revision)).parent)
+        / CONFIG
+    )
 
 
 def is_repository(source: str) -> bool:
@@ -179,7 +185,7 @@ def _manifest(repository: str, revision: str | None) -> Path | None:
 
     try:
         return Path(hf_hub_download(repository, MANIFEST, revision=revision))
-    except LocalEntryNotFoundError:  # no connection
+    except LocalEntryNotFoundError:  # no connection, which says nothing of the repository
         raise
     except EntryNotFoundError:
         return None

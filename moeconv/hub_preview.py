@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -95,6 +95,34 @@ def preview(source: str, revision: str | None = None) -> Iterator[Preview]:
         except MoeconvError as error:
             error.args = (str(error).replace(f"{root}/", ""),)
             raise
+
+
+def opened(
+    source: str,
+    revision: str | None,
+    open_folder: Callable[[Path], Checkpoint],
+    check: Callable[[Checkpoint], object],
+) -> Checkpoint:
+    """Open a checkpoint; of a hub repository its weights are downloaded once nothing speaks against what is planned with it.
+
+    Args:
+        source: a folder, or a hub repository's id.
+        revision: a branch, tag or commit of the repository.
+        open_folder: opens the checkpoint in a folder.
+        check: raises what can't be done with it, by headers alone.
+
+    Returns:
+        The checkpoint, with its weights on this machine.
+
+    Raises:
+        MoeconvError: as the hub, `open_folder` and `check` do.
+    """
+    with preview(source, revision) as seen:
+        found = open_folder(seen.folder)
+        if seen.repository is None:
+            return found
+        check(found)
+        return open_folder(seen.download(found))
 
 
 def _files(repository: str, revision: str | None) -> tuple[str | None, dict[str, int]]:

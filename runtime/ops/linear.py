@@ -50,8 +50,17 @@ def add_product(total_ND: Tensor, left_TN: Tensor, right_TD: Tensor, *, fresh: b
         total_ND += left_TN.t() @ right_TD
 
 
-def _weight_gradient(left_TN: Tensor, right_TD: Tensor, sink: GradientSink | None) -> Tensor | None:
-    """The gradient of a weight, or None after adding it to the sum that the weight's sink keeps."""
+def weight_gradient(left_TN: Tensor, right_TD: Tensor, sink: GradientSink | None) -> Tensor | None:
+    """Bring a weight's gradient to the sum that the weight's sink keeps, if it has one.
+
+    Args:
+        left_TN: [T, N] gradient of the output.
+        right_TD: [T, D] input.
+        sink: the weight's; None where it has none.
+
+    Returns:
+        What a backward function gives autograd: [N, D], None where the gradient has been added.
+    """
     opened = None if sink is None else sink.open()
     if sink is None or opened is None:
         return left_TN.t() @ right_TD
@@ -98,7 +107,7 @@ class _Linears(torch.autograd.Function):
         if any(wanted):
             rows = restore(saved, ctx.source).reshape(-1, ctx.shape[-1])
             left = [
-                _weight_gradient(grad, rows, sink) if want else None
+                weight_gradient(grad, rows, sink) if want else None
                 for grad, sink, want in zip(flat, ctx.sinks, wanted, strict=False)
             ]
         for place, (grad, bias) in enumerate(zip(flat, ctx.biases, strict=True)):

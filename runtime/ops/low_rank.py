@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from runtime.ops.linear import add_product
+from runtime.ops.linear import add_product, weight_gradient
 from runtime.ops.norm import Kept, restore
 from runtime.parallel.gradient_sink import GradientSink, sink_of
 
@@ -104,19 +104,9 @@ class _AddLowRank(torch.autograd.Function):
         grad_a = None
         if ctx.needs_input_grad[2]:
             rows = restore(saved, ctx.source).reshape(-1, ctx.shape[-1])
-            grad_a = deliver_product(grad_TP, drop(rows, dropout, seed), a_PD, ctx.sinks[0])
+            grad_a = weight_gradient(grad_TP, drop(rows, dropout, seed), ctx.sinks[0])
         grad_x = drop(grad_TP @ a_PD, dropout, seed).view(ctx.shape) if ctx.needs_input_grad[1] else None
         return grad_out, grad_x, grad_a, grad_b, None, None, None
-
-
-def deliver_product(left: Tensor, right: Tensor, parameter: Tensor, sink: GradientSink | None) -> Tensor | None:
-    """Bring the transpose of `left` times `right`, a matrix's gradient, to its sum; what it gives is for autograd."""
-    opened = None if sink is None else sink.open()
-    if sink is None or opened is None:
-        return (left.t() @ right).to(parameter.dtype)
-    add_product(opened.total, left, right, fresh=opened.fresh)
-    sink.close()
-    return None
 
 
 def _grad_b(

@@ -168,10 +168,8 @@ class Family:
         inner = config.get(self.text)
         if not isinstance(inner, Mapping):
             raise MappingError(f"config.json has no {self.text}, which describes the language model of {self.name}")
-        return {
-            **inner,
-            **{key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config},
-        }
+        whole = {key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config}
+        return {**inner, **whole}
 
     def key_of(self, size: str) -> str:
         """Name the key of config.json that says a size, or those that it is the sum of."""

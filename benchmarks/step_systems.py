@@ -1,8 +1,8 @@
-"""The systems that `benchmarks.train_step --peers` sets beside each other, each on one GPU with the same work.
+"""The systems that `benchmarks.train_step --peers` sets beside each other, with the same work on the same GPUs.
 
-The work: a slice of a model with random weights, AdamW, gradients clipped, a balancing loss; several micro-batches of two
+The work: a slice of a model with random weights, AdamW, gradients clipped, a balancing loss; several micro-batches of
 sequences of 4096. `python -m benchmarks.step_systems SYSTEM MODEL NUM...` measures one system in this process, for one
-or several numbers of micro-batches, and prints a line of JSON for each.
+or several numbers of micro-batches, and prints a line of JSON for each; under torchrun, ranks in a layout do it together.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-POSITIONS, BATCH = 4096, 2
+POSITIONS = 4096
 Step = Callable[[], object]
 MakeStep = Callable[[int], Step]
 """From a number of micro-batches to what does a step of them."""
@@ -50,35 +51,82 @@ class Slice:
         return 6.0 * weights * tokens + self.layers * 6.0 * tokens * POSITIONS * attention
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How ranks share the work; tensor parallelism is sequence-parallel, and leaves experts whole."""
+
+    tp: int = 1
+    ep: int = 1
+    sequences: int = 2
+    """Of a micro-batch."""
+
+    @property
+    def world(self) -> int:
+        """Ranks of this launch."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks with data of their own."""
+        return self.world // self.tp
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this one is."""
+        return int(os.environ.get("RANK", "0")) // self.tp
+
+
 MODELS = {
     "mixtral": Slice(2, 4096, 14336, 8, 2, 32, 8, 128, 32000),
     "qwen3": Slice(4, 2048, 768, 128, 8, 32, 4, 128, 151936),
 }
 
 
-def runtime(model: Slice, **options: Any) -> MakeStep:
+def runtime(model: Slice, layout: Layout, **options: Any) -> MakeStep:
     """This project's engine: bf16, fp32 masters, moments and gradient sums."""
     from benchmarks.train_step import make_engine, mixtral, text_batch
+    from runtime.parallel.degrees import ParallelConfig
+
+    several = layout.world > 1
+    if several:
+        _join()
+    parallel = ParallelConfig(
+        tp=layout.tp, sp=layout.tp > 1, ep=layout.ep, etp=1, use_distributed_optimizer=several,
+    )  # fmt: skip
 
     ours = mixtral(
         hidden=model.hidden, layers=model.layers, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim,
         ffn=model.ffn, vocab=model.vocab, experts=model.experts, topk=model.topk,
     )  # fmt: skip
-    engine = make_engine(ours, torch.bfloat16, torch.device("cuda"), lr=1e-5, on_device=True, **options)
+    engine = make_engine(
+        ours,
+        torch.bfloat16,
+        torch.device("cuda", torch.cuda.current_device()),
+        lr=1e-5,
+        parallel=parallel,
+        on_device=True,
+        **options,
+    )
 
     def make(num: int) -> Step:
-        batches = [text_batch(model.vocab, BATCH, POSITIONS, i) for i in range(num)]
+        seeds = range(layout.data_rank, num * layout.data_ranks, layout.data_ranks)
+        batches = [text_batch(model.vocab, layout.sequences, POSITIONS, seed) for seed in seeds]
         return lambda: engine.train_step(batches)
 
     return make
 
 
-def _one_rank() -> None:
-    """Megatron-Core wants process groups, and a kernel of a package that isn't built here: the same in plain torch."""
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511",
-        CUDA_DEVICE_MAX_CONNECTIONS="1",
-    )  # fmt: skip
+def _join() -> None:
+    """Let the ranks of a launch meet; one alone meets itself, since Megatron-Core wants process groups."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl")
+
+
+def _add_in_torch() -> None:
+    """A kernel of a package that isn't built here, which Megatron-Core wants for sums of gradients: in plain torch."""
 
     def accumulate(x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor) -> None:
         total.add_(grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]))
@@ -86,16 +134,19 @@ def _one_rank() -> None:
     module: Any = types.ModuleType("fused_weight_gradient_mlp_cuda")
     module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate
     sys.modules["fused_weight_gradient_mlp_cuda"] = module
-    torch.distributed.init_process_group("nccl")
 
 
-def megatron(model: Slice, fp8: str | None = None) -> MakeStep:
+def megatron(model: Slice, layout: Layout, fp8: str | None = None) -> MakeStep:
     """Megatron-Core with Transformer Engine, every fusion on; its own DDP and distributed optimizer."""
-    _one_rank()
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    _join()
+    _add_in_torch()
     import torch.nn.functional as F
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel(1, 1)
+    parallel_state.initialize_model_parallel(
+        layout.tp, 1, expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=1
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -117,33 +168,41 @@ def megatron(model: Slice, fp8: str | None = None) -> MakeStep:
         activation_func=F.silu, normalization="RMSNorm", bf16=True, params_dtype=torch.bfloat16,
         pipeline_dtype=torch.bfloat16, hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=True,
         bias_activation_fusion=True, bias_dropout_fusion=True, apply_rope_fusion=True, cross_entropy_loss_fusion=True,
-        cross_entropy_fusion_impl="te", masked_softmax_fusion=True, persist_layer_norm=True, **options,
+        cross_entropy_fusion_impl="te", masked_softmax_fusion=True, persist_layer_norm=True,
+        tensor_model_parallel_size=layout.tp, sequence_parallel=layout.tp > 1, expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1, **options,
     )  # fmt: skip
     spec = get_gpt_layer_with_transformer_engine_spec(num_experts=model.experts, moe_grouped_gemm=True)
     gpt = GPTModel(
         config, spec, vocab_size=model.vocab, max_sequence_length=POSITIONS, share_embeddings_and_output_weights=False,
         position_embedding_type="rope", rotary_base=1000000,
     )  # fmt: skip
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=layout.world > 1
+    )
     wrapped = DistributedDataParallel(config, ddp, Float16Module(config, gpt.cuda().bfloat16()))
     adam = OptimizerConfig(
         optimizer="adam", lr=1e-5, weight_decay=0.1, bf16=True, params_dtype=torch.bfloat16,
         use_distributed_optimizer=True, clip_grad=1.0,
     )  # fmt: skip
     optimizer = get_megatron_optimizer(adam, [wrapped])
-    positions = torch.arange(POSITIONS, device="cuda").expand(BATCH, POSITIONS)
+    positions = torch.arange(POSITIONS, device="cuda").expand(layout.sequences, POSITIONS)
+    torch.manual_seed(layout.data_rank)
 
     def make(num: int) -> Step:
-        batches = [torch.randint(0, model.vocab, (BATCH, POSITIONS), device="cuda") for _ in range(num)]
+        shape = (layout.sequences, POSITIONS)
+        batches = [torch.randint(0, model.vocab, shape, device="cuda") for _ in range(num)]
         scale = torch.tensor(1.0 / num, device="cuda")
 
         def step() -> float:
             wrapped.zero_grad_buffer()
             optimizer.zero_grad()
             MoEAuxLossAutoScaler.set_loss_scale(scale)
-            for batch in batches:
-                out = wrapped(batch, positions, None, labels=batch)
-                (out.float().mean() / num).backward()
+            for place, batch in enumerate(batches):
+                # Gradients go over the links behind the last micro-batch alone.
+                with nullcontext() if place == num - 1 else wrapped.no_sync():
+                    out = wrapped(batch, positions, None, labels=batch)
+                    (out.float().mean() / num).backward()
             finalize_model_grads([wrapped])
             optimizer.step()
             return float(out.mean())
@@ -153,8 +212,8 @@ def megatron(model: Slice, fp8: str | None = None) -> MakeStep:
     return make
 
 
-def transformers(model: Slice, *, compiled: bool) -> MakeStep:
-    """transformers in pure bf16: no masters, moments and gradients in bf16; fused AdamW, grouped_mm experts."""
+def transformers(model: Slice, layout: Layout, *, compiled: bool) -> MakeStep:
+    """transformers on one GPU, in pure bf16: no masters, moments and gradients in bf16; fused AdamW, grouped_mm experts."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -174,7 +233,8 @@ def transformers(model: Slice, *, compiled: bool) -> MakeStep:
     forward: Any = torch.compile(net) if compiled else net
 
     def make(num: int) -> Step:
-        batches = [torch.randint(0, model.vocab, (BATCH, POSITIONS), device="cuda") for _ in range(num)]
+        shape = (layout.sequences, POSITIONS)
+        batches = [torch.randint(0, model.vocab, shape, device="cuda") for _ in range(num)]
 
         def step() -> float:
             for batch in batches:
@@ -190,14 +250,14 @@ def transformers(model: Slice, *, compiled: bool) -> MakeStep:
     return make
 
 
-SYSTEMS: dict[str, Callable[[Slice], MakeStep]] = {
+SYSTEMS: dict[str, Callable[[Slice, Layout], MakeStep]] = {
     "runtime": runtime,
-    "runtime, bf16 moments": lambda model: runtime(model, moments_dtype="bfloat16"),
+    "runtime, bf16 moments": lambda *work: runtime(*work, moments_dtype="bfloat16"),
     "Megatron-Core": megatron,
-    "Megatron-Core, FP8 tensorwise": lambda model: megatron(model, "tensorwise"),
-    "Megatron-Core, FP8 blockwise": lambda model: megatron(model, "blockwise"),
-    "transformers, compiled, pure bf16": lambda model: transformers(model, compiled=True),
-    "transformers, pure bf16": lambda model: transformers(model, compiled=False),
+    "Megatron-Core, FP8 tensorwise": lambda *work: megatron(*work, "tensorwise"),
+    "Megatron-Core, FP8 blockwise": lambda *work: megatron(*work, "blockwise"),
+    "transformers, compiled, pure bf16": lambda *work: transformers(*work, compiled=True),
+    "transformers, pure bf16": lambda *work: transformers(*work, compiled=False),
 }
 PACKAGES = {"Megatron-Core": ("megatron-core", "transformer-engine"), "transformers": ("transformers",)}
 
@@ -215,15 +275,23 @@ def version(package: str) -> str | None:
         return None
 
 
+def _synchronize() -> None:
+    """Wait for the device, and for all ranks."""
+    torch.cuda.synchronize()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.cuda.synchronize()
+
+
 def seconds_of(step: Step, repeats: int) -> float:
     """Mean time of a step in a row of them, as training runs them, after three that aren't counted."""
     for _ in range(3):
         step()
-    torch.cuda.synchronize()
+    _synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
         step()
-    torch.cuda.synchronize()
+    _synchronize()
     return (time.perf_counter() - start) / repeats
 
 
@@ -250,22 +318,29 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("numbers", type=int, nargs="+", help="micro-batches of a step")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write the kernels of a step there")
+    for name, default in {"tp": 1, "ep": 1, "sequences": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--layers", type=int, help="default: the model's slice")
     args = parser.parse_args()
-    model = MODELS[args.model]
-    make = SYSTEMS[args.system](model)
+    model, layout = MODELS[args.model], Layout(args.tp, args.ep, args.sequences)
+    model = replace(model, layers=args.layers or model.layers)
+    make = SYSTEMS[args.system](model, layout)
     state = torch.cuda.memory_allocated()
     for num in args.numbers:
         step = make(num)
         torch.cuda.reset_peak_memory_stats()
-        seconds, tokens = seconds_of(step, 20 if num == 1 else 5), num * BATCH * POSITIONS
+        tokens = num * layout.sequences * layout.data_ranks * POSITIONS
+        seconds = seconds_of(step, 20 if num == 1 else 5)
         peak = torch.cuda.max_memory_allocated()
         line = {
             "system": args.system, "microbatches": num, "ms": seconds * 1e3, "tokens_per_second": tokens / seconds,
-            "tflops": model.flops(tokens) / seconds / 1e12, "peak_gib": peak / 2**30,
+            "tflops": model.flops(tokens) / seconds / 1e12 / layout.world, "peak_gib": peak / 2**30,
             "above_start_gib": (peak - state) / 2**30,
         }  # fmt: skip
+        if int(os.environ.get("RANK", "0")):
+            continue  # all ranks take as long, and the first one tells
         print(json.dumps(line), flush=True)
-        if args.profile is not None:
+        if args.profile is not None and layout.world == 1:
             name = "".join(c if c.isalnum() else "_" for c in args.system)
             write_profile(step, args.profile / f"{name}_{args.model}_{num}.txt", f"{args.system}, {num} micro-batches")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.multi_gpu.job import draw_weights
 from benchmarks.step_systems import MODELS, SYSTEMS, packages_of, version
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
@@ -62,11 +64,12 @@ def make_engine(
     lr: float,
     granularity: Any = "none",
     *,
+    parallel: ParallelConfig | None = None,
     on_device: bool = False,
     **optim_options: Any,
 ) -> Engine:
-    """Build an engine of one rank with random weights: such that depend on names alone, or quickly on the device."""
-    parallel = ParallelConfig()
+    """Build an engine with random weights: such that depend on names alone, or quickly on the device."""
+    parallel = parallel or ParallelConfig()
     assert model.compute.router is not None
     moe = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,))
     optim, recompute = OptimConfig(lr=lr, **optim_options), RecomputeConfig(granularity=granularity)
@@ -74,12 +77,7 @@ def make_engine(
     if not on_device:
         engine.load_state(random_weights())
         return engine
-    for shard in engine.store.shards:
-        if shard.topology.decay:
-            shard.master.normal_(std=0.02)
-        else:
-            shard.master.fill_(1.0)
-    engine.store.weights_from_masters()
+    draw_weights(engine)
     return engine
 
 
@@ -201,9 +199,24 @@ def profile(engine: Engine, batches: list[Batch], cuda: bool) -> None:
         print(f"{time_us / 1e3:8.2f} ms {time_us / total:6.1%} {event.count:5} x  {event.key[:100]}")
 
 
-def compare_systems(args: argparse.Namespace) -> None:
+def layout_options(layout: str) -> list[str]:
+    """The options of `benchmarks.step_systems` for a layout such as `tp2 ep2`."""
+    options = []
+    for part in layout.split():
+        found = re.fullmatch(r"(tp|ep|dp)(\d+)", part)
+        if found is None:
+            raise SystemExit(f"--layout is {layout!r}; expected degrees such as 'ep4', 'tp2 ep2' or 'dp4'")
+        if found[1] != "dp":  # which is what is left of the ranks
+            options += [f"--{found[1]}", found[2]]
+    return options
+
+
+def compare_systems(args: argparse.Namespace, layout: str) -> None:
     """Measure this project's step and those of its peers that are installed, each in a process of its own, in turns."""
     results: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    start = [sys.executable, "-m"]
+    if args.ranks > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks), "-m"]
     systems = [name for name in SYSTEMS if name in args.peers] if args.peers else list(SYSTEMS)
     for name in list(systems):
         missing = [package for package in packages_of(name) if version(package) is None]
@@ -212,7 +225,9 @@ def compare_systems(args: argparse.Namespace) -> None:
             systems.remove(name)
     for place in range(args.rounds):
         for name in systems:
-            command = [sys.executable, "-m", "benchmarks.step_systems", name, args.model, *map(str, args.numbers)]
+            command = [*start, "benchmarks.step_systems", name, args.model, *map(str, args.numbers)]
+            command += ["--sequences", str(args.sequences), *layout_options(layout)]
+            command += ["--layers", str(args.layers)] if args.layers else []
             if args.profile_to is not None and place == 0:
                 command += ["--profile", str(args.profile_to)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -224,7 +239,9 @@ def compare_systems(args: argparse.Namespace) -> None:
             if done.returncode:
                 print(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
     names = ["torch", "triton", *sorted({package for name in systems for package in packages_of(name)})]
-    print(f"{torch.cuda.get_device_name()}; {', '.join(f'{name} {version(name)}' for name in names)}")
+    where = f"{args.ranks} x " if args.ranks > 1 else ""
+    work = f"{args.model}, micro-batches of {args.sequences} x 4096" + (f", {layout}" if layout else "")
+    print(f"{work}: {where}{torch.cuda.get_device_name()}; {', '.join(f'{name} {version(name)}' for name in names)}")
     print(
         "| micro-batches | system | ms | TFLOP/s | peak GiB | runtime is faster by |\n| --- | --- | --- | --- | --- | --- |"
     )
@@ -243,7 +260,8 @@ def compare_systems(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the options and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sizes = {"layers": 6, "hidden": 2048, "ffn": 7168, "batch": 2, "positions": 4096, "microbatches": 1, "steps": 8}
+    parser.add_argument("--layers", type=int, help="default: 6; with --peers, the model's slice")
+    sizes = {"hidden": 2048, "ffn": 7168, "batch": 2, "positions": 4096, "microbatches": 1, "steps": 8}
     for option, default in sizes.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
@@ -255,10 +273,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="with --peers")
     parser.add_argument("--numbers", type=int, nargs="+", default=[8, 1], help="with --peers: micro-batches of a step")
     parser.add_argument("--profile-to", metavar="FOLDER", help="with --peers: write the kernels of a step there")
+    parser.add_argument("--ranks", type=int, default=1, help="with --peers: GPUs")
+    parser.add_argument("--layout", nargs="+", default=[""], help="with --ranks: such as 'ep4' 'tp2 ep2' 'dp4'")
+    parser.add_argument("--sequences", type=int, default=2, help="with --peers: of a micro-batch")
     args = parser.parse_args()
     if args.peers is not None:
-        compare_systems(args)
+        for layout in args.layout:
+            compare_systems(args, layout)
         return
+    args.layers = args.layers or 6
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.compare:
         compare(device, args.compare)

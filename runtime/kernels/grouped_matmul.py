@@ -23,17 +23,19 @@ MAX_EXPERTS = 736  # whose ends fit into shared memory beside the stages
 KINDS = ("nt", "nn", "tn")
 EPILOGUES = ("store", "add", "swiglu", "store_fp32")
 STAGES = {256: 4, 128: 6}  # by columns of a tile
+MAX_WASTE = 0.07  # of columns that a last wide tile computes for nothing; with more, narrow tiles are faster
 GROUP_PAIRS = 8  # what runs at one time is about as high as wide
 BLOCK_SIZE = 384  # two warpgroups that multiply, one that loads
 
 
-def source(block_n: int, kind: str, epilogue: str) -> str:
+def source(block_n: int, kind: str, epilogue: str, edges: bool = False) -> str:
     """The kernel's text.
 
     Args:
         block_n: columns of a tile, 256 or 128.
         kind: nt, nn or tn.
         epilogue: store, add, swiglu or store_fp32.
+        edges: sizes are multiples of 64, not of the tiles.
 
     Returns:
         CUDA C++: constants, the operand lists of a product with block_n / 2 accumulators a thread, and the kernel.
@@ -45,6 +47,7 @@ def source(block_n: int, kind: str, epilogue: str) -> str:
         "GROUP": GROUP_PAIRS,
         "KIND": KINDS.index(kind),
         "EPILOGUE": EPILOGUES.index(epilogue),
+        "EDGES": int(edges),
     }
     names = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(acc[{i}])' for i in range(count))
@@ -61,8 +64,8 @@ def shared_bytes(block_n: int) -> int:
 
 
 @functools.cache
-def _kernel(device_index: int, block_n: int, kind: str, epilogue: str) -> Kernel:
-    cubin = compile_cubin(source(block_n, kind, epilogue), "sm_90a")
+def _kernel(device_index: int, block_n: int, kind: str, epilogue: str, edges: bool) -> Kernel:
+    cubin = compile_cubin(source(block_n, kind, epilogue, edges), "sm_90a")
     return Kernel(cubin, "grouped_matmul", shared_bytes(block_n))
 
 
@@ -102,6 +105,11 @@ class Gate:
     """[R] int32 which weight a row takes, -1 for padding."""
 
 
+def _tile_columns(columns: int) -> int:
+    wasted = -columns % 256 / columns
+    return 256 if wasted <= MAX_WASTE else 128
+
+
 def launch(
     kind: str,
     left: Tensor,
@@ -119,12 +127,14 @@ def launch(
         left: [R, depth] (tn: [R, N]) bf16 rows, contiguous, like the others.
         right: [E * N, depth] for nt, [E * depth, columns] for nn, [R, columns] for tn.
         out: [R, columns] (tn: [E * N, columns]) bf16; with tn also fp32.
-        offsets_E: [E] int32 ends of the experts' rows, multiples of ROW_ALIGNMENT; sizes are multiples of 128.
+        offsets_E: [E] int32 ends of the experts' rows, multiples of ROW_ALIGNMENT; sizes are multiples of 64, with a gate of 128.
         gate: with nt, where the product is pre-activations, gate then up: write their SwiGLU too.
         add: add the product to what an fp32 `out` holds; otherwise overwrite it.
     """
     columns, num_experts = out.shape[1], offsets_E.shape[0]
-    block_n = 256 if columns % 256 == 0 else 128
+    rows_per_expert = (out if kind == "tn" else right).shape[0] // num_experts  # of an expert's matrix
+    block_n = _tile_columns(columns) if gate is None else 256 if columns % 256 == 0 else 128
+    edges = columns % block_n != 0 or (kind == "tn" and rows_per_expert % ROW_ALIGNMENT != 0)
     epilogue = "store" if gate is None else "swiglu"
     if out.dtype == torch.float32:
         epilogue = "add" if add else "store_fp32"
@@ -132,16 +142,17 @@ def launch(
     if gate is not None:
         beside = (gate.act.data_ptr(), gate.weights_TK.data_ptr(), gate.slot_of_row_R.data_ptr())
     arguments = struct.pack(
-        "128s128sPPPPPiiii8x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
+        "128s128sPPPPPiiiii4x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
         _tensor_map(left.data_ptr(), *left.shape, 64),
         _tensor_map(right.data_ptr(), *right.shape, block_n // 2 if kind == "nt" else 64),
         out.data_ptr(),
         *beside,
         offsets_E.data_ptr(),
-        columns // block_n,
+        -(-columns // block_n),
         left.shape[1],  # the depth; tn has each expert's number of rows instead
-        (out if kind == "tn" else right).shape[0] // num_experts,  # rows of an expert's matrix
+        rows_per_expert,
         num_experts,
+        columns,
     )
     device_index = left.device.index
-    _kernel(device_index, block_n, kind, epilogue).launch(_num_blocks(device_index), BLOCK_SIZE, arguments)
+    _kernel(device_index, block_n, kind, epilogue, edges).launch(_num_blocks(device_index), BLOCK_SIZE, arguments)

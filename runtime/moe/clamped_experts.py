@@ -1,4 +1,4 @@
-"""Experts with biases, whose gate is clamped: gate * sigmoid(alpha * gate) * (up + 1), in plain steps.
+"""Experts with biases, whose gate is clamped: gate * sigmoid(alpha * gate) * (up + 1); in plain steps where adapters join in.
 
 Their matrices are kept as checkpoints of the family hold them, [in, out], with gate and up columns in turns.
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moeconv.errors import MoeconvError
 from moeconv.families.compute import Gate
+from runtime.moe.clamped_mlp import clamped_mlp
 from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import GroupedGemm, make_gemm, resolve_backend
 from runtime.moe.low_rank import Adapters, Form, add_to_rows
@@ -167,13 +168,15 @@ class ClampedExperts(nn.Module):
             [T, D] in the dtype of x: this rank's summand, where several share an expert.
         """
         gemm, experts = self.gemm(), self.num_local_experts
+        biases = (self.gate_up_bias.view(experts, -1), self.down_bias.view(experts, -1) / self._shares)
+        if not self._forms:
+            matrices = (self.gate_up, self.down)
+            return clamped_mlp(x_TD, weights_TK, matrices, biases, plan, self._gate, gemm, fused=self.fused)
         rows_RD, weights_R = permute(x_TD, weights_TK, plan, fused=self.fused)
-        hidden = _apply(rows_RD, self.gate_up, self.gate_up_bias.view(experts, -1), plan, gemm)
+        hidden = _apply(rows_RD, self.gate_up, biases[0], plan, gemm)
         hidden = self._adapted("gate_up", hidden, rows_RD, plan, gemm)
-        bias = self.down_bias.view(experts, -1)
-        bias = bias if self._shares == 1 else bias / self._shares
         act = clamped_gate(hidden, self._gate)
-        out_RD = self._adapted("down", _apply(act, self.down, bias, plan, gemm), act, plan, gemm)
+        out_RD = self._adapted("down", _apply(act, self.down, biases[1], plan, gemm), act, plan, gemm)
         return unpermute((out_RD * weights_R.unsqueeze(1)).to(out_RD.dtype), plan, fused=self.fused)
 
     def _adapted(self, which: str, out: Tensor, rows: Tensor, plan: RowPlan, gemm: GroupedGemm) -> Tensor:

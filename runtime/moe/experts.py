@@ -66,12 +66,12 @@ class _GroupedMLP(torch.autograd.Function):
             hidden = hidden.clone()  # written over below, and this node will run again: zero-bubble does so
         grad_hidden, grad_weights, act = passes.swiglu_backward(hidden, weights_TK, grad_act, plan, fused=fused)
         del hidden, grad_act
-        grad_w2 = _weight_gradient(gemm, grad_rows, act, plan, w2_sink) if ctx.needs_input_grad[3] else None
+        grad_w2 = weight_gradient(gemm, grad_rows, act, plan, w2_sink) if ctx.needs_input_grad[3] else None
         del grad_rows, act
         grad_w13 = None
         if ctx.needs_input_grad[2]:
             rows = passes.gather_rows(restore(saved, ctx.source), plan, fused=fused)
-            grad_w13 = _weight_gradient(gemm, grad_hidden, rows, plan, w13_sink)
+            grad_w13 = weight_gradient(gemm, grad_hidden, rows, plan, w13_sink)
             del rows
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -79,10 +79,21 @@ class _GroupedMLP(torch.autograd.Function):
         return grad_x, grad_weights, grad_w13, grad_w2, None, None, None
 
 
-def _weight_gradient(
+def weight_gradient(
     gemm: GroupedGemm, left: Tensor, right: Tensor, plan: RowPlan, sink: GradientSink | None
 ) -> Tensor | None:
-    """The gradient of a weight, or None after adding it to the sum that the weight's sink keeps."""
+    """The gradient of a weight, or None after adding it to the sum that the weight's sink keeps.
+
+    Args:
+        gemm: the grouped products.
+        left: [R, N] rows.
+        right: [R, K] rows.
+        plan: which row belongs to which expert.
+        sink: the weight's.
+
+    Returns:
+        [E, N, K], or None.
+    """
     opened = None if sink is None else sink.open()
     if sink is None or opened is None:
         return gemm.transposed_times_rows(left, right, plan)

@@ -11,12 +11,12 @@ from runtime.moe.permutation import RowPlan
 
 
 def _fits(plan: RowPlan, *sizes: int) -> bool:
-    aligned = plan.alignment % ROW_ALIGNMENT == 0 and all(size % 128 == 0 for size in sizes)
+    aligned = plan.alignment % ROW_ALIGNMENT == 0 and all(size % 64 == 0 for size in sizes)
     return aligned and plan.offsets_E.shape[0] <= MAX_EXPERTS and plan.num_rows <= MAX_ROWS
 
 
 class HopperGemm:
-    """Bf16 on Hopper: rows are padded to tiles of 128, and widths that are no multiple of 128 go to `grouped_mm`."""
+    """Bf16 on Hopper: rows are padded to tiles of 128, and widths that are no multiple of 64 go to `grouped_mm`."""
 
     name = "hopper"
     row_alignment = ROW_ALIGNMENT
@@ -36,7 +36,7 @@ class HopperGemm:
     ) -> tuple[Tensor, Tensor]:
         """Pre-activations [R, 2F], gate then up, and silu(gate) * up * weight [R, F]."""
         num_experts, num_n, depth = w13_EGD.shape
-        if not _fits(plan, num_n // 2, depth):
+        if not _fits(plan, num_n // 2, depth) or num_n % 256:
             hidden = self.rows_times_transposed(rows_RD, w13_EGD, plan)
             return hidden, swiglu_forward(hidden, weights_TK, plan.slot_of_row_R, plan.offsets_E)
         hidden = rows_RD.new_empty(plan.num_rows, num_n)

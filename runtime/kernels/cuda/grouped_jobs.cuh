@@ -14,7 +14,7 @@ struct Arguments {
     const float* weights;  // with SWIGLU: [T, K] routing weights
     const int* slots;      // with SWIGLU: [R] which of them a row takes, -1 for padding
     const int* ends;       // [E] ends of the experts' rows
-    int num_n, depth, rows_per_expert, num_experts;
+    int num_n, depth, rows_per_expert, num_experts, columns;  // num_n tiles side by side hold the columns of the result
 };
 
 static_assert(sizeof(Arguments) == 320, "as the host packs it");
@@ -60,7 +60,7 @@ __device__ __forceinline__ int num_jobs_until(u32 end, int num_n) {
 // The job with this index, which is of `expert` or a later one; expert E if there is none.
 __device__ __forceinline__ Job job_at(const Arguments& args, const u32* ends, int index, int expert, u32 rank) {
     Job job;
-    int num_n = args.num_n, inner, num_tiles = args.rows_per_expert / 128;
+    int num_n = args.num_n, inner, num_tiles = (args.rows_per_expert + (EDGES ? 127 : 0)) / 128;
     if (KIND == TN) {
         int per_expert = num_jobs(num_tiles / 2, num_tiles % 2, num_n);
         expert = min(index / per_expert, args.num_experts);

@@ -11,8 +11,11 @@
 // cores multiply, they write the tile before. Because padding rows are zero and aligned, no tile holds two experts, no
 // row needs a mask, and a reduction over an expert's rows may run over its padding.
 //
-// The host writes in front of this text the constants BN, STAGES, GROUP, KIND and EPILOGUE, and how a product of this
-// width names its operands: WGMMA_SHAPE, ACC_NAMES, ACC_OPERANDS and ACC_NEXT.
+// With EDGES the sizes of a matrix are multiples of 64, and the last tiles reach beyond them: what they load there is zero
+// or the next expert's, and is not written.
+//
+// The host writes in front of this text the constants BN, STAGES, GROUP, KIND, EPILOGUE and EDGES, and how a product of
+// this width names its operands: WGMMA_SHAPE, ACC_NAMES, ACC_OPERANDS and ACC_NEXT.
 
 #include "grouped_output.cuh"
 
@@ -88,7 +91,7 @@ __device__ __forceinline__ void multiply_step(float (&acc)[NUM_ACC], const char*
 
 // Two warpgroups, 64 rows of the tile each.
 __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shared, u32 rank, int warp, u32 lane) {
-    int stage = 0, num_pairs = gridDim.x / 2, columns = args.num_n * BN;
+    int stage = 0, num_pairs = gridDim.x / 2;
     u32 parity = 0;
     Output output{args, shared.slices[warp], lane};
     Job job = job_at(args, shared.ends, blockIdx.x / 2, 0, rank);
@@ -120,7 +123,7 @@ __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shar
         wait_products<0>(acc);
         if (steps > 0 && lane < 2) arrive_at(shared.empty[before], lane);
         if (last) return;
-        if (job.column < columns) output.take(acc, job, warp);
+        if (job.column < args.columns) output.take(acc, job, warp);
         job = next;
     }
 }

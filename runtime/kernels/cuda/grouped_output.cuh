@@ -43,6 +43,7 @@ struct Output {
     // A finished tile; the one before is done.
     __device__ __forceinline__ void take(const float (&acc)[NUM_ACC], const Job& job, int warp) {
         row = job.row + 16 * warp;
+        if (EDGES && KIND == TN && row >= args.rows_per_expert) return;  // rows of nothing
         if (KIND == TN) row += job.expert * args.rows_per_expert;
         column = job.column;
         if constexpr (IN_FP32) {
@@ -78,9 +79,10 @@ struct Output {
     __device__ __forceinline__ void write_fp32(const float (&acc)[NUM_ACC]) const {
 #pragma unroll
         for (int part = 0; part < BN / 32; ++part) {
+            if (EDGES && column + 32 * part >= args.columns) return;
 #pragma unroll
             for (int block = 0; block < 4; ++block) slice(part).put(block, acc + 16 * part + 4 * block);
-            store(slice(part), args.out, args.num_n * BN * 4l, column * 4l + 128 * part);
+            store(slice(part), args.out, args.columns * 4l, column * 4l + 128 * part);
         }
     }
 
@@ -95,7 +97,8 @@ struct Output {
         if constexpr (UNIT < UNITS) {
             if (unit != UNIT) return run_unit<UNIT + 1>();
             if constexpr (EPILOGUE == SWIGLU) run_swiglu(UNIT / 3, UNIT % 3);
-            else write(slice(UNIT), packed + 16 * UNIT, args.num_n * BN * 2l, column * 2l + 128 * UNIT);
+            else if (!EDGES || column + 64 * UNIT < args.columns)
+                write(slice(UNIT), packed + 16 * UNIT, args.columns * 2l, column * 2l + 128 * UNIT);
         }
     }
 

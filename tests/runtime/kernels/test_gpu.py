@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from moeconv.families.compute import Gate
+from runtime.moe.clamped_mlp import clamped_mlp
 from runtime.moe.experts import grouped_mlp
-from runtime.moe.grouped_gemm import LoopGemm, make_gemm, resolve_backend
+from runtime.moe.grouped_gemm import GroupedGemm, LoopGemm, make_gemm, resolve_backend
 from runtime.moe.layer import MoELayer
 from runtime.moe.permutation import plan_rows
 from runtime.moe.router_linear import router_linear
@@ -33,6 +35,10 @@ SHAPES = [
     (130, 128, 128, 4, 4),
     (9000, 256, 640, 8, 2),
     (1500, 128, 128, 600, 2),
+    # multiples of 64 alone: tiles that reach beyond a matrix
+    (700, 320, 192, 5, 2),
+    (900, 960, 448, 4, 2),
+    (600, 2880, 2880, 3, 2),
 ]
 
 
@@ -87,6 +93,34 @@ def test_experts_against_fp64(backend: str, shape: tuple[int, ...], dropped: flo
     mine, other = grad_weights
     typical = 0.3 * (shape[1] * int((case[0] < shape[3]).sum())) ** 0.5 if single else 0.0
     assert float((mine.double() - other).norm()) <= bound * max(float(other.norm()), typical)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropped", [0.0, 0.2])
+@pytest.mark.parametrize("shape", [(500, 256, 256, 4, 2), (700, 320, 192, 5, 2), (600, 2880, 2880, 3, 2)])
+def test_clamped_experts_against_fp64(backend: str, shape: tuple[int, ...], dropped: float) -> None:
+    experts, x, weights, w13, w2, grad = random_case(shape, dropped=dropped)
+    num_experts = w13.shape[0]
+    biases = [
+        torch.randn(num_experts, w13.shape[1], device="cuda"),
+        torch.randn(num_experts, w2.shape[1], device="cuda"),
+    ]
+    given = [x, weights, w13.transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous(), *biases]
+
+    def run_clamped(gemm: GroupedGemm, dtype: torch.dtype, fused: bool) -> list[torch.Tensor]:
+        wide = dtype == torch.float64
+        leaves = [t.to(BF16).to(dtype).requires_grad_() for t in given]
+        leaves[1] = weights.to(dtype if wide else torch.float32).clone().requires_grad_()
+        plan = plan_rows(experts, num_experts, experts.numel(), alignment=gemm.row_alignment, fused=fused)
+        gate = Gate(alpha=1.702, limit=2.0)
+        out = clamped_mlp(leaves[0], leaves[1], leaves[2:4], leaves[4:], plan, gate, gemm, fused=fused)
+        out.backward(grad.to(dtype))
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    exact = run_clamped(LoopGemm(), torch.float64, False)
+    poison()
+    for place, (mine, other) in enumerate(zip(run_clamped(make_gemm(backend), BF16, True), exact, strict=True)):
+        assert relative(mine, other) < 1.5e-2, f"tensor {place}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,9 @@ On a GPU the kernels run compiled, without one in Triton's interpreter.
 import pytest
 import torch
 
+from moeconv.families.compute import Gate
 from runtime.moe import passes
+from runtime.moe.clamped_mlp import Activation, activate, activate_backward, experts_of_rows
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.sinkhorn import MAX_ITERATIONS, TOLERANCE, sinkhorn
 from tests.runtime.moe.oracle import relative
@@ -173,17 +175,43 @@ def test_sinkhorn_bears_large_and_non_finite_logits() -> None:
     assert bool(sinkhorn_plan(logits, MAX_ITERATIONS, TOLERANCE, SINKHORN_PROGRAMS).isnan().any())  # and it ends
 
 
+@pytest.mark.parametrize(("num_tokens", "topk", "num_experts", "alignment", "hidden", "width"), SIZES)
+def test_clamped_gate(num_tokens: int, topk: int, num_experts: int, alignment: int, hidden: int, width: int) -> None:
+    from runtime.kernels.clamped_gate import clamped_gate_backward, clamped_gate_forward
+
+    _, plan = plans(num_tokens, topk, num_experts, alignment)
+    end = int(plan.offsets_E[-1])
+    hidden_pre = 3 * torch.randn(plan.num_rows, 2 * width, device=DEVICE)
+    bias = torch.randn(num_experts, 2 * width, device=DEVICE)
+    weights = torch.rand(num_tokens, topk, device=DEVICE)
+    grad = torch.randn(plan.num_rows, width, device=DEVICE)
+    gate = Gate(alpha=1.702, limit=2.5)  # which many values are beyond
+    args = Activation(bias.double(), experts_of_rows(plan), plan, gate, False)
+    beside = (plan.slot_of_row_R, plan.offsets_E, gate.alpha, gate.limit)
+    out = clamped_gate_forward(hidden_pre, bias, args.expert_R, weights, *beside)
+    expected = activate(hidden_pre.double(), weights.double(), args)
+    torch.testing.assert_close(out[:end].double(), expected[:end], rtol=1e-5, atol=1e-5)
+    exact = activate_backward(hidden_pre.double(), weights.double(), grad.double(), args)
+    version = hidden_pre._version
+    actual = clamped_gate_backward(hidden_pre, bias, args.expert_R, weights, grad, *beside)
+    for mine, other, rows in zip(actual, exact, (end, None, end), strict=True):
+        torch.testing.assert_close(mine[:rows].double(), other[:rows], rtol=1e-5, atol=3e-5)
+    if plan.num_rows:
+        assert hidden_pre._version > version  # a second backward pass through it is an error
+
+
+@pytest.mark.parametrize("edges", [False, True])
 @pytest.mark.parametrize("block_n", [128, 256])
 @pytest.mark.parametrize(
     ("kind", "epilogue"),
     [("nt", "store"), ("nt", "swiglu"), ("nn", "store"), ("tn", "store"), ("tn", "add"), ("tn", "store_fp32")],
 )
-def test_grouped_products_compile_for_hopper(block_n: int, kind: str, epilogue: str) -> None:
+def test_grouped_products_compile_for_hopper(block_n: int, kind: str, epilogue: str, edges: bool) -> None:
     pytest.importorskip("cuda.bindings")
     from runtime.kernels import grouped_matmul
     from runtime.kernels.cuda_module import compile_cubin
 
-    cubin = compile_cubin(grouped_matmul.source(block_n, kind, epilogue), "sm_90a")
+    cubin = compile_cubin(grouped_matmul.source(block_n, kind, epilogue, edges), "sm_90a")
     assert cubin.startswith(b"\x7fELF")
     assert b"grouped_matmul" in cubin
     assert grouped_matmul.shared_bytes(block_n) <= 227 * 1024  # of a block on compute capability 9.0

@@ -3,7 +3,7 @@
     python -m benchmarks.moe_layer [--shapes mixtral,olmoe,...] [--cases balanced,zipf,empty] [--rounds 3] [--pause 0]
 
 Each implementation runs router (softmax, top-k, renormalise), dispatch, SwiGLU experts and weighted sum on the same
-weights and tokens, bf16. Counted are the experts' FLOPs alone: 6 T K d n forward, 18 T K d n with backward.
+weights and tokens, bf16; gpt-oss' with biases and its clamped gate. Counted are the experts' FLOPs alone: 6 T K d n forward, 18 T K d n with backward.
 
 A card at its power limit is as fast as it is cool, so each measurement is a median of `triton.testing.do_bench` after
 WARMUP of the same work, implementations and a dense product are measured in rounds, each in another order, and the table
@@ -25,8 +25,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks.moe_layer import clamped
 from benchmarks.moe_layer.implementations import MAKERS, Run
 from benchmarks.moe_layer.problem import CASES, SHAPES, Problem, make_problem, route
+from runtime.moe.clamped_mlp import clamped_mlp
 from runtime.moe.experts import grouped_mlp
 from runtime.moe.grouped_gemm import LoopGemm
 from runtime.moe.permutation import plan_rows
@@ -61,6 +63,8 @@ def reference_error(problem: Problem, run: Run, *, exact_router: bool) -> float:
             topk=problem.topk,
             bias=problem.bias,
             biased=problem.biased,
+            gate=problem.gate,
+            expert_biases=problem.expert_biases,
         )
     out = run(small)
     (grad_x,) = torch.autograd.grad(out, small.x, small.grad)
@@ -69,9 +73,12 @@ def reference_error(problem: Problem, run: Run, *, exact_router: bool) -> float:
     experts = logits.topk(small.topk, dim=-1).indices if exact_router else route(small)[0]
     weights = torch.softmax(logits.gather(1, experts), dim=-1)
     plan = plan_rows(experts, small.w13.shape[0], experts.numel(), fused=False)
-    exact = grouped_mlp(
-        leaf, weights, small.w13.detach().double(), small.w2.detach().double(), plan, LoopGemm(), fused=False
-    )
+    matrices = (small.w13.detach().double(), small.w2.detach().double())
+    if small.gate is None:
+        exact = grouped_mlp(leaf, weights, *matrices, plan, LoopGemm(), fused=False)
+    else:
+        first, last = (bias.detach().double() for bias in small.expert_biases)
+        exact = clamped_mlp(leaf, weights, matrices, (first, last), plan, small.gate, LoopGemm(), fused=False)
     (exact_x,) = torch.autograd.grad(exact, leaf, small.grad.double())
     pairs = ((out.double(), exact), (grad_x.double(), exact_x))
     return max(float((mine - other).norm() / other.norm()) for mine, other in pairs)
@@ -100,7 +107,7 @@ def peak_memory(problem: Problem, run: Run) -> float:
 def implementations(problem: Problem) -> dict[str, Row]:
     """Give what can run here, each warmed up; say what can't and why."""
     rows = {}
-    for name, make in MAKERS.items():
+    for name, make in (MAKERS if problem.gate is None else clamped.MAKERS).items():
         try:
             run = make(problem)
             backward(problem, run)
@@ -116,7 +123,7 @@ def measure(name: str, case: str, rounds: int, pause: float) -> None:
     from triton.testing import do_bench
 
     shape = SHAPES[name]
-    problem = make_problem(shape, case)
+    problem = make_problem(name, case)
     flops = 6 * shape[0] * shape[4] * shape[1] * shape[2]
     rows = implementations(problem)
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))

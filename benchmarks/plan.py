@@ -130,6 +130,8 @@ SEVERAL = (
     (2, "ep", 8, 1387.1, (12.47, 24.94, 23.74, 47.49, 6.52)),
     (2, "tp2 sp", 9, 1715.8, (13.32, 26.65, 26.65, 53.30, 4.00)),
     (2, "pp2", 8, 1488.1, (11.87, 23.74, 23.74, 47.49, 6.46)),
+    (4, "ep", 4, 738.6, (32.79,)),
+    (4, "tp2 sp ep2 etp1", 4, 897.7, (38.31,)),
     (4, "ep", 4, 776.9, (3.68, 7.36, 6.07, 12.13, 4.80)),
     (4, "tp2 sp ep2 etp1", 4, 1052.5, (6.07, 12.13, 6.07, 12.13, 2.82)),
     (4, "pp2 ep2", 4, 875.5, (3.25, 6.50, 6.07, 12.13, 4.70)),
@@ -148,7 +150,7 @@ def several_gpus() -> Iterator[Row]:
         yield Row(
             name=f"{name}{gpus if name in ('ep', 'dp') else ''}, {layers} layers", config=MIXTRAL, layers=layers, gpus=gpus,
             parallel=parallel, microbatches=8 * gpus // dp, ms=ms, gb=sum(memory),
-            engine="now, H200" if gpus == 2 and layers > 5 else "before",  # an H100 holds no more than five of these
+            engine="now, H200" if len(memory) == 1 or (gpus == 2 and layers > 5) else "before",
         )  # fmt: skip
 
 

@@ -46,17 +46,19 @@ class Sizes:
     message: int
     """Bytes of the largest message; the smallest is a 16th."""
     warm: float
-    """Seconds of the same work before it is timed."""
+    """Seconds of the same computing before it is timed: a card at its power limit is as fast as it is cool."""
+    warm_links: float
+    """Seconds of a collective before it is timed."""
     dtype: torch.dtype
 
 
 GPU = Sizes(
-    square=8192, rows=16384, hidden=4096, width=14336, experts=8, positions=4096, heads=32, message=2**28, warm=0.3,
-    dtype=torch.bfloat16,
+    square=8192, rows=16384, hidden=4096, width=14336, experts=8, positions=4096, heads=32, message=2**28, warm=3.0,
+    warm_links=0.3, dtype=torch.bfloat16,
 )  # fmt: skip
 CPU = Sizes(
     square=256, rows=256, hidden=64, width=96, experts=4, positions=128, heads=4, message=2**20, warm=0.01,
-    dtype=torch.float32,
+    warm_links=0.01, dtype=torch.float32,
 )  # fmt: skip
 
 
@@ -118,7 +120,7 @@ def measure(device: torch.device, sizes: Sizes, per_node: int) -> dict[str, Any]
     }
     if device.type == "cuda":
         values["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
-    links = measure_links(clock, sizes, per_node)
+    links = measure_links(Clock(device, sizes.warm_links), sizes, per_node)
     return values | ({"links": links} if links else {})
 
 

@@ -75,6 +75,8 @@ class Case:
 
 _LENGTH = "--seq-length 4096 --micro-batch-size 1 --bf16"
 _HOST = "--optimizer-cpu-offload"
+_LORA = f"{_LENGTH} --lora-rank 16 --recompute-granularity full"
+_ALL = "--lora-targets '*.self_attn.*' '*.experts.*' --moments-dtype bfloat16"
 SECTIONS: dict[str, list[Case]] = {
     "offload": [
         Case(
@@ -100,6 +102,26 @@ SECTIONS: dict[str, list[Case]] = {
             flags=f"{_LENGTH} --global-batch-size 32 --moments-dtype bfloat16 {_HOST} --tensor-model-parallel-size 2 "
             "--sequence-parallel --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 "
             "--use-distributed-optimizer --recompute-granularity full",
+        ),
+    ],
+    "lora": [
+        Case(
+            name="Qwen3-30B-A3B, LoRA on attention",
+            model="qwen3-30b-a3b",
+            flags=f"{_LORA} --global-batch-size 4",
+        ),
+        Case(
+            name="Qwen3-30B-A3B, LoRA on attention and experts",
+            model="qwen3-30b-a3b",
+            flags=f"{_LORA} {_ALL} --global-batch-size 4",
+        ),
+    ],
+    "lora-two": [
+        Case(
+            name="Mixtral 8x7B, LoRA on attention and experts",
+            model="mixtral-8x7b",
+            ranks=2,
+            flags=f"{_LORA} {_ALL} --global-batch-size 8 --expert-model-parallel-size 2",
         ),
     ],
 }

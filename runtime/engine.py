@@ -45,6 +45,7 @@ from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.runner import Microbatch, Runner, WholeModel
 from runtime.parallel.shards import Store
+from runtime.quantised.base import QuantisedBase
 from runtime.step_result import StepResult
 
 __all__ = ["Engine", "NonFiniteError", "StepResult"]
@@ -98,6 +99,7 @@ class Engine:
         chunks = chunk_layers(model.sizes["layers"], parallel.layout)[mesh.rank("pp") :: parallel.pp]
         stages = [DecoderStage(self._context, layers) for layers in chunks]
         self.module = nn.ModuleList(stages)
+        self.quantised = QuantisedBase.of(self.module, self._context)
         self.store = self._make_store(stages)
         for module in self.module.modules():
             for name, buffer in list(module._buffers.items()):
@@ -232,6 +234,8 @@ class Engine:
             MoeconvError: a tensor is missing, or can't be read.
         """
         states.load_weights(self.store.shards, read)
+        if self.quantised is not None:
+            self.quantised.load(read)
         for name, tensor in self._buffers():
             tensor.copy_(states.to_tensor(read(name, Rect.whole(tuple(tensor.shape)))))
         if stored is not None:
@@ -244,6 +248,7 @@ class Engine:
         """Give the L2 norm of all weights, each element counted once. Collective."""
         masters = [shard.master for shard in self.store.shards if shard.counted and shard.master.numel()]
         squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in masters]
+        squares += self.quantised.squares() if self.quantised is not None else []
         return float(self._sum(squares).sqrt())
 
     @torch.no_grad()

@@ -116,6 +116,28 @@ SECTIONS: dict[str, list[Case]] = {
             flags=f"{_LORA} {_ALL} --global-batch-size 4",
         ),
     ],
+    "qlora": [
+        Case(
+            name="Qwen3-30B-A3B in nf4, LoRA on attention",
+            model="qwen3-30b-a3b",
+            flags=f"{_LORA} --quantize-base nf4 --double-quant --global-batch-size 4",
+        ),
+        Case(
+            name="Qwen3-30B-A3B in nf4, LoRA on attention and experts",
+            model="qwen3-30b-a3b",
+            flags=f"{_LORA} {_ALL} --quantize-base nf4 --global-batch-size 4",
+        ),
+        Case(
+            name="Qwen3-30B-A3B in fp8, LoRA on attention",
+            model="qwen3-30b-a3b",
+            flags=f"{_LORA} --quantize-base fp8 --global-batch-size 4",
+        ),
+        Case(
+            name="Mixtral 8x7B in nf4, LoRA on attention and experts",
+            model="mixtral-8x7b",
+            flags=f"{_LORA} {_ALL} --quantize-base nf4 --global-batch-size 4",
+        ),
+    ],
     "lora-two": [
         Case(
             name="Mixtral 8x7B, LoRA on attention and experts",

@@ -107,6 +107,10 @@ def draw_weights(engine: Engine) -> None:
             else:
                 held.flat.normal_(std=0.02, generator=generator)
         shard.masters_from_weights()
+    for member in engine.quantised.members if engine.quantised is not None else ():
+        for place, block in enumerate(member.matrices()):
+            matrix = torch.empty(block.rect.shape, dtype=torch.bfloat16, device=engine.device)
+            member.weight.take(place, matrix.normal_(std=0.02, generator=generator))
 
 
 def own_share(batches: list[Batch], mesh: ParallelMesh) -> list[Batch]:

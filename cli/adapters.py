@@ -58,6 +58,7 @@ def _report(
     merged: Merged, plan: Plan, proof: Proof | None, out: Path, seconds: float, options: dict[str, Any]
 ) -> None:
     adapter = merged.adapter_of
+    record = adapter.save.adapter if adapter.save is not None else None
     value = {
         "command": "merge",
         "out": str(out),
@@ -65,6 +66,7 @@ def _report(
         "adapter": str(adapter.root),
         "added_to": len(adapter.deltas),
         "replaced": len(adapter.whole),
+        "trained_over": record.quantize_base if record is not None else None,
         "files": {file.name: file.size for file in plan.files},
         "bytes": plan.nbytes,
         "seconds": round(seconds, 3),
@@ -74,6 +76,11 @@ def _report(
     lines = [
         f"{adapter.root}: {adapter.title}: added to {len(adapter.deltas)} weights, in place of {len(adapter.whole)}"
     ]
+    if record is not None and record.quantize_base is not None:
+        lines.append(
+            f"the adapter was trained over the model in {record.quantize_base}; it is added to the weights as {merged.root} has them, "
+            f"which differ from what training saw by the rounding to {record.quantize_base}"
+        )
     lines += [f"not taken along: {what}" for what in merged.stale]
     lines += [] if proof is None else _proved(proof)
     what = f"{len(plan.jobs)} tensors in {len(plan.files)} files, {amount(plan.nbytes)}"

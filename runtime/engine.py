@@ -45,6 +45,7 @@ from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.runner import Microbatch, Runner, WholeModel
 from runtime.parallel.shards import Store
+from runtime.quantised.base import QuantisedBase
 from runtime.step_result import StepResult
 
 __all__ = ["Engine", "NonFiniteError", "StepResult"]
@@ -98,6 +99,7 @@ class Engine:
         chunks = chunk_layers(model.sizes["layers"], parallel.layout)[mesh.rank("pp") :: parallel.pp]
         stages = [DecoderStage(self._context, layers) for layers in chunks]
         self.module = nn.ModuleList(stages)
+        self.quantised = QuantisedBase.of(self.module, self._context)
         self.store = self._make_store(stages)
         for module in self.module.modules():
             for name, buffer in list(module._buffers.items()):
@@ -129,6 +131,29 @@ class Engine:
             NonFiniteError: a loss or gradient is NaN or infinite, and steps are not to be skipped; weights and
                 optimizer are as before the step.
         """
+        batches, num_tokens = self._accumulate(microbatches)
+        sums = self._sum_over_ranks(num_tokens)
+        read = Reading(sums)
+        self._update(sums)
+        # The optimizer is still at work: the host goes on with the next step meanwhile.
+        result = self._report(read.wait(), len(batches) * self.mesh.size("dp"))
+        self._conclude(result, batches)
+        return result
+
+    def accumulate(self, microbatches: Sequence[Batch]) -> None:
+        """Sum up the gradients of a step, without an update: what a step takes besides. Collective.
+
+        Args:
+            microbatches: as of `train_step`.
+        """
+        self._accumulate(microbatches)
+
+    def _accumulate(self, microbatches: Sequence[Batch]) -> tuple[list[Microbatch], Tensor]:
+        """Do the passes of a step.
+
+        Returns:
+            What was computed, on the device; and the tokens of the global batch, 0-dim fp64.
+        """
         self.module.train()
         batches = [self._to_device(batch) for batch in microbatches]
         num_tokens = self._count_tokens(batches).clamp(min=1)
@@ -139,13 +164,7 @@ class Engine:
         self.store.begin(len(batches) if self._runner.counts_backwards else None)
         self._runner.run(batches, backward=True)
         self.store.finish()
-        sums = self._sum_over_ranks(num_tokens)
-        read = Reading(sums)
-        self._update(sums)
-        # The optimizer is still at work: the host goes on with the next step meanwhile.
-        result = self._report(read.wait(), len(batches) * self.mesh.size("dp"))
-        self._conclude(result, batches)
-        return result
+        return batches, num_tokens
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -215,6 +234,8 @@ class Engine:
             MoeconvError: a tensor is missing, or can't be read.
         """
         states.load_weights(self.store.shards, read)
+        if self.quantised is not None:
+            self.quantised.load(read)
         for name, tensor in self._buffers():
             tensor.copy_(states.to_tensor(read(name, Rect.whole(tuple(tensor.shape)))))
         if stored is not None:
@@ -227,6 +248,7 @@ class Engine:
         """Give the L2 norm of all weights, each element counted once. Collective."""
         masters = [shard.master for shard in self.store.shards if shard.counted and shard.master.numel()]
         squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in masters]
+        squares += self.quantised.squares() if self.quantised is not None else []
         return float(self._sum(squares).sqrt())
 
     @torch.no_grad()

@@ -42,6 +42,8 @@ def source_of_saves(
         dropout=config.dropout,
         base=fingerprint,
         base_path=str(path.absolute()),
+        quantize_base=config.quantize_base,
+        double_quant=config.double_quant,
     )
     return replace(base, model=model.by_itself(), tensors={}, pieces={}, checksums={}, ops={}, adapter=record)
 
@@ -74,7 +76,14 @@ def as_saved(saved: Checkpoint, base: Model) -> tuple[AdaptedModel, LoraConfig]:
     record, held = saved.adapter, saved.model
     assert record is not None
     assert isinstance(held, AdaptedModel)
-    config = LoraConfig(rank=record.rank, alpha=record.alpha, rslora=record.rslora, dropout=record.dropout)
+    config = LoraConfig(
+        rank=record.rank,
+        alpha=record.alpha,
+        rslora=record.rslora,
+        dropout=record.dropout,
+        quantize_base=record.quantize_base,
+        double_quant=record.double_quant,
+    )
     return AdaptedModel.of(base, record.rank, held.adapted, held.whole), config
 
 
@@ -109,7 +118,14 @@ def check_adapters(
             f"{where} holds adapters: go on with {flags} and its --lora-targets, or make a model of it with `moeconv merge`",
         )
         return
-    same = (record.rank, record.alpha, record.rslora) == (config.rank, config.alpha, config.rslora)
+    if record.quantize_base is not None:
+        flags += f" --quantize-base {record.quantize_base}" + (" --double-quant" if record.double_quant else "")
+    elif config.quantize_base is not None:
+        flags += ", without --quantize-base"
+    same = all(
+        getattr(record, name) == getattr(config, name)
+        for name in ("rank", "alpha", "rslora", "quantize_base", "double_quant")
+    )
     require(same, f"{where} holds adapters of {flags}; give these, or another --save for others")
     for flag, mine, theirs in (("targets", model.adapted, held.adapted), ("also-train", model.whole, held.whole)):
         other = sorted(mine ^ theirs)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -103,13 +103,20 @@ def _trained(part: ShardPart) -> Iterator[tuple[Block, ShardPart]]:
             yield block, part
 
 
-def _read_ahead(read: Read, targets: Iterable[tuple[Block, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+T = TypeVar("T")
+
+
+def read_ahead(read: Read, targets: Iterable[tuple[Block, T]]) -> Iterator[tuple[T, Tensor]]:
     """Read blocks in order, some of them ahead: a thread alone is slower than disks, links and fresh memory.
 
+    Args:
+        read: gives a rectangle of a tensor by its hub name; called by several threads.
+        targets: the blocks, each with what it is for.
+
     Yields:
-        The tensor that a block is for, and what is stored.
+        What a block is for, and what is stored.
     """
-    waiting: deque[tuple[Tensor, Future[npt.NDArray[Any]]]] = deque()
+    waiting: deque[tuple[T, Future[npt.NDArray[Any]]]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
         for block, target in targets:
             waiting.append((target, pool.submit(read, block.name, block.rect)))
@@ -134,7 +141,7 @@ def load_weights(shards: Sequence[Shard], read: Read) -> None:
             for block in blocks(slot.topology, slot.cols, item.begin, end):
                 targets.append((block, block.of(item.flat, item.begin)))
         exact = True
-        for target, stored in _read_ahead(read, targets):
+        for target, stored in read_ahead(read, targets):
             exact = exact and target.dtype in (stored.dtype, shard.master.dtype)
             target.copy_(stored)
         if exact:
@@ -188,5 +195,5 @@ def _fill(
             name = prefix + block.name
             if stored is None or name in stored:
                 targets.append((replace(block, name=name), block.of(flat[part.range], part.begin)))
-    for target, found in _read_ahead(read, targets):
+    for target, found in read_ahead(read, targets):
         target.copy_(found)

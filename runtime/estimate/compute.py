@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from runtime.estimate.finetuned import adapters_seconds, making_numbers
 from runtime.estimate.local import Local
 from runtime.estimate.machine import Machine
 from runtime.estimate.parameters import Parameter
@@ -65,6 +66,8 @@ def layer_work(setup: Setup, local: Local, machine: Machine, layer: int, paramet
     for part in ("shared", "mlp"):
         if part in groups:
             out.append(_gated(part, setup, local, machine, groups[part]))
+    if "adapters" in groups:
+        out.append(Work("adapters", *adapters_seconds(setup, local, machine, groups["adapters"])))
     return out
 
 
@@ -111,9 +114,10 @@ def _dense(part: str, setup: Setup, tokens: float, machine: Machine, parameters:
             continue
         computing = 2 * tokens * parameter.size / rate
         streamed = parameter.size * ITEMSIZE[setup.dtype]
-        forward += machine.together(computing, streamed)
+        made = making_numbers(setup, machine, parameter)
+        forward += machine.together(computing, streamed) + made
         gradient = 0.0 if parameter.frozen else machine.together(computing, parameter.size * machine.sum_bytes)
-        backward += machine.together(computing, streamed) + gradient
+        backward += machine.together(computing, streamed) + made + gradient
         weights += gradient
     return Work(part, forward, backward, weights)
 
@@ -162,9 +166,10 @@ def _experts(setup: Setup, local: Local, machine: Machine, parameters: Iterable[
             continue
         computing = 2 * local.rows_computed * parameter.size / local.experts / rate
         streamed = parameter.size * ITEMSIZE[setup.dtype]
-        forward += machine.together(computing, streamed)
+        made = making_numbers(setup, machine, parameter)
+        forward += machine.together(computing, streamed) + made
         gradient = 0.0 if parameter.frozen else machine.together(computing, parameter.size * 2 * setup.wide)
-        backward += machine.together(computing, streamed) + gradient
+        backward += machine.together(computing, streamed) + made + gradient
         weights += gradient
     b, rows, width = local.item, local.rows_computed, local.width
     tokens = local.gathered * local.hidden * b

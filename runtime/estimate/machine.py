@@ -17,7 +17,7 @@ Collective = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce",
 COLLECTIVES: tuple[Collective, ...] = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce", "send")
 PASSES = (
     *("norm", "head_norm", "rotary", "cross_entropy", "embedding", "adamw", "grad_norm"),
-    *("gather", "sum", "swiglu", "plain"),
+    *("gather", "sum", "swiglu", "plain", "dequantise"),
 )
 LINKS = ("nvlink", "network")
 _TABLE = Path(__file__).with_name("machines.yaml")

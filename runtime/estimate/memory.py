@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from runtime.estimate.activations import layer_input
+from runtime.estimate.finetuned import workspace_bytes
 from runtime.estimate.schedule import Pipeline
 from runtime.estimate.setup import ITEMSIZE, Setup
 from runtime.estimate.stage import Cost, merge
@@ -22,7 +23,8 @@ class Memory:
     working: float
     """Needed for a moment beside them."""
     buffers: float
-    """For what other ranks send: activations and gradients of a pipeline, weights that full sharding gathers."""
+    """For what other ranks send: activations and gradients of a pipeline, weights that full sharding gathers; and for the numbers of a
+    quantised weight."""
 
     @property
     def peak(self) -> float:
@@ -70,7 +72,8 @@ def rank_activations(
     for stage, count in _in_flight(pipeline, rank, costs).items():
         merge(activations, {part: count * size for part, size in costs[stage].kept.items()})
     working = max(cost.most_working for cost in costs.values())
-    return activations, working, _receiving(setup, pipeline, costs) + _gathered(setup, rank)
+    buffers = _receiving(setup, pipeline, costs) + _gathered(setup, rank) + workspace_bytes(setup, rank)
+    return activations, working, buffers
 
 
 def _in_flight(pipeline: Pipeline, rank: int, costs: Mapping[int, Cost]) -> dict[int, int]:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
-from moeconv.families.adapted import LORA_A, LORA_B
+from moeconv.families.adapted import LORA_A, LORA_B, AdaptedModel
 from moeconv.families.base import GlobalTensor, Model
 from moeconv.layout.degrees import Degrees, chunk_layers
 from moeconv.placement import rank_rects
 from runtime.parallel.packing import ROW_MULTIPLE
 from runtime.parallel.tensor_settings import DEFAULT, TensorSettings, common
+from runtime.quantised.sizes import quantises
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,10 @@ class Parameter:
     """How its tensors are trained; None where they are trained differently."""
     frozen: bool = False
     """All of its tensors are: it has no gradient."""
+    matrices: int = 1
+    """Tensors that it is made of."""
+    base: bool = False
+    """Whether it is a frozen matrix beside adapters, which can be held quantised."""
 
     @property
     def size(self) -> int:
@@ -268,12 +273,15 @@ class RankParameters:
         shape = (-(-rows // ROW_MULTIPLE) * ROW_MULTIPLE, *tensor.shape[1:])
         return Parameter(part, shape, False, ends, ends, *self._settings([tensor]))
 
-    def _settings(self, tensors: Sequence[GlobalTensor]) -> tuple[TensorSettings | None, bool]:
-        """How a parameter's tensors are trained together, and whether all are frozen."""
+    def _settings(self, tensors: Sequence[GlobalTensor]) -> tuple[TensorSettings | None, bool, int, bool]:
+        """How a parameter's tensors are trained together, whether all are frozen, how many, and whether they are a frozen base's."""
+        count, model = len(tensors), self.model
         if self.groups is None:
-            return common(TensorSettings(decay=len(tensor.shape) > 1) for tensor in tensors[:1]), False
+            return common(TensorSettings(decay=len(tensor.shape) > 1) for tensor in tensors[:1]), False, count, False
         found = [self.groups[tensor.name] for tensor in tensors]
-        return common(found), all(settings.frozen for settings in found)
+        frozen = all(settings.frozen for settings in found)
+        base = frozen and isinstance(model, AdaptedModel) and all(quantises(model, t.name) for t in tensors)
+        return common(found), frozen, count, base
 
     def _shape(self, role: str, layer: int | None) -> tuple[int, ...]:
         expert = 0 if role.startswith("expert.") else None

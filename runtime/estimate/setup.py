@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import Model
 from runtime.estimate.parameters import RankParameters
+from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
@@ -36,6 +37,7 @@ class Setup:
     """Sequences."""
     num_microbatches: int
     """Of each data-parallel rank in a step."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @classmethod
     def of_run(cls, run: RunConfig, world_size: int) -> Setup:
@@ -53,6 +55,7 @@ class Setup:
             seq_length=run.train.seq_length,
             micro_batch_size=run.train.micro_batch_size,
             num_microbatches=run.train.batch_sizes(dp).full // (run.train.micro_batch_size * dp),
+            lora=run.lora,
         )
 
     def sharing(self, parameters: RankParameters) -> Setup:

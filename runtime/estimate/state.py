@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from moeconv.families.adapted import AdaptedModel
+from runtime.estimate.finetuned import is_quantised, quantised_bytes
 from runtime.estimate.parameters import Parameter
 from runtime.estimate.setup import ITEMSIZE, Setup
 from runtime.parallel.packing import lay_out, pack
@@ -20,7 +21,7 @@ class State:
     """Bytes of one rank."""
 
     weights: int
-    """In the compute dtype; with full sharding none are kept."""
+    """In the compute dtype, of a quantised base codes and scales; with full sharding none are kept."""
     gradients: int
     """fp32 sums; with full sharding this rank's rows, which exist from the backward pass to the update."""
     masters: int
@@ -63,7 +64,8 @@ def _in_buckets(parameters: Sequence[Parameter], setup: Setup, *, distributed: b
     weight, wide = ITEMSIZE[setup.dtype], setup.wide
     elements = owned = 0
     frozen = states = 0
-    for members in buckets(parameters):
+    quantised = sum(quantised_bytes(setup, p) for p in parameters if is_quantised(setup, p))
+    for members in buckets([p for p in parameters if not is_quantised(setup, p)]):
         if members[0].frozen:
             frozen += lay_out([member.size for member in members], 1)[1]
             continue
@@ -72,7 +74,7 @@ def _in_buckets(parameters: Sequence[Parameter], setup: Setup, *, distributed: b
         elements, owned = elements + count, owned + count // parts
         states += count // parts * setup.states(members[0].settings)
     masters = owned * wide if weight != wide else 0
-    return State((elements + frozen) * weight, elements * wide, masters, states)
+    return State((elements + frozen) * weight + quantised, elements * wide, masters, states)
 
 
 def _fully_sharded(parameters: Sequence[Parameter], setup: Setup) -> State:

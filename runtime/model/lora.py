@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moeconv.families.adapted import scale_of
 from runtime.flag import check_fields, flag
+from runtime.quantised.sizes import BaseDtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,12 @@ class LoraConfig:
     attention's. Matrices of attention, dense layers, shared and routed experts can have one."""
     also_train: tuple[str, ...] = flag((), "--lora-also-train", metavar="GLOB")
     """Weights that are trained whole beside the adapters, by their Hugging Face names ('*.gate.weight' for routers)."""
+
+    quantize_base: BaseDtype | None = None
+    """Hold the frozen matrices of attention, dense layers and experts in 4-bit NormalFloat (nf4, blocks of 64) or in FP8 (fp8, e4m3
+    with a scale for 128 x 128); they are quantised as they are read, and made numbers again just before each product."""
+    double_quant: bool = False
+    """Quantise nf4's scales too, to 8 bits: 0.516 bytes a weight instead of 0.5625."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -21,6 +21,7 @@ from runtime.moe.grouped_gemm import GroupedGemm, make_gemm, resolve_backend
 from runtime.moe.low_rank import Adapters, Form, add_to_rows
 from runtime.moe.passes import permute, unpermute
 from runtime.moe.permutation import RowPlan, plan_rows
+from runtime.quantised.weight import Weight, dense, held, numbers
 
 
 class _RowsTimes(torch.autograd.Function):
@@ -28,21 +29,22 @@ class _RowsTimes(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_RK: Tensor, weight_EKN: Tensor, bias_EN: Tensor, plan: RowPlan, gemm: GroupedGemm
+        ctx: Any, rows_RK: Tensor, weight_EKN: Weight, bias_EN: Tensor, plan: RowPlan, gemm: GroupedGemm
     ) -> Tensor:
-        ctx.save_for_backward(rows_RK, weight_EKN)
+        weight, ctx.quantised = held(weight_EKN)
+        ctx.save_for_backward(rows_RK if ctx.needs_input_grad[1] else None, weight)
         ctx.plan, ctx.gemm = plan, gemm
         expert_R, used_R1 = _experts_of_rows(plan)
-        out = gemm.rows_times(rows_RK, weight_EKN, plan) + bias_EN[expert_R]
+        out = gemm.rows_times(rows_RK, numbers(weight_EKN), plan) + bias_EN[expert_R]
         return out.masked_fill_(~used_R1, 0)  # rows past the last expert's may hold anything
 
     @staticmethod
     def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:
-        rows_RK, weight_EKN = ctx.saved_tensors
+        rows_RK, weight = ctx.saved_tensors
         plan, gemm = ctx.plan, ctx.gemm
         _, used_R1 = _experts_of_rows(plan)
         grad_RN = grad_RN.contiguous().masked_fill(~used_R1, 0)
-        grad_rows = gemm.rows_times_transposed(grad_RN, weight_EKN, plan).masked_fill(~used_R1, 0)
+        grad_rows = gemm.rows_times_transposed(grad_RN, dense(weight, ctx.quantised), plan).masked_fill(~used_R1, 0)
         grad_weight = gemm.transposed_times_rows(rows_RK, grad_RN, plan) if ctx.needs_input_grad[1] else None
         grad_bias = None
         if ctx.needs_input_grad[2]:
@@ -186,5 +188,5 @@ class ClampedExperts(nn.Module):
         return add_to_rows(out, rows, adapters, plan, gemm, training=self.training)
 
 
-def _apply(rows: Tensor, weight: Tensor, bias: Tensor, plan: RowPlan, gemm: GroupedGemm) -> Tensor:
+def _apply(rows: Tensor, weight: Weight, bias: Tensor, plan: RowPlan, gemm: GroupedGemm) -> Tensor:
     return cast(Tensor, _RowsTimes.apply(rows, weight, bias, plan, gemm))  # type: ignore[no-untyped-call]

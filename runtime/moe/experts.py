@@ -20,6 +20,7 @@ from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.te_experts import TransformerEngineExperts
 from runtime.ops.norm import Kept, restore
 from runtime.parallel.gradient_sink import GradientSink, sink_of
+from runtime.quantised.weight import Weight, dense, held, numbers
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -34,34 +35,35 @@ class _GroupedMLP(torch.autograd.Function):
         ctx: Any,
         x_TD: Tensor,
         weights_TK: Tensor,
-        w13_EGD: Tensor,
-        w2_EDF: Tensor,
+        w13_EGD: Weight,
+        w2_EDF: Weight,
         plan: RowPlan,
         gemm: GroupedGemm,
         fused: bool,
     ) -> Tensor:
+        (w13, ctx.w13), (w2, ctx.w2) = held(w13_EGD), held(w2_EDF)
         rows = passes.gather_rows(x_TD, plan, fused=fused)
         if isinstance(gemm, GatedGemm) and fused:
-            hidden, act = gemm.hidden_and_swiglu(rows, w13_EGD, weights_TK, plan)
+            hidden, act = gemm.hidden_and_swiglu(rows, numbers(w13_EGD), weights_TK, plan)
         else:
-            hidden = gemm.rows_times_transposed(rows, w13_EGD, plan)
+            hidden = gemm.rows_times_transposed(rows, numbers(w13_EGD), plan)
             act = passes.swiglu(hidden, weights_TK, plan, fused=fused)
         del rows
-        out = gemm.rows_times_transposed(act, w2_EDF, plan)
+        out = gemm.rows_times_transposed(act, numbers(w2_EDF), plan)
         del act
         kept = Kept.of(x_TD) if ctx.needs_input_grad[2] else Kept.nothing()
-        ctx.save_for_backward(hidden, weights_TK, w13_EGD, w2_EDF, *kept.tensors)
+        ctx.save_for_backward(hidden, weights_TK, w13, w2, *kept.tensors)
         ctx.plan, ctx.gemm, ctx.fused, ctx.source = plan, gemm, fused, kept.source
-        ctx.sinks = sink_of(w13_EGD), sink_of(w2_EDF)
+        ctx.sinks = sink_of(w13), sink_of(w2)
         return passes.sum_rows(out, plan, fused=fused)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weights_TK, w13_EGD, w2_EDF, *saved = ctx.saved_tensors
+        hidden, weights_TK, w13, w2, *saved = ctx.saved_tensors
         plan, gemm, fused = ctx.plan, ctx.gemm, ctx.fused
         w13_sink, w2_sink = ctx.sinks
         grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
-        grad_act = gemm.rows_times(grad_rows, w2_EDF, plan)
+        grad_act = gemm.rows_times(grad_rows, dense(w2, ctx.w2), plan)
         if fused and hidden.is_cuda and torch._C._autograd._get_current_graph_task_keep_graph():
             hidden = hidden.clone()  # written over below, and this node will run again: zero-bubble does so
         grad_hidden, grad_weights, act = passes.swiglu_backward(hidden, weights_TK, grad_act, plan, fused=fused)
@@ -75,7 +77,7 @@ class _GroupedMLP(torch.autograd.Function):
             del rows
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = passes.sum_rows(gemm.rows_times(grad_hidden, w13_EGD, plan), plan, fused=fused)
+            grad_x = passes.sum_rows(gemm.rows_times(grad_hidden, dense(w13, ctx.w13), plan), plan, fused=fused)
         return grad_x, grad_weights, grad_w13, grad_w2, None, None, None
 
 
@@ -105,8 +107,8 @@ def weight_gradient(
 def grouped_mlp(
     x_TD: Tensor,
     weights_TK: Tensor,
-    w13_EGD: Tensor,
-    w2_EDF: Tensor,
+    w13_EGD: Weight,
+    w2_EDF: Weight,
     plan: RowPlan,
     gemm: GroupedGemm,
     *,

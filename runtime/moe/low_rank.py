@@ -19,6 +19,7 @@ from runtime.moe.permutation import RowPlan
 from runtime.ops.low_rank import Part, Scaling, draw_seed, drop
 from runtime.ops.norm import Kept, restore
 from runtime.parallel.gradient_sink import GradientSink, deliver, sink_of
+from runtime.quantised.weight import Weight, dense, held, numbers
 
 _ALIGNMENT = 16  # bytes; grouped products want rows that begin at multiples of it
 
@@ -165,8 +166,8 @@ class _AdaptedMLP(torch.autograd.Function):
         ctx: Any,
         x_TD: Tensor,
         weights_TK: Tensor,
-        w13_EGD: Tensor,
-        w2_EDF: Tensor,
+        w13_EGD: Weight,
+        w2_EDF: Weight,
         a13: Tensor | None,
         b13: Tensor | None,
         a2: Tensor | None,
@@ -177,9 +178,10 @@ class _AdaptedMLP(torch.autograd.Function):
         gemm: GroupedGemm,
         fused: bool,
     ) -> Tensor:
+        (w13, ctx.w13), (w2, ctx.w2) = held(w13_EGD), held(w2_EDF)
         ctx.forms, ctx.seeds, ctx.plan, ctx.gemm, ctx.fused = forms, seeds, plan, gemm, fused
         rows = passes.gather_rows(x_TD, plan, fused=fused)
-        hidden = gemm.rows_times_transposed(rows, w13_EGD, plan)
+        hidden = gemm.rows_times_transposed(rows, numbers(w13_EGD), plan)
         first, second = _products(ctx, a13, b13, a2, b2)
         reduced = None
         if first is not None:
@@ -187,14 +189,14 @@ class _AdaptedMLP(torch.autograd.Function):
             hidden.add_(first.expand(reduced))
         del rows
         act = passes.swiglu(hidden, weights_TK, plan, fused=fused)
-        out = gemm.rows_times_transposed(act, w2_EDF, plan)
+        out = gemm.rows_times_transposed(act, numbers(w2_EDF), plan)
         if second is not None:
             out.add_(second.expand(second.reduce(act)))
         del act
         kept = Kept.of(x_TD) if ctx.needs_input_grad[2] or ctx.needs_input_grad[4] else Kept.nothing()
-        ctx.save_for_backward(hidden, weights_TK, w13_EGD, w2_EDF, a13, b13, a2, b2, reduced, *kept.tensors)
+        ctx.save_for_backward(hidden, weights_TK, w13, w2, a13, b13, a2, b2, reduced, *kept.tensors)
         ctx.source = kept.source
-        ctx.sinks = [None if p is None else sink_of(p) for p in (w13_EGD, w2_EDF, a13, b13, a2, b2)]
+        ctx.sinks = [None if p is None else sink_of(p) for p in (w13, w2, a13, b13, a2, b2)]
         return passes.sum_rows(out, plan, fused=fused)
 
     @staticmethod
@@ -205,7 +207,7 @@ class _AdaptedMLP(torch.autograd.Function):
         first, second = _products(ctx, a13, b13, a2, b2)
         grads: list[Tensor | None] = [None] * 6  # of w13, w2, a13, b13, a2, b2
         grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
-        grad_act = gemm.rows_times(grad_rows, w2, plan)
+        grad_act = gemm.rows_times(grad_rows, dense(w2, ctx.w2), plan)
         grad_reduced = None
         if second is not None:
             grad_reduced = second.grad_reduced(grad_rows)
@@ -232,7 +234,7 @@ class _AdaptedMLP(torch.autograd.Function):
             del rows
         grad_x = None
         if need[0]:
-            grad_rows = gemm.rows_times(grad_hidden, w13, plan)
+            grad_rows = gemm.rows_times(grad_hidden, dense(w13, ctx.w13), plan)
             if first is not None and grad_first is not None:
                 grad_rows.add_(first.grad_rows(grad_first))
             grad_x = passes.sum_rows(grad_rows, plan, fused=fused)
@@ -253,8 +255,8 @@ def _products(
 def adapted_mlp(
     x_TD: Tensor,
     weights_TK: Tensor,
-    w13_EGD: Tensor,
-    w2_EDF: Tensor,
+    w13_EGD: Weight,
+    w2_EDF: Weight,
     first: Adapters | None,
     second: Adapters | None,
     plan: RowPlan,

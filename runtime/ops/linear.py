@@ -15,6 +15,7 @@ from torch import Tensor
 
 from runtime.ops.norm import Kept, restore
 from runtime.parallel.gradient_sink import GradientSink, deliver, sink_of
+from runtime.quantised.weight import Weight, dense, held, numbers
 
 
 @functools.cache
@@ -82,14 +83,16 @@ class _Linears(torch.autograd.Function):
     """One input, several maps: keeps the input, or what it was made of, and sums its gradients inside the products."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, sinks: bool, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        weights, biases = parameters[:count], parameters[count:]
+    def forward(ctx: Any, x: Tensor, count: int, sinks: bool, *parameters: Weight | None) -> tuple[Tensor, ...]:
+        weights = cast("tuple[Weight, ...]", parameters[:count])
+        biases = cast("tuple[Tensor | None, ...]", parameters[count:])
+        tensors, ctx.quantised = zip(*map(held, weights), strict=True)
         kept = Kept.of(x) if any(ctx.needs_input_grad[3 : 3 + count]) else Kept.nothing()  # frozen weights need none
-        ctx.save_for_backward(*weights, *kept.tensors)
+        ctx.save_for_backward(*tensors, *kept.tensors)
         ctx.count, ctx.source, ctx.shape = count, kept.source, x.shape
         ctx.biases = biases
-        ctx.sinks = [sink_of(p) if sinks and p is not None else None for p in parameters]
-        return tuple(_linear(x, w, b) for w, b in zip(cast("tuple[Tensor, ...]", weights), biases, strict=True))
+        ctx.sinks = [sink_of(p) if sinks and isinstance(p, Tensor) else None for p in parameters]
+        return tuple(_linear(x, numbers(w), b) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,7 +101,8 @@ class _Linears(torch.autograd.Function):
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            for grad, weight in zip(flat, weights, strict=True):
+            for grad, kept, quantised in zip(flat, weights, ctx.quantised, strict=True):
+                weight = dense(kept, quantised)
                 grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
             assert grad_x is not None
             grad_x = grad_x.view(ctx.shape)
@@ -121,7 +125,7 @@ class _Linears(torch.autograd.Function):
 
 def linears(
     x: Tensor,
-    weights_ND: Sequence[Tensor],
+    weights_ND: Sequence[Weight],
     biases_N: Sequence[Tensor | None] | None = None,
     *,
     sinks: bool = True,
@@ -130,7 +134,7 @@ def linears(
 
     Args:
         x: [..., D].
-        weights_ND: [N, D] each; N may differ.
+        weights_ND: [N, D] each; N may differ. Quantised ones are made anew for each product, forward and backward.
         biases_N: [N] or None each; None for no biases.
         sinks: let gradients of parameters go straight to their sums where they have one. Off for a parameter that a
             backward pass meets more than once.
@@ -143,6 +147,6 @@ def linears(
     return cast("tuple[Tensor, ...]", out)
 
 
-def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, sinks: bool = True) -> Tensor:
+def linear(x: Tensor, weight_ND: Weight, bias_N: Tensor | None = None, *, sinks: bool = True) -> Tensor:
     """Apply one linear map; arguments as of `linears`."""
     return linears(x, [weight_ND], [bias_N], sinks=sinks)[0]

@@ -195,6 +195,11 @@ def check_adapters(run: RunConfig) -> None:
         f"--lora-rank {run.lora.rank} with drawn weights: no save of adapters would find its model again. Save the model first "
         "(--train-iters 0), --load it, or leave --save out",
     )
+    require(
+        run.lora.quantize_base is None or not run.parallel.fully_shard,
+        f"--quantize-base holds the frozen model on each data-parallel rank, quantised, which {FLAGS['fully_shard']} doesn't shard: take "
+        f"one of the two, or spread the model by {EP}, {TP} or {PP}",
+    )
     if moe is None:
         return
     flags = {name: flag_name(MoEConfig, name) for name in ("gemm_backend", "fp8_format", "enable_expert_bias")}
@@ -208,6 +213,11 @@ def check_adapters(run: RunConfig) -> None:
         not (experts and te),
         f"--lora-targets gives routed experts adapters, which {flags['gemm_backend']} te and {flags['fp8_format']} don't compute; "
         "take another backend in bf16",
+    )
+    require(
+        run.lora.quantize_base is None or not te,
+        f"--quantize-base makes experts' numbers for grouped products of bf16; {flags['gemm_backend']} te and {flags['fp8_format']} take "
+        "weights of their own: take another backend, or leave --quantize-base out",
     )
 
 

@@ -14,10 +14,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moeconv.errors import MoeconvError
 from moeconv.families import FAMILIES
-from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import Model
 from moeconv.placement import Placement
 from runtime.engine import Engine
+from runtime.estimate.finetuned import is_quantised, workspace_bytes
 from runtime.estimate.setup import Setup
 from runtime.estimate.state import State, checkpoint_bytes, rank_state
 from runtime.model.context import TORCH_DTYPES
@@ -60,6 +60,9 @@ LORA: tuple[dict[str, Any], ...] = (
     {"rank": 4},
     {"rank": 3, "targets": ("*_proj*", "*w[123].weight"), "also_train": ("*norm.weight",)},
     {"rank": 2, "targets": ("*layers.1*up_proj*", "*v_proj*", "*w3*")},
+    {"rank": 2, "quantize_base": "nf4"},
+    {"rank": 2, "targets": ("*_proj*", "*w[123].weight"), "quantize_base": "nf4", "double_quant": True},
+    {"rank": 4, "also_train": ("*layers.1*up_proj*", "*layers.0*w1*"), "quantize_base": "fp8"},
 )
 
 
@@ -79,8 +82,11 @@ def draw(random_: random.Random) -> Setup:
             use_distributed_optimizer=random_.random() < 0.6,
             fully_shard=random_.random() < 0.3,
         )
+        lora = LoraConfig(**random_.choice(LORA))
+        if lora.quantize_base is not None and parallel.fully_shard:
+            continue
         try:
-            model = adapt(model, LoraConfig(**random_.choice(LORA)))
+            model = adapt(model, lora)
         except MoeconvError:
             continue
         router = model.compute.router
@@ -95,6 +101,7 @@ def draw(random_: random.Random) -> Setup:
             seq_length=16,
             micro_batch_size=1,
             num_microbatches=1,
+            lora=lora,
         )
         try:
             check_world(parallel, world)
@@ -122,8 +129,7 @@ def build(setup: Setup, device: str = "cpu") -> tuple[Engine, ParallelMesh]:
     mesh = ParallelMesh(setup.parallel)
     dtype = TORCH_DTYPES[setup.dtype]
     args = (setup.model, dtype, setup.parallel, setup.moe, setup.optim, setup.recompute, mesh, torch.device(device))
-    lora = LoraConfig(rank=setup.model.rank) if isinstance(setup.model, AdaptedModel) else None
-    return Engine(*args, lora=lora), mesh
+    return Engine(*args, lora=setup.lora), mesh
 
 
 def memory_of(engine: Engine) -> State:
@@ -140,6 +146,7 @@ def memory_of(engine: Engine) -> State:
     bucketed = [shard for shard in shards if hasattr(shard, "grads")]
     weights = sum(size(shard.weights) for shard in bucketed)  # type: ignore[attr-defined]
     weights += sum(master(shard) for shard in shards if shard not in bucketed and shard not in trained)
+    weights += engine.quantised.nbytes if engine.quantised is not None else 0
     gradients = sum(size(shard.grads) for shard in bucketed)  # type: ignore[attr-defined]
     gradients += sum(master(shard) for shard in trained if shard not in bucketed)
     masters = sum(master(shard) for shard in trained if shard not in bucketed or shard.separate_master)
@@ -161,7 +168,10 @@ def test_state_is_the_engines(seed: int, connect: Any) -> None:
     assert counted == expected
     named = [tuple(p.shape) for p in engine.module.parameters()]
     if not setup.parallel.fully_shard:
-        assert [p.shape for p in setup.parameters.stage(mesh.rank("pp"))] == named
+        listed = setup.parameters.stage(mesh.rank("pp"))
+        assert [p.shape for p in listed if not is_quantised(setup, p)] == named
+        workspace = engine.quantised.workspace_bytes if engine.quantised is not None else 0
+        assert workspace_bytes(setup, mesh.rank("pp")) == workspace
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,13 @@ IDLE = (
         lambda r: r.dtype == "float16",
         "needs --fp16",
     ),
+    Idle(
+        "generate",
+        ("system", "max_new_tokens", "temperature", "top_k", "top_p", "json"),
+        lambda r: r.generate is not None,
+        "needs --prompt, --chat or --messages",
+        True,
+    ),
     Idle("lora", ("alpha", "rslora", "dropout", "targets", "also_train"), lambda r: r.lora.rank > 0, "needs --lora-rank", True),
     Idle("parallel", ("sp",), lambda r: r.parallel.tp > 1, "needs --tensor-model-parallel-size above 1"),
     Idle("parallel", ("pp_schedule",), lambda r: r.parallel.pp > 1, "needs --pipeline-model-parallel-size above 1"),

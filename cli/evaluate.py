@@ -15,9 +15,7 @@ from typing import Any
 import click
 
 from cli.options import show
-from cli.train import USER_ERROR, launch
-from moeconv.errors import MoeconvError
-from runtime.settings.flags import parse_flags
+from cli.train import run_or_launch
 
 _DATA = ("--data", "--data-path", "--valid-data-path")
 
@@ -46,7 +44,7 @@ def evaluate(nproc_per_node: int | None, as_json: bool, words: tuple[str, ...]) 
         flags += ["--valid-data-path", *(path for _, path in sets)] if sets else []
         flags += ["--multiple-validation-sets"] if len(sets) > 1 else []
         with _stdout_to_stderr():
-            status = _run([*flags, *rest], nproc_per_node)
+            status = run_or_launch([*flags, *rest], nproc_per_node, "moeconv eval")
         if status or os.environ.get("RANK", "0") != "0":
             sys.exit(status)
         records = [json.loads(line) for line in log.read_text(encoding="utf8").splitlines()]
@@ -124,20 +122,6 @@ def _table(results: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     unknown = any(result["bits_per_byte"] is None for result in results)
     return lines + (["bits/byte: no tokenizer tells the text of these tokens (--tokenizer-model)"] if unknown else [])
-
-
-def _run(flags: Sequence[str], nproc_per_node: int | None) -> int:
-    """Do it with the processes that torchrun has started, or start them."""
-    try:
-        parse_flags(flags, "moeconv eval")  # what is misspelt is said before any process starts
-    except MoeconvError as error:
-        click.echo(f"error: {error}", err=True)
-        return USER_ERROR
-    if "RANK" in os.environ:
-        from runtime.train import main
-
-        return main(flags)
-    return launch(flags, nproc_per_node, 0)
 
 
 @contextmanager

@@ -51,6 +51,7 @@ _COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "train": ("cli.train:train", "Train a checkpoint on the GPUs of this machine, or of several."),
         "prepare-data": ("cli.data:prepare_data", "Tokenize text for training, on all cores."),
         "eval": ("cli.evaluate:evaluate", "Measure a checkpoint's loss on text, per token and per byte."),
+        "generate": ("cli.generate:generate", "Go on with a text, or answer, with a checkpoint or a run."),
         "merge": ("cli.adapters:merge_adapter", "Add trained adapters to a checkpoint's weights."),
         "export-adapter": ("cli.adapters:export_adapter", "Turn trained adapters into a PEFT folder."),
         "report": ("cli.report:report", "Show training runs side by side in one page."),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 
 from moeconv.errors import MoeconvError
-from runtime.settings.flags import parse_flags
+from runtime.settings.flags import Given, parse_flags
 
 USER_ERROR = 2
 # What torchrun calls a node's place in the job, and the variables in which clusters say it.
@@ -55,6 +55,34 @@ are found). FLAGS are those of `torchrun [...] -m runtime.train`.
 
 Example: moeconv train --load ckpt --data corpus.jsonl --save run --train-iters 1000 --global-batch-size 128 --bf16
 """
+
+
+def run_or_launch(
+    flags: Sequence[str], nproc_per_node: int | None, program: str, judge: Callable[[Given], object] | None = None
+) -> int:
+    """Do a job with the processes that torchrun has started, or start them.
+
+    Args:
+        flags: the trainer's command line.
+        nproc_per_node: as for `launch`.
+        program: how `--help` names the program.
+        judge: raises a MoeconvError for flags that can't be meant.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        given = parse_flags(flags, program)  # what is misspelt is said before any process starts
+        if judge is not None:
+            judge(given)
+    except MoeconvError as error:
+        click.echo(f"error: {error}", err=True)
+        return USER_ERROR
+    if "RANK" in os.environ:
+        from runtime.train import main
+
+        return main(flags)
+    return launch(flags, nproc_per_node, 0)
 
 
 def launch(flags: Sequence[str], nproc_per_node: int | None, max_restarts: int) -> int:

@@ -113,6 +113,11 @@ class Engine:
         self._scale = torch.ones((), device=device)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
+    @property
+    def context(self) -> ModelContext:
+        """What the model's modules are built with."""
+        return self._context
+
     def set_lr(self, lr: float, decoupled_lr: float | None = None) -> None:
         """Set the learning rate of the next steps, and that of embedding and head where it is another."""
         self.optimizer.set_lr(lr, decoupled_lr)

@@ -5,19 +5,57 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Container
 
+import torch
+
 from moeconv.adapters.identity import check_base, fingerprint
 from moeconv.adapters.initial import initial_adapters
+from moeconv.checking import check_tied
 from moeconv.checkpoint import Checkpoint
+from moeconv.errors import MoeconvError
 from moeconv.families.adapted import AdaptedModel
+from runtime.checkpoint import folder as folders
 from runtime.checkpoint.adapters import over, source_of_saves
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
 from runtime.checkpoint.rectangles import Read
 from runtime.checkpoint.verified import load_verified
 from runtime.engine import Engine
-from runtime.job.processes import Process
+from runtime.job.processes import Process, one_first
+from runtime.job.watchdog import Progress
+from runtime.model.context import TORCH_DTYPES
 from runtime.optim.config import EMA
-from runtime.settings.origin import Origin
+from runtime.parallel.mesh import ParallelMesh
+from runtime.settings.origin import Origin, open_at
 from runtime.settings.run import RunConfig
+
+
+def make_engine(
+    run: RunConfig, origin: Origin, process: Process, device: torch.device, progress: Progress
+) -> tuple[Engine, TrainerState | None]:
+    """Build a run's model over all ranks, and load it. Collective.
+
+    Args:
+        run: the settings.
+        origin: the checkpoint.
+        process: this process's place in the job.
+        device: what to compute on.
+        progress: told what happens next, for the watchdog.
+
+    Returns:
+        The engine, and the position that the run goes on from; None starts anew.
+
+    Raises:
+        MoeconvError: the checkpoint can't be used; with what else there is to go on from.
+    """
+    progress("loading the checkpoint", limited=False)
+    one_first(process.rank == 0, lambda: check_tied(origin.checkpoint, "training") if process.rank == 0 else None)
+    mesh = ParallelMesh(run.parallel, process.world_size)
+    settings = (run.parallel, run.moe, run.optim, run.recompute)
+    trains = not run.train.skip_train
+    engine = Engine(run.model, TORCH_DTYPES[run.dtype], *settings, mesh, device, trains=trains, lora=run.lora)
+    try:
+        return engine, load(engine, run, origin)
+    except MoeconvError as error:
+        raise error.advise(folders.way_back(origin.path, open_at)) from None
 
 
 def load(engine: Engine, run: RunConfig, origin: Origin) -> TrainerState | None:

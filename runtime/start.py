@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from moeconv.checking import check_tied
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.families.adapted import AdaptedModel
@@ -23,14 +22,14 @@ from runtime.data.job import prepare_data
 from runtime.data.loader import DataSource
 from runtime.data.show import print_sample
 from runtime.data.summary import describe_data, document_lengths
-from runtime.engine import Engine
 from runtime.errors import require
 from runtime.estimate.forecast import Forecast, Gpu, Measured
-from runtime.job.failure import USER_ERROR, end_with, tell_launcher
-from runtime.job.processes import Process, connect, one_first, start
+from runtime.job.failure import USER_ERROR, end_with
+from runtime.job.meeting import do_together
+from runtime.job.processes import Process, one_first
 from runtime.job.signals import StopRequest
-from runtime.job.watchdog import FAILURE_STATUS, Progress, Watchdog
-from runtime.loading import adapter_saves, load
+from runtime.job.watchdog import Progress
+from runtime.loading import adapter_saves, make_engine
 from runtime.log.config import LOG_NAME
 from runtime.log.flops import device_peak, training_flops
 from runtime.log.metrics import MetricLog
@@ -40,11 +39,11 @@ from runtime.model.targets import describe_adapters
 from runtime.moe.grouped_gemm import describe_backend
 from runtime.optim.config import EMA
 from runtime.optim.groups import check_states, describe_frozen, num_trained, resolve_groups
-from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.assemble import make_run
 from runtime.settings.check import check_run, data_parallel_size
 from runtime.settings.flags import Given
-from runtime.settings.origin import Origin, find_origin, open_at
+from runtime.settings.generation import for_generation
+from runtime.settings.origin import Origin, find_origin
 from runtime.settings.override import override_router
 from runtime.settings.resolved import RUN_FILE, run_file, summary
 from runtime.settings.run import RunConfig
@@ -67,6 +66,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     Raises:
         MoeconvError: the run can't work; nothing has been allocated or written.
     """
+    given, generates = for_generation(given)
     places = CheckpointConfig(**given.of("checkpoint"))
     # A restart goes on from what the attempts before have saved.
     origin = find_origin(given, places, places.ckpt_step if process.attempt == 0 else None)
@@ -75,7 +75,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
         note = f"--override-router: {model.compute.router}"
         checkpoint = origin.checkpoint.with_model(model)
         origin = dataclasses.replace(origin, checkpoint=checkpoint, notes=(*origin.notes, note))
-    run = make_run(given, origin.checkpoint.model, origin.path, drawn=origin.drawn)
+    run = make_run(given, origin.checkpoint.model, origin.path, drawn=origin.drawn, generates=generates)
     if run.train.skip_train and origin.adapters is not None and not run.lora.rank:
         model, lora = as_saved(origin.adapters, run.model)
         run = dataclasses.replace(run, model=model, lora=lora)
@@ -87,7 +87,8 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
         origin = dataclasses.replace(origin, checkpoint=checkpoint)
     tokenizer = run.data.tokenizer_model
     require(tokenizer is None or tokenizer.exists(), f"--tokenizer-model {tokenizer}: no such file or folder")
-    notes = [*origin.notes, *run.notes, *summary(run), *_groups(run, origin)]
+    stated = [] if generates else summary(run)
+    notes = [*origin.notes, *run.notes, *stated, *_groups(run, origin)]
     if run.moe is not None:
         device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype]))
@@ -152,34 +153,13 @@ def start_run(given: Given) -> int:
         return USER_ERROR
     if run.data.show_sample:
         return show_sample(run, origin, process)
-    watchdog: Watchdog | None = None
-    hang_timeout = 60.0 * run.train.distributed_timeout_minutes
-    try:
-        # A connection of its own: nothing that the process groups wait for can block it.
-        store = connect(process, "health")
-        watchdog = Watchdog(store, process.rank, process.world_size, stall_seconds=hang_timeout)
-        watchdog.start()
-        stop = StopRequest(speaks=process.rank == 0)
-        watchdog.progress("joining the job", limited=False)
-        # The watchdog comes first: it knows which rank stands still and where.
-        device = start(process, connect(process, "groups"), 2 * hang_timeout + 60)
-        data_store = connect(process, "data")
-        run_job(run, origin, process, device, data_store, watchdog.progress, stop)
-    except MoeconvError as error:
-        tell_launcher(error)  # each rank: torchrun's report closes with whichever ends first
-        if watchdog is None or watchdog.fail(error):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
-    except BaseException as error:
-        if watchdog is None:
-            raise
-        if not watchdog.fail(error):
-            return FAILURE_STATUS
-        sys.excepthook = lambda *_: None  # the traceback stands above already, before those of the others
-        raise
-    watchdog.stop()
-    dist.destroy_process_group()
-    return 0
+    if run.generate is not None:
+        from runtime.generate.run import generate_job
+
+        job: Callable[..., None] = generate_job
+    else:
+        job = run_job
+    return do_together(process, 60.0 * run.train.distributed_timeout_minutes, partial(job, run, origin, process))
 
 
 def show_sample(run: RunConfig, origin: Origin, process: Process) -> int:
@@ -238,18 +218,8 @@ def run_job(
     if isinstance(run.model, AdaptedModel):
         progress("finding out which model it is", limited=False)
         one_first(process.rank == 0, lambda: saves_as.append(adapter_saves(run, origin, process)))
-    progress("loading the checkpoint", limited=False)
-    one_first(process.rank == 0, lambda: check_tied(origin.checkpoint, "training") if process.rank == 0 else None)
-    mesh = ParallelMesh(run.parallel, process.world_size)
-    dtype = TORCH_DTYPES[run.dtype]
-    trains = not run.train.skip_train
-    settings = (run.parallel, run.moe, run.optim, run.recompute)
-    engine = Engine(run.model, dtype, *settings, mesh, device, trains=trains, lora=run.lora)
-    try:
-        state = load(engine, run, origin)
-    except MoeconvError as error:
-        raise error.advise(folders.way_back(origin.path, open_at)) from None
-    trainer = Trainer(run, engine, mesh, (saves_as or [origin.checkpoint])[0], data, log, progress)
+    engine, state = make_engine(run, origin, process, device, progress)
+    trainer = Trainer(run, engine, engine.mesh, (saves_as or [origin.checkpoint])[0], data, log, progress)
     if state is not None:
         trainer.resume(state, own=origin.own)
     stopped = False if run.train.skip_train else trainer.train(stop)

@@ -7,10 +7,10 @@ caches, token files, blends.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from runtime.data.conversations import ASSISTANT, Conversation, Message
 from runtime.data.errors import DataError
 from runtime.data.tokenizer import Encoder, EncoderSpec, Tokenizer, check_repeatable, load_tokenizer
 from runtime.data.turns import AssistantTurns
+
+T = TypeVar("T")
 
 CHAT_FORMAT = 1
 """Raised when the same conversation would give other marked ids."""
@@ -152,6 +154,27 @@ class ChatEncoder:
             conversation = Conversation(
                 conversation.where, turns, 1, tools=conversation.tools, options=conversation.options
             )
+        return self._tried(conversation, lambda: self._rendered(conversation))
+
+    def prompt(self, conversation: Conversation) -> list[int] | str:
+        """Give the ids of a conversation that the assistant is to answer, up to where its answer begins.
+
+        Args:
+            conversation: has messages.
+
+        Returns:
+            The ids; or words for why the template takes no such conversation.
+
+        Raises:
+            DataError: there is no chat template.
+        """
+        messages = conversation.messages
+        return self._tried(
+            conversation, lambda: list(self._apply(conversation, messages, add_generation_prompt=True)["input_ids"])
+        )
+
+    def _tried(self, conversation: Conversation, render: Callable[[], T]) -> T | str:
+        """What the template makes of a conversation, or words for why it takes none such."""
         if not self.has_template:
             raise DataError(
                 f"{conversation.where()}: the tokenizer {self.spec.folder} has no chat template for messages; give one with "
@@ -160,7 +183,7 @@ class ChatEncoder:
         import jinja2
 
         try:
-            return self._rendered(conversation)
+            return render()
         except DataError:
             raise
         except jinja2.TemplateError as error:

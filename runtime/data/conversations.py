@@ -74,12 +74,13 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def conversation_of(record: Any, where: Callable[[], str]) -> Conversation | Bad:
+def conversation_of(record: Any, where: Callable[[], str], *, answered: bool = True) -> Conversation | Bad:
     """Take a conversation from a record.
 
     Args:
         record: what a line or row holds.
         where: names its place.
+        answered: whether the assistant must say something in it.
 
     Returns:
         The conversation, or what is wrong with the record.
@@ -89,7 +90,7 @@ def conversation_of(record: Any, where: Callable[[], str]) -> Conversation | Bad
     try:
         more: dict[str, Any] = {"tools": _tools(record.get(TOOLS)), "options": _options(record.get(OPTIONS))}
         if record.get(MESSAGES) is not None:
-            messages = _messages(record[MESSAGES], MESSAGES)
+            messages = _messages(record[MESSAGES], MESSAGES, learned=answered)
             made = Conversation(where, tuple(messages), **more)
         elif record.get(PROMPT) is not None and record.get(COMPLETION) is not None:
             made = _prompted(record[PROMPT], record[COMPLETION], where, more)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from runtime.model.adapter import adapted, take_adapter
 from runtime.model.context import ModelContext
 from runtime.model.norm import RMSNorm, SharedRMSNorm
+from runtime.model.past import Past
 from runtime.ops.context_attention import causal_attention
 from runtime.ops.documents import Documents
 from runtime.ops.linear import linear, linears
@@ -24,7 +25,7 @@ class Attention(nn.Module):
     def __init__(self, context: ModelContext, layer: int) -> None:
         super().__init__()
         model, parameters = context.model, context.parameters
-        self._context = context
+        self._context, self._layer = context, layer
         self._head_dim = model.sizes["head_dim"]
         self._window = model.compute.windows[layer]
         self._scale = model.compute.attention_scale
@@ -56,7 +57,9 @@ class Attention(nn.Module):
             return RMSNorm(weight, eps)
         return SharedRMSNorm(weight, eps, context.mesh.group("tp"), full_size)
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None) -> Tensor:
+    def forward(
+        self, x_SBD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None, past: Past | None = None
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -64,6 +67,7 @@ class Attention(nn.Module):
             cos: [S, R] table of the positions, or [S, B, R].
             sin: likewise.
             documents: of the rows, which don't see each other; None: a row is one.
+            past: has the positions before these, and takes these; None: there are none.
 
         Returns:
             As x_SBD.
@@ -74,12 +78,14 @@ class Attention(nn.Module):
         if self._recompute and torch.is_grad_enabled():
             out = checkpoint(self._core, q, kv, cos, sin, documents, use_reentrant=False)
         else:
-            out = self._core(q, kv, cos, sin, documents)
+            out = self._core(q, kv, cos, sin, documents, past)
         out = out.flatten(-2)
         out = self._context.leave(adapted(linear(out, self.o_weight), out, self.o_adapter))
         return out if self.o_bias is None else out + self.o_bias
 
-    def _core(self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None) -> Tensor:
+    def _core(
+        self, q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None, past: Past | None = None
+    ) -> Tensor:
         k, v = kv.chunk(2, dim=-1)
         norms = (None, None) if self._norms_last else (self.q_norm, self.k_norm)
         q_SBHK, k_SBGK = self._heads(q, norms[0]), self._heads(k, norms[1])
@@ -90,6 +96,8 @@ class Attention(nn.Module):
             q_SBHK, k_SBGK = self.q_norm(q_SBHK), self.k_norm(k_SBGK)
         # A copy, so that the backward pass doesn't keep the keys as they were before.
         v_SBGK = self._heads(v.contiguous(), None)
+        if past is not None:
+            k_SBGK, v_SBGK = past.extend(self._layer, k_SBGK, v_SBGK)
         group, scale = self._context.mesh.group("cp"), self._scale
         return causal_attention(
             q_SBHK, k_SBGK, v_SBGK, group, self._window, scale=scale, sinks_H=self.sinks, documents=documents

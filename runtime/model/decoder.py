@@ -17,6 +17,7 @@ from runtime.model.ends import Embedding, Head
 from runtime.model.latent import LatentAttention
 from runtime.model.mlp import GatedMLP, MoEMLP
 from runtime.model.norm import ResidualLayerNorm, ResidualNorm
+from runtime.model.past import Past
 from runtime.model.rope import Rotary
 from runtime.moe.tape import RoutingTape
 from runtime.ops.documents import Documents
@@ -40,7 +41,12 @@ class DecoderLayer(nn.Module):
             self.mlp = GatedMLP(context, "mlp", layer)
 
     def forward(
-        self, summands_SBD: list[Tensor], cos: Tensor, sin: Tensor, documents: Documents | None = None
+        self,
+        summands_SBD: list[Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents | None = None,
+        past: Past | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the layer.
 
@@ -51,27 +57,34 @@ class DecoderLayer(nn.Module):
             cos: table of the positions.
             sin: table of the positions.
             documents: of the rows, which don't see each other; None: a row is one.
+            past: has the positions before these, and takes these; None: there are none.
 
         Returns:
             The residual, and what this layer adds to it.
         """
         delta_SBD = summands_SBD.pop() if len(summands_SBD) > 1 else None
         if self._norms_last:
-            return self._with_norms_last(summands_SBD.pop(), delta_SBD, cos, sin, documents)
+            return self._with_norms_last(summands_SBD.pop(), delta_SBD, cos, sin, documents, past)
         normed, x_SBD = self.attention_norm(summands_SBD.pop(), delta_SBD)
         del delta_SBD
-        normed, x_SBD = self.mlp_norm(x_SBD, self._scaled(self.attention(normed, cos, sin, documents)))
+        normed, x_SBD = self.mlp_norm(x_SBD, self._scaled(self.attention(normed, cos, sin, documents, past)))
         return x_SBD, self._scaled(self.mlp(normed))
 
     def _scaled(self, delta_SBD: Tensor) -> Tensor:
         return delta_SBD if self._scale == 1.0 else delta_SBD * self._scale
 
     def _with_norms_last(
-        self, x_SBD: Tensor, delta_SBD: Tensor | None, cos: Tensor, sin: Tensor, documents: Documents | None
+        self,
+        x_SBD: Tensor,
+        delta_SBD: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents | None,
+        past: Past | None,
     ) -> tuple[Tensor, Tensor]:
         """The norms are of what attention and feed-forward part give, before it is added."""
         x_SBD = x_SBD if delta_SBD is None else x_SBD + delta_SBD
-        x_SBD = x_SBD + self._scaled(self.attention_norm(self.attention(x_SBD, cos, sin, documents))[0])
+        x_SBD = x_SBD + self._scaled(self.attention_norm(self.attention(x_SBD, cos, sin, documents, past))[0])
         return x_SBD, self._scaled(self.mlp_norm(self.mlp(x_SBD))[0])
 
 
@@ -118,7 +131,13 @@ class DecoderStage(nn.Module):
             tied = self.embedding.weight if model.tied and self.embedding is not None else None
             self.head = Head(context, tied)
 
-    def forward(self, x: Tensor, position_ids_BS: Tensor | None = None, documents: Documents | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        position_ids_BS: Tensor | None = None,
+        documents: Documents | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
         """Compute the stage.
 
         Args:
@@ -126,9 +145,11 @@ class DecoderStage(nn.Module):
                 parallelism.
             position_ids_BS: [B, S] positions of whole rows, from 0 in each document; None: 0 to S - 1 in each row.
             documents: of the rows, which don't see each other; None: a row is one.
+            past: has the positions before these, and takes these; no gradient then.
 
         Returns:
-            Logits [S / cp, B, V], V with the vocabulary's padding, on the last stage, else activations.
+            Logits [S / cp, B, V], V with the vocabulary's padding, on the last stage, else activations. With a past the logits
+            are those of the last position that it keeps, [1, B, V].
         """
         context = self._context
         if self.embedding is not None:
@@ -137,7 +158,10 @@ class DecoderStage(nn.Module):
         else:
             shares = context.mesh.size("cp") * (context.mesh.size("tp") if context.sp else 1)
             num_positions = x.shape[0] * shares
-        cos, sin = self.rotary(num_positions, position_ids_BS)
+        if past is None:
+            cos, sin = self.rotary(num_positions, position_ids_BS)
+        else:
+            cos, sin = self.rotary.behind(past.length, num_positions, past.length + past.count)
         summands = [x]
         del x
         for place, layer in enumerate(self.layers):
@@ -148,11 +172,11 @@ class DecoderStage(nn.Module):
                 # Kept for the second run: the sum alone, not both summands.
                 out = _again(lambda x, layer=layer: layer([x], cos, sin, documents), _sum(summands))
             else:
-                out = layer(summands, cos, sin, documents)
+                out = layer(summands, cos, sin, documents, past)
             summands = list(out)
             del out
         if self.head is not None and self.norm is not None:
-            logits: Tensor = self.head(self.norm(*summands)[0])
+            logits: Tensor = self.head(self.norm(*summands)[0], None if past is None else past.count - 1)
             return logits
         return _sum(summands)
 

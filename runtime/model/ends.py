@@ -66,8 +66,9 @@ class Head(nn.Module):
         has_bias = context.model.has("head.bias")
         self.bias = context.parameters.take_vocabulary("head.bias") if has_bias else None
 
-    def forward(self, x_SBD: Tensor) -> Tensor:
-        """[S, B, D], split over tp with sequence parallelism, to [S, B, V], V with the padding."""
+    def forward(self, x_SBD: Tensor, place: int | None = None) -> Tensor:
+        """[S, B, D], split over tp with sequence parallelism, to [S, B, V], V with the padding; or of one place alone."""
         x, divisor = self._context.enter(x_SBD), self._context.model.compute.logits_divisor
+        x = x if place is None else x[place : place + 1]
         logits = linear(x, self.weight, self.bias, sinks=not self._context.model.tied)
         return logits if divisor == 1.0 else logits / divisor

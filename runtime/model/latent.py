@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from runtime.model.adapter import Adapter, adapted, take_adapter
 from runtime.model.context import ModelContext
 from runtime.model.norm import RMSNorm
+from runtime.model.past import Past
 from runtime.ops.context_attention import causal_attention
 from runtime.ops.documents import Documents
 from runtime.ops.linear import linear
@@ -28,7 +29,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         model, parameters = context.model, context.parameters
         sizes, eps = model.sizes, model.compute.latent_norm_eps
-        self._context, self._latent = context, sizes["kv_rank"]
+        self._context, self._layer, self._latent = context, layer, sizes["kv_rank"]
         self._plain, self._turned, self._value = sizes["nope_dim"], sizes["head_dim"], sizes["v_dim"]
         self._scale = model.compute.attention_scale
         self._neighbours = model.compute.rope.interleaved
@@ -61,7 +62,9 @@ class LatentAttention(nn.Module):
         self.q_norm, self.kv_norm = norm("attention.q_a_norm"), norm("attention.kv_a_norm")
         self._recompute = context.recomputes("core_attn")
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None) -> Tensor:
+    def forward(
+        self, x_SBD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None, past: Past | None = None
+    ) -> Tensor:
         """Attend; see `Attention`."""
         assert self.kv_a_weight is not None
         assert self.kv_norm is not None
@@ -74,7 +77,7 @@ class LatentAttention(nn.Module):
         if self._recompute and torch.is_grad_enabled():
             out = checkpoint(self._core, q, kv, k_turned_SBR, cos, sin, documents, use_reentrant=False)
         else:
-            out = self._core(q, kv, k_turned_SBR, cos, sin, documents)
+            out = self._core(q, kv, k_turned_SBR, cos, sin, documents, past)
         out = out.flatten(-2)
         out = self._context.leave(adapted(linear(out, self.o_weight), out, self.o_adapter))
         return out if self.o_bias is None else out + self.o_bias
@@ -89,7 +92,14 @@ class LatentAttention(nn.Module):
         return adapted(linear(latent, self.q_b_weight), latent, self.q_b_adapter)
 
     def _core(
-        self, q: Tensor, kv: Tensor, k_turned_SBR: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None
+        self,
+        q: Tensor,
+        kv: Tensor,
+        k_turned_SBR: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents | None,
+        past: Past | None = None,
     ) -> Tensor:
         q_SBHK = q.view(*q.shape[:-1], -1, self._plain + self._turned)
         kv_SBHK = kv.view(*kv.shape[:-1], -1, self._plain + self._value)
@@ -101,5 +111,7 @@ class LatentAttention(nn.Module):
         q_turned, k_turned = rotary(q_turned, k_turned, cos, sin)
         queries = torch.cat([q_plain, q_turned], dim=-1)
         keys = torch.cat([k_plain, k_turned.expand(*k_plain.shape[:3], -1)], dim=-1)
+        if past is not None:
+            keys, v = past.extend(self._layer, keys, v)
         group = self._context.mesh.group("cp")
         return causal_attention(queries, keys, v, group, None, scale=self._scale, documents=documents)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +143,7 @@ class Rotary(nn.Module):
             return self._table(num_positions, num_positions, mine=True)
         positions_SB = take_positions(position_ids_BS, self._context)
         tables = [table[positions_SB] for table in self._table(num_positions, num_positions, mine=False)]
-        original = self._changes_at()
+        original = self.changes_at()
         if original is not None and original < num_positions:
             short_SB1 = take_positions(document_lengths(position_ids_BS), self._context).unsqueeze(-1) <= original
             shorts = self._table(num_positions, original, mine=False)
@@ -153,7 +152,20 @@ class Rotary(nn.Module):
             tables = [table.squeeze(1) for table in tables]
         return tables[0], tables[1]
 
-    def _changes_at(self) -> int | None:
+    def behind(self, begin: int, num_positions: int, length: int) -> tuple[Tensor, Tensor]:
+        """Give the tables of positions behind others.
+
+        Args:
+            begin: the first one.
+            num_positions: S.
+            length: of the sequence, as far as it goes now; some kinds of positions depend on it.
+
+        Returns:
+            Two tables [S, R] in the compute dtype.
+        """
+        return self._turned(torch.arange(begin, begin + num_positions), length)
+
+    def changes_at(self) -> int | None:
         """The length of a sequence beyond which its positions turn otherwise; None where length changes nothing."""
         rope = self._context.model.compute.rope
         return int(rope.parameters["original_max_position_embeddings"]) if rope.kind == "longrope" else None
@@ -161,16 +173,19 @@ class Rotary(nn.Module):
     def _table(self, num_positions: int, length: int, *, mine: bool) -> tuple[Tensor, Tensor]:
         """Tables of positions 0 to `num_positions` as sequences of a length have them: this rank's rows, or all."""
         if (num_positions, length, mine) not in self._tables:
-            context, mesh, compute = self._context, self._context.mesh, self._context.model.compute
-            per_position, factor = frequencies(compute.rope, length, compute.max_positions)
+            mesh = self._context.mesh
             rank, size = (mesh.rank("cp"), mesh.size("cp")) if mine else (0, 1)
             positions = local_positions(num_positions, rank, size, torch.device("cpu"))
-            angles = torch.outer(positions.float(), per_position).repeat(1, 2)
-            tables: list[Any] = [
-                (table * factor).to(context.device, context.dtype) for table in (angles.cos(), angles.sin())
-            ]
-            self._tables[num_positions, length, mine] = (tables[0], tables[1])
+            self._tables[num_positions, length, mine] = self._turned(positions, length)
         return self._tables[num_positions, length, mine]
+
+    def _turned(self, positions_S: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Tables [S, R] of positions, on the CPU, as sequences of a length have them."""
+        context, compute = self._context, self._context.model.compute
+        per_position, factor = frequencies(compute.rope, length, compute.max_positions)
+        angles = torch.outer(positions_S.float(), per_position).repeat(1, 2)
+        cos, sin = ((table * factor).to(context.device, context.dtype) for table in (angles.cos(), angles.sin()))
+        return cos, sin
 
 
 def document_lengths(position_ids_BS: Tensor) -> Tensor:

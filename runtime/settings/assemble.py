@@ -12,6 +12,7 @@ from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.config import DataConfig
 from runtime.errors import ConfigError, require
 from runtime.flag import flag_name
+from runtime.generate.config import GenerateConfig
 from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
 from runtime.model.lora import LoraConfig
@@ -29,7 +30,9 @@ from runtime.settings.run import RunConfig
 from runtime.settings.steps import TrainConfig
 
 
-def make_run(given: Given, model: Model, where: Path, *, drawn: bool = False) -> RunConfig:
+def make_run(
+    given: Given, model: Model, where: Path, *, drawn: bool = False, generates: GenerateConfig | None = None
+) -> RunConfig:
     """Put a run's settings together.
 
     Args:
@@ -37,6 +40,7 @@ def make_run(given: Given, model: Model, where: Path, *, drawn: bool = False) ->
         model: the checkpoint's.
         where: the checkpoint.
         drawn: whether weights are drawn.
+        generates: what a run writes that is not to train or evaluate.
 
     Returns:
         The settings, each valid in itself; `runtime.settings.check` checks them against each other and the world size.
@@ -68,10 +72,10 @@ def make_run(given: Given, model: Model, where: Path, *, drawn: bool = False) ->
         log=LogConfig(**given.of("log")),
         stated=dict(given.stated),
         drawn=drawn,
+        generate=generates,
     )
-    return dataclasses.replace(
-        run, notes=(*given.notes, *check_idle(given, run), *_balance_note(given, run), *_noise_note(given, run))
-    )
+    training = [] if generates else [*_balance_note(given, run), *_noise_note(given, run)]
+    return dataclasses.replace(run, notes=(*given.notes, *check_idle(given, run), *training))
 
 
 def _balance_note(given: Given, run: RunConfig) -> list[str]:

@@ -49,8 +49,9 @@ def check_layout(run: RunConfig, world_size: int) -> None:
     check_world(run.parallel, world_size)
     check_degrees(run.parallel, run.model)
     check_combinations(run.parallel, run.moe)
-    check_sequence(run.parallel, run.train)
-    check_microbatches(run.parallel, run.train, world_size)
+    if run.generate is None:
+        check_sequence(run.parallel, run.train)
+        check_microbatches(run.parallel, run.train, world_size)
     check_optimizer(run.optim, run.parallel)
 
 

@@ -17,6 +17,7 @@ from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.config import DataConfig
 from runtime.errors import ConfigError
 from runtime.flag import Mark, choices_of, describe_range, mark_of, types_of
+from runtime.generate.config import GenerateConfig
 from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
 from runtime.model.lora import LoraConfig
@@ -58,6 +59,12 @@ GROUPS = (
     ),
     Group(name="recompute", title="recomputation of activations", owner=RecomputeConfig),
     Group(name="log", title="logs", owner=LogConfig),
+    Group(
+        name="generate",
+        title="text instead of training (moeconv generate)",
+        owner=GenerateConfig,
+        given=frozenset({"chat_template"}),
+    ),
 )
 
 

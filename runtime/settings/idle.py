@@ -64,6 +64,13 @@ IDLE = (
     ),
     Idle("lora", ("alpha", "rslora", "dropout", "targets", "also_train", "quantize_base"), lambda r: r.lora.rank > 0, "needs --lora-rank", True),
     Idle("lora", ("double_quant",), lambda r: r.lora.quantize_base == "nf4", "needs --quantize-base nf4", True),
+    Idle(
+        "generate",
+        ("system", "max_new_tokens", "temperature", "top_k", "top_p", "json"),
+        lambda r: r.generate is not None,
+        "needs --prompt, --chat or --messages",
+        True,
+    ),
     Idle("parallel", ("sp",), lambda r: r.parallel.tp > 1, "needs --tensor-model-parallel-size above 1"),
     Idle("parallel", ("pp_schedule",), lambda r: r.parallel.pp > 1, "needs --pipeline-model-parallel-size above 1"),
 )  # fmt: skip

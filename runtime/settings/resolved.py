@@ -64,7 +64,7 @@ def summary(run: RunConfig) -> list[str]:
 
 def _values(run: RunConfig, group: str) -> list[tuple[Setting, Any]]:
     owner = getattr(run, group)
-    if owner is None:  # no experts
+    if owner is None:  # no experts, or nothing to write
         return []
     return [(setting, _as_given(owner, setting)) for setting in settings() if setting.group == group]
 

@@ -8,6 +8,7 @@ from typing import Any
 from moeconv.families.base import Model
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.config import DataConfig
+from runtime.generate.config import GenerateConfig
 from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
 from runtime.model.dtypes import DtypeName
@@ -22,7 +23,7 @@ from runtime.settings.steps import TrainConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Everything that a run is made of; each field but the model and the schedule is a group of settings."""
+    """Everything that a run is made of; fields but the model and the schedule are groups of settings."""
 
     model: Model
     """The checkpoint's; with adapters, if the run trains some."""
@@ -41,6 +42,8 @@ class RunConfig:
     checkpoint: CheckpointConfig
     init: InitConfig
     log: LogConfig
+    generate: GenerateConfig | None = None
+    """Of a run that writes text; None: it trains or evaluates."""
     stated: dict[str, Any] = field(default_factory=dict)
     """Flag -> value, for flags that stated something of the model; they were compared with it."""
     drawn: bool = False

@@ -129,6 +129,29 @@ class Engine:
             NonFiniteError: a loss or gradient is NaN or infinite, and steps are not to be skipped; weights and
                 optimizer are as before the step.
         """
+        batches, num_tokens = self._accumulate(microbatches)
+        sums = self._sum_over_ranks(num_tokens)
+        read = Reading(sums)
+        self._update(sums)
+        # The optimizer is still at work: the host goes on with the next step meanwhile.
+        result = self._report(read.wait(), len(batches) * self.mesh.size("dp"))
+        self._conclude(result, batches)
+        return result
+
+    def accumulate(self, microbatches: Sequence[Batch]) -> None:
+        """Sum up the gradients of a step, without an update: what a step takes besides. Collective.
+
+        Args:
+            microbatches: as of `train_step`.
+        """
+        self._accumulate(microbatches)
+
+    def _accumulate(self, microbatches: Sequence[Batch]) -> tuple[list[Microbatch], Tensor]:
+        """Do the passes of a step.
+
+        Returns:
+            What was computed, on the device; and the tokens of the global batch, 0-dim fp64.
+        """
         self.module.train()
         batches = [self._to_device(batch) for batch in microbatches]
         num_tokens = self._count_tokens(batches).clamp(min=1)
@@ -139,13 +162,7 @@ class Engine:
         self.store.begin(len(batches) if self._runner.counts_backwards else None)
         self._runner.run(batches, backward=True)
         self.store.finish()
-        sums = self._sum_over_ranks(num_tokens)
-        read = Reading(sums)
-        self._update(sums)
-        # The optimizer is still at work: the host goes on with the next step meanwhile.
-        result = self._report(read.wait(), len(batches) * self.mesh.size("dp"))
-        self._conclude(result, batches)
-        return result
+        return batches, num_tokens
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.multi_gpu.sizes import Sizes
+from runtime.data.batch import Batch
 from runtime.engine import Engine
 from runtime.job.processes import max_over_ranks
 from runtime.model.context import TORCH_DTYPES
@@ -99,10 +100,16 @@ def draw_weights(engine: Engine) -> None:
     enough to measure with, and as fast as memory.
     """
     generator = torch.Generator(engine.device).manual_seed(0)
-    for name, parameter in engine.module.named_parameters():
-        if "norm" in name:
-            parameter.fill_(1)
-        else:
-            parameter.normal_(std=0.02, generator=generator)
     for shard in engine.store.shards:
+        for held in shard.held():
+            if "norm" in held.slot.name:
+                held.flat.fill_(1)
+            else:
+                held.flat.normal_(std=0.02, generator=generator)
         shard.masters_from_weights()
+
+
+def own_share(batches: list[Batch], mesh: ParallelMesh) -> list[Batch]:
+    """The micro-batches of this data-parallel rank."""
+    share = len(batches) // mesh.size("dp")
+    return batches[mesh.rank("dp") * share :][:share]

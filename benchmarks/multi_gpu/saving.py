@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.multi_gpu.job import Job, Task, draw_weights
+from benchmarks.multi_gpu.job import Job, Task, draw_weights, own_share
 from benchmarks.multi_gpu.sizes import Sizes, global_batch, num_parameters
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import WriteError
@@ -29,7 +29,6 @@ from runtime.checkpoint.writer import Saver, check
 from runtime.engine import Engine
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
-from tests.runtime.parallel.parity import own_share
 
 STEPS_BEFORE = 2
 MOST_STEPS = 200
@@ -151,26 +150,26 @@ def _finish(saver: Saver, job: Job) -> float:
     return _slowest(outcome.seconds, job)
 
 
-def digest(engine: Engine, job: Job) -> int:
+def digest(engine: Engine, job: Job, *, with_optimizer: bool = True) -> int:
     """Sum up weights, masters and moments: equal for equal bits of the global tensors, whatever rank holds what.
 
     Args:
         engine: gives its rectangles; of each global element, one rank has it.
         job: the ranks.
+        with_optimizer: masters and moments, too.
 
     Returns:
         64 bits, the same on every rank.
     """
     total = torch.zeros((), dtype=torch.int64, device=job.device)
-    for item in engine.state(with_optimizer=True):
-        total += _digest(item)
+    for item in engine.state(with_optimizer=with_optimizer):
+        total += _digest(item, job.device)
     return sum(job.everyone(int(total))) % 2**64
 
 
-def _digest(item: StateTensor) -> Tensor:
+def _digest(item: StateTensor, device: torch.device) -> Tensor:
     """Mix each element's bits with its place in the global tensor, modulo 2^64."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[item.tensor.element_size()]
-    device = item.tensor.device
     width = item.global_shape[1] if len(item.global_shape) > 1 else 1
     rows = item.tensor.detach().reshape(item.rect.shape[0], -1)
     first_row, first_column = item.rect.offsets[0], item.rect.offsets[1] if len(item.rect.offsets) > 1 else 0
@@ -179,7 +178,7 @@ def _digest(item: StateTensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=device)
     step = max(1, _CHUNK // max(1, rows.shape[1]))
     for begin in range(0, rows.shape[0], step):
-        chunk = rows[begin : begin + step].contiguous().view(bits).long()
+        chunk = rows[begin : begin + step].to(device).contiguous().view(bits).long()
         numbers = torch.arange(first_row + begin, first_row + begin + chunk.shape[0], device=device)
         place = numbers.unsqueeze(1) * width + columns
         mixed = (chunk * 0x2545F4914F6CDD1D) ^ ((place + 1) * 0x1B873593CC9E2D51 + salt)

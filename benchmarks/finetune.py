@@ -1,0 +1,254 @@
+"""Finetuning at true sizes on few GPUs: what a trainer's command line takes, in one command.
+
+    python -m benchmarks.finetune [SECTION ...] [--json]
+    python -m benchmarks.finetune --model mixtral-8x7b --ranks 4 [--layers N] [--steps N] [--beside FLAGS]
+        [--save-and-resume FLAGS] -- TRAINER'S FLAGS
+
+Weights are random, made on the GPUs; the engine is that of the trainer's flags, its data are random tokens. Prints tokens/s,
+MFU, the peak of GPU memory and of page-locked host memory, the time of a step and of its forward and backward passes alone,
+and what the update costs of a step. --beside measures the same with other flags, in turns, and says what the first cost
+over them. --save-and-resume saves, takes the checkpoint up under other flags in new processes, and compares bit for bit.
+
+Each measurement is a launch of its own. SECTION is one of those of `SECTIONS`, which are the tables of docs/finetuning.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+_LAUNCHER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+
+# config.json of the hub, as far as shapes and the computation go.
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32000,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "intermediate_size": 6144, "moe_intermediate_size": 768, "vocab_size": 151936, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
+        "tie_word_embeddings": False, "attention_bias": False, "torch_dtype": "bfloat16",
+    },
+    "tiny": {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 64,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A command line to measure."""
+
+    name: str
+    model: str
+    flags: str
+    """The trainer's."""
+    ranks: int = 1
+    layers: int | None = None
+    """None: all of the model's."""
+    steps: int = 4
+    beside: str | None = None
+    """Flags to measure the same work with, in turns."""
+    save_and_resume: str | None = None
+    """Flags of another layout that takes up what is saved; None saves nothing."""
+
+
+_LENGTH = "--seq-length 4096 --micro-batch-size 1 --bf16"
+_HOST = "--optimizer-cpu-offload"
+SECTIONS: dict[str, list[Case]] = {
+    "offload": [
+        Case(
+            name="Mixtral 8x7B, 2 layers, one GPU",
+            model="mixtral-8x7b",
+            layers=2,
+            flags=f"{_LENGTH} --global-batch-size 8 --moments-dtype bfloat16 {_HOST}",
+            beside=f"{_LENGTH} --global-batch-size 8 --moments-dtype bfloat16",
+            steps=6,
+        ),
+        Case(
+            name="Mixtral 8x7B, 4 layers, one GPU",
+            model="mixtral-8x7b",
+            layers=4,
+            flags=f"{_LENGTH} --global-batch-size 32 --moments-dtype bfloat16 {_HOST}",
+        ),
+    ],
+    "full": [
+        Case(
+            name="Mixtral 8x7B, all weights",
+            model="mixtral-8x7b",
+            ranks=4,
+            flags=f"{_LENGTH} --global-batch-size 32 --moments-dtype bfloat16 {_HOST} --tensor-model-parallel-size 2 "
+            "--sequence-parallel --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 "
+            "--use-distributed-optimizer --recompute-granularity full",
+        ),
+    ],
+}
+
+
+def config_of(case: Case) -> dict[str, Any]:
+    """Give the config.json of a case's model, at its depth."""
+    config = MODELS[case.model]
+    return config if case.layers is None else config | {"num_hidden_layers": case.layers}
+
+
+class Failed(Exception):
+    """A launch that ended with an error; its text is the ranks' last lines."""
+
+
+def launch(case: Case, flags: str, folder: Path, **more: Any) -> dict[str, Any]:
+    """Start the ranks of a case, and give what the first one found.
+
+    Args:
+        case: the model and number of ranks.
+        flags: the trainer's.
+        folder: for checkpoints.
+        **more: further fields of `finetune_rank.Spec`.
+
+    Returns:
+        Its line of JSON.
+
+    Raises:
+        Failed: they ended with an error.
+    """
+    spec = {"config": config_of(case), "flags": shlex.split(flags), "steps": case.steps, "folder": str(folder)} | more
+    program = ["-m", "benchmarks.finetune_rank", json.dumps(spec)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER)}
+    environment.setdefault("OMP_NUM_THREADS", "8" if case.model != "tiny" else "1")
+    # NVLink multicast can leave GPUs that others share unusable, so it takes the user's word to turn it on.
+    environment |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    command = [sys.executable, *(torchrun if case.ranks > 1 else []), *program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise Failed("\n".join(done.stderr.strip().splitlines()[-25:]))
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def measure(case: Case, scratch: Path | None) -> dict[str, Any]:
+    """Do all launches of a case.
+
+    Returns:
+        What the first found; `beside`: the other's; `over`: share of a step that the first takes longer; `resumed`.
+    """
+    with tempfile.TemporaryDirectory(prefix="finetune-", dir=scratch) as folder:
+        saves = case.save_and_resume is not None
+        out = launch(case, case.flags, Path(folder), save=saves)
+        if case.beside is not None:
+            other = launch(case, case.beside, Path(folder))
+            out |= {"beside": other, "over": 1 - other["ms"] / out["ms"]}
+        if case.save_and_resume is not None:
+            out["resumed"] = launch(case, case.save_and_resume, Path(folder), resume=True, steps=1, passes=False)
+    return out | {"case": dataclasses.asdict(case)}
+
+
+def lines(case: Case, found: dict[str, Any]) -> Iterator[str]:
+    """Give what was found as lines for a person."""
+    layers = config_of(case)["num_hidden_layers"]
+    yield f"{case.name}: {case.ranks} x {found['device']}, torch {found['torch']}, {layers} layers"
+    yield f"  flags: {case.flags}"
+    if "ms" in found:
+        yield f"  {_speed(found)}"
+        if "passes_ms" in found:
+            yield (
+                f"  forward and backward passes alone {found['passes_ms']:,.0f} ms: the update is "
+                f"{found['update_share']:.1%} of a step"
+            )
+    if "beside" in found:
+        yield f"  beside {case.beside}"
+        yield f"  {_speed(found['beside'])}; the first takes {found['over']:.1%} of its step more"
+    if "save_s" in found:
+        yield (
+            f"  saved {found['saved_gb']:.1f} GB in {found['save_s']:.1f} s, training waits {found['save_stall_s']:.1f} s "
+            "before it goes on"
+        )
+    if "resumed" in found:
+        again = found["resumed"]
+        yield f"  taken up with {case.save_and_resume}"
+        yield f"  in {again['load_s']:.1f} s, {'equal bit for bit' if again['equal'] else 'NOT EQUAL'}; {_speed(again)}"
+
+
+def _speed(found: dict[str, Any]) -> str:
+    share = f", MFU {found['mfu']:.1%}" if found["mfu"] else ""
+    pinned = f", page-locked {found['pinned_gb']:.1f} GB" if found["pinned_gb"] else ""
+    return (
+        f"{found['ms']:,.0f} ms a step of {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s "
+        f"({found['tokens_per_second_a_gpu']:,.0f} a GPU), {found['tflops_a_gpu']:.0f} TFLOP/s a GPU{share}; peak "
+        f"{found['peak_gb']:.1f} GB ({found['reserved_gb']:.1f} reserved){pinned}; loss {found['loss'][0]:.3f} to "
+        f"{found['loss'][1]:.3f}"
+    )
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
+    """Read the command line: sections, or one case of its own."""
+    words = sys.argv[1:] if arguments is None else arguments
+    cut = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(prog="benchmarks.finetune", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--model", choices=MODELS, help="measure the trainer's flags that follow -- on this one")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--layers", type=int, help="of the model; by default all")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--beside", metavar="FLAGS", help="measure the same work with these, too")
+    parser.add_argument("--save-and-resume", metavar="FLAGS", help="save, and take it up with these")
+    parser.add_argument("--match", default="", metavar="TEXT", help="of sections only cases whose name has it")
+    parser.add_argument("--scratch", type=Path, help="folder on the disk that checkpoints go to")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each case")
+    args = parser.parse_args(words[:cut])
+    for name in args.sections:
+        if name not in SECTIONS:
+            parser.error(f"no section {name}; there are {', '.join(SECTIONS)}")
+    if args.model is None:
+        if cut < len(words):
+            parser.error("trainer's flags need --model")
+        chosen = [case for name in args.sections or SECTIONS for case in SECTIONS[name] if args.match in case.name]
+        return args, chosen
+    own = {name: getattr(args, name) for name in ("model", "ranks", "layers", "steps", "beside", "save_and_resume")}
+    return args, [Case(name=args.model, flags=shlex.join(words[cut + 1 :]), **own)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print; 1 where a case failed or a checkpoint came back changed."""
+    args, cases = parse(arguments)
+    status = 0
+    for case in cases:
+        try:
+            found = measure(case, args.scratch)
+        except Failed as failure:
+            status = 1
+            print(
+                json.dumps({"case": dataclasses.asdict(case), "failed": str(failure)})
+                if args.json
+                else f"{case.name}: FAILED\n{failure}",
+                flush=True,
+            )
+            continue
+        status |= int(not found.get("resumed", {"equal": True})["equal"])
+        print(json.dumps(found) if args.json else "\n".join(lines(case, found)), flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

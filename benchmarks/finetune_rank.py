@@ -1,0 +1,252 @@
+"""What one rank of `benchmarks.finetune` does: builds the engine of a trainer's command line, draws weights, times steps.
+
+`python -m benchmarks.finetune_rank SPEC`, under torchrun where there are several; SPEC is JSON as `Spec` has it. The first
+rank prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.multi_gpu.job import Job, draw_weights
+from benchmarks.multi_gpu.saving import digest
+from benchmarks.multi_gpu.sizes import FULL
+from moeconv.checkpoint import Checkpoint, open_checkpoint
+from moeconv.families import family_of
+from moeconv.families.base import Model
+from moeconv.io.safetensors import encode_header
+from runtime.checkpoint.position import TRAINER_FILE, TrainerState
+from runtime.checkpoint.rank_files import DTYPES, collect_files, commit_checkpoint
+from runtime.checkpoint.writer import Saver, check
+from runtime.data.batch import Batch
+from runtime.engine import Engine
+from runtime.job.processes import Process, connect, start
+from runtime.log.flops import device_peak, training_flops
+from runtime.model.context import TORCH_DTYPES
+from runtime.parallel.mesh import ParallelMesh
+from runtime.settings.assemble import make_run
+from runtime.settings.check import check_run
+from runtime.settings.flags import parse_flags
+from runtime.settings.run import RunConfig
+
+TIMEOUT = 600.0
+"""Seconds that a collective may take: the others wait while a rank page-locks its memory or writes."""
+WARM = 2
+"""Steps that aren't counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """One launch."""
+
+    config: dict[str, Any]
+    """The model's config.json."""
+    flags: list[str]
+    """The trainer's."""
+    steps: int
+    folder: str
+    """For checkpoints; the same for all ranks and launches."""
+    save: bool = False
+    """Leave a checkpoint and its digest in the folder."""
+    resume: bool = False
+    """Take up what is there instead of drawing weights."""
+    passes: bool = True
+    """Time forward and backward passes without the update, too."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Of a section of its own."""
+
+
+def read_run(spec: Spec, process: Process) -> RunConfig:
+    """Put the settings together as the trainer does, with its checks; data are random tokens."""
+    given = parse_flags([*spec.flags, "--mock-data", "--train-iters", str(spec.steps), "--save", spec.folder + "/none"])
+    model = Model.from_config(family_of(spec.config), spec.config)
+    run = make_run(given, model, Path(spec.folder))
+    check_run(run, process.world_size)
+    return run
+
+
+def random_batches(run: RunConfig, mesh: ParallelMesh) -> list[Batch]:
+    """This data-parallel rank's micro-batches of a step: random tokens."""
+    size, dp = run.train.micro_batch_size, mesh.size("dp")
+    count = run.train.batch_sizes(dp).full // (size * dp)
+    generator = torch.Generator().manual_seed(1 + mesh.rank("dp"))
+    shape = (count, size, run.train.seq_length + 1)
+    tokens = torch.randint(run.model.sizes["vocab"], shape, generator=generator)
+    return [Batch(tokens=t[:, :-1].contiguous(), labels=t[:, 1:].contiguous()) for t in tokens]
+
+
+def timed(work: Callable[[], object], job: Job, count: int) -> list[float]:
+    """Seconds of each of some repetitions, from when all ranks begin to when this rank's device is done."""
+    out = []
+    for _ in range(count):
+        job.synchronize()
+        begin = time.perf_counter()
+        work()
+        if job.device.type == "cuda":
+            torch.cuda.synchronize()
+        out.append(time.perf_counter() - begin)
+    return out
+
+
+def speed(run: RunConfig, seconds: float, device: torch.device, world: int) -> dict[str, float | None]:
+    """Tokens a second and utilisation of a step."""
+    dp = world // (run.parallel.tp * run.parallel.pp * run.parallel.cp)
+    tokens = run.train.batch_sizes(dp).full * run.train.seq_length
+    flops = training_flops(run.model, run.train.seq_length) * tokens / seconds / world
+    peak = device_peak(device, TORCH_DTYPES[run.dtype])
+    return {
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_second_a_gpu": tokens / seconds / world,
+        "tflops_a_gpu": flops / 1e12,
+        "mfu": flops / peak if peak else None,
+    }
+
+
+def measure(run: RunConfig, engine: Engine, mesh: ParallelMesh, job: Job, spec: Spec) -> dict[str, Any]:
+    """Time steps as training runs them, one after another, then their passes alone."""
+    world = mesh.world_size
+    batches = random_batches(run, mesh)
+    losses = [engine.train_step(batches).lm_loss for _ in range(WARM)]
+    job.synchronize()
+    begin = time.perf_counter()
+    losses += [engine.train_step(batches).lm_loss for _ in range(spec.steps)]
+    job.synchronize()
+    seconds = (time.perf_counter() - begin) / max(1, spec.steps)
+    out: dict[str, Any] = {"ms": seconds * 1e3, "loss": [losses[0], losses[-1]]}
+    out |= speed(run, seconds, job.device, world)
+    if spec.passes:
+        alone = statistics.median(timed(lambda: engine.accumulate(batches), job, 3))
+        out |= {"passes_ms": alone * 1e3, "update_share": max(0.0, 1 - alone / seconds)}
+    return out | memory(engine, job)
+
+
+def memory(engine: Engine, job: Job) -> dict[str, Any]:
+    """Peaks of the fullest rank, GB: what tensors took, what the allocator held, and page-locked memory of the host."""
+    own = [0.0, 0.0]
+    if job.device.type == "cuda":
+        own = [torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9]
+    allocated, reserved = (max(values) for values in zip(*job.everyone(own), strict=True))
+    pinned = job.everyone(page_locked(engine) / 1e9)
+    return {
+        "peak_gb": allocated,
+        "reserved_gb": reserved,
+        "pinned_gb_a_rank": max(pinned),
+        "pinned_gb": sum(pinned),
+    }
+
+
+def page_locked(engine: Engine) -> int:
+    """Bytes of host memory that this rank's optimizer state takes."""
+    return 0
+
+
+def source_folder(spec: Spec, run: RunConfig, job: Job, rank: int) -> Checkpoint:
+    """A Hugging Face folder of the model whose weights are a hole in a file: only its config and names are used."""
+    folder = Path(spec.folder) / "source"
+    if rank == 0 and not folder.exists():
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(spec.config))
+        dtype = DTYPES[TORCH_DTYPES[run.dtype]]
+        header = encode_header([(name, dtype, tensor.shape) for name, tensor in run.model.tensors.items()], {})
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(header.raw)
+            file.truncate(header.file_size)
+    job.synchronize()
+    checkpoint = open_checkpoint(folder)
+    _ = checkpoint.carried_bytes
+    return checkpoint
+
+
+def save(run: RunConfig, engine: Engine, mesh: ParallelMesh, job: Job, spec: Spec) -> dict[str, Any]:
+    """Save as the trainer does, and leave a digest of what was saved beside it."""
+    folder, rank = Path(spec.folder), mesh.global_rank
+    source = source_folder(spec, run, job, rank)
+    saver = Saver(folder / "saved", job.control, keep_last=1)
+    with_optimizer = run.checkpoint.save_optim
+    job.synchronize()
+    begin = time.perf_counter()
+    items = engine.state(with_optimizer=with_optimizer)
+    files = collect_files(items, mesh, source.model, saver.stage)
+    num_bytes = sum(job.everyone(sum(item.tensor.nbytes for item in items)))
+    state = TrainerState(iteration=1, optimizer=engine.scalars())
+    saver.save(1, files, lambda path, records: commit_checkpoint(path, records, source, run.parallel, state))
+    stall = time.perf_counter() - begin
+    outcome = saver.wait()
+    assert outcome is not None
+    check(outcome)
+    seconds = max(job.everyone(time.perf_counter() - begin))
+    left = {"digest": digest(engine, job, with_optimizer=with_optimizer), "optimizer": with_optimizer}
+    if rank == 0:
+        (folder / "expected.json").write_text(json.dumps(left))
+    return {"saved_gb": num_bytes / 1e9, "save_s": seconds, "save_stall_s": max(job.everyone(stall))}
+
+
+def resume(engine: Engine, job: Job, spec: Spec) -> dict[str, Any]:
+    """Take up what `save` left, and compare it bit for bit."""
+    folder = Path(spec.folder)
+    expected = json.loads((folder / "expected.json").read_text())
+    path = folder / "saved" / "latest"
+    job.synchronize()
+    begin = time.perf_counter()
+    checkpoint = open_checkpoint(path)
+    engine.load_state(checkpoint.read, checkpoint.tensors if expected["optimizer"] else None)
+    job.synchronize()
+    seconds = time.perf_counter() - begin
+    engine.load_scalars(TrainerState.from_json((path / TRAINER_FILE).read_text(), path).optimizer)
+    equal = digest(engine, job, with_optimizer=expected["optimizer"]) == expected["digest"]
+    return {"load_s": max(job.everyone(seconds)), "equal": equal}
+
+
+def work(spec: Spec, process: Process, device: torch.device) -> dict[str, Any]:
+    """Do a launch on this rank."""
+    run = read_run(spec, process)
+    control = dist.new_group(backend="gloo")
+    job = Job(device=device, sizes=FULL, scratch=Path(spec.folder), fill=1.0, control=control)
+    mesh = ParallelMesh(run.parallel, process.world_size)
+    begin = time.perf_counter()
+    settings = (run.parallel, run.moe, run.optim, run.recompute)
+    engine = Engine(run.model, TORCH_DTYPES[run.dtype], *settings, mesh, device, lora=run.lora)
+    engine.set_lr(run.optim.lr)
+    out: dict[str, Any] = {}
+    if spec.resume:
+        out |= resume(engine, job, spec)
+    else:
+        draw_weights(engine)
+    job.synchronize()
+    out["build_s"] = time.perf_counter() - begin
+    if spec.steps:
+        out |= measure(run, engine, mesh, job, spec)
+    if spec.save:
+        out |= save(run, engine, mesh, job, spec)
+    return out
+
+
+def main() -> None:
+    """Do a launch and print what the first rank found."""
+    spec = Spec(**json.loads(sys.argv[1]))
+    process = Process.from_environment()
+    device = start(process, connect(process, "benchmark"), TIMEOUT)
+    out = work(spec, process, device)
+    if process.rank == 0:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        print(
+            json.dumps({"device": name, "torch": torch.__version__, "spec": dataclasses.asdict(spec)} | out), flush=True
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -138,18 +138,13 @@ def memory(engine: Engine, job: Job) -> dict[str, Any]:
     if job.device.type == "cuda":
         own = [torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9]
     allocated, reserved = (max(values) for values in zip(*job.everyone(own), strict=True))
-    pinned = job.everyone(page_locked(engine) / 1e9)
+    pinned = job.everyone(engine.host_bytes / 1e9)
     return {
         "peak_gb": allocated,
         "reserved_gb": reserved,
         "pinned_gb_a_rank": max(pinned),
         "pinned_gb": sum(pinned),
     }
-
-
-def page_locked(engine: Engine) -> int:
-    """Bytes of host memory that this rank's optimizer state takes."""
-    return 0
 
 
 def source_folder(spec: Spec, run: RunConfig, job: Job, rank: int) -> Checkpoint:

@@ -212,6 +212,7 @@ class Engine:
         Returns:
             Views of live memory.
         """
+        self.optimizer.settle()
         out = list(states.weights(self.store.shards))
         if self.mesh.rank("tp") == 0 and self.mesh.rank("dp_cp") == 0:
             out += [states.whole(name, tensor) for name, tensor in self._buffers()]
@@ -238,6 +239,7 @@ class Engine:
         Raises:
             MoeconvError: a tensor is missing, or can't be read.
         """
+        self.optimizer.settle()
         states.load_weights(self.store.shards, read)
         if self.quantised is not None:
             self.quantised.load(read)
@@ -251,8 +253,9 @@ class Engine:
     @torch.no_grad()
     def params_norm(self) -> float:
         """Give the L2 norm of all weights, each element counted once. Collective."""
+        self.optimizer.settle()
         masters = [shard.master for shard in self.store.shards if shard.counted and shard.master.numel()]
-        squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in masters]
+        squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square().to(self.device) for x in masters]
         squares += self.quantised.squares() if self.quantised is not None else []
         return float(self._sum(squares).sqrt())
 
@@ -298,15 +301,24 @@ class Engine:
 
     def _make_store(self, stages: Sequence[DecoderStage]) -> Store:
         """Give the parameters, so far on the meta device, their memory."""
-        parallel = self._context.parallel
+        parallel, share = self._context.parallel, self._optim.on_host
         if parallel.fully_shard:
             # Imported where it is used, as the pipelines below: each takes seconds that other runs need not spend.
             from runtime.parallel.full_sharding import FullyShardedStore
 
-            return FullyShardedStore(stages, self.mesh, self.device)
+            return FullyShardedStore(stages, self.mesh, self.device, host_share=share)
         named = self.module.named_parameters()
         distributed = parallel.use_distributed_optimizer
-        return BucketStore(stages, named, self.mesh, self.device, distributed=distributed)
+        return BucketStore(stages, named, self.mesh, self.device, distributed=distributed, host_share=share)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host's memory that masters and the optimizer's states of this rank take."""
+        tensors = [
+            self.optimizer.state(s, name) for s in self.trained if s.offloaded for name in self.optimizer.states(s)
+        ]
+        tensors += [s.master for s in self.trained if s.offloaded and s.separate_master]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def _make_runner(self, stages: Sequence[DecoderStage]) -> Runner:
         parallel = self._context.parallel
@@ -399,6 +411,7 @@ class Engine:
             return
         overflow = self._context.dtype == torch.float16 and self.loss_scale.overflow(self._optim)
         if not (overflow or self._optim.on_nonfinite == "skip"):
+            self.optimizer.settle()
             raise diagnose(self.module, self.store, self.mesh, lambda: self._again(batches), result.lm_loss)
 
     @torch.no_grad()

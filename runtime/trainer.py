@@ -74,6 +74,7 @@ class Trainer:
             note = log.note if log is not None else None
             self._saver = Saver(run.checkpoint.save, group, keep_last=run.checkpoint.keep_last, note=note)
         self._saved_iteration = -1
+        self._outcome: Outcome | None = None  # of the last save that has come to its end
 
     def resume(self, state: TrainerState, *, own: bool) -> None:
         """Go on from a checkpoint's position.
@@ -319,6 +320,8 @@ class Trainer:
             iteration, files, lambda path, records: commit_checkpoint(path, records, source, layout, state, settings)
         )
         self._saved_iteration = iteration
+        if any(item.in_place for item in items):  # the next step would change what is being written
+            self._report(self._saver.wait())
 
     def _finish(self) -> None:
         """Save where the last step isn't saved yet, and wait until it is on disk."""
@@ -327,14 +330,14 @@ class Trainer:
         if self._saved_iteration != self.state.iteration:
             self._save()
         self._progress("waiting for the last save", limited=False)
-        outcome = self._saver.wait()
-        self._report(outcome)
-        if outcome is not None:
-            check(outcome)
+        self._report(self._saver.wait())
+        if self._outcome is not None and self._outcome.iteration == self.state.iteration:
+            check(self._outcome)
 
     def _report(self, outcome: Outcome | None) -> None:
         if outcome is None:
             return
+        self._outcome = outcome
         if outcome.error is None:
             self._note(f"saved iteration {outcome.iteration} to {outcome.path} in {outcome.seconds:.1f} s")
             return

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from moeconv.errors import WriteError
 from moeconv.sweep import Bytes
+from runtime.host_memory import HostMemoryError, allocate, page_lock, page_unlock
 
 ALIGNMENT = 64
-_THREADS = 4
 
 
 class HostBuffer:
@@ -73,12 +70,17 @@ class HostBuffer:
         """
         if num_bytes > self.memory.nbytes:
             self.close()  # first: the old and the new block needn't fit together
-            self.memory = _allocate(num_bytes)
+            try:
+                self.memory = allocate(num_bytes)
+            except HostMemoryError as error:
+                raise WriteError(
+                    f"a save: {error}; take more ranks, or save without the optimizer (--no-save-optim)"
+                ) from None
         if not page_locked or not self._lockable or self._unlock is not None or not self.memory.nbytes:
             return
         failure = page_lock(self.memory)
         if failure is None:
-            unlock = weakref.finalize(self, _page_unlock, self.memory.data_ptr())
+            unlock = weakref.finalize(self, page_unlock, self.memory.data_ptr())
             unlock.atexit = False  # the end of the process does it anyway, and can't hang or fail
             self._unlock = unlock
         else:
@@ -93,35 +95,6 @@ class HostBuffer:
         self.memory = torch.empty(0, dtype=torch.uint8)
 
 
-def page_lock(memory: Tensor) -> str | None:
-    """Page-lock memory, so that GPUs copy to it at the speed of the link.
-
-    Not torch's pinned memory: that comes in powers of two.
-
-    Args:
-        memory: contiguous, on the host.
-
-    Returns:
-        Why it failed; None if it didn't.
-    """
-    try:
-        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-    except Exception as error:  # a save works without; whatever it is, the caller says so
-        return f"{type(error).__name__}: {error}"
-    if status == 0:
-        return None
-    # CUDA keeps the error for whoever asks next, and that is the next kernel's launch: let it be this one's.
-    with contextlib.suppress(Exception):
-        torch.ones((), device="cuda")
-    return f"cudaHostRegister: error {status}"
-
-
-def _page_unlock(address: int) -> None:
-    with contextlib.suppress(Exception):
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
-
-
 def _places(tensors: Iterable[Tensor]) -> tuple[list[slice], int]:
     """Line up tensors, each aligned.
 
@@ -134,25 +107,3 @@ def _places(tensors: Iterable[Tensor]) -> tuple[list[slice], int]:
         end = begin + tensor.nbytes
         places.append(slice(begin, end))
     return places, end
-
-
-def _allocate(num_bytes: int) -> Tensor:
-    """Give [num_bytes] uint8 whose pages are there already.
-
-    Large pages and several threads make that several times faster than the first copy would: it is what the first
-    save of a run waits for.
-    """
-    try:
-        block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise WriteError(
-            f"a save needs {num_bytes / 1e9:.1f} GB of host memory on this rank: {error.strerror}; "
-            "take more ranks, or save without the optimizer (--no-save-optim)"
-        ) from None
-    with contextlib.suppress(AttributeError, OSError):  # not every system has large pages
-        block.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(block, dtype=torch.uint8)
-    pages = memory[:: mmap.PAGESIZE].chunk(_THREADS)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(Tensor.zero_, pages))
-    return memory

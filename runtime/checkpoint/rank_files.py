@@ -30,7 +30,7 @@ def collect_files(
     model: Model,
     stage: Callable[[Sequence[Tensor]], list[Bytes]],
 ) -> dict[str, list[ShardEntry]]:
-    """Copy what this rank owns to the host, sorted into files.
+    """Copy what this rank owns to the host, where it isn't read in place, sorted into files.
 
     Args:
         items: the rectangles that this rank writes; of each global byte, one rank has it.
@@ -39,12 +39,15 @@ def collect_files(
         stage: copies tensors to the host, as the saver that will write them does it.
 
     Returns:
-        File name -> its tensors, copied, so that training can go on; valid until `stage` is called again.
+        File name -> its tensors, copied, so that training can go on; valid until `stage` is called again. Of those that
+        are `in_place` the memory itself, valid until the next step.
     """
     names = file_names(mesh)
     files: dict[str, list[ShardEntry]] = {}
     rectangles: Counter[str] = Counter()
-    for item, data in zip(items, stage([item.tensor for item in items]), strict=True):
+    copies = iter(stage([item.tensor for item in items if not item.in_place]))
+    for item in items:
+        data = item.tensor.view(-1).view(torch.uint8).numpy() if item.in_place else next(copies)
         state, base = split_optimizer_name(item.name)
         name = ("optimizer-" if state else "") + names[model.tensors[base].expert is not None]
         # A flat shard that ends within a row is up to three rectangles; a file names a tensor once.

@@ -37,6 +37,9 @@ class StateTensor:
     rect: Rect
     tensor: Tensor
     """In the shape of the rectangle; a view of live memory."""
+    in_place: bool = False
+    """Whether a save reads it where it is, in the host's memory, which has no room for a second copy: until then no step
+    may follow."""
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:
@@ -82,7 +85,8 @@ def optimizer_state(shards: Sequence[Shard], optimizer: Optimizer) -> Iterator[S
         for block, part in _owned(shard):
             for state, flat in states.items():
                 tensor = block.of(flat[part.range], part.begin)
-                yield StateTensor(f"optimizer.{state}.{block.name}", block.global_shape, block.rect, tensor)
+                name, in_place = f"optimizer.{state}.{block.name}", shard.offloaded and flat.device.type == "cpu"
+                yield StateTensor(name, block.global_shape, block.rect, tensor, in_place)
 
 
 def _owned(shard: Shard) -> Iterator[tuple[Block, ShardPart]]:

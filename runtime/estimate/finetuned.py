@@ -32,7 +32,11 @@ def workspace_bytes(setup: Setup, rank: int) -> int:
     """Count the bytes that a pipeline rank makes numbers in: those of its largest quantised weight."""
     if setup.lora.quantize_base is None:
         return 0
-    kinds = {layer for layers in setup.parameters.chunks[rank :: setup.parallel.pp] for layer in setup.parameters.kinds(layers)}
+    kinds = {
+        layer
+        for layers in setup.parameters.chunks[rank :: setup.parallel.pp]
+        for layer in setup.parameters.kinds(layers)
+    }
     sizes = [p.size for layer in kinds for p in setup.parameters.layer(layer) if is_quantised(setup, p)]
     return max(sizes, default=0) * ITEMSIZE[setup.dtype]
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from runtime.optim.config import rounding_seed
+
 BLOCK = 2048
 NORM_BLOCK, NORM_TILES = 4096, 16
 
@@ -37,7 +39,7 @@ def _round(values, bits, TO: tl.constexpr):
 
 @triton.jit
 def _adamw_kernel(
-    grad, master, exp_avg, exp_avg_sq, weight, divisor, skip, size, seed,
+    grad, master, exp_avg, exp_avg_sq, weight, divisor, skip, size, first, seed,
     step_size, keep, beta1, rest1, beta2, rest2, root_correction, eps,
     HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +55,7 @@ def _adamw_kernel(
     v = beta2 * v + rest2 * g * g
     p = p * keep - step_size * m / (tl.sqrt(v) / root_correction + eps)
     tl.store(master + index, p, mask=inside)
-    bits = _random_bits(index, seed)
+    bits = _random_bits(index + first, seed)
     tl.store(exp_avg + index, _round(m, bits, exp_avg.dtype.element_ty), mask=inside)
     tl.store(exp_avg_sq + index, _round(v, bits >> 16, exp_avg_sq.dtype.element_ty), mask=inside)
     if HAS_WEIGHT:
@@ -87,6 +89,7 @@ def adamw_step(
     beta2: float,
     eps: float,
     weight_decay: float,
+    first: int = 0,
 ) -> None:
     """One step of AdamW, in place.
 
@@ -104,6 +107,7 @@ def adamw_step(
         beta2: decay of exp_avg_sq.
         eps: added to the root.
         weight_decay: decoupled.
+        first: place of the first element in its range, which the roundings depend on.
 
     Source: https://arxiv.org/abs/1711.05101, algorithm 2, without a schedule multiplier.
     """
@@ -113,10 +117,11 @@ def adamw_step(
         lr / (1 - beta1**num_steps), 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
         (1 - beta2**num_steps) ** 0.5, eps,
     )  # fmt: skip
-    seed = (num_steps * 0x9E3779B1) & 0x7FFFFFFF
     tensors = (grad, master, exp_avg, exp_avg_sq, master if weight is None else weight, divisor, skip)
     grid = (triton.cdiv(master.numel(), BLOCK),)
-    _adamw_kernel[grid](*tensors, master.numel(), seed, *scalars, weight is not None, BLOCK, num_warps=8)
+    _adamw_kernel[grid](
+        *tensors, master.numel(), first, rounding_seed(num_steps), *scalars, weight is not None, BLOCK, num_warps=8
+    )
 
 
 def square_sum(values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from runtime.moe.grouped_gemm import GroupedGemm
 from runtime.moe.permutation import RowPlan
 from runtime.ops.norm import Kept, restore
 from runtime.parallel.gradient_sink import sink_of
+from runtime.quantised.weight import Weight, dense, held, numbers
 
 _ONES = 8  # columns of the ones that sum a bias's gradient: kernels want whole eights
 
@@ -111,31 +112,32 @@ class _ClampedMLP(torch.autograd.Function):
         ctx: Any,
         x_TD: Tensor,
         weights_TK: Tensor,
-        gate_up: Tensor,
+        gate_up: Weight,
         bias_E2F: Tensor,
-        down: Tensor,
+        down: Weight,
         plan: RowPlan,
         gate: Gate,
         gemm: GroupedGemm,
         fused: bool,
     ) -> Tensor:
         rows = passes.gather_rows(x_TD, plan, fused=fused)
-        hidden = gemm.rows_times(rows, gate_up, plan)
+        hidden = gemm.rows_times(rows, numbers(gate_up), plan)
         del rows
         args = Activation(bias_E2F, experts_of_rows(plan), plan, gate, fused)
-        out = gemm.rows_times(activate(hidden, weights_TK, args), down, plan)
+        out = gemm.rows_times(activate(hidden, weights_TK, args), numbers(down), plan)
         kept = Kept.of(x_TD) if ctx.needs_input_grad[2] else Kept.nothing()
-        ctx.save_for_backward(hidden, weights_TK, gate_up, down, bias_E2F, args.expert_R, *kept.tensors)
+        (first, ctx.gate_up), (last, ctx.down) = held(gate_up), held(down)
+        ctx.save_for_backward(hidden, weights_TK, first, last, bias_E2F, args.expert_R, *kept.tensors)
         ctx.plan, ctx.gate, ctx.gemm, ctx.fused, ctx.source = plan, gate, gemm, fused, kept.source
-        ctx.sinks = sink_of(gate_up), sink_of(down)
+        ctx.sinks = sink_of(first), sink_of(last)
         return passes.sum_rows(out, plan, fused=fused)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weights_TK, gate_up, down, bias_E2F, expert_R, *saved = ctx.saved_tensors
+        hidden, weights_TK, first, last, bias_E2F, expert_R, *saved = ctx.saved_tensors
         plan, gemm, fused, need = ctx.plan, ctx.gemm, ctx.fused, ctx.needs_input_grad
         grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
-        grad_act = gemm.rows_times_transposed(grad_rows, down, plan)
+        grad_act = gemm.rows_times_transposed(grad_rows, dense(last, ctx.down), plan)
         if fused and hidden.is_cuda and torch._C._autograd._get_current_graph_task_keep_graph():
             hidden = hidden.clone()  # written over below, and this node will run again: zero-bubble does so
         args = Activation(bias_E2F, expert_R, plan, ctx.gate, fused)
@@ -155,7 +157,8 @@ class _ClampedMLP(torch.autograd.Function):
             del rows
         grad_x = None
         if need[0]:
-            grad_x = passes.sum_rows(gemm.rows_times_transposed(grad_hidden, gate_up, plan), plan, fused=fused)
+            matrix = dense(first, ctx.gate_up)
+            grad_x = passes.sum_rows(gemm.rows_times_transposed(grad_hidden, matrix, plan), plan, fused=fused)
         return grad_x, grad_weights, grad_gate_up, grad_bias, grad_down, None, None, None, None
 
 
@@ -182,7 +185,7 @@ def sum_of_biases(weights_TK: Tensor, bias_ED: Tensor, plan: RowPlan) -> Tensor:
 def clamped_mlp(
     x_TD: Tensor,
     weights_TK: Tensor,
-    matrices: tuple[Tensor, Tensor],
+    matrices: tuple[Weight, Weight],
     biases: tuple[Tensor, Tensor],
     plan: RowPlan,
     gate: Gate,

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.optim.config import OptimConfig
-from runtime.parallel.shards import Shard, segments
+from runtime.optim.config import OptimConfig, rounding_seed
+from runtime.optim.staging import Staging
+from runtime.parallel.shards import Shard, new_state, segments
 from runtime.parallel.tensor_settings import TensorSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -18,14 +19,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class AdamW:
     """One pass over each shard: clipping, moments, masters, and the weights rounded from them."""
 
-    def __init__(self, config: OptimConfig, shards: Sequence[Shard]) -> None:
+    def __init__(self, config: OptimConfig, shards: Sequence[Shard], staging: Staging | None = None) -> None:
         """Set up the moments.
 
         Args:
             config: rates, decay, and the moments' type.
             shards: what to update.
+            staging: the way to what is in the host's memory; None where nothing is.
         """
-        self.shards = shards
+        self.shards, self._staging = shards, staging
         self.num_steps = 0
         """Updates so far, those that were skipped not counted."""
         self.divisor: Tensor | None = None
@@ -33,7 +35,7 @@ class AdamW:
         self._config = config
         self._rates = (config.lr, config.lr)  # of everything, and of what is decoupled
         dtype = torch.bfloat16 if config.moments_dtype == "bfloat16" else None  # None: as the masters
-        self._moments = [{name: torch.zeros_like(shard.master, dtype=dtype) for name in MOMENTS} for shard in shards]
+        self._moments = [{name: new_state(shard, dtype) for name in MOMENTS} for shard in shards]
         self._places = {id(shard): place for place, shard in enumerate(shards)}
         self._segments = [[s for s in segments(shard) if not s.settings.frozen] for shard in shards]
 
@@ -76,26 +78,67 @@ class AdamW:
             skip: 0-dim bool; true leaves weights and moments as they are.
         """
         self.divisor = grad_divisor
+        if self._staging is not None:
+            self._staging.begin()
         for shard, moments, found in zip(self.shards, self._moments, self._segments, strict=True):
             grad, rounded = shard.grad_shard, shard.rounded
+            state = [shard.master, *(moments[name] for name in MOMENTS)]
             for part, settings in ((segment.range, segment.settings) for segment in found):
-                first, second = (moments[name][part] for name in MOMENTS)
                 weight = None if rounded is None else rounded[part]
-                self._update(grad[part], shard.master[part], first, second, weight, settings, grad_divisor, skip)
+                self._update_range(shard, grad[part], [x[part] for x in state], weight, settings, grad_divisor, skip)
 
-    @torch.no_grad()
-    def _update(
+    def settle(self) -> None:
+        """Wait until masters and moments in the host's memory are those of the last step."""
+        if self._staging is not None:
+            self._staging.settle()
+
+    def _update_range(
         self,
+        shard: Shard,
         grad: Tensor,
-        master: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
+        state: list[Tensor],
         weight: Tensor | None,
         settings: TensorSettings,
         divisor: Tensor,
         skip: Tensor,
     ) -> None:
-        """Update a range of a shard whose elements are trained alike; `weight` is its copy in the compute dtype."""
+        """Update a range of a shard; its master and moments may be in the host's memory."""
+        if not shard.offloaded:
+            self._update(grad, state, weight, settings, divisor, skip)
+            return
+        assert self._staging is not None
+        here = 0 if shard.separate_master else 1  # the master, where it is the weight
+
+        def work(piece: slice, staged: list[Tensor]) -> None:
+            own = [*(x[piece] for x in state[:here]), *staged]
+            rounded = None if weight is None else weight[piece]
+            self._update(grad[piece], own, rounded, settings, divisor, skip, piece.start)
+
+        self._staging.update(state[here:], work)
+
+    @torch.no_grad()
+    def _update(
+        self,
+        grad: Tensor,
+        state: Sequence[Tensor],
+        weight: Tensor | None,
+        settings: TensorSettings,
+        divisor: Tensor,
+        skip: Tensor,
+        first: int = 0,
+    ) -> None:
+        """Update elements that are trained alike.
+
+        Args:
+            grad: [N] their gradient.
+            state: [N] each: master, first and second moment.
+            weight: [N] their copy in the compute dtype, to be written; None where there is none.
+            settings: how they are trained.
+            divisor: 0-dim; the gradient is divided by it.
+            skip: 0-dim bool; true leaves everything as it is.
+            first: place of the first in its range.
+        """
+        master, exp_avg, exp_avg_sq = state
         config = self._config
         decay = config.weight_decay if settings.decay else 0.0
         rate = self._rates[settings.decoupled] * settings.lr_scale
@@ -105,37 +148,54 @@ class AdamW:
 
             adamw_step(
                 grad, master, exp_avg, exp_avg_sq, weight, divisor.float(), skip,
-                num_steps=step, lr=rate, beta1=beta1, beta2=beta2, eps=config.adam_eps, weight_decay=decay,
+                num_steps=step, lr=rate, beta1=beta1, beta2=beta2, eps=config.adam_eps, weight_decay=decay, first=first,
             )  # fmt: skip
             return
         grad = grad / divisor.to(master.dtype)
-        first = exp_avg.to(master.dtype).lerp(grad, 1 - beta1)
+        mean = exp_avg.to(master.dtype).lerp(grad, 1 - beta1)
         second = exp_avg_sq.to(master.dtype).mul(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(config.adam_eps)
         updated = master * (1 - rate * decay)
-        updated.addcdiv_(first, denominator, value=-rate / (1 - beta1**step))
+        updated.addcdiv_(mean, denominator, value=-rate / (1 - beta1**step))
         if exp_avg.dtype == torch.bfloat16:
-            first, second = (round_stochastically(new, 2 * step + i) for i, new in enumerate((first, second)))
-        for old, new in ((exp_avg, first), (exp_avg_sq, second), (master, updated)):
+            bits = random_bits(first, mean.numel(), step, mean.device)
+            mean, second = round_stochastically(mean, bits & 0xFFFF), round_stochastically(second, bits >> 16)
+        for old, new in ((exp_avg, mean), (exp_avg_sq, second), (master, updated)):
             old.copy_(torch.where(skip, old.to(new.dtype), new))
         if weight is not None:
             weight.copy_(master)
 
 
-def round_stochastically(values: Tensor, seed: int) -> Tensor:
+def random_bits(first: int, count: int, step: int, device: torch.device) -> Tensor:
+    """Give the random bits of elements in a step, those of the kernel: an integer hash of the place and the step.
+
+    Args:
+        first: place of the first element in its range.
+        count: elements.
+        step: number of the update.
+        device: where.
+
+    Returns:
+        [count] int64, 32 bits of each.
+    """
+    bits = torch.arange(first, first + count, device=device) ^ rounding_seed(step)
+    bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    bits = ((bits ^ (bits >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return bits ^ (bits >> 16)
+
+
+def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
     """Round to what bf16 can hold: up with the probability of what is cut off.
 
     Args:
         values: any shape; computed in fp32.
-        seed: of the choices.
+        bits: integers of the same shape, 16 random bits for each.
 
     Returns:
         In the dtype of values.
     """
     raw = values.float().view(torch.int32)
-    generator = torch.Generator(values.device).manual_seed(seed)
-    bits = torch.randint(2**16, raw.shape, generator=generator, dtype=torch.int32, device=values.device)
-    rounded = ((raw + bits) & -(2**16)).view(torch.float32)
+    rounded = ((raw + bits.to(torch.int32)) & -(2**16)).view(torch.float32)
     # Infinity and NaN keep their bits: a carry would turn one into the other.
     return torch.where(torch.isfinite(values), rounded, values).to(values.dtype)
 

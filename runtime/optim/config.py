@@ -11,6 +11,11 @@ EMA = "ema"
 """The state that is the mean of the weights: on disk `optimizer.ema.<tensor>`."""
 
 
+def rounding_seed(step: int) -> int:
+    """Give what a step's stochastic roundings are drawn with: 31 bits."""
+    return (step * 0x9E3779B1) & 0x7FFFFFFF
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """AdamW with fp32 master weights and moments."""
@@ -47,6 +52,12 @@ class OptimConfig:
     """Added to the root of the mean squared gradient, so that the division is safe."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 halves the moments: 4 bytes a parameter less, rounded stochastically."""
+    optimizer_cpu_offload: bool = False
+    """Keep master weights and moments in page-locked memory of the host: each step brings them to the GPU in pieces, updates
+    them there and takes them back, with the same bits as without. A GPU then holds weights and gradients alone (with
+    --fully-shard the masters, too)."""
+    optimizer_offload_fraction: float = flag(1.0, above=0, at_most=1)
+    """--optimizer-cpu-offload only: share of a rank's elements whose state is on the host; the rest stays on the GPU."""
     ema_decay: float | None = flag(None, above=0, below=1)
     """Keep an exponential mean of the weights, of which each step leaves this share (such as 0.999): 4 bytes a parameter,
     sharded as the optimizer is; `moeconv export-hf --weights ema` exports it."""
@@ -63,3 +74,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def on_host(self) -> float:
+        """Share of a rank's elements whose masters and states are in the host's memory."""
+        return self.optimizer_offload_fraction if self.optimizer_cpu_offload else 0.0

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from runtime.optim.config import EMA
 from runtime.optim.protocol import Optimizer
-from runtime.parallel.shards import Shard
+from runtime.optim.staging import Staging
+from runtime.parallel.shards import Shard, new_state
 
 _CHUNK = 1 << 24
 
@@ -19,16 +20,18 @@ _CHUNK = 1 << 24
 class WithMean:
     """An optimizer that keeps the mean of the masters too; for engine and checkpoints it is one state more."""
 
-    def __init__(self, inner: Optimizer, shards: Sequence[Shard], decay: float) -> None:
+    def __init__(self, inner: Optimizer, shards: Sequence[Shard], decay: float, staging: Staging | None = None) -> None:
         """Make room for the mean; loading starts it.
 
         Args:
             inner: updates the masters.
             shards: what it updates.
             decay: share of the old mean that each step keeps.
+            staging: the way to what is in the host's memory; None where nothing is.
         """
+        self._staging = staging
         self._inner, self._shards, self._decay = inner, shards, decay
-        self._means = {id(shard): torch.zeros_like(shard.master) for shard in shards}
+        self._means = {id(shard): new_state(shard) for shard in shards}
 
     @property
     def num_steps(self) -> int:
@@ -60,10 +63,29 @@ class WithMean:
     def step(self, grad_divisor: Tensor, skip: Tensor) -> None:
         """Update the masters, then the mean; arguments as of `Optimizer.step`."""
         self._inner.step(grad_divisor, skip)
+        if self._staging is not None:
+            self._staging.begin()
         for shard in self._shards:
             # A step that is left out has no weight: the mean stays as it is, and no branch waits for the device.
             share = torch.where(skip, 0.0, 1.0 - self._decay).to(shard.master.dtype)
-            self._means[id(shard)].lerp_(shard.master, share)
+            self._follow(shard, share)
+
+    def _follow(self, shard: Shard, share: Tensor) -> None:
+        """Move the mean of a shard towards its master."""
+        mean, master = self._means[id(shard)], shard.master
+        if not shard.offloaded:
+            mean.lerp_(master, share)
+            return
+        assert self._staging is not None
+
+        def work(piece: slice, staged: list[Tensor]) -> None:
+            staged[0].lerp_(staged[1] if shard.separate_master else master[piece], share)
+
+        self._staging.update([mean, master] if shard.separate_master else [mean], work, written=1)
+
+    def settle(self) -> None:
+        """Wait until what lies in the host's memory is that of the last step."""
+        self._inner.settle()
 
     def scalars(self) -> dict[str, Any]:
         """Give what a checkpoint must keep besides tensors, the decay among it."""
@@ -84,6 +106,7 @@ class WithMean:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        self.settle()
         for shard in self._shards:
             mean = self._means[id(shard)]
             for begin in range(0, mean.numel(), _CHUNK):

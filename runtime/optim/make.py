@@ -9,10 +9,14 @@ from runtime.optim.config import OptimConfig
 from runtime.optim.ema import WithMean
 from runtime.optim.muon import Muon
 from runtime.optim.protocol import Optimizer
+from runtime.optim.staging import Staging
 from runtime.parallel.shards import Shard
 
 # By the name that --optimizer takes.
-OPTIMIZERS: Mapping[str, Callable[[OptimConfig, Sequence[Shard]], Optimizer]] = {"adam": AdamW, "muon": Muon}
+OPTIMIZERS: Mapping[str, Callable[[OptimConfig, Sequence[Shard], Staging | None], Optimizer]] = {
+    "adam": AdamW,
+    "muon": Muon,
+}
 
 
 def make_optimizer(config: OptimConfig, shards: Sequence[Shard]) -> Optimizer:
@@ -25,5 +29,6 @@ def make_optimizer(config: OptimConfig, shards: Sequence[Shard]) -> Optimizer:
     Returns:
         The optimizer, its states at zero.
     """
-    optimizer = OPTIMIZERS[config.optimizer](config, shards)
-    return optimizer if config.ema_decay is None else WithMean(optimizer, shards, config.ema_decay)
+    staging = Staging.for_shards(shards)
+    optimizer = OPTIMIZERS[config.optimizer](config, shards, staging)
+    return optimizer if config.ema_decay is None else WithMean(optimizer, shards, config.ema_decay, staging)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from runtime.optim.adamw import AdamW
 from runtime.optim.config import OptimConfig
+from runtime.optim.staging import Staging
 from runtime.parallel.shards import Shard
 from runtime.parallel.tensor_settings import TensorSettings
 from runtime.parallel.topology import blocks
@@ -29,13 +30,15 @@ class Muon:
         update is that of https://arxiv.org/abs/2502.16982, section 2.2.
     """
 
-    def __init__(self, config: OptimConfig, shards: Sequence[Shard]) -> None:
+    def __init__(self, config: OptimConfig, shards: Sequence[Shard], staging: Staging | None = None) -> None:
         """Set up the states.
 
         Args:
             config: rates, decay and Muon's own settings.
             shards: what to update.
+            staging: None: whole matrices stay on the device.
         """
+        assert staging is None, "runtime.settings.check refuses it"
         self._config = config
         self._matrices = [shard for shard in shards if is_of_matrices(shard)]
         self._rest = AdamW(config, [shard for shard in shards if not is_of_matrices(shard)])
@@ -111,6 +114,9 @@ class Muon:
         for shard in self._matrices:
             if shard.rounded is not None:
                 shard.rounded.copy_(shard.master)
+
+    def settle(self) -> None:
+        """Nothing is under way."""
 
     def scalars(self) -> dict[str, Any]:
         """Give what a checkpoint must keep besides tensors."""

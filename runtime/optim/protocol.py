@@ -27,7 +27,7 @@ class Optimizer(Protocol):
         """The names of what is kept for each element of a shard, beside the master."""
 
     def state(self, shard: Shard, name: str) -> Tensor:
-        """A state of a shard, [N] as its master; live memory."""
+        """A state of a shard, [N] as its master; live memory, where the shard has its state."""
 
     def set_lr(self, lr: float, decoupled_lr: float | None = None) -> None:
         """Set the learning rate of the next step, and that of embedding and head where it is another."""
@@ -39,6 +39,9 @@ class Optimizer(Protocol):
             grad_divisor: 0-dim; gradients are divided by it first (loss scale over clip coefficient). They stay as they are.
             skip: 0-dim bool; true leaves weights and states as they are.
         """
+
+    def settle(self) -> None:
+        """Wait until masters and states in the host's memory are those of the last step; called before they are touched."""
 
     def scalars(self) -> dict[str, Any]:
         """Give what a checkpoint must keep besides tensors, as JSON; the same on every rank."""

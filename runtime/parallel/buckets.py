@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from runtime.host_memory import host_zeros
 from runtime.parallel.collectives import group_rank, group_size
 from runtime.parallel.gradient_sink import GradientSink, OpenSum, attach_sink
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.packing import BUCKET_SIZE, lay_out, pack
+from runtime.parallel.packing import BUCKET_SIZE, lay_out, on_host, pack
 from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype, zero_frozen
 from runtime.parallel.topology import matrix_cols, tag, topology_of
 
@@ -43,7 +44,13 @@ class Bucket:
     """Parameters that are reduced and updated together."""
 
     def __init__(
-        self, members: list[tuple[str, nn.Parameter]], mesh: ParallelMesh, device: torch.device, *, distributed: bool
+        self,
+        members: list[tuple[str, nn.Parameter]],
+        mesh: ParallelMesh,
+        device: torch.device,
+        *,
+        distributed: bool,
+        offloaded: bool = False,
     ) -> None:
         """Allocate the flat tensors and move the parameters into them.
 
@@ -52,13 +59,15 @@ class Bucket:
             mesh: the ranks.
             device: where the bucket lives.
             distributed: whether gradients and optimizer state are sharded over the data-parallel axis.
+            offloaded: whether masters and optimizer state are in the host's memory.
         """
         first = members[0][1]
+        self.device, self.offloaded = device, offloaded
         self.topology = topology_of(first)
         self.group = mesh.group(self.topology.data_axis)
         self.partial_groups = [mesh.group(axis) for axis in self.topology.partial if mesh.size(axis) > 1]
-        self.distributed = distributed and group_size(self.group) > 1 and not self.topology.frozen
-        parts = group_size(self.group) if self.distributed else 1
+        parts = _parts(first, mesh, distributed=distributed)
+        self.distributed = parts > 1
         starts, self.size = lay_out([parameter.numel() for _, parameter in members], parts)
         self.slots = [
             Slot(name, topology_of(parameter), parameter.shape, matrix_cols(parameter), start)
@@ -73,10 +82,16 @@ class Bucket:
         self.weight_shard, self.grad_shard = self.weights[own], self.grads[own]
         # In fp32 the weights are their own masters, and frozen ones need none.
         self.separate_master = first.dtype != wide
-        self.master = self.weight_shard.to(wide) if self.separate_master else self.weight_shard
+        self.master = self._new_master(wide) if self.separate_master else self.weight_shard
         self.primary = self.topology.is_primary(mesh)
         self.parameters: list[nn.Parameter] = []
         self.pending = _Pending()
+
+    def _new_master(self, dtype: torch.dtype) -> Tensor:
+        size = self.weight_shard.numel()
+        if self.offloaded:
+            return host_zeros(size, dtype, page_locked=self.device.type == "cuda")
+        return torch.zeros(size, dtype=dtype, device=self.device)
 
     @property
     def counted(self) -> bool:
@@ -180,6 +195,12 @@ class Bucket:
             _all_gather(self.weights, self.weight_shard, self.group)
 
 
+def _parts(parameter: nn.Parameter, mesh: ParallelMesh, *, distributed: bool) -> int:
+    """Ranks that share the updates of a parameter's bucket."""
+    topology = topology_of(parameter)
+    return group_size(mesh.group(topology.data_axis)) if distributed and not topology.frozen else 1
+
+
 def _reduce_scatter(out: Tensor, source: Tensor, group: dist.ProcessGroup | None) -> Any:
     if hasattr(dist, "reduce_scatter_single"):
         return dist.reduce_scatter_single(out, source, group=group, async_op=True)
@@ -191,6 +212,15 @@ def _all_gather(out: Tensor, piece: Tensor, group: dist.ProcessGroup | None) -> 
         dist.all_gather_single(out, piece, group=group)
     else:
         dist.all_gather_into_tensor(out, piece, group=group)
+
+
+def _owned(members: list[tuple[str, nn.Parameter]], mesh: ParallelMesh, *, distributed: bool) -> int:
+    """Elements of a bucket that this rank will update."""
+    first = members[0][1]
+    if topology_of(first).frozen:
+        return 0
+    parts = _parts(first, mesh, distributed=distributed)
+    return lay_out([parameter.numel() for _, parameter in members], parts)[1] // parts
 
 
 def alike(parameter: nn.Parameter) -> tuple[object, ...]:
@@ -217,6 +247,7 @@ class BucketStore:
         device: torch.device,
         *,
         distributed: bool,
+        host_share: float = 0.0,
         bucket_size: int = BUCKET_SIZE,
     ) -> None:
         """Move a model's parameters into buckets, and collect gradients there from now on.
@@ -227,10 +258,16 @@ class BucketStore:
             mesh: the ranks.
             device: where the weights go.
             distributed: whether gradients and optimizer state are sharded.
+            host_share: of the elements that this rank updates, whose masters and optimizer state are in the host's memory.
             bucket_size: elements after which a new bucket begins.
         """
         groups = list(pack(list(parameters), lambda item: alike(item[1]), lambda item: item[1].numel(), bucket_size))
-        buckets = [Bucket(members, mesh, device, distributed=distributed) for members in groups]
+        owned = [_owned(members, mesh, distributed=distributed) for members in groups]
+        chosen = on_host(owned, host_share)
+        buckets = [
+            Bucket(members, mesh, device, distributed=distributed, offloaded=offloaded and size > 0)
+            for members, offloaded, size in zip(groups, chosen, owned, strict=True)
+        ]
         self.shards: list[Shard] = list(buckets)
         self._buckets = [bucket for bucket in buckets if not bucket.topology.frozen]
         replaced: dict[int, nn.Parameter] = {}

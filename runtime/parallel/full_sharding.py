@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from runtime.parallel.buckets import BucketStore
 from runtime.parallel.mesh import ParallelMesh
+from runtime.parallel.packing import on_host
 from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype, zero_frozen
 from runtime.parallel.topology import Topology, attach, matrix_cols, topology_of
 
@@ -27,6 +28,8 @@ class ShardedParameter:
     """This rank's rows of one parameter."""
 
     distributed = True
+
+    offloaded = False
 
     def __init__(self, name: str, parameter: nn.Parameter, dtype: torch.dtype, mesh: ParallelMesh) -> None:
         """Wrap a parameter that FSDP has sharded.
@@ -42,7 +45,7 @@ class ShardedParameter:
         self.primary = self.topology.is_primary(mesh)
         self._parameter, self._dtype = parameter, dtype
         local = self._local(parameter)
-        self.master = local.view(-1)
+        self.master, self.device = local.view(-1), local.device
         rows_before, cols = self._first_row(mesh), matrix_cols(parameter)
         row_size = parameter.shape.numel() // parameter.shape[0]
         self._begin = rows_before * row_size
@@ -105,20 +108,24 @@ class ShardedParameter:
 class FullyShardedStore:
     """All parameters of this rank: sharded by FSDP where there are replicas, in buckets otherwise."""
 
-    def __init__(self, stages: Sequence[nn.Module], mesh: ParallelMesh, device: torch.device) -> None:
+    def __init__(
+        self, stages: Sequence[nn.Module], mesh: ParallelMesh, device: torch.device, *, host_share: float = 0.0
+    ) -> None:
         """Shard the stages in place.
 
         Args:
             stages: this rank's stages with tagged parameters on the meta device.
             mesh: the ranks.
             device: where they go.
+            host_share: of the elements that this rank updates, whose optimizer state is in the host's memory. The masters
+                of what is sharded are not: FSDP gathers weights from them.
         """
         named = [(f"{i}.{name}", p) for i, stage in enumerate(stages) for name, p in stage.named_parameters()]
         sharded = [(name, p) for name, p in named if mesh.size(topology_of(p).data_axis) > 1]
         chosen = {id(p) for _, p in sharded}
         left = [(name, p) for name, p in named if id(p) not in chosen]
         tags = {name: (topology_of(p), p.dtype) for name, p in sharded}
-        self._plain = BucketStore(stages, left, mesh, device, distributed=False)
+        self._plain = BucketStore(stages, left, mesh, device, distributed=False, host_share=host_share)
         for stage in stages:
             _shard(stage, mesh, device, chosen)
         now = {f"{i}.{name}": p for i, stage in enumerate(stages) for name, p in stage.named_parameters()}
@@ -126,6 +133,9 @@ class FullyShardedStore:
         for name, (topology, dtype) in tags.items():
             attach(now[name], topology)
             self._sharded.append(ShardedParameter(name, now[name], dtype, mesh))
+        trained = [shard for shard in self._sharded if not shard.topology.frozen]
+        for shard, offloaded in zip(trained, on_host([x.master.numel() for x in trained], host_share), strict=True):
+            shard.offloaded = offloaded
         self.shards: list[Shard] = [*self._plain.shards, *self._sharded]
 
     def begin(self, num_backwards: int | None) -> None:

@@ -86,8 +86,8 @@ def attach_sink(parameter: Tensor, sink: GradientSink) -> None:
     parameter.gradient_sink = sink  # type: ignore[attr-defined]
 
 
-def sink_of(parameter: Tensor) -> GradientSink | None:
-    """The sink of a parameter, if it has one."""
+def sink_of(parameter: Tensor | None) -> GradientSink | None:
+    """The sink of a parameter, if it has one; a quantised weight is none."""
     return getattr(parameter, "gradient_sink", None)
 
 

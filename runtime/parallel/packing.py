@@ -57,3 +57,20 @@ def lay_out(sizes: Sequence[int], parts: int) -> tuple[list[int], int]:
         end += -(-size // ALIGNMENT) * ALIGNMENT
     unit = parts * ALIGNMENT
     return starts, -(-end // unit) * unit
+
+
+def on_host(sizes: Sequence[int], fraction: float) -> list[bool]:
+    """Choose the shards whose masters and optimizer states are kept in the host's memory: the first, up to a share.
+
+    Args:
+        sizes: elements that a rank updates, of each shard.
+        fraction: share of all of them that is to be on the host, 0 to 1; the shard that it ends in goes there, too.
+
+    Returns:
+        For each, whether it is chosen.
+    """
+    wanted, before, out = fraction * sum(sizes), 0, []
+    for size in sizes:
+        out.append(before < wanted)
+        before += size
+    return out

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from runtime.host_memory import host_zeros
 from runtime.parallel.collectives import Group
 from runtime.parallel.tensor_settings import TensorSettings
 from runtime.parallel.topology import Topology, blocks
@@ -82,6 +83,10 @@ class Shard(Protocol):
     """Whether the replicas hold different ranges."""
     primary: bool
     """Whether, among copies that don't come from data parallelism, this rank's is the first."""
+    device: torch.device
+    """Where weights and gradients are."""
+    offloaded: bool
+    """Whether the optimizer's states, and masters that are kept apart, are in the host's memory."""
     master: Tensor
     """[N] weights in fp32 (fp64 for fp64)."""
     separate_master: bool
@@ -110,6 +115,25 @@ class Shard(Protocol):
 
     def written(self) -> Iterator[StoredRange]:
         """The weights that this rank saves; data-parallel replicas save different ones."""
+
+
+def new_state(shard: Shard, dtype: torch.dtype | None = None) -> Tensor:
+    """Make room for what an optimizer keeps for each element of a shard, where the shard wants it.
+
+    Args:
+        shard: a rank's.
+        dtype: of the state; None: the master's.
+
+    Returns:
+        [N] zeros.
+
+    Raises:
+        HostMemoryError: the host has no room for it.
+    """
+    dtype = dtype or shard.master.dtype
+    if shard.offloaded:
+        return host_zeros(shard.master.numel(), dtype, page_locked=shard.device.type == "cuda")
+    return torch.zeros_like(shard.master, dtype=dtype)
 
 
 class Store(Protocol):

@@ -180,6 +180,11 @@ def check_optimizer(optim: OptimConfig, parallel: ParallelConfig) -> None:
         f"--optimizer muon orthogonalises whole matrices, of which {', '.join(cuts)} leaves a rank only a part: leave that "
         "out and spread the model by expert, pipeline and context parallelism, or take --optimizer adam",
     )
+    require(
+        optim.optimizer != "muon" or not optim.optimizer_cpu_offload,
+        "--optimizer muon with --optimizer-cpu-offload: Muon needs whole matrices on the GPU, and the optimizer's state comes "
+        "there in pieces; take --optimizer adam, or leave --optimizer-cpu-offload out",
+    )
 
 
 def check_adapters(run: RunConfig) -> None:

@@ -38,6 +38,7 @@ IDLE = (
     Idle("train", ("eval_ema",), lambda r: r.optim.ema_decay is not None or r.train.skip_train, "needs --ema-decay", True),
     Idle("train", ("eval_ema",), lambda r: r.train.eval_iters != 0, "needs --eval-iters", True),
     Idle("optim", ("muon_momentum", "muon_num_ns_steps", "muon_adjust_lr"), lambda r: r.optim.optimizer == "muon", "needs --optimizer muon", True),
+    Idle("optim", ("optimizer_offload_fraction",), lambda r: r.optim.optimizer_cpu_offload, "needs --optimizer-cpu-offload", True),
     Idle("data", ("eod_token_id",), lambda r: r.data.needs_eod, "needs --eod-mask-loss, --reset-position-ids or --reset-attention-mask", True),
     Idle("data", ("text_key",), lambda r: not r.data.finetuning, "needs text (--data-path)", True),
     Idle("log", ("wandb_name",), lambda r: r.log.wandb_project is not None, "needs --wandb-project", True),

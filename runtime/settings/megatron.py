@@ -91,6 +91,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--timing-log-level": NoEffect("the log has the time of a step, no timers of its parts", 1),
     "--log-validation-ppl-to-tensorboard": NoEffect("the curves have the loss, whose exponential it is"),
     "--enable-experimental": NoEffect("there is nothing to unlock"),
+    "--overlap-cpu-optimizer-d2h-h2d": NoEffect("--optimizer-cpu-offload copies both ways at once by itself"),
     "--te-rng-tracker": NoEffect("each step seeds its random numbers anew"),
 }
 
@@ -131,8 +132,10 @@ REFUSED: dict[str, str] = {
     "--use-megatron-fsdp": "parameters are sharded by --fully-shard (FSDP2)",
     "--data-parallel-sharding-strategy": "give --use-distributed-optimizer (optim_grads) or --fully-shard (all of it)",
     "--num-distributed-optimizer-instances": "the optimizer is sharded over all data-parallel ranks; leave it out",
-    "--use-precision-aware-optimizer": "masters and moments are fp32; leave it out",
-    "--optimizer-cpu-offload": "the optimizer stays on the GPU; shard it with --use-distributed-optimizer",
+    "--use-precision-aware-optimizer": "--moments-dtype bfloat16 halves the moments; masters are fp32: leave it out",
+    "--use-torch-optimizer-for-cpu-offload": "with --optimizer-cpu-offload the GPU computes the update; leave it out",
+    "--no-pin-cpu-grads": "with --optimizer-cpu-offload gradients stay on the GPU; leave it out",
+    "--no-pin-cpu-params": "--optimizer-cpu-offload page-locks the host's memory; leave it out",
     "--grad-reduce-in-bf16": "gradients are reduced in fp32; leave it out",
     "--fp8-param-gather": "parameters are gathered in bf16; leave it out",
     "--first-last-layers-bf16": "FP8 is for experts only, all other layers are bf16: leave it out",

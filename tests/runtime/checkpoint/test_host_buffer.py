@@ -14,8 +14,9 @@ from moeconv.errors import WriteError
 from moeconv.io.manifest import MANIFEST, FileRecord
 from moeconv.io.shards import ShardEntry
 from moeconv.layout.rect import Rect
-from runtime.checkpoint.host_buffer import ALIGNMENT, HostBuffer, page_lock
+from runtime.checkpoint.host_buffer import ALIGNMENT, HostBuffer
 from runtime.checkpoint.writer import Saver, check
+from runtime.host_memory import page_lock
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

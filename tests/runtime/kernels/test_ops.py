@@ -318,15 +318,15 @@ def test_moments_in_bf16_are_rounded_without_bias() -> None:
 
 
 def test_rounding_is_stochastic_where_there_is_no_kernel() -> None:
-    from runtime.optim.adamw import round_stochastically
+    from runtime.optim.adamw import random_bits, round_stochastically
 
     values = torch.full((20_000,), 1.0 + 2**-9, device=DEVICE)  # a quarter of bf16's spacing above 1
-    rounded = round_stochastically(values, 3)
+    rounded = round_stochastically(values, random_bits(0, len(values), 3, values.device) >> 16)
     assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}
     assert float((rounded > 1).double().mean()) == pytest.approx(0.25, abs=0.02)
     assert torch.equal(rounded, rounded.bfloat16().float())
     odd = torch.tensor([float("inf"), float("nan"), -2.0, 0.0], device=DEVICE)
-    torch.testing.assert_close(round_stochastically(odd, 1), odd, equal_nan=True)
+    torch.testing.assert_close(round_stochastically(odd, torch.full((4,), 0xFFFF, device=DEVICE)), odd, equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [0, 1, 70_001])

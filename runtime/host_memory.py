@@ -1,0 +1,146 @@
+"""Memory of the host that a device copies to and from: allocated once, its pages there, and page-locked beside a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeconv.errors import MoeconvError
+
+_THREADS = 4
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+class HostMemoryError(MoeconvError):
+    """The host has not the memory that is asked for."""
+
+
+def allocate(num_bytes: int) -> Tensor:
+    """Give memory whose pages are there already.
+
+    Large pages and several threads make that several times faster than the first copy would be: fresh memory costs a page
+    fault a page.
+
+    Args:
+        num_bytes: at least 1.
+
+    Returns:
+        [num_bytes] uint8, zero.
+
+    Raises:
+        HostMemoryError: there is not enough.
+    """
+    return _tensor_of(_map(num_bytes))
+
+
+def host_zeros(size: int, dtype: torch.dtype, *, page_locked: bool) -> Tensor:
+    """Give a tensor of the host that goes to and from a GPU at the speed of the link.
+
+    Args:
+        size: elements.
+        dtype: theirs.
+        page_locked: whether a GPU will copy; where the system doesn't let memory be page-locked, a warning says so, and
+            copies are slower.
+
+    Returns:
+        [size] zeros; the memory is unlocked when nothing refers to it any more.
+
+    Raises:
+        HostMemoryError: there is not enough.
+    """
+    if size == 0:
+        return torch.zeros(0, dtype=dtype)
+    block = _map(size * dtype.itemsize)
+    memory = _tensor_of(block)
+    if page_locked:
+        failure = page_lock(memory)
+        if failure is None:
+            # The map goes away with its last reference, which is after this is called.
+            unlock = weakref.finalize(block, _wait_and_unlock, memory.data_ptr())
+            unlock.atexit = False  # the end of the process does it anyway, and can't hang or fail
+        else:
+            warnings.warn(
+                f"host memory can't be page-locked ({failure}): the optimizer's state travels slower than it could; "
+                "raise the limit of locked memory (ulimit -l unlimited)",
+                stacklevel=2,
+            )
+    return memory.view(dtype)
+
+
+def page_lock(memory: Tensor) -> str | None:
+    """Page-lock memory, so that GPUs copy to it at the speed of the link.
+
+    Not torch's pinned memory: that comes in powers of two.
+
+    Args:
+        memory: contiguous, on the host.
+
+    Returns:
+        Why it failed; None if it didn't.
+    """
+    try:
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        status = int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    except Exception as error:  # everything works without; whatever it is, the caller says so
+        return f"{type(error).__name__}: {error}"
+    if status == 0:
+        return None
+    # CUDA keeps the error for whoever asks next, and that is the next kernel's launch: let it be this one's.
+    with contextlib.suppress(Exception):
+        torch.ones((), device="cuda")
+    return f"cudaHostRegister: error {status}"
+
+
+def page_unlock(address: int) -> None:
+    """Undo `page_lock`."""
+    with contextlib.suppress(Exception):
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+
+
+def available_memory() -> int | None:
+    """Give the bytes that this process and its neighbours may still take on this host; None where nothing tells."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    for limit, used in _CGROUPS:  # a container may have less than its host
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(0, min(found)) if found else None
+
+
+def _wait_and_unlock(address: int) -> None:
+    with contextlib.suppress(Exception):
+        torch.cuda.synchronize()  # copies may still be under way
+    page_unlock(address)
+
+
+def _map(num_bytes: int) -> mmap.mmap:
+    try:
+        block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise HostMemoryError(
+            f"{num_bytes / 1e9:.1f} GB of host memory are needed here: {os.strerror(error.errno or 0)}"
+        ) from None
+    with contextlib.suppress(AttributeError, OSError):  # not every system has large pages
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+def _tensor_of(block: mmap.mmap) -> Tensor:
+    memory = torch.frombuffer(block, dtype=torch.uint8)
+    pages = memory[:: mmap.PAGESIZE].chunk(_THREADS)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(Tensor.zero_, pages))
+    return memory

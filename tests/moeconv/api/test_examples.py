@@ -23,7 +23,9 @@ from tests.upcycle.hub import make_folder
 FUNCTIONS = [name for name in moeconv.__all__ if not isinstance(getattr(moeconv, name), type)]
 METHODS = [name for name in vars(TensorAccess) if not name.startswith("_") and name not in ("read", "degrees")]
 EXAMPLES: dict[str, Callable[..., Any]] = {name: getattr(moeconv, name) for name in FUNCTIONS}
-EXAMPLES |= {f"Checkpoint.{name}": getattr(TensorAccess, name) for name in METHODS if callable(getattr(TensorAccess, name))}
+EXAMPLES |= {
+    f"Checkpoint.{name}": getattr(TensorAccess, name) for name in METHODS if callable(getattr(TensorAccess, name))
+}
 SIZES = {"vocab_size": 64, "intermediate_size": 24}
 
 

@@ -9,15 +9,9 @@ import click
 
 from cli.main import ExitCode
 from cli.options import amount, progress_bar, show
-from moeconv.checkpoint import Checkpoint
-from moeconv.describe import describe, rank_tensors
+from moeconv.api import looking as api
+from moeconv.convert import Options
 from moeconv.errors import LayoutError
-from moeconv.formats import open_any
-from moeconv.hub import local_folder
-from moeconv.hub_preview import preview
-from moeconv.megatron.checkpoint import MegatronCheckpoint
-
-_LOGITS_TOLERANCE = 1e-5
 
 
 @click.command()
@@ -30,18 +24,13 @@ def inspect(path: str, rank: str | None, pattern: str | None, as_json: bool) -> 
 
     Example: moeconv inspect ckpt --rank tp=0,ep=1 --tensor '*experts*'
     """
-    with preview(path) as seen:
-        checkpoint = open_any(seen.folder)
-    value = describe(checkpoint) | {"path": path}
+    value = api.inspect(path, rank=None if rank is None else _coordinates(rank), pattern=pattern)
     lines = _screen(value)
-    if rank is not None or pattern is not None:
-        held = rank_tensors(checkpoint, _coordinates(rank or ""), pattern or "*")
-        value["rank"] = {"coordinates": _coordinates(rank or ""), "tensors": [asdict(t) for t in held]}
-        lines += [
-            "",
-            f"rank {rank or 'of the first coordinates'}: {len(held)} rectangles, {amount(sum(t.nbytes for t in held))}",
-        ]
-        lines += [f"  {t.name:<62} {t.dtype:<5} {t.rect}" for t in held]
+    if "rank" in value:
+        held = value["rank"]["tensors"]
+        size = amount(sum(t["nbytes"] for t in held))
+        lines += ["", f"rank {rank or 'of the first coordinates'}: {len(held)} rectangles, {size}"]
+        lines += [f"  {t['name']:<62} {t['dtype']:<5} {t['rect']}" for t in held]
     show(value, as_json, lines)
 
 
@@ -58,54 +47,30 @@ def verify(path: str, against: str | None, logits: bool, workers: int | None, as
 
     Example: moeconv verify ckpt --against mistralai/Mixtral-8x7B-v0.1
     """
-    from moeconv.checking import compare, lone_state
-    from moeconv.checking import verify as check
-
     if logits and against is None:
         raise click.UsageError("--logits compares two checkpoints; give --against OTHER")
-    checkpoint = open_any(local_folder(path))
     with progress_bar("verify") as progress:
-        nbytes = check(
-            checkpoint, workers=workers, progress=progress(sum(i.nbytes for i in checkpoint.tensors.values()))
-        )
-    megatron = isinstance(checkpoint, MegatronCheckpoint)
-    if isinstance(checkpoint, MegatronCheckpoint):
-        checkpoint.check()
-    checked = (
-        "checksums and coverage"
-        if checkpoint.kind == "sharded"
-        else "archives' checksums, replicas and coverage"
-        if megatron
-        else "headers and coverage (a Hugging Face folder has no checksums)"
-    )
-    value: dict[str, Any] = {
+        options = Options(workers=workers, progress=progress)
+        found = api.verify(path, against=against, logits=logits, options=options)
+    value = {
         "path": path,
-        "bytes": nbytes,
-        "checked": checked,
-        "same": None,
-        "difference": None,
-        "logits_difference": None,
+        "bytes": found.nbytes,
+        "checked": found.checked,
+        "same": found.same,
+        "difference": found.difference and asdict(found.difference),
+        "logits_difference": found.logits_difference,
     }
-    lines = [f"{path}: {len(checkpoint.tensors)} tensors, {amount(nbytes)}: {checked} are right"]
-    different = False
+    lines = [f"{path}: {found.tensors} tensors, {amount(found.nbytes)}: {found.checked} are right"]
     if against is not None:
-        other = open_any(local_folder(against))
-        with progress_bar("compare") as progress:
-            found = next(compare(checkpoint, other, progress(nbytes)), None)
-        value["same"], value["difference"] = found is None, found and asdict(found)
+        first = found.difference
         lines.append(
-            f"{against}: holds the same bytes" if found is None else f"{against}: differs: {found.name}: {found.what}"
+            f"{against}: holds the same bytes" if first is None else f"{against}: differs: {first.name}: {first.what}"
         )
-        lines += _state_note(lone_state(checkpoint, other))
-        different = found is not None
-        if logits:
-            from moeconv.forward import logits_difference
-
-            gap = value["logits_difference"] = logits_difference(checkpoint, other)
-            lines.append(f"{against}: logits differ by {gap:.2e} of the largest")
-            different = different or not gap <= _LOGITS_TOLERANCE
+        lines += _state_note(found.alone)
+    if found.logits_difference is not None:
+        lines.append(f"{against}: logits differ by {found.logits_difference:.2e} of the largest")
     show(value, as_json, lines)
-    if different:
+    if not found.passed:
         raise SystemExit(ExitCode.DIFFERENT)
 
 
@@ -118,35 +83,31 @@ def diff(a: str, b: str, as_json: bool) -> None:
 
     Example: moeconv diff ckpt ckpt-trained
     """
-    from moeconv.checking import compare, config_differences, lone_state, measure
-
-    left, right = open_any(local_folder(a)), open_any(local_folder(b))
-    config = config_differences(left.config, right.config)
     with progress_bar("compare") as progress:
-        found = list(compare(left, right, progress(sum(i.nbytes for i in left.tensors.values()))))
-    both = [d.name for d in found if left.tensors.get(d.name) == right.tensors.get(d.name)]
-    measured = {name: measure(left, right, name) for name in both}
+        found = api.diff(a, b, options=Options(progress=progress))
+    measured = {gap.name: gap for gap in found.measured}
     value = {
-        "config": [asdict(d) for d in config],
-        "tensors": [asdict(d) | (asdict(measured[d.name]) if d.name in measured else {}) for d in found],
+        "config": [asdict(d) for d in found.config],
+        "tensors": [asdict(d) | (asdict(measured[d.name]) if d.name in measured else {}) for d in found.tensors],
     }
-    lines = [f"config {d.name}: {d.what}" for d in config]
-    for d in found:
+    lines = [f"config {d.name}: {d.what}" for d in found.config]
+    for d in found.tensors:
         gap = measured.get(d.name)
         lines.append(
             f"{d.name}: {d.what}"
             if gap is None
             else f"{d.name}: max {gap.max_abs:.3e}, mean {gap.mean_abs:.3e}, {gap.count} elements"
         )
-    lines += _state_note(lone_state(left, right))
-    lines.append(f"{len(found)} tensors and {len(config)} config fields differ" if found or config else "no difference")
+    lines += _state_note(found.alone)
+    counts = f"{len(found.tensors)} tensors and {len(found.config)} config fields differ"
+    lines.append("no difference" if found.same else counts)
     show(value, as_json, lines)
-    if found or config:
+    if not found.same:
         raise SystemExit(ExitCode.DIFFERENT)
 
 
-def _state_note(alone: Checkpoint | None) -> list[str]:
-    return [f"optimizer state: only {alone.root} has it; not compared"] if alone is not None else []
+def _state_note(alone: str | None) -> list[str]:
+    return [f"optimizer state: only {alone} has it; not compared"] if alone is not None else []
 
 
 def _coordinates(text: str) -> dict[str, int]:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cli.options import ByteSize, amount, conversion, degree_options, degrees, few, progress_bar, run_options, show
-from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
-from moeconv.convert import plan_hf, plan_sharded, write_hf, write_sharded
-from moeconv.errors import SourceError, WriteError
+from moeconv.api import conversions as api
+from moeconv.api.written import Written
+from moeconv.errors import WriteError
 from moeconv.hub import push_folder
-from moeconv.hub_preview import opened, preview
-from moeconv.io.carried import size_of
-from moeconv.io.staging import check_free
-from moeconv.layout.degrees import Degrees
-from moeconv.plan import Plan
 from moeconv.quant import FP8, PLAIN
 
 
@@ -45,25 +38,19 @@ def import_hf(src: str, out: Path, **options: Any) -> None:
 
     Example: moeconv import-hf mistralai/Mixtral-8x7B-v0.1 ckpt --tp 4 --ep 4
     """
-    check_free(out.absolute())
-    layout = degrees(options)
-    if options["dry_run"]:
-        with preview(src, options["revision"]) as seen:
-            _sharded(_open(seen.folder, options), out, layout, options, "import")
-        return
-    source = opened(src, options["revision"], lambda f: _open(f, options), lambda found: plan_sharded(found, layout))
-    _sharded(source, out, layout, options, "import")
-
-
-def _open(folder: Path, options: dict[str, Any]) -> Checkpoint:
-    source = open_checkpoint(folder, options["carry"], options["strip_prefix"])
-    if source.kind == "sharded":
-        raise SourceError(f"{folder}: is sharded already; change its layout with `moeconv reshard`")
-    if options["dtype"] is None:
-        return source
-    from moeconv.quant.cast import cast
-
-    return cast(source, options["dtype"])
+    with progress_bar("import") as progress:
+        done = api.import_hf(
+            src,
+            out,
+            degrees(options),
+            revision=options["revision"],
+            carry=options["carry"],
+            strip_prefix=options["strip_prefix"],
+            dtype=options["dtype"],
+            options=conversion(options, progress),
+            dry_run=options["dry_run"],
+        )
+    _report("import", done, options["as_json"])
 
 
 @click.command()
@@ -76,10 +63,10 @@ def reshard(ckpt: Path, out: Path, **options: Any) -> None:
 
     Example: moeconv reshard ckpt ckpt-ep8 --ep 8 --etp 1
     """
-    source = open_checkpoint(ckpt, adapters=True)
-    if source.kind != "sharded":
-        raise SourceError(f"{ckpt}: is a Hugging Face folder; shard it with `moeconv import-hf`")
-    _sharded(source, out, degrees(options), options, "reshard")
+    with progress_bar("reshard") as progress:
+        run = conversion(options, progress)
+        done = api.reshard(ckpt, out, degrees(options), options=run, dry_run=options["dry_run"])
+    _report("reshard", done, options["as_json"])
 
 
 @click.command("export-hf")
@@ -108,75 +95,47 @@ def export_hf(ckpt: Path, out: Path, **options: Any) -> None:
 
     Example: moeconv export-hf ckpt mixtral-trained --max-shard-size 5GB
     """
-    source = open_checkpoint(ckpt)
-    if source.kind != "sharded":
-        raise SourceError(f"{ckpt}: is a Hugging Face folder already")
-    if options["weights"] == "ema":
-        from moeconv.quant.mean import with_mean
-
-        source = with_mean(source)
-    limit = options["max_shard_size"]
     if options["private"] and not options["push_to_hub"]:
         raise WriteError("--private: says how --push-to-hub creates a repository; give --push-to-hub REPO too")
-    if options["dry_run"]:
-        check_free(out.absolute())
-        _report("export", plan_hf(source, limit, options["names"])[0], source, out, 0.0, options)
-        return
-    begin = time.perf_counter()
     with progress_bar("export") as progress:
-        plan = write_hf(source, out, limit, conversion(options, progress), options["names"])
-    seconds = time.perf_counter() - begin
-    pushed = push_folder(out, options["push_to_hub"], private=options["private"]) if options["push_to_hub"] else None
-    _report("export", plan, source, out, seconds, options, pushed)
+        done = api.export_hf(
+            ckpt,
+            out,
+            max_shard_size=options["max_shard_size"],
+            names=options["names"],
+            weights=options["weights"],
+            options=conversion(options, progress),
+            dry_run=options["dry_run"],
+        )
+    push = options["push_to_hub"] and not options["dry_run"]
+    pushed = push_folder(out, options["push_to_hub"], private=options["private"]) if push else None
+    _report("export", done, options["as_json"], pushed)
 
 
-def _sharded(source: Checkpoint, out: Path, layout: Degrees, options: dict[str, Any], title: str) -> None:
-    if options["dry_run"]:
-        check_free(out.absolute())
-        _report(title, plan_sharded(source, layout), source, out, 0.0, options)
-        return
-    begin = time.perf_counter()
-    with progress_bar(title) as progress:
-        plan = write_sharded(source, out, layout, conversion(options, progress))
-    _report(title, plan, source, out, time.perf_counter() - begin, options)
-
-
-def _report(
-    title: str,
-    plan: Plan,
-    source: Checkpoint,
-    out: Path,
-    seconds: float,
-    options: dict[str, Any],
-    pushed: str | None = None,
-) -> None:
-    dry = options["dry_run"]
-    cast: Sequence[str] = getattr(source, "notes", ())
-    carried = {
-        name: size_of(content) for name, content in source.carried_files.items() if title != "export" or name != TRAINER
-    }
+def _report(title: str, done: Written, as_json: bool, pushed: str | None = None) -> None:
     value = {
         "command": title,
-        "out": str(out),
-        "dry_run": dry,
-        "tensors": len(plan.jobs),
-        "files": {file.name: file.size for file in plan.files},
-        "carried": carried,
-        "bytes": plan.nbytes,
-        "seconds": round(seconds, 3),
-        "dropped": source.dropped,
-        "cast": list(cast),
+        "out": str(done.out),
+        "dry_run": done.dry_run,
+        "tensors": done.tensors,
+        "files": done.files,
+        "carried": done.carried,
+        "bytes": done.nbytes,
+        "seconds": done.seconds,
+        "dropped": list(done.dropped),
+        "cast": list(done.notes),
         "pushed": pushed,
     }
-    lines = [f"{file.name:<40} {amount(file.size):>10}" for file in plan.files] if dry else []
-    lines += [f"{name:<40} {amount(size):>10}  goes along" for name, size in carried.items()] if dry else []
-    lines += few([f"not converted: {what}" for what in source.dropped])
-    lines += [f"cast: {what}" for what in cast]
-    what = f"{len(plan.jobs)} tensors in {len(plan.files)} files, {amount(plan.nbytes)}"
-    what += f", and {len(carried)} files beside them, {amount(sum(carried.values()))}" if carried else ""
-    lines.append(
-        f"{out}: would hold {what}"
-        if dry
-        else f"{out}: {what} in {seconds:.1f} s ({amount(plan.nbytes / max(seconds, 1e-9))}/s)"
+    lines = [f"{name:<40} {amount(size):>10}" for name, size in done.files.items()] if done.dry_run else []
+    lines += (
+        [f"{name:<40} {amount(size):>10}  goes along" for name, size in done.carried.items()] if done.dry_run else []
     )
-    show(value, options["as_json"], lines + ([f"uploaded: {pushed}"] if pushed else []))
+    lines += few([f"not converted: {what}" for what in done.dropped])
+    lines += [f"cast: {what}" for what in done.notes]
+    what = f"{done.tensors} tensors in {len(done.files)} files, {amount(done.nbytes)}"
+    what += f", and {len(done.carried)} files beside them, {amount(sum(done.carried.values()))}" if done.carried else ""
+    rate = amount(done.nbytes / max(done.seconds, 1e-9))
+    lines.append(
+        f"{done.out}: would hold {what}" if done.dry_run else f"{done.out}: {what} in {done.seconds:.1f} s ({rate}/s)"
+    )
+    show(value, as_json, lines + ([f"uploaded: {pushed}"] if pushed else []))

@@ -10,11 +10,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from enum import IntEnum
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moeconv.errors import MoeconvError
+from moeconv.extras import needed
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # Conversions use numpy to move bytes, never for linear algebra: its threads would only cost start-up time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -86,10 +90,19 @@ class Commands(click.Group):
             with formatter.section(section):
                 formatter.write_dl([(name, text) for name, (_, text) in commands.items()])
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a command's name or an option's, without importing any command."""
+        from click.shell_completion import CompletionItem
+
+        named = ((name, text) for commands in _COMMANDS.values() for name, (_, text) in commands.items())
+        found = [CompletionItem(name, help=text) for name, text in named if name.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; an error of ours is one line on stderr and exit code 1."""
         try:
-            return super().invoke(ctx)
+            with needed("this command"):
+                return super().invoke(ctx)
         except MoeconvError as error:
             _tell(f"error: {error}")
             ctx.exit(ExitCode.FAILED)

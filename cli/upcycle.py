@@ -10,17 +10,12 @@ import click
 
 from cli.main import ExitCode
 from cli.options import ByteSize, amount, conversion, degree_options, degrees, progress_bar, run_options, show
-from moeconv.checkpoint import open_checkpoint
+from moeconv.api import models as api
 from moeconv.errors import RecipeError
-from moeconv.hub_preview import opened
-from moeconv.io.staging import check_free
-from moeconv.layout.degrees import Degrees
-from moeconv.upcycle.carriers import CARRIERS
-from moeconv.upcycle.check import FunctionError
-from moeconv.upcycle.files import load_yaml, recipe_table
-from moeconv.upcycle.make import Target, plan
-from moeconv.upcycle.make import upcycle as make
-from moeconv.upcycle.recipe import METHODS, PARTITIONS, PLACEMENTS, ROUTERS, Recipe, from_table, read_prompts
+from moeconv.upcycling.carriers import CARRIERS
+from moeconv.upcycling.check import FunctionError
+from moeconv.upcycling.files import load_yaml, recipe_table
+from moeconv.upcycling.recipe import METHODS, PARTITIONS, PLACEMENTS, ROUTERS, Recipe, from_table, read_prompts
 
 
 class Layers(click.ParamType[tuple[int, ...]]):
@@ -115,28 +110,27 @@ def upcycle(src: str, out: Path, **options: Any) -> None:
 
     Example: moeconv upcycle mistralai/Mistral-7B-v0.1 moe --method virtual-group --experts 32 --granularity 4 --ep 8
     """
-    layout = degrees(options)
-    if options["hf"] and layout != Degrees():
-        raise RecipeError(f"--hf writes no shards; leave out --hf, or the degrees ({layout})")
-    check_free(out.absolute())
     recipe, dtype = _recipe(src, options)
-    # The plan of router rows from texts reads weights: that one is made when they are there.
-    source = opened(
-        src, options["revision"], open_checkpoint, lambda found: recipe.router == "hidden" or plan(found, recipe)
-    )
-    if dtype is not None and {info.dtype for info in source.tensors.values()} != {dtype}:
-        raise RecipeError(f"{options['recipe']}: asks for dtype {dtype}, which SRC's weights don't have; leave it out")
-    target = Target(degrees=None if options["hf"] else layout, max_shard_size=options["max_shard_size"])
     with progress_bar("upcycle") as progress:
-        run, dry_run = conversion(options, progress), options["dry_run"]
         try:
-            value = make(
-                source, out, recipe, target, run, logits=options["check"], text=options["text"], dry_run=dry_run
+            done = api.upcycle(
+                src,
+                out,
+                recipe,
+                degrees(options),
+                hf=options["hf"],
+                max_shard_size=options["max_shard_size"],
+                revision=options["revision"],
+                dtype=dtype,
+                check=options["check"],
+                text=options["text"],
+                options=conversion(options, progress),
+                dry_run=options["dry_run"],
             )
         except FunctionError as error:
             click.echo(f"error: {error}", err=True)
             raise SystemExit(ExitCode.DIFFERENT) from None
-    show(value, options["as_json"], _screen(value))
+    show(dict(done.details), options["as_json"], _screen(dict(done.details)))
 
 
 def _recipe(src: str, options: dict[str, Any]) -> tuple[Recipe, str | None]:

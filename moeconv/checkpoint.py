@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moeconv.access import TensorAccess
 from moeconv.agreement import check_manifest, stage_layers
 from moeconv.errors import IntegrityError, MappingError, SourceError
 from moeconv.families import family_of
@@ -39,14 +40,14 @@ MAX_LAYERS, MAX_BLOCKS = 10_000, 200_000  # layers, or experts of a layer; exper
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(TensorAccess):
     """An opened checkpoint. Opening reads headers only; `checksums` (by file and tensor) are there for sharded ones.
 
     `ops` is empty for what is on disk: a checkpoint that is only planned names there what makes its tensors of others' bytes.
     """
 
     root: Path
-    kind: Literal["hf", "sharded"]
+    kind: Literal["hf", "sharded", "megatron", "planned"]
     config: dict[str, Any]
     model: Model
     tensors: dict[str, TensorInfo]
@@ -77,7 +78,7 @@ class Checkpoint:
         """What kind of checkpoint it is, in words."""
         if self.adapter is not None:
             return "a save of adapters"
-        return "sharded" if self.kind == "sharded" else "Hugging Face"
+        return "Hugging Face" if self.kind == "hf" else self.kind
 
     @property
     def degrees(self) -> Degrees:

@@ -71,7 +71,7 @@ def write_sharded(source: Checkpoint, out: Path, degrees: Degrees, options: Opti
     Raises:
         MoeconvError: anything is wrong; then `out` does not exist.
     """
-    if source.kind == "hf" and TRAINER in source.carried:
+    if source.kind != "sharded" and TRAINER in source.carried:
         raise SourceError(f"{source.root / TRAINER}: training checkpoints keep their own file of this name; rename it")
     plan = plan_sharded(source, degrees)
 
@@ -94,8 +94,11 @@ def plan_hf(source: Checkpoint, max_shard_size: int | None, names: Names | None 
         The plan, and the index file's bytes (None where there is no index).
 
     Raises:
+        SourceError: the source is a Hugging Face folder itself.
         LayoutError: a tensor is larger than `max_shard_size` allows for at least one element.
     """
+    if source.folder is not None:
+        raise SourceError(f"{source.root}: is a Hugging Face folder already")
     tensors = {name: info for name, info in source.tensors.items() if split_optimizer_name(name)[0] is None}
     pieces = {name: source.pieces[name] for name in tensors}
     if max_shard_size is None and names is None and source.manifest is not None and source.manifest.source:
@@ -125,8 +128,6 @@ def write_hf(
     Raises:
         MoeconvError: anything is wrong; then `out` does not exist.
     """
-    if source.folder is not None:
-        raise SourceError(f"{source.root}: is a Hugging Face folder already")
     plan, index = plan_hf(source, max_shard_size, names)
     beside = {name: content for name, content in source.carried_files.items() if name != TRAINER}
     if index is not None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from moeconv.errors import MoeconvError
+from moeconv.extras import needed
 from runtime.job.failure import USER_ERROR, end_with
 from runtime.settings.flags import parse_flags
 
@@ -29,13 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         given = parse_flags(words)
+        with needed("training"):
+            from torch.distributed.elastic.multiprocessing.errors import record
+
+            from runtime.start import start_run
     except MoeconvError as error:
         end_with(error)
         return USER_ERROR
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    from runtime.start import start_run
-
     status: int | None = record(start_run)(given)
     return status or 0
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import MappingError
-from moeconv.upcycle.draws import Bytes
+from moeconv.upcycling.draws import Bytes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from moeconv.families.adapted import LORA_A, AdaptedModel
 from moeconv.layout.rect import Rect
-from moeconv.upcycle.draws import Floats, generator
+from moeconv.upcycling.draws import Floats, generator
 
 
 def initial_adapters(model: AdaptedModel, seed: int) -> Callable[[str, Rect], Floats]:

@@ -6,10 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from moeconv import extras
 from moeconv.adapters.delta import AddDelta, Array, Replace
 from moeconv.adapters.identity import check_base, fingerprint
 from moeconv.adapters.source import Adapter
@@ -149,6 +151,8 @@ def write_merge(
     Raises:
         MoeconvError: anything is wrong; then `out` does not exist.
     """
+    if logits is not False:
+        _forward()  # before anything is written
     plan, index = plan_merge(merged, hf=hf)
     beside = dict(merged.carried_files)
     if index is not None:
@@ -201,9 +205,9 @@ def prove(merged: Merged, written: Checkpoint, options: Options, *, logits: bool
     proof = Proof(len(names), zero, (lost / added) ** 0.5 if added else 0.0)
     if logits is False:
         return replace(proof, note="logits: left out")
-    from moeconv import forward
-    from moeconv.upcycle.check import free_memory
+    from moeconv.upcycling.check import free_memory
 
+    forward = _forward()
     needed, free = forward.layer_bytes(merged), free_memory()
     if logits is None and needed > free:
         why = f"a layer in fp32 takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
@@ -217,6 +221,12 @@ def prove(merged: Merged, written: Checkpoint, options: Options, *, logits: bool
             f"its sums rounded as the weights are; expected are at most {bound:.0e}. Nothing was finished"
         )
     return replace(proof, logits_error=error, bound=bound)
+
+
+def _forward() -> ModuleType:
+    with extras.needed("comparing logits", "leave it out with --no-logits (check=False)"):
+        from moeconv import forward
+    return forward
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def as_checkpoint(source: MegatronSource) -> MegatronCheckpoint:
     tensors = {n: TensorInfo(n, p[0].dtype, shapes[n.removeprefix(_state(n))]) for n, p in pieces.items()}
     return MegatronCheckpoint(
         root=source.root,
-        kind="hf",
+        kind="megatron",
         config=dict(source.config),
         model=source.model,
         tensors=tensors,

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import xxhash
 
+from moeconv.extras import needed
 from moeconv.families import family_of
 from runtime.data.errors import DataError, need
 
@@ -81,7 +82,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         DataError: there is no tokenizer, transformers can't load it, or a library for it is missing.
     """
     # Imported here: transformers takes a second to load, and a run whose tokens are kept already doesn't need it.
-    from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+    with needed("reading a tokenizer"):
+        from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
     if not path.exists():
         raise DataError(

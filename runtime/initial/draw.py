@@ -16,7 +16,7 @@ from moeconv.families.base import GlobalTensor, Model
 from moeconv.io.hf_folder import CONFIG
 from moeconv.layout.rect import Rect
 from moeconv.pieces import TensorInfo
-from moeconv.upcycle.draws import normal
+from moeconv.upcycling.draws import normal
 from runtime.initial.config import InitConfig
 
 # Columns that are drawn as a matrix of their own, so that whoever holds some columns draws few others. Part of what a seed means.
@@ -134,7 +134,7 @@ def drawn_checkpoint(
     assert CONFIG in files
     return DrawnCheckpoint(
         root=root,
-        kind="hf",
+        kind="planned",
         config=dict(model.config),
         model=model,
         tensors=tensors,

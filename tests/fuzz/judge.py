@@ -28,7 +28,7 @@ from moeconv.errors import MoeconvError
 from moeconv.families.base import Model
 from moeconv.io.hf_folder import CONFIG
 from moeconv.megatron.model_args import model_args
-from moeconv.upcycle.carriers import Shape, choose
+from moeconv.upcycling.carriers import Shape, choose
 from runtime.engine import Engine
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.support import check_supported

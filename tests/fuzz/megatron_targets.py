@@ -17,8 +17,8 @@ from moeconv.megatron.checkpoint import as_checkpoint
 from moeconv.megatron.convert import export_megatron, open_megatron
 from moeconv.megatron.model_args import check_args, config_from_args
 from moeconv.megatron.source import TRACKER, find_iteration
-from moeconv.upcycle.planned import plan_upcycle
-from moeconv.upcycle.recipe import Recipe
+from moeconv.upcycling.planned import plan_upcycle
+from moeconv.upcycling.recipe import Recipe
 from tests.fuzz.mutate import flip_bytes, mutate_in_pickle, mutate_json, mutate_pickle, mutate_tree, mutate_zip
 from tests.fuzz.support import Case, Target, copied, outside
 

@@ -43,6 +43,8 @@ class Case:
     folder: str = "release"
     save: str | None = None
     save_metadata: dict[str, Any] = field(default_factory=dict)
+    fill: str | None = None
+    """A checkpoint to fill the model from by `Checkpoint.load_into`; then only the arguments are taken from `load`."""
 
     @property
     def layout(self) -> tuple[int | None, ...]:
@@ -143,7 +145,10 @@ def _case(case: Case, tokens: torch.Tensor) -> torch.Tensor:
             for name, held in (*model.named_parameters(), *model.named_buffers()):
                 if held.requires_grad or name.endswith("expert_bias"):
                     held.fill_(float("nan"))  # whatever the load leaves out shows in the logits
-        (_load_torch if case.fmt == "torch" else _load_dist)(case, models)
+        if case.fill is not None:
+            _fill(case, models)
+        else:
+            (_load_torch if case.fmt == "torch" else _load_dist)(case, models)
         logits = _forward(case, models, tokens, args.vocab_size)
     if case.save is not None:
         (_save_torch if case.fmt == "torch" else _save_dist)(case, models, args)
@@ -276,6 +281,26 @@ def _load_torch(case: Case, models: list[Any]) -> None:
         if case.spec == "te" or case.experts == "grouped":
             entries = _as_local(entries)
         model.load_state_dict(entries, strict=True)
+
+
+def _fill(case: Case, models: list[Any]) -> None:
+    """Fill this rank's modules as somebody with a trainer of their own does."""
+    from megatron.core import parallel_state
+
+    import moeconv
+
+    degrees = moeconv.Degrees(tp=case.tp, pp=case.pp, vpp=case.vpp or 1, ep=case.ep, etp=case.etp or case.tp)
+    rank = {
+        "tp": parallel_state.get_tensor_model_parallel_rank(),
+        "pp": parallel_state.get_pipeline_model_parallel_rank(),
+        "ep": parallel_state.get_expert_model_parallel_rank(),
+        "etp": parallel_state.get_expert_tensor_parallel_rank(),
+    }
+    for chunk, model in enumerate(models):
+        nbytes = moeconv.open(str(case.fill)).load_into(
+            model, degrees=degrees, rank=rank | {"vpp": chunk}, names="megatron"
+        )
+        assert nbytes > 0
 
 
 def _as_local(entries: dict[str, Any]) -> dict[str, Any]:

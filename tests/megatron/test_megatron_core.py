@@ -66,6 +66,9 @@ def outcomes(hf_fp32: Path, reference: tuple[torch.Tensor, torch.Tensor], tmp_pa
         first = next(c for c in cases.values() if (c.fmt, c.spec) == ("torch_dist", "local"))
         case = Case(load=first.load, fmt=fmt, save=str(work / f"other{number}"), save_metadata=metadata, **layout)
         cases[f"other{number}"] = case
+    for layout in LAYOUTS:  # a model of megatron-core's own, filled from the Hugging Face folder
+        first = cases[name_of("torch", "local", layout)]
+        cases[name_of("filled", "local", layout)] = replace(first, fill=str(hf_fp32), save=None)
     logits = run_cases(list(cases.values()), reference[0], work)
     return {name: Outcome(case, got) for (name, case), got in zip(cases.items(), logits, strict=True)}
 
@@ -79,6 +82,14 @@ def test_megatron_core_loads_our_export(
     layout: dict[str, Any],
 ) -> None:
     torch.testing.assert_close(outcomes[name_of(fmt, spec, layout)].logits, reference[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_load_into_fills_a_model_of_megatron_core(
+    outcomes: dict[str, Outcome], reference: tuple[torch.Tensor, torch.Tensor], layout: dict[str, Any]
+) -> None:
+    got = outcomes[name_of("filled", "local", layout)].logits
+    torch.testing.assert_close(got, reference[1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("fmt", "layout"), [(f, layout) for f, s, layout in MATRIX if s == "local"], ids=str)

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_sharded
 from moeconv.layout.degrees import Degrees
-from moeconv.upcycle.planned import plan_upcycle
-from moeconv.upcycle.recipe import Recipe
+from moeconv.upcycling.planned import plan_upcycle
+from moeconv.upcycling.recipe import Recipe
 from tests.moeconv.models import digests
 from tests.runtime.words import VOCAB_SIZE, make_tokenizer, real_text
 from tests.upcycle.hub import gap, logits, make_folder
@@ -221,7 +221,7 @@ def test_bad_recipe_files(table: str, message: str, call: Call, llama: Path, tmp
 def test_check_stops_a_plan_that_computes_something_else(
     call: Call, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import moeconv.upcycle.planned as module
+    import moeconv.upcycling.planned as module
 
     right = module.choose
 
@@ -261,8 +261,8 @@ from pathlib import Path
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_sharded
 from moeconv.layout.degrees import Degrees
-from moeconv.upcycle.planned import plan_upcycle
-from moeconv.upcycle.recipe import Recipe
+from moeconv.upcycling.planned import plan_upcycle
+from moeconv.upcycling.recipe import Recipe
 
 out, fatal, calls = sys.argv[2], int(sys.argv[3]), 0
 def watch(event, args):

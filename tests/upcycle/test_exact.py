@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf, write_sharded
 from moeconv.layout.degrees import Degrees
-from moeconv.upcycle.planned import Planned, plan_upcycle
-from moeconv.upcycle.recipe import Recipe
+from moeconv.upcycling.planned import Planned, plan_upcycle
+from moeconv.upcycling.recipe import Recipe
 from tests.upcycle.hub import gap, logits, make_folder
 
 pytestmark = pytest.mark.filterwarnings(

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf, write_sharded
 from moeconv.layout.degrees import Degrees
-from moeconv.upcycle.draws import normal
-from moeconv.upcycle.expand import plan_expand
-from moeconv.upcycle.planned import Planned, plan_upcycle
-from moeconv.upcycle.recipe import Recipe
+from moeconv.upcycling.draws import normal
+from moeconv.upcycling.expand import plan_expand
+from moeconv.upcycling.planned import Planned, plan_upcycle
+from moeconv.upcycling.recipe import Recipe
 from tests.upcycle.hub import gap, logits, make_folder
 
 MATRICES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}

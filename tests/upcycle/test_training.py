@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf, write_sharded
 from moeconv.layout.degrees import Degrees
-from moeconv.upcycle.planned import plan_upcycle
-from moeconv.upcycle.recipe import Recipe
+from moeconv.upcycling.planned import plan_upcycle
+from moeconv.upcycling.recipe import Recipe
 from tests.runtime.jobs import Job, run_jobs
 from tests.runtime.launch import steps
 from tests.runtime.ranks import RankPool

@@ -8,12 +8,12 @@ from moeconv.families.base import GlobalTensor, Model
 from moeconv.families.names import fill
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece
-from moeconv.upcycle.build import Made
-from moeconv.upcycle.neurons import part
-from moeconv.upcycle.planned import Planned, assemble, check_source
-from moeconv.upcycle.recipe import Recipe
-from moeconv.upcycle.shapes import check_top_k
-from moeconv.upcycle.steps import AddNoise, Step
+from moeconv.upcycling.build import Made
+from moeconv.upcycling.neurons import part
+from moeconv.upcycling.planned import Planned, assemble, check_source
+from moeconv.upcycling.recipe import Recipe
+from moeconv.upcycling.shapes import check_top_k
+from moeconv.upcycling.steps import AddNoise, Step
 
 _ROUTER_STD = 1e-3
 

@@ -22,13 +22,13 @@ from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece, TensorInfo
 from moeconv.quant import require_plain
 from moeconv.sweep import Sweep, open_strips
-from moeconv.upcycle.build import Builder, Made
-from moeconv.upcycle.carriers import SOURCES, choose, left_out
-from moeconv.upcycle.draws import Floats
-from moeconv.upcycle.recipe import Recipe
-from moeconv.upcycle.shapes import FORMULAS, advice, dense_shape, lossless, why_inexact
-from moeconv.upcycle.similarity import similarity
-from moeconv.upcycle.steps import Steps
+from moeconv.upcycling.build import Builder, Made
+from moeconv.upcycling.carriers import SOURCES, choose, left_out
+from moeconv.upcycling.draws import Floats
+from moeconv.upcycling.recipe import Recipe
+from moeconv.upcycling.shapes import FORMULAS, advice, dense_shape, lossless, why_inexact
+from moeconv.upcycling.similarity import similarity
+from moeconv.upcycling.steps import Steps
 
 REPORT = "upcycle.json"
 
@@ -191,7 +191,7 @@ def assemble(
         kinds[m.kind] = kinds.get(m.kind, 0) + tensors[name].nbytes
     return Planned(
         root=sources[0].root,
-        kind="hf",
+        kind="planned",
         config=config,
         model=model,
         tensors=tensors,

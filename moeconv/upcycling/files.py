@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.errors import RecipeError
-from moeconv.upcycle.carriers import CARRIERS
+from moeconv.upcycling.carriers import CARRIERS
 
 _ARCHITECTURES = {family.mergekit: name for name, family in CARRIERS.items() if family.mergekit is not None}
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import RecipeError
 from moeconv.forward import hidden_states
-from moeconv.upcycle.draws import Floats
-from moeconv.upcycle.recipe import Recipe
+from moeconv.upcycling.draws import Floats
+from moeconv.upcycling.recipe import Recipe
 
 _MOST = (8, 512)  # sequences, and tokens of each
 

@@ -13,9 +13,9 @@ from moeconv.checkpoint import Checkpoint
 from moeconv.families.base import GlobalTensor, Model
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece
-from moeconv.upcycle.carriers import Shape
-from moeconv.upcycle.draws import Floats, Integers
-from moeconv.upcycle.neurons import (
+from moeconv.upcycling.carriers import Shape
+from moeconv.upcycling.draws import Floats, Integers
+from moeconv.upcycling.neurons import (
     Once,
     chosen_neurons,
     deal_by_clusters,
@@ -24,9 +24,9 @@ from moeconv.upcycle.neurons import (
     neuron_sums,
     part,
 )
-from moeconv.upcycle.recipe import Recipe
-from moeconv.upcycle.routers import drawn, scaled
-from moeconv.upcycle.steps import AddNoise, Average, Gather, Given, Redraw, Scale, Step
+from moeconv.upcycling.recipe import Recipe
+from moeconv.upcycling.routers import drawn, scaled
+from moeconv.upcycling.steps import AddNoise, Average, Gather, Given, Redraw, Scale, Step
 
 NEURON_DIM = {"gate": 0, "up": 0, "down": 1}
 _NOISE_STD = 1e-3

@@ -7,8 +7,8 @@ from math import frexp
 from moeconv.errors import RecipeError
 from moeconv.families.base import Model
 from moeconv.layout.shard import divisors
-from moeconv.upcycle.carriers import Shape
-from moeconv.upcycle.recipe import Recipe
+from moeconv.upcycling.carriers import Shape
+from moeconv.upcycling.recipe import Recipe
 
 # What a method does, for the report: f neurons, E copies, G parts a copy, N = E*G experts, T of them for a token.
 FORMULAS = {

@@ -10,14 +10,16 @@ from typing import Any
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.convert import Options, plan_hf, plan_sharded, write_hf, write_sharded
 from moeconv.errors import RecipeError
+from moeconv.extras import needed
 from moeconv.hub import local_folder
+from moeconv.io.carried import size_of
 from moeconv.io.staging import check_free
 from moeconv.layout.degrees import Degrees
 from moeconv.placement import check_degrees
-from moeconv.upcycle.check import check
-from moeconv.upcycle.expand import plan_expand
-from moeconv.upcycle.planned import Planned, plan_upcycle
-from moeconv.upcycle.recipe import Recipe
+from moeconv.upcycling.check import check
+from moeconv.upcycling.expand import plan_expand
+from moeconv.upcycling.planned import Planned, plan_upcycle
+from moeconv.upcycling.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,8 @@ def plan(source: Checkpoint, recipe: Recipe) -> Planned:
     copies = planned.model.sizes["experts"] // recipe.granularity
     if len(recipe.prompts) != copies:
         raise RecipeError(f"--prompts: {len(recipe.prompts)} entries for {copies} router rows; give one for each")
-    from moeconv.upcycle.texts import rows_from_texts
+    with needed("router rows from texts", "take another --router"):
+        from moeconv.upcycling.texts import rows_from_texts
 
     return plan_upcycle(source, recipe, others, rows_from_texts(source, recipe))
 
@@ -100,7 +103,9 @@ def upcycle(
     return {
         "out": str(out),
         "dry_run": dry_run,
+        "tensors": len(done.jobs),
         "files": {file.name: file.size for file in done.files},
+        "carried": {name: size_of(content) for name, content in planned.carried_files.items()},
         "bytes": done.nbytes,
         "seconds": 0.0 if dry_run else round(time.perf_counter() - begin, 3),
         **asdict(checked),

@@ -16,7 +16,7 @@ from moeconv.dtypes import dtype
 from moeconv.errors import SourceError
 from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece
-from moeconv.upcycle.draws import Floats, Integers, floats, generator
+from moeconv.upcycling.draws import Floats, Integers, floats, generator
 
 T = TypeVar("T")
 _BAND_ROWS = 256

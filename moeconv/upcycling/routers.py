@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeconv.upcycle.draws import Floats, normal
+from moeconv.upcycling.draws import Floats, normal
 
 
 def drawn(seed: int, name: str, count: int, hidden: int, std: float, *, zero_mean: bool) -> Floats:

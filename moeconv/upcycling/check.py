@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeconv import extras
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import MoeconvError
-from moeconv.upcycle.planned import Planned
+from moeconv.upcycling.planned import Planned
 
 # Allowed difference of logits, relative to the largest: of fp32 sums in another order, and where scaling rounds.
 TOLERANCE, ROUNDED_TOLERANCE = 1e-5, 5e-2
@@ -46,14 +47,15 @@ def check(source: Checkpoint, planned: Planned, *, logits: bool | None = None, t
     """
     if logits is False and text is None:
         return Checked()
-    from moeconv import forward
+    with extras.needed("comparing logits and losses", "leave the check out with --no-check (check=False)"):
+        from moeconv import forward
 
     needed, free = forward.layer_bytes(planned), free_memory()
     if logits is None and text is None and needed > free:
         return Checked(check=f"left out: a layer in fp32 takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
     losses: tuple[float | None, float | None] = (None, None)
     if text is not None:
-        from moeconv.upcycle.texts import sequences
+        from moeconv.upcycling.texts import sequences
 
         tokens = sequences(source.root, text)
         losses = forward.loss(source, tokens), forward.loss(planned, tokens)

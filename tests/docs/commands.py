@@ -30,19 +30,24 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def commands(page: Path) -> Iterator[Command]:
-    """Give the commands of a page: of its fenced blocks, and those that stand in a line of text."""
+def blocks(page: Path) -> Iterator[tuple[Command, ...]]:
+    """Give the commands of each fenced block of a page."""
     text, name = page.read_text(encoding="utf8"), page.relative_to(ROOT).as_posix()
     for kind, block in _FENCE.findall(text):
         if kind not in ("", "console", "bash", "sh"):
             continue
-        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-            found = _split(line.removeprefix("$ ").strip())
-            if found and found[0] in PROGRAMS:
-                yield Command(name, found)
+        lines = re.sub(r"\\\n\s*", " ", block).splitlines()
+        found = [_split(line.removeprefix("$ ").strip()) for line in lines]
+        if made := tuple(Command(name, words) for words in found if words and words[0] in PROGRAMS):
+            yield made
+
+
+def inline(page: Path) -> Iterator[Command]:
+    """Give the commands that stand in a page's lines of text, which may leave arguments out."""
+    text, name = page.read_text(encoding="utf8"), page.relative_to(ROOT).as_posix()
     for line in _INLINE.findall(_FENCE.sub("", text)):
-        if found := _split(line):
-            yield Command(name, found)
+        if words := _split(line):
+            yield Command(name, words)
 
 
 def _split(line: str) -> tuple[str, ...]:
@@ -52,9 +57,3 @@ def _split(line: str) -> tuple[str, ...]:
         return ()
     ends = [at for at, word in enumerate(words) if word in (">", "|", "&&", ";", "...")]
     return tuple(words[: ends[0]] if ends and words[ends[0]] != "..." else words)
-
-
-if __name__ == "__main__":
-    for page in pages():
-        for command in commands(page):
-            print(command)

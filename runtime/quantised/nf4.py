@@ -32,6 +32,13 @@ def code_of(device: torch.device) -> Tensor:
 
 
 @functools.cache
+def pairs_of(device: torch.device) -> Tensor:
+    """[256, 2] the two numbers of a byte."""
+    byte = torch.arange(256, device=device)
+    return code_of(device)[torch.stack([byte >> 4, byte & 15], dim=-1)]
+
+
+@functools.cache
 def scales_code_of(device: torch.device) -> Tensor:
     """[256] the numbers that eight bits of a scale stand for, fp32, ascending: a fraction that is longer the larger the number."""
     numbers = [0.0, 1.0]
@@ -117,6 +124,8 @@ class Nf4:
         if self.double:
             groups = parts[2].repeat_interleave(SCALES_BLOCK)[: scales.numel()]
             scales = scales_code_of(scales.device)[scales.long()] * groups + parts[3]
-        places = torch.stack([codes >> 4, codes & 15], dim=-1).view(-1)[:size]
-        numbers = code_of(codes.device)[places.long()]
-        return numbers * scales.repeat_interleave(NF4_BLOCK)[:size]
+        numbers = pairs_of(codes.device).index_select(0, codes.int()).view(-1)[:size]
+        full = size // NF4_BLOCK
+        numbers[: full * NF4_BLOCK].view(-1, NF4_BLOCK).mul_(scales[:full].unsqueeze(1))
+        numbers[full * NF4_BLOCK :].mul_(scales[-1])
+        return numbers

@@ -77,6 +77,17 @@ LORA: dict[str, Any] = {
     "optim": {"clip_grad": 0.05, "freeze": ("*layers.0*lora_A*",), "no_weight_decay": ("*.w2.lora_B*",)},
 }  # fmt: skip
 ALL: dict[str, Any] = {"lora": {"rank": 3, "rslora": True, "targets": ("*_proj*",)}, "optim": {"clip_grad": 0.05}}
+# Every rank's columns are whole blocks of 64, so that each layout holds the same numbers.
+WIDE: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "num_hidden_layers": 2}
+NF4, FP8 = (
+    {
+        "lora": {"rank": 4, "targets": ("*_proj*", "*experts*"), "quantize_base": kind},
+        "optim": {"clip_grad": 0.05},
+        "model": WIDE,
+        "num_microbatches": 2,
+    }
+    for kind in ("nf4", "fp8")
+)
 
 
 def case(name: str, num_ranks: int, parallel: dict[str, Any] | None = None, **options: Any) -> Case:
@@ -171,6 +182,9 @@ CASES = (
     case("ep2 dp2 fully sharded, adapters recomputed", 4, {"ep": 2} | SHARD, recompute={"granularity": "full"}, **LORA),
     case("tp2 sp ep2 etp1 adapters, clamped experts", 2, {"tp": 2, "ep": 2, "etp": 1} | SP, model=OSS, **ALL),
     case("tp2 etp2 adapters, latent attention, shared experts", 2, {"tp": 2}, model=LATENT, **ALL),
+    case("tp2 sp ep2 etp1 dp2 distributed optimizer, nf4 base", 4, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, **NF4),
+    case("pp2 tp2 etp2 zero-bubble, nf4 base", 4, {"pp": 2, "tp": 2, "pp_schedule": "zero-bubble"}, **NF4),
+    case("ep2 pp2 fp8 base, recomputed", 4, {"ep": 2, "pp": 2}, recompute={"granularity": "full"}, **FP8),
     # What families add: norms of heads, biases, shared experts with and without gate, dense layers, part of a head turned.
     case("tp4 sp head norms, two kv heads", 4, {"tp": 4} | SP, model={"model_type": "qwen3"}),
     case("tp2 biases everywhere", 2, {"tp": 2}, model={"model_type": "llama", "attention_bias": True, "mlp_bias": True}),

@@ -22,7 +22,7 @@ from moeconv.io.decode import parse_json
 from moeconv.io.manifest import MANIFEST, FileRecord
 from moeconv.io.safetensors import MAX_HEADER_BYTES, read_header
 from moeconv.layout.rect import Rect
-from moeconv.pieces import Piece
+from moeconv.pieces import Piece, common_shape, seen_as
 from moeconv.placement import split_optimizer_name
 from moeconv.reading import check_sum
 from moeconv.sweep import Sweep, open_strips, piece_digest
@@ -221,9 +221,9 @@ def _bands(
     a: Checkpoint, b: Checkpoint, name: str, progress: Progress | None, other: str | None = None
 ) -> Iterator[tuple[int, Any, Any]]:
     """Read a tensor of one checkpoint and one of another (`other`, or of the same name) in bands of rows."""
-    sweep = Sweep(a.tensors[name])
-    shape, pieces = sweep.info.shape, b.pieces[other or name]
-    with open_strips(a.root, a.pieces[name], shape) as left, open_strips(b.root, pieces, shape) as right:
+    mine, theirs = a.pieces[name], b.pieces[other or name]
+    sweep = Sweep(a.tensors[name], mine, theirs)
+    with open_strips(a.root, mine, sweep.shape) as left, open_strips(b.root, theirs, sweep.shape) as right:
         for first, last in sweep.bands():
             rows_a, rows_b = sweep.read(left, first, last, "band"), sweep.read(right, first, last, "other")
             yield first, rows_a, rows_b
@@ -235,16 +235,19 @@ def _first_difference(a: Checkpoint, b: Checkpoint, name: str, first: int, rows_
     info = a.tensors[name]
     itemsize = numpy_dtype(info.dtype).itemsize
     row, byte = (int(i) for i in np.argwhere(rows_a != rows_b)[0])
-    inner = np.unravel_index(byte // itemsize, info.shape[1:]) if len(info.shape) > 1 else ()
-    index = (first + row, *(int(i) for i in inner)) if info.shape else ()
+    flat = (first + row) * (rows_a.shape[1] // itemsize) + byte // itemsize
+    index = tuple(int(i) for i in np.unravel_index(flat, info.shape)) if info.shape else ()
     at = slice(byte // itemsize * itemsize, (byte // itemsize + 1) * itemsize)
     sides = [
-        f"{bytes(rows[row, at])[::-1].hex()} in {_holder(side, name, index)}"
+        f"{bytes(rows[row, at])[::-1].hex()} in {_holder(side, name, flat)}"
         for side, rows in ((a, rows_a), (b, rows_b))
     ]
     return Difference(name, f"first differs at index {list(index)}: {sides[0]}, {sides[1]}")
 
 
-def _holder(side: Checkpoint, name: str, index: tuple[int, ...]) -> Path:
-    point = Rect(index, (1,) * len(index))
-    return next(side.root / p.file for p in side.pieces[name] if p.rect.intersect(point) or not index)
+def _holder(side: Checkpoint, name: str, flat: int) -> Path:
+    """Give the file that holds a tensor's element, by the element's number."""
+    shape = common_shape(side.tensors[name].shape, side.pieces[name])
+    point = Rect(tuple(int(i) for i in np.unravel_index(flat, shape)), (1,) * len(shape)) if shape else None
+    held = (p for p in side.pieces[name] if point is None or seen_as(p, shape).rect.intersect(point))
+    return side.root / next(held).file

@@ -23,9 +23,10 @@ from moeconv.io.paths import open_regular
 from moeconv.io.staging import Staging, check_space
 from moeconv.io.writeback import start_writeback
 from moeconv.layout.rect import Rect
+from moeconv.pieces import Piece
 from moeconv.plan import Job, Plan, TargetFile
 from moeconv.reading import check_sum
-from moeconv.sweep import Sweep, open_strips, piece_digest
+from moeconv.sweep import Sweep, open_strips, piece_digest, stored_digest
 
 Progress = Callable[[int], None]
 
@@ -56,16 +57,16 @@ class _Run:
     def job(self, job: Job) -> None:
         """Move one tensor, or several that are the same bytes."""
         targets = [piece for piece in job.targets if piece.file in self.left]
-        sweep = Sweep(job.info)
+        sweep = Sweep(job.info, job.sources, targets)
         with (
-            open_strips(self.root, job.sources, job.info.shape) as sources,
-            open_strips(
-                self.staging.folder, targets, job.info.shape, lambda name: self.staging.open(name, os.O_RDWR)
-            ) as outs,
+            open_strips(self.root, job.sources, sweep.shape) as sources,
+            open_strips(self.staging.folder, targets, sweep.shape, lambda n: self.staging.open(n, os.O_RDWR)) as outs,
         ):
             hashers: dict[Rect, Any] = {}
-            for out in outs:  # copies of a rectangle are hashed once
-                if out.piece.rect not in hashers:
+            for out in (
+                outs
+            ):  # copies of a rectangle are hashed once; a record's bytes that are no rows of it, when they are written
+                if out.piece.rect not in hashers and not (self.archives and out.strides):
                     out.hasher = hashers[out.piece.rect] = Crc32() if self.archives else new()
             for source in sources:
                 # A rectangle that goes over unchanged is hashed once, on its way out.
@@ -86,8 +87,12 @@ class _Run:
                 hasher = source.hasher or (hashers.get(source.piece.rect) if job.op is None else None)
                 check_sum(self.root, source.piece, self.checksums, hasher and hasher.hexdigest())
             for piece in targets:
-                digest = hashers[piece.rect].hexdigest() if piece.rect.size else self.empty
-                self.digests[piece.file, piece.tensor, piece.rect] = digest
+                if not piece.rect.size:
+                    self.digests[piece.file, piece.tensor, piece.rect] = self.empty
+            for out in outs:
+                of_rows = hashers.get(out.piece.rect) if not (self.archives and out.strides) else None
+                digest = of_rows.hexdigest() if of_rows else stored_digest(out.fd, out.piece, Crc32())
+                self.digests[out.piece.file, out.piece.tensor, out.piece.rect] = digest
         with self.lock:
             done = []
             for file, _ in {(piece.file, piece.tensor) for piece in targets}:
@@ -278,7 +283,7 @@ def _is_whole(file: TargetFile, staging: Staging, kind: Callable[[], Any], told:
         if len(record.digests) != len(file.pieces) or os.stat(path).st_size != file.size:
             return False
         for piece, digest in zip(file.pieces, record.digests, strict=True):
-            if piece_digest(staging.folder, piece, kind(), told) != digest:
+            if _digest(staging, piece, kind(), told) != digest:
                 return False
         with open_regular(path) as stored:
             for position, data in _literals(file, record.digests):
@@ -288,6 +293,14 @@ def _is_whole(file: TargetFile, staging: Staging, kind: Callable[[], Any], told:
     except (SourceError, OSError):
         return False
     return record.header == _header_digest(file)
+
+
+def _digest(staging: Staging, piece: Piece, hasher: Any, told: Progress) -> str:
+    """Give the checksum that a run records of a piece: a file's own CRC-32s are of the bytes as they lie."""
+    if not (isinstance(hasher, Crc32) and piece.strides):
+        return piece_digest(staging.folder, piece, hasher, told)
+    with open_regular(staging.folder / piece.file) as file:
+        return stored_digest(file.fileno(), piece, hasher, told)
 
 
 class _Done(msgspec.Struct, forbid_unknown_fields=True):

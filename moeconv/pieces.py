@@ -5,17 +5,17 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 
 from moeconv.dtypes import dtype
-from moeconv.errors import MappingError
+from moeconv.errors import LayoutError, MappingError
 from moeconv.families.base import Alias, GlobalTensor, Model
 from moeconv.families.names import EXPERT, LAYER, fill, layer_of, match
 from moeconv.families.quantised import METHODS, unknown_method
 from moeconv.io.torch_bin import is_computed
-from moeconv.layout.rect import Rect
+from moeconv.layout.rect import Rect, check_cover
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,9 @@ class TensorInfo:
 class Piece:
     """A rectangle of a global tensor in a file.
 
-    Its first element is at byte `begin` of `file`; `strides`, in elements, say where the others are (None: row-major, without gaps).
+    Its first element is at byte `begin` of `file`; `strides`, in elements, say where the others are (None: row-major, without gaps). Where a file
+    holds every second element of a tensor's rows, as of two matrices that take turns, the rectangle is one of the tensor in another shape, `view`,
+    in which the last dimension is two.
     """
 
     tensor: str
@@ -45,6 +47,7 @@ class Piece:
     file: str
     begin: int
     strides: tuple[int, ...] | None = None
+    view: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +58,41 @@ class Piece:
     def where(self) -> str:
         """The file, for messages."""
         return self.file
+
+
+def common_shape(shape: tuple[int, ...], pieces: Iterable[Piece]) -> tuple[int, ...]:
+    """Give the shape of a tensor in which all of its pieces are rectangles: its own, or the view that one of them has."""
+    return next((piece.view for piece in pieces if piece.view is not None), shape)
+
+
+def seen_as(piece: Piece, shape: tuple[int, ...]) -> Piece:
+    """Give a piece as a rectangle of a tensor that is seen in a shape, its own or a view (see `Piece`).
+
+    Raises:
+        LayoutError: the piece begins or ends inside what the view keeps together.
+    """
+    if len(piece.rect.shape) == len(shape):
+        return piece
+    together, offsets, sizes = shape[-1], piece.rect.offsets, piece.rect.shape
+    if offsets[-1] % together or sizes[-1] % together:
+        raise LayoutError(
+            f"{piece.tensor} {piece.rect} in {piece.file}: cuts between elements that belong together in groups of {together}; reshard the "
+            "checkpoint to degrees that divide the width of an expert"
+        )
+    rect = Rect((*offsets[:-1], offsets[-1] // together, 0), (*sizes[:-1], sizes[-1] // together, together))
+    own = piece.strides
+    strides = None if own is None else (*own[:-1], own[-1] * together, own[-1])
+    return replace(piece, rect=rect, strides=strides, view=shape)
+
+
+def check_pieces(name: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> None:
+    """Check that pieces cover a tensor exactly once.
+
+    Raises:
+        IntegrityError: see `check_cover`.
+    """
+    seen = common_shape(shape, pieces)
+    check_cover(name, seen, [(seen_as(piece, seen).rect, piece.file) for piece in pieces])
 
 
 class NameMap:

@@ -12,8 +12,7 @@ from moeconv.errors import MappingError
 from moeconv.io.safetensors import Header
 from moeconv.io.shards import shard_header
 from moeconv.io.torch_archive import DataRecord
-from moeconv.layout.rect import check_cover
-from moeconv.pieces import Piece, TensorInfo
+from moeconv.pieces import Piece, TensorInfo, check_pieces
 from moeconv.placement import Placement
 
 # Takes rows as bytes [rows, bytes a row], uint8, whole rows of the tensor, and the number of the first one; gives rows of the same size.
@@ -115,11 +114,11 @@ def make_plan(
     for name, info in tensors.items():
         op = (ops or {}).get(name)
         if sources[name] or op is None:
-            check_cover(name, info.shape, [(p.rect, p.file) for p in sources[name]])
+            check_pieces(name, info.shape, sources[name])
         if not targets[name]:
             raise MappingError(f"{name} would be lost: no file of the target holds it")
         distinct = _distinct(targets[name]) if copies else targets[name]
-        check_cover(name, info.shape, [(p.rect, p.file) for p in distinct])
+        check_pieces(name, info.shape, distinct)
         same = (info.dtype, info.shape, *((p.file, p.begin, p.strides, p.rect) for p in sources[name]), op)
         before = jobs.get(same)
         found = (*before.targets, *targets[name]) if before else tuple(targets[name])

@@ -13,7 +13,7 @@ from moeconv.errors import DamageError, SourceError
 from moeconv.io.checksum import new
 from moeconv.io.paths import open_regular
 from moeconv.layout.rect import Rect
-from moeconv.pieces import Piece, TensorInfo
+from moeconv.pieces import Piece, TensorInfo, common_shape, seen_as
 
 _SLICE = 1 << 20  # bytes that are read, then hashed while they are in a core's cache
 
@@ -40,6 +40,10 @@ def read_rect(
         SourceError: a file can't be read.
     """
     wanted = rect or Rect.whole(info.shape)
+    if (seen := common_shape(info.shape, pieces)) != info.shape:
+        viewed = [seen_as(piece, seen) for piece in pieces]
+        whole = read_rect(root, TensorInfo(info.name, info.dtype, seen), viewed, None, touched)
+        return np.asarray(whole.reshape(info.shape)[wanted.slices()])
     out = np.empty(wanted.shape, numpy_dtype(info.dtype))
     for piece in pieces:
         part = piece.rect.intersect(wanted)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from moeconv.dtypes import dtype
 from moeconv.errors import SourceError
 from moeconv.io.paths import open_to_read
 from moeconv.layout.rect import Rect
-from moeconv.pieces import Piece, TensorInfo
+from moeconv.pieces import Piece, TensorInfo, common_shape, seen_as
 
 BAND_BYTES = 1 << 20
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -30,7 +31,10 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 @dataclass(slots=True)
 class Strip:
-    """A piece as rows of bytes: rows `first` to `last` of the tensor, bytes `left` to `right` of each row, at `begin` in the file."""
+    """A piece as rows of bytes: rows `first` to `last` of the tensor, bytes `left` to `right` of each row, at `begin` in the file.
+
+    Elements that are no range of a row are those at the indices `inner` of the row's elements, in the shape `row`.
+    """
 
     piece: Piece
     fd: int
@@ -38,6 +42,10 @@ class Strip:
     last: int
     left: int
     right: int
+    strides: tuple[int, ...] | None
+    shape: tuple[int, ...]
+    row: tuple[int, ...] = ()
+    inner: tuple[slice, ...] = ()
     hasher: Any = None
 
     @classmethod
@@ -45,19 +53,16 @@ class Strip:
         """Describe a piece of a tensor of this shape, in the file that `fd` has open."""
         itemsize = dtype(piece.dtype).itemsize
         if not shape:
-            return cls(piece, fd, 0, 1, 0, itemsize)
-        assert piece.rect.shape[2:] == shape[2:], "pieces split dims 0 and 1 only"
+            return cls(piece, fd, 0, 1, 0, itemsize, piece.strides, ())
+        seen = seen_as(piece, shape)
+        rect, strides = seen.rect, seen.strides
+        first, last, held = rect.offsets[0], rect.ends[0], rect.shape[1:]
         if len(shape) == 1:
-            return cls(piece, fd, piece.rect.offsets[0], piece.rect.ends[0], 0, itemsize)
+            return cls(piece, fd, first, last, 0, itemsize, strides, held)
+        if rect.shape[2:] != shape[2:]:
+            return cls(piece, fd, first, last, 0, itemsize * prod(held), strides, held, shape[1:], rect.slices()[1:])
         unit = itemsize * prod(shape[2:])
-        return cls(
-            piece,
-            fd,
-            piece.rect.offsets[0],
-            piece.rect.ends[0],
-            piece.rect.offsets[1] * unit,
-            piece.rect.ends[1] * unit,
-        )
+        return cls(piece, fd, first, last, rect.offsets[1] * unit, rect.ends[1] * unit, strides, held)
 
     @property
     def width(self) -> int:
@@ -68,15 +73,30 @@ class Strip:
         """Where a row of the tensor begins in the file, in bytes."""
         return self.piece.begin + (row - self.first) * self.width
 
+    def of_rows(self, rows: Bytes) -> Any:
+        """Give the strip's part of rows of the whole tensor, as something to read and to assign."""
+        if not self.inner:
+            return rows[:, self.left : self.right]
+        return rows.view(self._element).reshape(len(rows), *self.row)[(slice(None), *self.inner)]
+
+    def as_part(self, data: Bytes) -> Any:
+        """Give the strip's own rows in the form of `of_rows`."""
+        return data.view(self._element).reshape(len(data), *self.shape) if self.inner else data
+
+    @property
+    def _element(self) -> np.dtype[Any]:
+        return np.dtype(f"u{dtype(self.piece.dtype).itemsize}")
+
 
 class Sweep:
-    """Reads a tensor band by band from its pieces, whatever their layout."""
+    """Reads a tensor band by band from its pieces, whatever their layout; rows are those of its `shape`, which suits all of the pieces."""
 
-    def __init__(self, info: TensorInfo) -> None:
+    def __init__(self, info: TensorInfo, *pieces: Iterable[Piece]) -> None:
         itemsize = dtype(info.dtype).itemsize
         self.info = info
-        self.rows = info.shape[0] if info.shape else 1
-        self.row_bytes = itemsize * prod(info.shape[1:])
+        self.shape = common_shape(info.shape, chain(*pieces))
+        self.rows = self.shape[0] if self.shape else 1
+        self.row_bytes = itemsize * prod(self.shape[1:])
         self.band = max(1, BAND_BYTES // max(self.row_bytes, 1))
 
     def bands(self) -> Iterator[tuple[int, int]]:
@@ -109,14 +129,14 @@ class Sweep:
             data = (
                 rows if whole else self.buffer("strip")[: (end - begin) * strip.width].reshape(end - begin, strip.width)
             )
-            if piece_strides := strip.piece.strides:
-                _gather(strip, piece_strides, begin, end, data)
+            if strip.strides:
+                _gather(strip, strip.strides, begin, end, data)
             else:
                 _pread(strip, data, strip.position(begin))
             if strip.hasher is not None:
                 strip.hasher.update(data.data)
             if not whole:
-                rows[:, strip.left : strip.right] = data
+                strip.of_rows(rows)[...] = strip.as_part(data)
         return out
 
     def write(self, strips: list[Strip], first: int, rows: Bytes) -> None:
@@ -129,12 +149,12 @@ class Sweep:
             data = rows[begin - first : end - first]
             if strip.width != self.row_bytes:
                 packed = self.buffer("strip")[: (end - begin) * strip.width].reshape(end - begin, strip.width)
-                np.copyto(packed, data[:, strip.left : strip.right])
+                np.copyto(strip.as_part(packed), strip.of_rows(data))
                 data = packed
             if strip.hasher is not None:
                 strip.hasher.update(data.data)
-            if strip.piece.strides:
-                _scatter(strip, strip.piece.strides, begin, end, data)
+            if strip.strides:
+                _scatter(strip, strip.strides, begin, end, data)
             else:
                 _pwrite(strip, data, strip.position(begin))
 
@@ -173,7 +193,7 @@ def _map(
 ) -> None:
     """Map the rows of a piece, and only those and only while they are copied."""
     piece, size = strip.piece, dtype(strip.piece.dtype).itemsize
-    shape = (end - begin, *piece.rect.shape[1:])
+    shape = (end - begin, *strip.shape)
     first = piece.begin + size * (begin - strip.first) * strides[0]
     last = first + size * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
     if last > os.fstat(strip.fd).st_size:
@@ -201,7 +221,7 @@ def open_strips(
     Args:
         root: the folder that they are in.
         pieces: the pieces of one tensor.
-        shape: the tensor's shape.
+        shape: the tensor's shape, in which each piece is a rectangle (`Sweep.shape`).
         open_file: gives a file descriptor for a name; by default files are opened for reading.
 
     Yields:
@@ -224,6 +244,30 @@ def open_strips(
             if piece.rect.size:
                 strips.append(Strip.of(piece, shape, fds[piece.file]))
         yield strips
+
+
+def stored_digest(fd: int, piece: Piece, hasher: Any, told: Callable[[int], object] = lambda _: None) -> str:
+    """Compute the checksum of a piece's bytes in the order of the file, which they fill without a gap.
+
+    Args:
+        fd: the open file.
+        piece: the piece.
+        hasher: a new running checksum.
+        told: called with the number of bytes as they are read.
+
+    Returns:
+        The checksum.
+
+    Raises:
+        SourceError: the file ends early.
+    """
+    strip, data = Strip(piece, fd, 0, 1, 0, 1, None, ()), np.empty(BAND_BYTES, np.uint8)
+    for begin in range(0, piece.nbytes, BAND_BYTES):
+        part = data[: min(BAND_BYTES, piece.nbytes - begin)]
+        _pread(strip, part, piece.begin + begin)
+        hasher.update(part.data)
+        told(len(part))
+    return str(hasher.hexdigest())
 
 
 def piece_digest(root: Path, piece: Piece, hasher: Any, told: Callable[[int], object] = lambda _: None) -> str:

@@ -256,9 +256,15 @@ def _attention_scale(
             f"config.json: mscale_all_dim is {weight!r} in rotary positions of the kind {rope.kind} with a factor of {factor}; "
             "expected yarn with a factor"
         )
-    if factor <= 1:
+    return yarn_scale(rope, sizes["qk_dim"])
+
+
+def yarn_scale(rope: Rope, dim: int) -> float | None:
+    """Give the factor on queries times keys of `dim` elements where yarn scales the attention too; None where it is the usual one."""
+    weight, factor = rope.parameters.get("mscale_all_dim"), rope.parameters.get("factor", 1.0)
+    if rope.kind != "yarn" or not weight or factor <= 1:
         return None
-    return float(sizes["qk_dim"] ** -0.5 * (0.1 * weight * log(factor) + 1.0) ** 2)
+    return float(dim**-0.5 * (0.1 * weight * log(factor) + 1.0) ** 2)
 
 
 def _is_number(value: Any) -> bool:

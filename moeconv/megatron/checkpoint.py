@@ -21,7 +21,8 @@ from moeconv.io.torch_archive import check_archive
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
 from moeconv.megatron.source import TRACKER, MegatronSource
-from moeconv.pieces import Piece, TensorInfo
+from moeconv.pieces import Piece, TensorInfo, common_shape
+from moeconv.reading import read_rect
 from moeconv.sweep import Sweep, open_strips
 
 _SKIP = (".pt", ".bin", ".safetensors", ".distcp")
@@ -97,6 +98,8 @@ class MegatronCheckpoint(Checkpoint):
             raise SourceError(f"{self.root}: holds no tensor {name}")
         info = self.tensors[name]
         wanted = rect or Rect.whole(info.shape)
+        if common_shape(info.shape, self.pieces[name]) != info.shape:
+            return read_rect(self.root, info, self.pieces[name], rect)
         out = np.empty(wanted.shape, numpy_dtype(info.dtype))
         sweep = Sweep(info)
         with open_strips(self.root, self.pieces[name], info.shape) as strips:

@@ -19,17 +19,19 @@ from moeconv.io.hf_folder import CONFIG
 from moeconv.io.paths import check_inside, read_whole
 from moeconv.io.staging import check_free
 from moeconv.io.trainer_file import parse_trainer
-from moeconv.layout.degrees import Degrees
+from moeconv.layout.degrees import Degrees, DegreesError
 from moeconv.megatron import dist, legacy
 from moeconv.megatron.args import RunArgs
 from moeconv.megatron.checkpoint import as_checkpoint
+from moeconv.megatron.described import config_from_args
 from moeconv.megatron.dist_metadata import METADATA
 from moeconv.megatron.export import Target, torch_files
 from moeconv.megatron.export_dist import torch_dist_files
-from moeconv.megatron.model_args import builder_note, check_args, config_from_args, flags
+from moeconv.megatron.model_args import builder_note, check_args, flags
 from moeconv.megatron.names import Experts, Spec
 from moeconv.megatron.run_args import TORCH_NAMES
 from moeconv.megatron.source import TRACKER, MegatronSource, find_iteration
+from moeconv.megatron.tensors import biased
 from moeconv.placement import check_degrees, split_optimizer_name
 from moeconv.plan import make_plan
 from moeconv.quant import require_plain
@@ -133,6 +135,10 @@ def export_megatron(
     require_plain(found.model, src, "Megatron's format")
     check_tied(found, "Megatron")
     check_degrees(found.model, degrees)
+    if degrees.etp > 1 and found.model.compute.router is not None and biased(found.model):
+        raise DegreesError(
+            f"<etp> {degrees.etp}: the experts of {found.family.name} have biases, which Megatron-Core takes with <etp> 1 alone"
+        )
     trainer = _trainer(found, fmt) if optimizer else None
     places = (None, *dist.OPTIMIZER_STATES.values()) if trainer is not None else (None,)  # no mean of the weights
     kept = [name for name in found.tensors if split_optimizer_name(name)[0] in places]
@@ -178,7 +184,7 @@ def _notes(model: Model) -> Iterator[str]:
     if needed := flags(model):
         yield f"Megatron does not read these back from a checkpoint; run it with {' '.join(needed)}"
     if left_out := builder_note(model):
-        yield f"Megatron-LM's gpt_builder hands this to no model; give its call of GPTModel {left_out}"
+        yield left_out
 
 
 def _trainer(found: Checkpoint, fmt: Format) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
 from moeconv.megatron.args import RunArgs
 from moeconv.megatron.dist_metadata import METADATA, Chunk, DistTensor, Metadata
-from moeconv.megatron.names import EXTRA_STATE, LAYERS, TOP, Found, parse
+from moeconv.megatron.names import EXTRA_STATE, LAYERS, TOP, Found, base_kind, parse
 from moeconv.megatron.source import Collector, MegatronSource
-from moeconv.megatron.tensors import MegatronTensor, Part, cut, megatron_tensors, place_parts
+from moeconv.megatron.tensors import MegatronTensor, cut, megatron_tensors, place_parts
 from moeconv.megatron.training import read_trainer
 from moeconv.pieces import Piece
 
@@ -145,9 +146,13 @@ def locate(
     pieces = collectors.pop("").finish(model, str(root / iteration))
     for state, collector in collectors.items():
         found = collector.finish(model, f"{root / iteration} (optimizer state {state})", buffers=False)
-        pieces += [Piece(f"optimizer.{state}.{p.tensor}", p.dtype, p.rect, p.file, p.begin, p.strides) for p in found]
+        pieces += [
+            Piece(f"optimizer.{state}.{p.tensor}", p.dtype, p.rect, p.file, p.begin, p.strides, p.view) for p in found
+        ]
     trainer = read_trainer(reader.common, reader.args, str(root / iteration)) if collectors else None
-    spec = "te" if any(key.endswith("pre_mlp_layernorm.weight") for key in reader.tensors) else "local"
+    # Keys of norms tell the specs apart, others with latent attention than without.
+    end = "linear_kv_up_proj.layer_norm_weight" if model.has("attention.kv_a") else "pre_mlp_layernorm.weight"
+    spec = "te" if any(key.endswith(end) for key in reader.tensors) else "local"
     experts = "grouped" if reader.args.get("moe_grouped_gemm") else "sequential"
     chunks = [chunk for tensor in reader.tensors.values() for chunk in tensor.chunks]
     return MegatronSource(
@@ -206,7 +211,7 @@ class _Places:
 
     def __init__(self, model: Model, reader: DistReader) -> None:
         self.model, self._reader = model, reader
-        self._tensors = {(t.kind.removeprefix("dense_"), t.layer, t.expert): t for t in megatron_tensors(model)}
+        self._tensors = {(base_kind(t.kind), t.layer, t.expert): t for t in megatron_tensors(model)}
 
     def pieces(self, stored: DistTensor, name: str, folder: str) -> Iterator[Piece]:
         """Describe a stored tensor's chunks as pieces.
@@ -294,9 +299,7 @@ class _Places:
             layer = numbers.pop(0) if found.layer is None and numbers else 0
             tensor = self._find(found, kind, layer, numbers.pop(0) if numbers else 0)
             assert tensor is not None
-            parts = (
-                tensor.parts if half is None else (Part(tensor.parts[half].tensor, tensor.parts[half].rect, (0, 0)),)
-            )
+            parts = tensor.parts if half is None else (replace(tensor.parts[half], at=(0,) * len(tensor.shape)),)
             offset = sum(w * s for w, s in zip(where, value.strides[:lead], strict=True))
             item = begin + offset * dtype(stored.dtype).itemsize
             yield from place_parts(

@@ -85,7 +85,7 @@ def torch_files(target: Target) -> list[TargetFile]:
     Raises:
         LayoutError: the degrees don't divide the model, or the format has no name for a rank's file.
     """
-    tensors = megatron_tensors(target.model)
+    tensors = megatron_tensors(target.model, target.spec)
     by_layer: dict[int | None, list[MegatronTensor]] = {}
     for tensor in tensors:
         by_layer.setdefault(tensor.layer, []).append(tensor)

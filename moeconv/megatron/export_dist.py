@@ -96,7 +96,7 @@ def torch_dist_files(target: Target) -> tuple[list[TargetFile], dict[str, bytes]
     writer, degrees, sizes = _Writer(target.folder), target.degrees, target.model.sizes
     stages, ranks = stage_of_layers(sizes["layers"], degrees), ranks_of_stage(degrees)
     local = sizes.get("experts", 0) // degrees.ep
-    tensors = megatron_tensors(target.model)
+    tensors = megatron_tensors(target.model, target.spec)
     for tensor in tensors:
         stage = stages[tensor.layer] if tensor.layer is not None else (0 if tensor.owner == "first" else degrees.pp - 1)
         expert = None if tensor.expert is None else tensor.expert // local

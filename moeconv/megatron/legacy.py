@@ -16,7 +16,7 @@ from moeconv.io.torch_archive import TorchArchive, read_archive, row_major
 from moeconv.io.unpickle import TensorRef
 from moeconv.layout.degrees import Degrees, chunk_layers
 from moeconv.megatron.args import RunArgs
-from moeconv.megatron.names import EXTRA_STATE, Found, parse
+from moeconv.megatron.names import EXTRA_STATE, Found, Spec, base_kind, parse
 from moeconv.megatron.ranks import Rank, legacy_ranks, parse_folders, rank_folder
 from moeconv.megatron.source import Collector, MegatronSource
 from moeconv.megatron.tensors import MegatronTensor, megatron_tensors, place_parts
@@ -199,15 +199,16 @@ def locate(reader: LegacyReader, root: Path, iteration: str, model: Model, confi
         IntegrityError: the files don't cover a tensor exactly once.
     """
     degrees, layers = reader.degrees, chunk_layers(model.sizes["layers"], reader.degrees)
-    places = _Expected(model, degrees)
-    collector, specs, experts = Collector(), set(), set()
+    fused = any(name.endswith(".layer_norm_weight") for _, _, name, _, _ in reader.tensors())
+    spec: Spec = "te" if fused else "local"
+    places = _Expected(model, degrees, spec)
+    collector, experts = Collector(), set()
     seen: dict[tuple[Rank, int], set[tuple[str, int | None, int | None]]] = {}
     for rank, chunk, name, value, archive in reader.tensors():
         file = archive.path.relative_to(root).as_posix()
         found = parse(name)
         if found is None:
             raise MappingError(f"{name} in {file} is no tensor of a Megatron GPT model of {model.family.name}")
-        specs |= {"te"} if name.endswith(".layer_norm_weight") else {"local"} if ".input_layernorm." in name else set()
         experts |= {"sequential"} if ".local_experts." in name else {"grouped"} if ".experts." in name else set()
         stage = layers[chunk * degrees.pp + rank.pp]
         held = seen.setdefault((rank, chunk), set())
@@ -220,7 +221,7 @@ def locate(reader: LegacyReader, root: Path, iteration: str, model: Model, confi
     pieces = collector.finish(model, str(root / iteration))
     files = {archive.path.relative_to(root).as_posix() for *_, archive in reader.tensors()}
     archives: list[tuple[str, int, int | None]] = [(file, 0, None) for file in sorted(files)]
-    spec, kind = specs.pop() if len(specs) == 1 else "local", experts.pop() if len(experts) == 1 else "sequential"
+    kind = experts.pop() if len(experts) == 1 else "sequential"
     return MegatronSource(
         root,
         iteration,
@@ -241,10 +242,10 @@ def locate(reader: LegacyReader, root: Path, iteration: str, model: Model, confi
 class _Expected:
     """What each rank must hold, and in which shape."""
 
-    def __init__(self, model: Model, degrees: Degrees) -> None:
+    def __init__(self, model: Model, degrees: Degrees, spec: Spec) -> None:
         self.model, self.degrees = model, degrees
-        tensors = megatron_tensors(model)
-        self._tensors = {(t.kind.removeprefix("dense_"), t.layer, t.expert): t for t in tensors}
+        tensors = megatron_tensors(model, spec)
+        self._tensors = {(base_kind(t.kind), t.layer, t.expert): t for t in tensors}
         self._by_layer: dict[int | None, list[MegatronTensor]] = {}
         for tensor in tensors:
             self._by_layer.setdefault(tensor.layer, []).append(tensor)
@@ -309,7 +310,7 @@ class _Expected:
             raise MappingError(f"{name} in {file}: expected a contiguous tensor, got strides {list(value.strides)}")
         step = rows * columns * dtype(value.dtype).itemsize
         for number, (_, parts) in enumerate(ranked):
-            yield from place_parts(parts, value.dtype, file, begin + number * step, (rows, 1), reverse=True)
+            yield from place_parts(parts, value.dtype, file, begin + number * step, (1, rows))
 
     def _check(self, name: str, file: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if got != expected:

@@ -1,4 +1,4 @@
-"""A model's arguments for Megatron, and the model that arguments describe: both from the one table."""
+"""A model's arguments for Megatron, from the one table, and what they can't say."""
 
 from __future__ import annotations
 
@@ -7,23 +7,14 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from moeconv.errors import MappingError
-from moeconv.families import FAMILIES
 from moeconv.families.base import Model
-from moeconv.families.compute import Compute, Router
-from moeconv.families.inverse import Description, finish, write_config
 from moeconv.families.rope import Rope
+from moeconv.megatron.arg_positions import LLAMA3, LLAMA3_FACTOR, YARN_SETTINGS, is_latent
 from moeconv.megatron.arg_table import (
     DROPOUT,
-    LLAMA3,
-    LLAMA3_FACTOR,
-    epsilon,
-    groups,
+    GATE_ALPHA,
     limited,
-    moe_layers,
-    query_groups,
     rows,
-    score,
-    windows,
 )
 from moeconv.megatron.args import RunArgs, shown
 
@@ -56,26 +47,50 @@ def flags(model: Model) -> list[str]:
 def builder_note(model: Model) -> str | None:
     """Say what the arguments say and Megatron-LM's own builder of models leaves out; None where there is nothing."""
     rope = model.compute.rope
+    call = "gpt_builder hands this to no model; give its call of GPTModel"
     if rope.kind == "llama3" and rope.parameters["factor"] != LLAMA3_FACTOR:
-        return f"rope_scaling_factor={rope.parameters['factor']}"
+        return f"Megatron-LM's {call} rope_scaling_factor={rope.parameters['factor']}"
     if rope.kind == "linear":
-        return f"seq_len_interpolation_factor={int(rope.parameters['factor'])}"
+        return f"Megatron-LM's {call} seq_len_interpolation_factor={int(rope.parameters['factor'])}"
+    if is_latent(model) and rope.kind == "yarn":
+        said = {row.arg: row.say(model) for row in rows(model)}
+        names = [(name, default) for name, _, _, default in YARN_SETTINGS.values() if said[name] != default]
+        if names:
+            settings = ", ".join(f"{name}={said[name]:g}" for name, _ in names)
+            return f"Megatron-LM has no flag for this; give its call of MLATransformerConfig {settings}"
     return None
 
 
 def _unsaid(model: Model) -> Iterable[str]:
-    compute = model.compute
+    compute, latent = model.compute, is_latent(model)
     if compute.act != "silu":
         yield f"{model.family.compute.act.name} = {compute.act} in a gated feed-forward part (its --swiglu is silu)"
     yield from (f"{name} = {shown(value)}" for name, value in compute.others.items() if name != DROPOUT)
+    said = {"gate", "attention_scale"} if latent else {"gate"}  # yarn's arguments say how latent attention is scaled
     for field in fields(compute):  # what most models compute alike has a default
-        if field.default is not MISSING and getattr(compute, field.name) != field.default:
-            yield f"{field.name.replace('_', ' ')}: {shown(getattr(compute, field.name))}"
-    rope = compute.rope
-    if rope.interleaved:
+        value = getattr(compute, field.name)
+        if field.default is not MISSING and value != field.default and field.name not in said:
+            yield f"{field.name.replace('_', ' ')}: {shown(value)}"
+    if compute.gate is not None and model.family.compute.gate is not None and compute.gate.alpha != GATE_ALPHA:
+        yield f"{model.family.compute.gate.alpha.name} = {compute.gate.alpha} (its --quick-geglu has {GATE_ALPHA})"
+    yield from _unsaid_rope(model)
+    for role in ("attention.q_norm", "attention.k_norm"):
+        if model.has(role) and model.shape(model.rule(role)) != (model.sizes["head_dim"],):
+            yield "norms of all query and key heads at once (its qk-norm is of each head)"
+            break
+    if latent and compute.latent_norm_eps != compute.norm_eps:
+        key = model.family.compute.norm_eps.name
+        yield f"{key} = {compute.norm_eps:g}, with {compute.latent_norm_eps:g} in the norms of latent vectors (it has one for all)"
+
+
+def _unsaid_rope(model: Model) -> Iterable[str]:
+    rope, latent = model.compute.rope, is_latent(model)
+    if rope.interleaved and not latent:
         yield "rotary positions of neighbouring pairs"
-    if rope.kind not in ("default", "linear", "llama3", "yarn"):
-        yield f"rotary positions scaled by {rope.kind}"
+    if latent and not rope.interleaved:
+        yield "rotary positions of halves in latent attention (its are of neighbouring pairs)"
+    if rope.kind not in ("default", "yarn", *(() if latent else ("linear", "llama3"))):
+        yield f"rotary positions scaled by {rope.kind}" + (" in latent attention" if latent else "")
     if rope.kind == "llama3":
         yield from (
             f"{name} = {rope.parameters[name]} of the rotary positions (it is fixed to {value})"
@@ -84,14 +99,19 @@ def _unsaid(model: Model) -> Iterable[str]:
         )
     if rope.kind == "linear" and not float(rope.parameters["factor"]).is_integer():
         yield f"a factor of {rope.parameters['factor']} on the rotary positions, which is no whole number"
-    if rope.kind == "yarn" and rope.share != 1.0:
+    if rope.kind == "yarn":
+        yield from _unsaid_yarn(rope, latent)
+
+
+def _unsaid_yarn(rope: Rope, latent: bool) -> Iterable[str]:
+    if rope.share != 1.0:
         yield f"yarn's rotary positions on {rope.share:g} of each head"
-    if rope.kind == "yarn" and "attention_factor" in rope.parameters:
+    if "attention_factor" in rope.parameters:
         yield "yarn's attention_factor (it is worked out from the factor)"
-    for role in ("attention.q_norm", "attention.k_norm"):
-        if model.has(role) and model.shape(model.rule(role)) != (model.sizes["head_dim"],):
-            yield "norms of all query and key heads at once (its qk-norm is of each head)"
-            break
+    if latent and not rope.parameters.get("truncate", True):
+        yield "yarn's truncate = false in latent attention (its range of corrections is rounded)"
+    if latent and rope.parameters.get("mscale_all_dim") and not rope.parameters.get("mscale"):
+        yield "yarn's mscale_all_dim without mscale (it scales positions by both)"
 
 
 def _unsaid_router(model: Model) -> Iterable[str]:
@@ -131,161 +151,3 @@ def check_args(args: RunArgs, model: Model) -> None:
             f"config.json is of another model than the checkpoint: {'; '.join(bad)}. If the args are wrong, pass the "
             "right config.json with --hf-config and --ignore-args"
         )
-
-
-def config_from_args(args: RunArgs, dtype: str) -> dict[str, Any]:
-    """Make the config.json of the Hugging Face model that a checkpoint's arguments describe.
-
-    Args:
-        args: the run's arguments.
-        dtype: the name of the weights' torch dtype.
-
-    Returns:
-        The config of the first family that holds exactly this model.
-
-    Raises:
-        MappingError: an argument is missing or means nothing, or no family holds the model.
-    """
-    config, refused = find_config(args, dtype)
-    if config is None:
-        raise MappingError(
-            f"no family holds the model that the checkpoint's args describe. What each can't hold: {'; '.join(refused)}. "
-            "If the args are wrong, pass the right config.json with --hf-config and --ignore-args"
-        )
-    return config
-
-
-def find_config(args: RunArgs, dtype: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """Find a family for the model that arguments describe.
-
-    Args:
-        args: the arguments.
-        dtype: the name of the weights' torch dtype.
-
-    Returns:
-        The config of the first family that holds exactly this model, None where none does; and in words what each family
-        before it can't hold.
-
-    Raises:
-        MappingError: an argument is missing or means nothing.
-    """
-    wanted = _describe(args)
-    refused: list[str] = []
-    for family in FAMILIES.values():
-        if (family.compute.router is not None) == bool(wanted.moe_layers):
-            config, problems = write_config(family, wanted)
-            if not problems:
-                config = finish(family, config, dtype)
-                check_args(args, Model.from_config(family, config))
-                return config, refused
-            refused.append(f"{family.name}: {', '.join(problems)}")
-    return None, refused
-
-
-def _describe(args: RunArgs) -> Description:
-    sizes = {
-        "layers": args.num_layers,
-        "hidden": args.whole("hidden_size"),
-        "heads": args.whole("num_attention_heads"),
-        "vocab": args.whole("vocab_size"),
-    }
-    hidden, heads = sizes["hidden"], sizes["heads"]
-    sizes |= {"kv_heads": query_groups(args), "head_dim": args.whole("kv_channels", max(hidden // heads, 1))}
-    moe, ffn = moe_layers(args), args.whole("ffn_hidden_size", 4 * hidden)
-    widths = {"mlp": ffn}
-    router = None
-    if moe:
-        sizes |= {"experts": args.num_experts, "top_k": args.whole("moe_router_topk", 2)}
-        widths["expert"] = args.whole("moe_ffn_hidden_size", ffn)
-        widths["shared"] = args.whole("moe_shared_expert_intermediate_size", 0, least=0)
-        router = _describe_router(args, sizes)
-    compute = Compute(
-        norm_eps=epsilon(args),
-        max_positions=args.whole("max_position_embeddings", args.whole("seq_length", 4096)),
-        rope=_describe_rope(args, sizes["head_dim"]),
-        act="silu",
-        init_std=args.number("init_method_std", 0.02, above=-1.0),
-        windows=windows(args),
-        router=router,
-        others={DROPOUT: dropout} if (dropout := args.number(DROPOUT, 0.0, above=-1.0)) else {},
-    )
-    shapes = _shapes(args, sizes, widths, moe)
-    tied = not args.flag("untie_embeddings_and_output_weights")
-    return Description(sizes=sizes, widths=widths, shapes=shapes, moe_layers=moe, tied=tied, compute=compute)
-
-
-def _describe_router(args: RunArgs, sizes: dict[str, int]) -> Router:
-    kind, top_k = score(args), sizes["top_k"]
-    if kind not in ("softmax", "sigmoid"):
-        raise args.wrong("moe_router_score_function", "softmax or sigmoid")
-    number, chosen = groups(args)
-    return Router(
-        experts=sizes["experts"],
-        top_k=top_k,
-        score="sigmoid" if kind == "sigmoid" else "softmax",
-        normalise=top_k > 1 if kind == "sigmoid" else not args.flag("moe_router_pre_softmax"),
-        scale=args.number("moe_router_topk_scaling_factor", 1.0),
-        groups=number,
-        group_top_k=chosen,
-        group_best=top_k // chosen if number > 1 else 2,
-        bias=args.flag("moe_router_enable_expert_bias"),
-    )
-
-
-def _describe_rope(args: RunArgs, head_dim: int) -> Rope:
-    share, theta = args.number("rotary_percent", 1.0), args.number("rotary_base", 1e4)
-    if share > 1:
-        raise args.wrong("rotary_percent", "a share of each head")
-    kind, parameters = "default", {}
-    if args.text("position_embedding_type", "rope") == "yarn":
-        kind, parameters = "yarn", _describe_yarn(args)
-    elif args.flag("use_rope_scaling"):
-        kind, parameters = "llama3", {"factor": args.number("rope_scaling_factor", LLAMA3_FACTOR), **LLAMA3}
-    if kind == "llama3" and parameters["factor"] != LLAMA3_FACTOR:
-        raise args.wrong(
-            "rope_scaling_factor", f"{LLAMA3_FACTOR}, which Megatron-LM's builder takes whatever its flag says"
-        )
-    if args.number("rotary_seq_len_interpolation_factor", 1.0) != 1:
-        raise args.wrong(
-            "rotary_seq_len_interpolation_factor", "none: Megatron-LM's builders differ in whether they use it"
-        )
-    return Rope(theta=theta, dim=int(head_dim * share), share=share, kind=kind, parameters=parameters)
-
-
-def _describe_yarn(args: RunArgs) -> dict[str, Any]:
-    scale, scale_all = args.number("mscale", 1.0), args.number("mscale_all_dim", 0.0, above=-1.0)
-    if not scale_all and scale != 1:
-        raise args.wrong("mscale", "1.0 where mscale_all_dim is 0")
-    return {
-        "factor": args.number("rotary_scaling_factor", 1.0),
-        "original_max_position_embeddings": args.whole("yarn_original_max_position_embeddings", 4096),
-        "beta_fast": args.number("yarn_beta_fast", 32.0),
-        "beta_slow": args.number("yarn_beta_slow", 1.0),
-        "truncate": args.flag("yarn_correction_range_round_to_int", True),
-        **({"mscale": scale, "mscale_all_dim": scale_all} if scale_all else {}),
-    }
-
-
-def _shapes(
-    args: RunArgs, sizes: dict[str, int], widths: dict[str, int], moe: frozenset[int]
-) -> dict[str, tuple[int, ...]]:
-    """Give the tensors that a model of these arguments has, by role."""
-    hidden, head, vocab = sizes["hidden"], sizes["head_dim"], sizes["vocab"]
-    rows_of = {"q": sizes["heads"] * head, "k": sizes["kv_heads"] * head, "v": sizes["kv_heads"] * head}
-    out: dict[str, tuple[int, ...]] = {"embedding": (vocab, hidden), "head": (vocab, hidden), "final_norm": (hidden,)}
-    out |= {"attention_norm": (hidden,), "mlp_norm": (hidden,), "attention.o": (hidden, rows_of["q"])}
-    out |= {f"attention.{name}": (count, hidden) for name, count in rows_of.items()}
-    if args.flag("add_qkv_bias"):
-        out |= {f"attention.{name}.bias": (count,) for name, count in rows_of.items()}
-    if args.flag("qk_layernorm"):
-        out |= {f"attention.{name}_norm": (head,) for name in "qk"}
-    parts = [part for part in ("expert", "shared") if moe and widths[part]]
-    parts += ["mlp"] if len(moe) < sizes["layers"] else []
-    for part in parts:
-        width = widths[part]
-        out |= {f"{part}.gate": (width, hidden), f"{part}.up": (width, hidden), f"{part}.down": (hidden, width)}
-    if moe:
-        out["router"] = (sizes["experts"], hidden)
-        out |= {"router.bias": (sizes["experts"],)} if args.flag("moe_router_enable_expert_bias") else {}
-        out |= {"shared.router": (1, hidden)} if args.flag("moe_shared_expert_gate") else {}
-    return out

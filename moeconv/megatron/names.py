@@ -22,23 +22,53 @@ TOP = {
     "final_norm": "decoder.final_layernorm.weight",
     "output": "output_layer.weight",
 }
-_COMMON = {
-    "qkv": "self_attention.linear_qkv.weight",
-    "qkv_bias": "self_attention.linear_qkv.bias",
-    "proj": "self_attention.linear_proj.weight",
-    "q_layernorm": "self_attention.q_layernorm.weight",
-    "k_layernorm": "self_attention.k_layernorm.weight",
-    "router": "mlp.router.weight",
-    "router_bias": "mlp.router.expert_bias",
-    "fc1": "mlp.linear_fc1.weight",
-    "fc2": "mlp.linear_fc2.weight",
-    "shared_fc1": "mlp.shared_experts.linear_fc1.weight",
-    "shared_fc2": "mlp.shared_experts.linear_fc2.weight",
-    "shared_gate": "mlp.shared_experts.gate_weight",
-}
+_INPUT_NORM, _MLP_NORM = "input_layernorm.weight", "pre_mlp_layernorm.weight"
 _FUSED_INPUT_NORM = "self_attention.linear_qkv.layer_norm_weight"
 _FUSED_MLP_NORM = "mlp.linear_fc1.layer_norm_weight"
-_MLP_NORM = "pre_mlp_layernorm.weight"
+_Q_NORM, _FUSED_Q_NORM = "self_attention.q_layernorm.weight", "self_attention.linear_q_up_proj.layer_norm_weight"
+_KV_NORM, _FUSED_KV_NORM = "self_attention.kv_layernorm.weight", "self_attention.linear_kv_up_proj.layer_norm_weight"
+# What a kind's tensor is called in a layer: in a rank's state dict with Transformer Engine's and with local layers, then in torch_dist.
+# Around latent attention (`latent_`) norms keep their own names, and only Transformer Engine fuses some.
+_NAMES: dict[str, tuple[str, str, str, str]] = {
+    **{
+        kind: (name, name, name, name)
+        for kind, name in {
+            "qkv": "self_attention.linear_qkv.weight",
+            "qkv_bias": "self_attention.linear_qkv.bias",
+            "q_proj": "self_attention.linear_q_proj.weight",
+            "q_down": "self_attention.linear_q_down_proj.weight",
+            "q_up": "self_attention.linear_q_up_proj.weight",
+            "kv_down": "self_attention.linear_kv_down_proj.weight",
+            "kv_up": "self_attention.linear_kv_up_proj.weight",
+            "proj": "self_attention.linear_proj.weight",
+            "proj_bias": "self_attention.linear_proj.bias",
+            "sinks": "self_attention.core_attention.softmax_offset",
+            "q_layernorm": _Q_NORM,
+            "k_layernorm": "self_attention.k_layernorm.weight",
+            "router": "mlp.router.weight",
+            "router_linear_bias": "mlp.router.bias",
+            "router_bias": "mlp.router.expert_bias",
+            "fc1": "mlp.linear_fc1.weight",
+            "fc1_bias": "mlp.linear_fc1.bias",
+            "fc2": "mlp.linear_fc2.weight",
+            "fc2_bias": "mlp.linear_fc2.bias",
+            "shared_fc1": "mlp.shared_experts.linear_fc1.weight",
+            "shared_fc1_bias": "mlp.shared_experts.linear_fc1.bias",
+            "shared_fc2": "mlp.shared_experts.linear_fc2.weight",
+            "shared_fc2_bias": "mlp.shared_experts.linear_fc2.bias",
+            "shared_gate": "mlp.shared_experts.gate_weight",
+            "latent_input_norm": _INPUT_NORM,
+            "latent_mlp_norm": _MLP_NORM,
+        }.items()
+    },
+    "input_norm": (_FUSED_INPUT_NORM, _INPUT_NORM, _FUSED_INPUT_NORM, _FUSED_INPUT_NORM),
+    # The local spec keeps the fused key even where the MLP is a mixture of experts, so that each spec's checkpoints need the same spec to load.
+    "mlp_norm": (_MLP_NORM, _MLP_NORM, _MLP_NORM, _FUSED_MLP_NORM),
+    "dense_mlp_norm": (_FUSED_MLP_NORM, _MLP_NORM, _FUSED_MLP_NORM, _FUSED_MLP_NORM),
+    "latent_dense_mlp_norm": (_FUSED_MLP_NORM, _MLP_NORM, _FUSED_MLP_NORM, _MLP_NORM),
+    "latent_q_layernorm": (_FUSED_Q_NORM, _Q_NORM, _FUSED_Q_NORM, _Q_NORM),
+    "latent_kv_layernorm": (_FUSED_KV_NORM, _KV_NORM, _FUSED_KV_NORM, _KV_NORM),
+}
 LAYERS = "decoder.layers."
 
 
@@ -66,19 +96,23 @@ def rank_name(tensor: MegatronTensor, spec: Spec, experts: Experts, layer: int |
     """
     if tensor.kind in TOP:
         return TOP[tensor.kind]
-    prefix, kind = f"{LAYERS}{layer}.", tensor.kind
-    if kind in _COMMON:
-        return prefix + _COMMON[kind]
-    if kind == "input_norm":
-        return prefix + (_FUSED_INPUT_NORM if spec == "te" else "input_layernorm.weight")
-    if kind == "mlp_norm":
-        return prefix + _MLP_NORM
-    if kind == "dense_mlp_norm":
-        return prefix + (_FUSED_MLP_NORM if spec == "te" else _MLP_NORM)
-    linear = "linear_fc" + kind[-1]
+    prefix = f"{LAYERS}{layer}."
+    if tensor.kind in _NAMES:
+        return prefix + _NAMES[tensor.kind][spec == "local"]
+    linear, what = _of_expert(tensor.kind)
     if experts == "grouped":
-        return f"{prefix}mlp.experts.{linear}.weight{expert}"
-    return f"{prefix}mlp.experts.local_experts.{expert}.{linear}.weight"
+        return f"{prefix}mlp.experts.{linear}.{what}{expert}"
+    return f"{prefix}mlp.experts.local_experts.{expert}.{linear}.{what}"
+
+
+def base_kind(kind: str) -> str:
+    """Give the kind that a stored name tells: where the layer's other parts decide the name, several kinds share one."""
+    return kind.removeprefix("latent_").removeprefix("dense_")
+
+
+def _of_expert(kind: str) -> tuple[str, str]:
+    """Give the linear layer of an expert's tensor, and what it is of it."""
+    return f"linear_fc{kind.removeprefix('expert_fc')[0]}", "bias" if kind.endswith("_bias") else "weight"
 
 
 def dist_key(tensor: MegatronTensor, spec: Spec, *, by_layer: bool = False) -> str:
@@ -86,8 +120,7 @@ def dist_key(tensor: MegatronTensor, spec: Spec, *, by_layer: bool = False) -> s
 
     Args:
         tensor: the tensor.
-        spec: the layer spec. Both name the input norm alike, but the local one keeps its fused name for the MLP's norm
-            even where the MLP is a mixture of experts, so that each spec's checkpoints need the same spec to load.
+        spec: the layer spec.
         by_layer: each layer has keys of its own, and only experts are stacked.
 
     Returns:
@@ -96,25 +129,19 @@ def dist_key(tensor: MegatronTensor, spec: Spec, *, by_layer: bool = False) -> s
     if tensor.kind in TOP:
         return TOP[tensor.kind]
     prefix = f"{LAYERS}{tensor.layer}." if by_layer else LAYERS
-    if tensor.kind in _COMMON:
-        return prefix + _COMMON[tensor.kind]
-    if tensor.kind == "input_norm":
-        return prefix + _FUSED_INPUT_NORM
-    if tensor.kind == "mlp_norm":
-        return prefix + (_MLP_NORM if spec == "te" else _FUSED_MLP_NORM)
-    if tensor.kind == "dense_mlp_norm":
-        return prefix + _FUSED_MLP_NORM
-    return f"{prefix}mlp.experts.experts.linear_fc{tensor.kind[-1]}.weight"
+    if tensor.kind in _NAMES:
+        return prefix + _NAMES[tensor.kind][2 + (spec == "local")]
+    return f"{prefix}mlp.experts.experts.{'.'.join(_of_expert(tensor.kind))}"
 
 
-_NORMS = {"input_layernorm.weight": "input_norm", _FUSED_INPUT_NORM: "input_norm"}
-_NORMS |= {_MLP_NORM: "mlp_norm", _FUSED_MLP_NORM: "mlp_norm"}
-_PLAIN = {name: kind for kind, name in _COMMON.items()} | _NORMS
+_PLAIN = {name: base_kind(kind) for kind, names in _NAMES.items() for name in names}
 _IN_LAYER = re.compile(r"decoder\.layers\.(?:(?P<layer>\d{1,9})\.)?(?P<rest>.+)")
 _EXPERT = [
-    re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d{1,9})\.linear_fc(?P<fc>[12])\.weight"),
-    re.compile(r"mlp\.experts\.linear_fc(?P<fc>[12])\.weight(?P<expert>\d{1,9})"),
-    re.compile(r"mlp\.experts\.experts\.(?:(?P<expert>\d{1,9})\.)?linear_fc(?P<fc>[12])\.weight(?P<half>_[wv])?"),
+    re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d{1,9})\.linear_fc(?P<fc>[12])\.(?P<what>weight|bias)"),
+    re.compile(r"mlp\.experts\.linear_fc(?P<fc>[12])\.(?P<what>weight|bias)(?P<expert>\d{1,9})"),
+    re.compile(
+        r"mlp\.experts\.experts\.(?:(?P<expert>\d{1,9})\.)?linear_fc(?P<fc>[12])\.(?P<what>weight|bias)(?P<half>_[wv])?"
+    ),
 ]
 
 
@@ -148,7 +175,8 @@ def parse(name: Any) -> Found | None:
         if found is not None:
             groups = found.groupdict()
             expert = int(groups["expert"]) if groups["expert"] is not None else None
-            return Found(f"expert_fc{groups['fc']}{groups.get('half') or ''}", layer, expert)
+            bias = "_bias" if groups["what"] == "bias" else ""
+            return Found(f"expert_fc{groups['fc']}{bias}{groups.get('half') or ''}", layer, expert)
     return None
 
 
@@ -175,10 +203,16 @@ def rank_extra_states(kinds: set[str], spec: Spec, experts: Experts, layer: int,
     return [f"{LAYERS}{layer}.{name}.{EXTRA_STATE}" for name in names]
 
 
+_LATENT_LINEAR = {"q_proj", "q_down", "q_up", "kv_down", "kv_up"}
+
+
 def _extra_modules(kinds: set[str], spec: Spec) -> list[str]:
     """Name the modules of a layer, but for its experts, that have an extra state: linear ones, and Transformer Engine's norms."""
-    names = ["self_attention.linear_proj", "self_attention.linear_qkv"]
+    latent = sorted(kinds & _LATENT_LINEAR)
+    names = ["self_attention.linear_proj"]
+    names += [_NAMES[kind][0].removesuffix(".weight") for kind in latent] or ["self_attention.linear_qkv"]
     if spec == "te":
+        names += ["input_layernorm"] if latent else []
         names += ["pre_mlp_layernorm"] if "router" in kinds else []
         names += [f"self_attention.{n}_layernorm" for n in "qk" if f"{n}_layernorm" in kinds]
     names += ["mlp.linear_fc1", "mlp.linear_fc2"] if "fc1" in kinds else []
@@ -204,7 +238,8 @@ def dist_extra_states(
         prefix = f"{LAYERS}{layer}." if by_layer else LAYERS
         at, of = ("", "") if by_layer else (f"{layer}.", f"{len(kinds)}.")
         alone = "shard_0_1" if by_layer else f"shard_{layer}_{len(kinds)}"
-        for name in _extra_modules(held, spec):
+        attention = ["self_attention.core_attention"] if spec == "te" and "sinks" in held else []
+        for name in [*_extra_modules(held, spec), *attention]:
             out.append((f"{prefix}{name}.{EXTRA_STATE}/{alone}", layer, 0))
         for expert in range(num_experts if "router" in held else 0):
             where = f"shard_{at}{expert}_{of}{num_experts}"

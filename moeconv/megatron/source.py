@@ -13,9 +13,9 @@ from moeconv.errors import MappingError, SourceError
 from moeconv.families.base import Model
 from moeconv.io.paths import check_folder, read_inside
 from moeconv.layout.degrees import Degrees
-from moeconv.layout.rect import Rect, check_cover
+from moeconv.layout.rect import Rect
 from moeconv.megatron.args import RunArgs
-from moeconv.pieces import Piece, check_complete
+from moeconv.pieces import Piece, check_complete, check_pieces
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _MAX_TRACKER_BYTES = 1024
@@ -151,7 +151,7 @@ class Collector:
             pieces = found.get(tensor.name, [])
             if not pieces:
                 continue
-            check_cover(tensor.name, tensor.shape, [(p.rect, p.file) for p in pieces])
+            check_pieces(tensor.name, tensor.shape, pieces)
             if len({p.dtype for p in pieces}) != 1:
                 raise MappingError(f"{tensor.name}: stored as {', '.join(sorted({p.dtype for p in pieces}))} in parts")
             out += pieces

@@ -8,7 +8,7 @@ rectangle of a Hugging Face tensor and where it lies. Ranks and chunks are cuts 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moeconv.dtypes import dtype
@@ -25,17 +25,59 @@ _ATTENTION = (
     ("proj", "attention.o"),
     ("q_layernorm", "attention.q_norm"),
     ("k_layernorm", "attention.k_norm"),
+    ("sinks", "attention.sinks"),
 )
+_LATENT = (
+    ("latent_input_norm", "attention_norm"),
+    ("proj", "attention.o"),
+    ("q_proj", "attention.q"),
+    ("q_down", "attention.q_a"),
+    ("latent_q_layernorm", "attention.q_a_norm"),
+    ("q_up", "attention.q_b"),
+    ("kv_down", "attention.kv_a"),
+    ("latent_kv_layernorm", "attention.kv_a_norm"),
+    ("kv_up", "attention.kv_b"),
+)
+_DOWN = ("q_down", "kv_down")  # which the local spec shares by tensor-parallel ranks, and Transformer Engine's doesn't
 _ROUTER = (("router", "router"), ("router_bias", "router.bias"), ("shared_gate", "shared.router"))
+_BIASES = (("proj_bias", "attention.o.bias"), ("router_linear_bias", "router.linear.bias"))
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A rectangle of a Hugging Face tensor, and the index of its first element in the tensor that stores it."""
+    """A rectangle of a Hugging Face tensor, and the index of its first element in the tensor that stores it.
+
+    Dimension d of the storing tensor runs along dimension `axes[d]` of the rectangle; None: along the same one. With a `view` the rectangle is
+    one of the tensor in that shape (see `Piece.view`).
+    """
 
     tensor: str
     rect: Rect
     at: tuple[int, ...]
+    axes: tuple[int, ...] | None = None
+    view: tuple[int, ...] | None = None
+
+    @property
+    def place(self) -> Rect:
+        """The rectangle of the storing tensor that it fills."""
+        shape = self.rect.shape
+        return Rect(self.at, shape if self.axes is None else tuple(shape[axis] for axis in self.axes))
+
+    def cut(self, inside: Rect, at: tuple[int, ...]) -> Part:
+        """Give the part that fills a rectangle `inside` of its place, with its first element at `at`."""
+        local = inside.within(self.place)
+        offsets, shape = list(self.rect.offsets), list(self.rect.shape)
+        for dim, axis in enumerate(self.axes or range(len(shape))):
+            offsets[axis] += local.offsets[dim]
+            shape[axis] = local.shape[dim]
+        return replace(self, rect=Rect(tuple(offsets), tuple(shape)), at=at)
+
+    def strides(self, stored: Sequence[int]) -> tuple[int, ...]:
+        """Give the rectangle's strides where the storing tensor has these; those of dimensions of size 1 mean nothing."""
+        own = [1] * len(self.rect.shape)
+        for dim, axis in enumerate(self.axes or range(len(own))):
+            own[axis] = stored[dim]
+        return tuple(own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +147,14 @@ def cut(parts: Iterable[Part], window: Rect, place: Sequence[int] | None = None)
     place = place or (0,) * len(window.shape)
     out = []
     for part in parts:
-        inside = Rect(part.at, part.rect.shape).intersect(window)
+        inside = part.place.intersect(window)
         if inside is not None:
-            local = inside.within(Rect(part.at, part.rect.shape))
             at = tuple(i - w + p for i, w, p in zip(inside.offsets, window.offsets, place, strict=True))
-            out.append(Part(part.tensor, local.shifted(part.rect.offsets), at))
+            out.append(part.cut(inside, at))
     return out
 
 
-def place_parts(
-    parts: Iterable[Part], kind: str, file: str, begin: int, strides: Sequence[int], *, reverse: bool = False
-) -> Iterator[Piece]:
+def place_parts(parts: Iterable[Part], kind: str, file: str, begin: int, strides: Sequence[int]) -> Iterator[Piece]:
     """Turn parts into pieces of a file.
 
     Args:
@@ -124,25 +163,26 @@ def place_parts(
         file: the file's name.
         begin: the position of the stored tensor's first element, in bytes.
         strides: the stored tensor's strides, in elements.
-        reverse: the stored tensor holds the transpose of its parts (`at` is then in the parts' own order too).
 
     Yields:
         One piece for each part.
     """
-    own = tuple(reversed(strides)) if reverse else tuple(strides)
     for part in parts:
-        offset = sum(a * s for a, s in zip(part.at, own, strict=True))
+        own = part.strides(strides)
+        offset = sum(a * s for a, s in zip(part.at, strides, strict=True))
         dense = row_major(part.rect.shape)
         shown = zip(part.rect.shape, own, dense, strict=True)
         plain = all(n == 1 or s == d for n, s, d in shown)
-        yield Piece(part.tensor, kind, part.rect, file, begin + offset * dtype(kind).itemsize, None if plain else own)
+        where = begin + offset * dtype(kind).itemsize
+        yield Piece(part.tensor, kind, part.rect, file, where, None if plain else own, part.view)
 
 
-def megatron_tensors(model: Model) -> list[MegatronTensor]:
+def megatron_tensors(model: Model, spec: Literal["te", "local"] = "te") -> list[MegatronTensor]:
     """List the tensors of Megatron's form of a model, in the order of its state dict.
 
     Args:
         model: the model, by its family and config.
+        spec: the layer spec; the local one shares among tensor-parallel ranks what leads to latent vectors.
 
     Returns:
         Its tensors; together their parts are every Hugging Face tensor exactly once.
@@ -150,15 +190,10 @@ def megatron_tensors(model: Model) -> list[MegatronTensor]:
     Raises:
         MappingError: Megatron-Core has no form for this family here, or the parts miss a tensor.
     """
-    stored = [rule.role for rule in model.rules if rule.transposed]
-    if stored:
-        raise MappingError(
-            f"{model.family.name}: stores {', '.join(stored)} as [in, out], which has no Megatron form here"
-        )
     ends = {kind: _whole(model, kind, role, None) for kind, role in _ENDS}
     out = [*ends["embedding"]]
     for layer in range(model.sizes["layers"]):
-        out += _layer(model, layer)
+        out += _layer(model, layer, spec)
     out += ends["final_norm"]
     out += [] if model.tied else ends["output"]
     covered: dict[str, int] = {}
@@ -180,20 +215,34 @@ def mixed(model: Model) -> bool:
     return "experts" in model.sizes and len(model.moe_layers) < model.sizes["layers"]
 
 
-def _layer(model: Model, layer: int) -> Iterator[MegatronTensor]:
-    for kind, role in _ATTENTION:
+def biased(model: Model) -> bool:
+    """Say whether each linear layer has a bias, but for the output head: Megatron has one in all, or in queries, keys and values alone."""
+    parts = [part for part in ("mlp", "expert", "shared") if model.has(f"{part}.down")]
+    roles = [f"{part}.{name}" for part in parts for name in ("gate", "up", "gate_up", "down")]
+    needed = ["attention.q", "attention.k", "attention.v", "attention.o", *filter(model.has, roles)]
+    needed += ["router.linear"] if model.has("router") else []
+    return all(model.has(f"{role}.bias") for role in needed)
+
+
+def _layer(model: Model, layer: int, spec: str) -> Iterator[MegatronTensor]:
+    latent, moe = model.has("attention.kv_a"), layer in model.moe_layers
+    for kind, role in _LATENT if latent else _ATTENTION:
+        for tensor in _whole(model, kind, role, layer):
+            yield replace(tensor, axis="tp") if kind in _DOWN and spec == "local" else tensor
+    if not latent:
+        yield from _qkv(model, "qkv", "", layer)
+        yield from _qkv(model, "qkv_bias", ".bias", layer)
+    for kind, role in _BIASES if biased(model) else ():
         yield from _whole(model, kind, role, layer)
-    yield from _qkv(model, "qkv", "", layer)
-    yield from _qkv(model, "qkv_bias", ".bias", layer)
-    moe = layer in model.moe_layers
-    yield from _whole(model, "mlp_norm" if moe else "dense_mlp_norm", "mlp_norm", layer)
-    yield from _swiglu(model, "", "mlp", layer, None)
+    norm = "mlp_norm" if moe else "dense_mlp_norm"
+    yield from _whole(model, f"latent_{norm}" if latent else norm, "mlp_norm", layer)
+    yield from _gated(model, "", "mlp", layer, None)
     for kind, role in _ROUTER:
         if kind != "shared_gate" or model.width("shared"):
             yield from _whole(model, kind, role, layer)
-    yield from _swiglu(model, "shared_", "shared", layer, None)
+    yield from _gated(model, "shared_", "shared", layer, None)
     for expert in range(model.sizes["experts"] if moe else 0):
-        yield from _swiglu(model, "expert_", "expert", layer, expert)
+        yield from _gated(model, "expert_", "expert", layer, expert)
 
 
 def _whole(model: Model, kind: str, role: str, layer: int | None) -> Iterator[MegatronTensor]:
@@ -228,17 +277,45 @@ def _qkv(model: Model, kind: str, suffix: str, layer: int) -> Iterator[MegatronT
     yield MegatronTensor(kind, (row, *inner), tuple(parts), "tp", layer=layer)
 
 
-def _swiglu(model: Model, prefix: str, part: str, layer: int, expert: int | None) -> Iterator[MegatronTensor]:
-    """The two products of a SwiGLU: `fc1` is gate then up, each shared by the ranks on its own; `fc2` is down."""
-    gate, up, down = (model.find(f"{part}.{matrix}", layer, expert) for matrix in ("gate", "up", "down"))
-    if gate is None or up is None or down is None or not gate.size:
+def _gated(model: Model, prefix: str, part: str, layer: int, expert: int | None) -> Iterator[MegatronTensor]:
+    """The two products of a gated feed-forward part, and their biases.
+
+    `fc1` is gate then up, each shared by the ranks on its own; `fc2` is down.
+    """
+    down = model.find(f"{part}.down", layer, expert)
+    if down is None or not down.size:
         return
-    axis = gate.rule.split.axis if gate.rule.split is not None else None
-    (width, hidden), whole = gate.shape, Rect.whole(gate.shape)
-    fc1 = (Part(gate.name, whole, (0, 0)), Part(up.name, whole, (width, 0)))
-    fc2 = (Part(down.name, Rect.whole(down.shape), (0, 0)),)
+    axis = down.rule.split.axis if down.rule.split is not None else None
+    hidden, width = model.sizes["hidden"], model.width(part)
+    fc1 = _first(model, part, "", layer, expert)
+    fc2 = (Part(down.name, Rect.whole(down.shape), (0, 0), (1, 0) if down.rule.transposed else None),)
     yield MegatronTensor(prefix + "fc1", (2 * width, hidden), fc1, axis, 0, 2, layer=layer, expert=expert)
     yield MegatronTensor(prefix + "fc2", (hidden, width), fc2, axis, 1, layer=layer, expert=expert)
+    if not biased(model):
+        return
+    bias = model.tensor(f"{part}.down.bias", layer, expert)
+    parts = (Part(bias.name, Rect.whole(bias.shape), (0,)),)
+    fc1 = _first(model, part, ".bias", layer, expert)
+    yield MegatronTensor(prefix + "fc1_bias", (2 * width,), fc1, axis, 0, 2, layer=layer, expert=expert)
+    yield MegatronTensor(prefix + "fc2_bias", (hidden,), parts, layer=layer, expert=expert)
+
+
+def _first(model: Model, part: str, suffix: str, layer: int, expert: int | None) -> tuple[Part, ...]:
+    """What the first product, or its bias, is made of: the gate's rows, then up's; where one matrix holds the two in turns, every second one."""
+    width = model.width(part)
+    both = model.find(f"{part}.gate_up{suffix}", layer, expert)
+    out = []
+    for half in range(2):
+        found = both or model.tensor(f"{part}.{('gate', 'up')[half]}{suffix}", layer, expert)
+        axes = (1, 0) if found.rule.transposed else tuple(range(len(found.shape)))
+        at = (half * width, *(0 for _ in found.shape[1:]))
+        if both is None:
+            out.append(Part(found.name, Rect.whole(found.shape), at, axes))
+            continue
+        view = (*found.shape[:-1], width, 2)
+        rect = Rect((*(0 for _ in found.shape), half), (*view[:-1], 1))
+        out.append(Part(found.name, rect, at, axes, view))
+    return tuple(out)
 
 
 def padded_vocab(vocab: int, tp: int, divisor: int = 128) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moeconv.errors import MappingError
 from moeconv.megatron.args import RunArgs, shown
-from moeconv.megatron.model_args import find_config
+from moeconv.megatron.described import find_config
 from runtime.errors import ConfigError
 
 # What the trainer's models have, whether a flag says it or not.

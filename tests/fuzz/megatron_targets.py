@@ -15,7 +15,8 @@ from moeconv.layout.degrees import Degrees
 from moeconv.megatron.args import RunArgs
 from moeconv.megatron.checkpoint import as_checkpoint
 from moeconv.megatron.convert import export_megatron, open_megatron
-from moeconv.megatron.model_args import check_args, config_from_args
+from moeconv.megatron.described import config_from_args
+from moeconv.megatron.model_args import check_args
 from moeconv.megatron.source import TRACKER, find_iteration
 from moeconv.upcycling.planned import plan_upcycle
 from moeconv.upcycling.recipe import Recipe

@@ -127,9 +127,11 @@ def _allow_cpu() -> None:
     """Stand in for what megatron-core asks of CUDA: a device for the rotary table, dropout's seeds, TE's presence."""
     from megatron.core.safe_globals import register_safe_globals
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
     moe_utils.te_general_gemm = None  # v0.16.1 forgets to define it where Transformer Engine is absent
+    multi_latent_attention.HAVE_TE = False  # and takes its own wrapper's module, which is there, for it
 
     register_safe_globals()  # as Megatron's own initialisation does
     torch.cuda.current_device = lambda: torch.device("cpu")
@@ -176,12 +178,15 @@ def _settings(case: Case, args: argparse.Namespace) -> Any:
     Source: https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/training/arguments.py
     (core_transformer_config_from_args), and d98e8a64's argument_utils.py (_apply_yarn_config_from_args).
     """
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.fusions.fused_bias_geglu import quick_gelu
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    said = {f.name: getattr(args, f.name) for f in dataclasses.fields(TransformerConfig) if hasattr(args, f.name)}
+    kind = MLATransformerConfig if args.multi_latent_attention else TransformerConfig
+    said = {f.name: getattr(args, f.name) for f in dataclasses.fields(kind) if hasattr(args, f.name)}
     said |= {"num_moe_experts": args.num_experts, "layernorm_epsilon": args.norm_epsilon}
-    assert args.swiglu
-    said |= {"activation_func": torch.nn.functional.silu, "gated_linear_unit": True, "bias_activation_fusion": False}
+    assert args.swiglu != args.quick_geglu
+    said["activation_func"] = torch.nn.functional.silu if args.swiglu else quick_gelu
+    said |= {"gated_linear_unit": True, "bias_activation_fusion": False}
     said["num_query_groups"] = args.num_query_groups if args.group_query_attention else None
     here = {
         "moe_router_load_balancing_type": "none",
@@ -203,7 +208,7 @@ def _settings(case: Case, args: argparse.Namespace) -> Any:
         "expert_model_parallel_size": case.ep,
         "expert_tensor_parallel_size": case.etp or case.tp,
     }
-    config = TransformerConfig(**{**said, **here})
+    config = kind(**{**said, **here})
     if args.position_embedding_type == "yarn":
         config.yarn_rotary_scaling_factor = args.rotary_scaling_factor
         config.yarn_original_max_position_embeddings = args.yarn_original_max_position_embeddings
@@ -220,13 +225,37 @@ def _layers(settings: Any, case: Case, stage: int | None) -> Any:
     if settings.num_moe_experts is None:
         return get_gpt_layer_local_spec(qk_layernorm=settings.qk_layernorm, normalization="RMSNorm")
     block = get_gpt_decoder_block_spec(settings, False, normalization="RMSNorm", vp_stage=stage)
-    if case.spec == "te":
-        # Transformer Engine does not run on a CPU. Its layers name the norm before experts without the renaming of
-        # local ones, which is the only difference between the two specs' sharded keys of tensors.
-        for layer in block.layer_specs:
-            if "MoE" in getattr(layer.submodules.mlp.module, "__name__", ""):
-                layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    latent = settings.multi_latent_attention
+    for layer in block.layer_specs:
+        if latent:
+            layer.submodules.self_attention.submodules.core_attention = _latent_core()
+        if case.spec == "te":
+            # Transformer Engine does not run on a CPU. The two specs' sharded keys differ in those of norms alone.
+            moe = "MoE" in getattr(layer.submodules.mlp.module, "__name__", "")
+            layer.submodules.sharded_state_dict_keys_map = _te_keys(moe=moe, latent=latent)
     return block
+
+
+def _te_keys(*, moe: bool, latent: bool) -> dict[str, str]:
+    """Give the sharded keys that Transformer Engine's layers have and local ones don't: those of norms that it fuses."""
+    fused = {} if moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if not latent:
+        return {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", **fused}
+    return {
+        f"self_attention.{n}_layernorm.": f"self_attention.linear_{n}_up_proj.layer_norm_" for n in ("q", "kv")
+    } | fused
+
+
+def _latent_core() -> Any:
+    """Local attention for heads whose values have another size than queries and keys; v0.16.1's takes no such sizes."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class LatentCore(DotProductAttention):
+        def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            assert v_channels in (0, self.hidden_size_per_attention_head)  # made once without sizes, then with them
+
+    return LatentCore
 
 
 def _build(case: Case, args: argparse.Namespace) -> list[Any]:
@@ -279,7 +308,7 @@ def _load_torch(case: Case, models: list[Any]) -> None:
     for number, model in enumerate(models):
         entries = saved["model"] if len(models) == 1 else saved[f"model{number}"]
         if case.spec == "te" or case.experts == "grouped":
-            entries = _as_local(entries)
+            entries = _as_local(entries, case.tp)
         model.load_state_dict(entries, strict=True)
 
 
@@ -303,19 +332,27 @@ def _fill(case: Case, models: list[Any]) -> None:
         assert nbytes > 0
 
 
-def _as_local(entries: dict[str, Any]) -> dict[str, Any]:
+def _as_local(entries: dict[str, Any], tp: int) -> dict[str, Any]:
     """Rename a Transformer Engine model's state dict to the local layers', by what TE's modules are called.
 
     TELayerNormColumnParallelLinear keeps its norm as `layer_norm_weight`; TEGroupedLinear its matrices as `weight{i}`
-    of one module; both, the attention core and the norms have an `_extra_state`.
+    of one module; both, the attention core and the norms have an `_extra_state`. What leads to latent vectors it has whole on each rank.
     """
+    from megatron.core import parallel_state
+
     out = {}
     for name, value in entries.items():
         name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
         name = name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
-        head, experts, rest = name.partition("mlp.experts.linear_fc")
-        if experts and rest[1:].startswith(".weight"):
-            name = f"{head}mlp.experts.local_experts.{rest[8:]}.linear_fc{rest[0]}.weight"
+        for n in ("q", "kv"):
+            name = name.replace(
+                f"self_attention.linear_{n}_up_proj.layer_norm_weight", f"self_attention.{n}_layernorm.weight"
+            )
+        name = re.sub(
+            r"mlp\.experts\.linear_fc([12])\.(weight|bias)(\d+)$", r"mlp.experts.local_experts.\3.linear_fc\1.\2", name
+        )
+        if re.search(r"linear_(q|kv)_down_proj\.weight$", name):
+            value = value.chunk(tp)[parallel_state.get_tensor_model_parallel_rank()]
         if name.endswith("_extra_state"):
             assert value is None or (value.dtype == torch.uint8 and value.numel() == 0), name
             continue
@@ -346,7 +383,8 @@ def _load_dist(case: Case, models: list[Any]) -> None:
     assert not missing, missing
     # Keys must match both ways, but for the states of TE's norms, which local modules don't have.
     assert (case.spec == "te") == bool(left_over), left_over
-    assert all(re.fullmatch(r".*(pre_mlp|final|[qk])_layernorm\._extra_state", key) for key in left_over), left_over
+    states = r".*((input|pre_mlp|final|[qk])_layernorm|core_attention)\._extra_state"
+    assert all(re.fullmatch(states, key) for key in left_over), left_over
     for number, model in enumerate(models):
         model.load_state_dict(loaded["model" if len(models) == 1 else f"model{number}"], strict=True)
 

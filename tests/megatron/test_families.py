@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from moeconv.checking import compare
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf
-from moeconv.errors import MappingError
+from moeconv.errors import LayoutError, MappingError
 from moeconv.families import FAMILIES
 from moeconv.forward import relative_difference, transformers_logits
 from moeconv.layout.degrees import Degrees
@@ -33,6 +33,7 @@ TOLERANCE = 2e-5
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+MSCALES = {"mscale": 0.7, "mscale_all_dim": 0.5}
 SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"sliding_window": 5, "rms_norm_eps": 1e-3}),
@@ -54,6 +55,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dots1": ("dots1", {"n_shared_experts": 1}),
     "dots1 windows": ("dots1", {"sliding_window": 5, "max_window_layers": 1, "first_k_dense_replace": 0}),
     "dots1 no shared": ("dots1", {"n_shared_experts": 0}),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "deepseek_v3 yarn": ("deepseek_v3", {"q_lora_rank": None, "rope_parameters": YARN | MSCALES}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {"topk_method": "greedy", "routed_scaling_factor": 3.0, "rope_parameters": YARN | MSCALES},
+    ),
+    "deepseek_v2 groups": ("deepseek_v2", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}),
+    "glm4_moe_lite": ("glm4_moe_lite", {"rms_norm_eps": 1e-6}),
+    "gpt_oss": ("gpt_oss", {}),
+    "gpt_oss yarn": (
+        "gpt_oss",
+        {"swiglu_limit": 1.0, "rope_parameters": YARN | {"truncate": False}},
+    ),
+    "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
 }
 DENSE = {"llama", "mistral", "qwen2", "qwen3"}
 
@@ -75,6 +90,8 @@ def layouts(name: str) -> dict[str, tuple[str, str, dict[str, Any]]]:
         "torch_dist local": ("torch_dist", "local", {"tp": 2} if dense else {"tp": 2, "ep": 2}),
         "torch_dist te": ("torch_dist", "te", {"pp": 2}),
     }
+    if MODELS[name][0] == "gpt_oss":  # Megatron has biases in experts that are whole alone
+        found = {kind: (*case[:2], {**case[2], "etp": 1}) for kind, case in found.items()}
     return {kind: case for kind, case in found.items() if name in FAMILIES or kind in ("torch local", "torch_dist te")}
 
 
@@ -116,6 +133,7 @@ def test_round_trips(outcomes: dict[str, Outcome], name: str, tmp_path: Path) ->
         for folder in filter(None, (case.load, case.save)):
             config = None if folder == case.load else held.hf
             opened = open_megatron(Path(folder), hf_config=config)
+            as_checkpoint(opened).check()
             assert next(compare(as_checkpoint(opened), source), None) is None, (kind, folder)
             assert (opened.fmt, opened.degrees) == (case.fmt, Degrees(**layouts(name)[kind][2]))
     saved = next(case.save for case in reversed(held.cases.values()) if case.save is not None)
@@ -189,6 +207,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"mlp_bias": True}, r"no place for it \(mlp\.\w+\.bias\)"),
     ("olmoe", {}, "norms of all query and key heads at once"),
     ("qwen2_moe", {"shared_expert_intermediate_size": 0}, r"no place for it \(shared\.router\)"),
+    ("minimax_m2", {}, "norms of all query and key heads at once"),
+    ("ernie4_5_moe", {}, "rotary positions of neighbouring pairs; a bias of the choice of a router without sigmoids"),
+    ("granitemoe", {}, "attention scale: 0.3; embedding scale: 3.0; residual scale: 0.7; logits divisor: 2.0"),
+    ("deepseek_v2", {}, r"groups of experts valued by their 1 best \(it takes 2\)"),
+    ("glm4_moe_lite", {}, "rms_norm_eps = 1e-05, with 1e-06 in the norms of latent vectors"),
+    ("deepseek_v3", {"rope_interleave": False}, "rotary positions of halves in latent attention"),
+    ("deepseek_v3", {"rope_parameters": YARN | {"mscale_all_dim": 0.5}}, "mscale_all_dim without mscale"),
+    ("deepseek_v3", {"attention_bias": True}, r"no place for it \(attention\.\w+\.bias\)"),
+    ("gpt_oss", {"swiglu_alpha": 1.5}, r"swiglu_alpha = 1\.5"),
 ]
 
 
@@ -218,6 +245,24 @@ FLAGS: list[tuple[str, dict[str, Any], list[str]]] = [
         [EPSILON, "--use-rope-scaling", "--rope-scaling-factor 32.0", "rope_scaling_factor=32.0"],
     ),
     (
+        "deepseek_v3",
+        {"rope_parameters": YARN | MSCALES | {"beta_fast": 8.0}},
+        [
+            *(EPSILON, "--qk-layernorm", "--multi-latent-attention", "--q-lora-rank 12", "--kv-lora-rank 10"),
+            *("--qk-head-dim 6", "--qk-pos-emb-head-dim 4", "--v-head-dim 8", "--rotary-scaling-factor 4.0"),
+            *("--mscale 0.7", "--mscale-all-dim 0.5", "--moe-router-num-groups 2", "--moe-router-group-topk 1"),
+            "MLATransformerConfig original_max_position_embeddings=16, beta_fast=8",
+        ],
+    ),
+    (
+        "gpt_oss",
+        {},
+        [
+            *("--window-size 7,0", "--window-attn-skip-freq '[1,0]'", "--quick-geglu", "--glu-linear-offset 1.0"),
+            *("--activation-func-clamp-value 7.0", "--softmax-type learnable"),
+        ],
+    ),
+    (
         "llama",
         {"rope_parameters": YARN},
         [EPSILON, "--rotary-scaling-factor 4.0", "--yarn-original-max-position-embeddings 16"],
@@ -243,6 +288,15 @@ def test_flags_that_megatron_needs_are_named(
     told = [word for note in summary.notes for word in note.split(" run it with ")[-1].split(" ") if word[:2] == "--"]
     assert all(flag in " ".join(summary.notes) for flag in expected)
     assert len(told) == sum(flag.count("--") for flag in expected)
+
+
+def test_experts_with_biases_are_whole(tmp_path: Path) -> None:
+    """megatron-core asserts as much; refused before anything is written."""
+    hf = make_folder(tmp_path / "hf", "gpt_oss")
+    for fmt in ("torch", "torch_dist"):
+        with pytest.raises(LayoutError, match=r"--etp 2: the experts of gpt-oss have biases.* --etp 1 alone"):
+            export(hf, tmp_path / "out", fmt, {"tp": 2})
+    assert not (tmp_path / "out").exists()
 
 
 BAD_ARGS: list[tuple[str, Any]] = [

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from benchmarks.multi_gpu.job import Job, Task
-from tests.runtime.parallel.cases import CASES
-from tests.runtime.parallel.parity import Case, Outcome, errors, outcome, run_rank
+from runtime.parity.case import Case, Outcome, errors, outcome, run_rank
+from runtime.parity.cases import CASES
 
 FP32_LIMIT = 1e-5
 QUICK_CASES = ("dp2 distributed optimizer", "ep2", "tp2 sp ep2 etp1 dp2", "pp2 tp2 sp ep2")

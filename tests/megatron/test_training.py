@@ -25,12 +25,12 @@ from moeconv.layout.degrees import Degrees
 from moeconv.megatron.checkpoint import as_checkpoint
 from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
 from runtime.checkpoint.position import TrainerState
+from runtime.parity.ranks import RankPool
 from tests.megatron.conftest import make_model, tensors_of
 from tests.megatron.mcore_ranks import Case
 from tests.megatron.mcore_training import BATCH, DECAY, LR, SEED, STEPS, Run, run_all
 from tests.megatron.test_round_trips import export
 from tests.runtime.jobs import Job, run_jobs
-from tests.runtime.ranks import RankPool
 from tests.upcycle.hub import make_folder
 
 # name -> the layout that Megatron saves under, how its run differs, and the layout of our export, which loads under both

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from runtime.job.processes import Process
+from runtime.parity.ranks import RankPool
 from runtime.settings.flags import parse_flags
 from runtime.start import prepare, run_job
-from tests.runtime.ranks import RankPool
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from moeconv.convert import Options, write_hf, write_sharded
 from moeconv.layout.degrees import Degrees
 from moeconv.upcycling.planned import plan_upcycle
 from moeconv.upcycling.recipe import Recipe
+from runtime.parity.ranks import RankPool
 from tests.runtime.jobs import Job, run_jobs
 from tests.runtime.launch import steps
-from tests.runtime.ranks import RankPool
 from tests.runtime.tiny import make_text
 from tests.runtime.words import VOCAB_SIZE, make_tokenizer
 from tests.upcycle.hub import make_folder

@@ -18,8 +18,8 @@ import numpy as np
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_sharded
 from moeconv.layout.degrees import Degrees
+from runtime.parity.ranks import RankPool
 from tests.runtime.jobs import Job, run_jobs
-from tests.runtime.ranks import RankPool
 from tests.runtime.tiny import make_checkpoint, make_text
 
 TP, PP, EP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--expert-model-parallel-size"

@@ -12,9 +12,9 @@ import pytest
 from moeconv.api import import_hf
 from moeconv.io.safetensors import read_header
 from moeconv.layout.degrees import Degrees
+from runtime.parity.ranks import RankError, RankPool
 from tests.runtime.jobs import Job, run_jobs
 from tests.runtime.launch import steps
-from tests.runtime.ranks import RankError, RankPool
 from tests.runtime.tiny import make_checkpoint, make_text
 
 

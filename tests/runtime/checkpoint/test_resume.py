@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from moeconv.checkpoint import open_checkpoint
+from runtime.parity.ranks import RankPool
 from tests.runtime.checkpoint.resume import LAYOUTS, PAIRS, Table
 from tests.runtime.jobs import run_jobs
-from tests.runtime.ranks import RankPool
 
 
 def test_resumed_training_equals_uninterrupted_training(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
-from tests.runtime.parallel.parity import initial_reader
+from runtime.parity.case import initial_reader
 from tests.support.configs import tiny_config, tiny_model, trained_families
 
 pytestmark = [

@@ -13,9 +13,9 @@ import torch
 from moeconv.families.compute import Router
 from runtime.moe import router
 from runtime.moe.tape import active_tape
-from tests.runtime.parallel.cases import DIST, SP, case
-from tests.runtime.parallel.parity import Case, global_batch, make_engine, own_share
-from tests.runtime.ranks import RankPool
+from runtime.parity.case import Case, global_batch, make_engine, own_share
+from runtime.parity.cases import DIST, SP, case
+from runtime.parity.ranks import RankPool
 
 TOPK, NUM_EXPERTS = 2, 8
 SIGMOID = Router(experts=NUM_EXPERTS, top_k=TOPK, score="sigmoid", normalise=True)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from runtime.moe.groups import MoEGroups
 from runtime.moe.layer import MoELayer
+from runtime.parity.ranks import RankPool
 from tests.runtime.moe.oracle import relative
-from tests.runtime.ranks import RankPool
 from tests.support.moe import moe_config
 
 HIDDEN, WIDTH = 12, 8

@@ -13,7 +13,7 @@ from runtime.errors import ConfigError
 from runtime.optim.config import OptimConfig
 from runtime.optim.groups import check_states, resolve_groups
 from runtime.optim.schedule import ScheduleConfig
-from tests.runtime.parallel.parity import Case, global_batch, make_engine
+from runtime.parity.case import Case, global_batch, make_engine
 from tests.support.configs import tiny_model
 
 GLOBS: dict[str, Any] = {

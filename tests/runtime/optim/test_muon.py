@@ -9,8 +9,8 @@ from moeconv.families.base import Model
 from runtime.errors import ConfigError
 from runtime.optim.config import OptimConfig
 from runtime.optim.groups import check_states, resolve_groups
+from runtime.parity.case import Case, global_batch, make_engine, model_of
 from runtime.settings.check import check_run
-from tests.runtime.parallel.parity import Case, global_batch, make_engine, model_of
 from tests.runtime.settings.lines import SHORT, make
 
 LR, DECAY = 2e-2, 0.1

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.runtime.ranks import RankPool
+from runtime.parity.ranks import RankPool
 
 
 @pytest.fixture(scope="session")

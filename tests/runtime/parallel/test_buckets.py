@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runtime.parallel.gradient_sink import sink_of
-from tests.runtime.parallel.parity import Case, global_batch, make_engine
+from runtime.parity.case import Case, global_batch, make_engine
 
 CASE = Case(name="one rank", num_ranks=1)
 

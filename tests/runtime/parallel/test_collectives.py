@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runtime.parallel import collectives
-from tests.runtime.ranks import RankPool
+from runtime.parity.ranks import RankPool
 
 SIZES = (3, 1, 4)
 SPLITS = ((1, 2, 0), (0, 3, 1), (2, 0, 5))

@@ -18,11 +18,11 @@ from runtime.data.config import DataConfig
 from runtime.data.loader import DataSource
 from runtime.initial.config import InitConfig
 from runtime.initial.draw import DrawnCheckpoint, drawn_checkpoint
+from runtime.parity.case import Array, Case, assemble, copies, make_engine, model_of
+from runtime.parity.ranks import RankPool
 from tests.runtime.jobs import Job, run_jobs
 from tests.runtime.launch import steps
-from tests.runtime.parallel.parity import Array, Case, assemble, copies, make_engine, model_of
 from tests.runtime.parallel.test_resume import LAYOUTS
-from tests.runtime.ranks import RankPool
 from tests.runtime.settings.lines import SCRIPT
 from tests.runtime.words import VOCAB_SIZE, make_tokenizer, real_text
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from runtime.parity.ranks import RankPool
 from tests.runtime.data.chats import CHATML, make_chats, with_template, without_marks
 from tests.runtime.jobs import Job, run_jobs
 from tests.runtime.launch import steps
-from tests.runtime.ranks import RankPool
 from tests.runtime.tiny import make_checkpoint
 from tests.runtime.words import real_text
 

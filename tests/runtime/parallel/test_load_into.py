@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import moeconv
-from tests.runtime.ranks import RankPool
+from runtime.parity.ranks import RankPool
 from tests.support.modules import module_of
 
 # Rows of every gate and up in one stack, whole experts, columns, 101 rows, everything: what a trainer may choose.

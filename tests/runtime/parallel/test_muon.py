@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runtime.parallel.parity import Case, assemble, copies, global_batch, initial_weight, make_engine, own_share
-from tests.runtime.ranks import RankPool
+from runtime.parity.case import Case, assemble, copies, global_batch, initial_weight, make_engine, own_share
+from runtime.parity.ranks import RankPool
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [(4, {"pp": 2, "ep": 2}), (4, {"cp": 2, "ep": 2})]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from tests.runtime.parallel.cases import CASES
-from tests.runtime.parallel.parity import EMPTY_EXPERT, Case, Outcome, errors, model_of, outcome, run_rank
-from tests.runtime.ranks import RankPool
-
-TOLERANCE = 1e-5
+from runtime.parity.case import EMPTY_EXPERT, Case, Outcome, errors, model_of, outcome, run_rank
+from runtime.parity.cases import CASES
+from runtime.parity.ranks import RankPool
+from runtime.parity.table import TOLERANCE, chosen, table
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +31,23 @@ def test_layout_equals_one_rank(case: Case, pool: RankPool, references: dict[str
         assert (want.load[0].sum(1) > 0).sum() == len(model_of(case).moe_layers)
     if want.load and not case.model.keys() & {"mlp_only_layers", "model_type"} and not case.moe:
         assert (want.load[0][:, EMPTY_EXPERT] == 0).all(), "one expert gets no token"
+
+
+def test_the_table_has_a_row_for_each_layout(pool: RankPool) -> None:
+    """`python -m runtime.parity`, which needs nothing of the tests."""
+    cases = chosen(["dp2", "optimizer"])[:1]
+    heading, row = table(cases, pool)
+    assert heading[0].split()[:2] == ["layout", "ranks"]
+    assert row[1], row[0]
+    assert row[0].startswith(f"{cases[0].name}      2")
+    assert all(float(number) < TOLERANCE for number in row[0].split()[-5:])
+
+
+def test_no_benchmark_and_no_package_imports_tests() -> None:
+    root = Path(__file__).parents[3]
+    files = [p for top in ("benchmarks", "moeconv", "runtime", "cli") for p in (root / top).rglob("*.py")]
+    wrong = [
+        str(p) for p in files if re.search(r"^\s*(from|import) tests\b", p.read_text(encoding="utf8"), re.MULTILINE)
+    ]
+    assert files
+    assert wrong == []

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from runtime.engine import NonFiniteError
-from tests.runtime.parallel.parity import Case, assemble, copies, global_batch, make_engine, own_share, run_rank
-from tests.runtime.ranks import RankPool
+from runtime.parity.case import Case, assemble, copies, global_batch, make_engine, own_share, run_rank
+from runtime.parity.ranks import RankPool
 
 ZERO_BUBBLE: dict[str, Any] = {"pp": 2, "ep": 2, "pp_schedule": "zero-bubble"}
 LAYOUT: dict[str, Any] = {"tp": 2, "ep": 2, "sp": True, "use_distributed_optimizer": True}

@@ -9,7 +9,7 @@ import pytest
 
 from moeconv.errors import SourceError
 from moeconv.layout.rect import Rect
-from tests.runtime.parallel.parity import (
+from runtime.parity.case import (
     Array,
     Case,
     assemble,
@@ -19,7 +19,7 @@ from tests.runtime.parallel.parity import (
     own_share,
     relative,
 )
-from tests.runtime.ranks import RankPool
+from runtime.parity.ranks import RankPool
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),

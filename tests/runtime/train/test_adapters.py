@@ -19,11 +19,11 @@ from runtime.errors import ConfigError
 from runtime.job.processes import Process
 from runtime.model.lora import LoraConfig
 from runtime.model.targets import adapt
+from runtime.parity.ranks import RankError, RankPool
 from runtime.settings.flags import parse_flags
 from runtime.start import prepare
 from tests.runtime.checkpoint.resume import losses
 from tests.runtime.jobs import Job, run_jobs
-from tests.runtime.ranks import RankError, RankPool
 from tests.runtime.tiny import make_checkpoint, make_text
 from tests.support.configs import tiny_model
 

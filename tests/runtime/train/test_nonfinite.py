@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moeconv.checkpoint import open_checkpoint
+from runtime.parity.ranks import RankError, RankPool
 from tests.runtime.jobs import Job, run_jobs
 from tests.runtime.launch import steps
-from tests.runtime.ranks import RankError, RankPool
 from tests.runtime.tiny import make_checkpoint, make_text
 
 BAD = "model.layers.2.block_sparse_moe.gate.weight"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.runtime.parallel.parity import Case
+from runtime.parity.case import Case
 
 DIST = {"use_distributed_optimizer": True}
 SHARD = {"fully_shard": True}

@@ -24,7 +24,7 @@ from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
-from tests.support.configs import tiny_model
+from runtime.parity.configs import tiny_model
 
 Array = npt.NDArray[Any]
 EMPTY_EXPERT = 5

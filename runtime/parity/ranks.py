@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.distributed_c10d import PrefixStore
 
 
 class RankError(Exception):
@@ -54,10 +55,11 @@ class RankPool:
             ready = wait(pending, timeout)
             if not ready:
                 self._fail(f"ranks {[r for r in range(num_ranks) if r not in results]} hung for {timeout} s")
-            for pipe in ready:
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+            for rank, pipe in enumerate(pipes):
+                if pipe not in ready:
+                    continue
                 try:
-                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                    ok, value = pipe.recv()
                 except EOFError:
                     self._fail(f"rank {rank} died")
                 if not ok:
@@ -77,7 +79,7 @@ class RankPool:
         raise RankError(message)
 
     def _start(self) -> None:
-        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         self._server = server  # keeps the store alive
         context = mp.get_context("spawn")
         for rank in range(self.size):
@@ -92,7 +94,7 @@ class RankPool:
 def _serve(rank: int, port: int, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
     while True:
         try:
             number, num_ranks, function, args, timeout = pipe.recv()
@@ -101,7 +103,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
         try:
             dist.init_process_group(
                 "gloo",
-                store=dist.PrefixStore(f"case{number}", store),
+                store=PrefixStore(f"case{number}", store),
                 rank=rank,
                 world_size=num_ranks,
                 timeout=timedelta(seconds=timeout),

@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.distributed_c10d import PrefixStore
 
+_START_SECONDS = 600.0
+
 
 class RankError(Exception):
     """A rank of a case failed; the message holds its traceback."""
@@ -89,12 +91,20 @@ class RankPool:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(mine)
+        for rank, pipe in enumerate(self._pipes):  # imports count for no case's time
+            try:
+                if not pipe.poll(_START_SECONDS):
+                    self._fail(f"rank {rank} did not start within {_START_SECONDS} s")
+                pipe.recv()
+            except EOFError:
+                self._fail(f"rank {rank} died as it started")
 
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
+    pipe.send("ready")
     while True:
         try:
             number, num_ranks, function, args, timeout = pipe.recv()

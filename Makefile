@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/ready
 	$(BIN)/python benchmarks/demo.py
@@ -14,6 +14,9 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/ready  # build/site/index.html; the tests build it too
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -179,7 +179,7 @@ def run(command: Command) -> None:
     if flags is None:
         shown = words[1:]
         if words[1] == "eval":
-            shown = [*shown[:2], "--seq-length", "64", *world.without_degrees(shown[2:])]
+            shown = [*shown[:2], "--seq-length", "64", "--eval-iters", "1", *world.without_degrees(shown[2:])]
         world.moeconv(*shown)
         return
     if "--config" in flags:

@@ -55,14 +55,16 @@ def build(folder: Path) -> None:
     _write_data(folder)
     with contextlib.chdir(folder):
         moeconv("import-hf", MIXTRAL, "ckpt", "--tp", "2", "--ep", "4")
+        Path("checkpoints").mkdir()
         moeconv("export-megatron", "ckpt", "checkpoints/run7", "--format", "torch_dist")
         for copy in ("megatron", "shards"):
             shutil.copytree("checkpoints/run7" if copy == "megatron" else "ckpt", copy)
         moeconv("prepare-data", "text.jsonl", "corpus-tokens", "--tokenizer", "ckpt", "--workers", "1")
         train(("--load", "ckpt", "--data", "corpus.jsonl", "--save", "run", "--ema-decay", "0.9", "--bf16"))
-        moeconv("export-hf", "run/latest", "merged")
-        for name in ("base", "upcycled"):
-            shutil.copytree("run", f"runs/{name}", symlinks=True)
+        moeconv("reshard", "run/latest", "merged", "--ep", "2")
+        moeconv("upcycle", MISTRAL, "moe", "--experts", "32", "--method", "virtual-group", "--granularity", "4", "--no-check")
+        for name in ("lora", "runs/base", "runs/upcycled"):
+            shutil.copytree("run", name, symlinks=True)
 
 
 def _write_data(folder: Path) -> None:

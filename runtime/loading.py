@@ -14,18 +14,48 @@ from moeconv.checkpoint import Checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.families.adapted import AdaptedModel
 from runtime.checkpoint import folder as folders
-from runtime.checkpoint.adapters import over, source_of_saves
+from runtime.checkpoint.adapters import as_saved, over, source_of_saves
+from runtime.checkpoint.peft_start import begin_with, peft_values
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
 from runtime.checkpoint.rectangles import Read
 from runtime.checkpoint.verified import load_verified
 from runtime.engine import Engine
+from runtime.errors import require
 from runtime.job.processes import Process, one_first
 from runtime.job.watchdog import Progress
 from runtime.model.context import TORCH_DTYPES
 from runtime.optim.config import EMA
 from runtime.parallel.mesh import ParallelMesh
+from runtime.settings.flags import Given
 from runtime.settings.origin import Origin, open_at
 from runtime.settings.run import RunConfig
+
+
+def with_adapters(run: RunConfig, origin: Origin, given: Given) -> RunConfig:
+    """Take over the adapters that a run evaluates, or begins with, from where they are.
+
+    Args:
+        run: the settings, as the flags have them.
+        origin: where the run starts.
+        given: what was given.
+
+    Returns:
+        The settings; the same where nothing is taken over.
+
+    Raises:
+        MoeconvError: the adapters can't be trained here, or are others than the flags say.
+    """
+    base, path, saved = origin.checkpoint.model, run.lora.adapter, origin.adapters
+    if saved is not None and (origin.own if path is not None else run.train.skip_train and not run.lora.rank):
+        model, lora = as_saved(saved, base)
+        return dataclasses.replace(run, model=model, lora=dataclasses.replace(lora, adapter=path))
+    if path is None:
+        return run
+    require(saved is None, f"--adapter {path}: {origin.path} holds adapters, too: give one of them")
+    names = {name for group, name in given.values if group == "lora"}
+    model, lora = begin_with(path, base, run.lora, names)
+    note = f"beginning with the adapters of {path}"
+    return dataclasses.replace(run, model=model, lora=lora, notes=(*run.notes, note))
 
 
 def make_engine(
@@ -100,8 +130,11 @@ def _load_tensors(
     if not isinstance(model, AdaptedModel):
         load_verified(base, lambda read: engine.load_state(named(read), stored), device)
     elif saved is None:
-        first = initial_adapters(model, run.train.seed)
-        load_verified(base, lambda read: engine.load_state(over(read, first, model.weight_of)), device)
+        first: Read = initial_adapters(model, run.train.seed)
+        held: Container[str] = model.weight_of
+        if run.lora.adapter is not None:
+            first, held = peft_values(run.lora.adapter, base.model, model, run.lora, run.train.seed)
+        load_verified(base, lambda read: engine.load_state(over(read, first, held)), device)
     else:
 
         def both(read: Read) -> None:

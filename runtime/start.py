@@ -15,7 +15,7 @@ from moeconv.errors import MoeconvError
 from moeconv.families.adapted import AdaptedModel
 from moeconv.io.manifest import MANIFEST
 from runtime.checkpoint import folder as folders
-from runtime.checkpoint.adapters import as_saved, check_adapters
+from runtime.checkpoint.adapters import check_adapters
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.chat import read_template
 from runtime.data.job import prepare_data
@@ -29,7 +29,7 @@ from runtime.job.meeting import do_together
 from runtime.job.processes import Process, one_first
 from runtime.job.signals import StopRequest
 from runtime.job.watchdog import Progress
-from runtime.loading import adapter_saves, make_engine
+from runtime.loading import adapter_saves, make_engine, with_adapters
 from runtime.log.config import LOG_NAME
 from runtime.log.flops import device_peak, training_flops
 from runtime.log.metrics import MetricLog
@@ -47,7 +47,7 @@ from runtime.settings.origin import Origin, find_origin
 from runtime.settings.override import override_router
 from runtime.settings.resolved import RUN_FILE, run_file, summary
 from runtime.settings.run import RunConfig
-from runtime.trainer import Trainer, check_splits
+from runtime.trainer import Trainer
 
 CHAT_TEMPLATE = "chat_template.jinja"
 """What transformers reads before a template in tokenizer_config.json."""
@@ -76,9 +76,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
         checkpoint = origin.checkpoint.with_model(model)
         origin = dataclasses.replace(origin, checkpoint=checkpoint, notes=(*origin.notes, note))
     run = make_run(given, origin.checkpoint.model, origin.path, drawn=origin.drawn, generates=generates)
-    if run.train.skip_train and origin.adapters is not None and not run.lora.rank:
-        model, lora = as_saved(origin.adapters, run.model)
-        run = dataclasses.replace(run, model=model, lora=lora)
+    run = with_adapters(run, origin, given)
     check_run(run, process.world_size)
     if run.data.chat_template is not None:
         # Whoever talks to the trained model needs the template that it was trained with.
@@ -224,8 +222,7 @@ def run_job(
         trainer.resume(state, own=origin.own)
     stopped = False if run.train.skip_train else trainer.train(stop)
     if run.train.eval_iters and not stopped:
-        for split in ("valid", "test") if data.has("test") else ("valid",):
-            trainer.evaluate(split)
+        trainer.evaluate_at_end()
     if log is not None:
         forecast = expect(run, process)
         if forecast is not None and (outcome := forecast.outcome(Measured(log.seconds, log.memory))):
@@ -253,6 +250,29 @@ def _open_data(
             mean = sum(length**2 for length in lengths) / sum(lengths)
             log.note(f"attention stays in documents: a token's has {mean:.0f} tokens on average; TFLOP/s count that")
     return data
+
+
+def check_splits(run: RunConfig, data: DataSource) -> None:
+    """Open every split that the run will need, so that what is missing is noticed before the first step.
+
+    Args:
+        run: the settings.
+        data: the samples.
+
+    Raises:
+        DataError: data can't be read or are too few.
+        ConfigError: a split that is needed has no data.
+    """
+    if not run.train.skip_train:
+        data.samples("train")
+    if run.train.eval_iters:
+        data.sets("valid")
+        if data.has("test"):
+            data.sets("test")
+    require(
+        not run.train.skip_train or run.train.eval_iters != 0,
+        "--skip-train evaluates only: say on how many global batches with --eval-iters (-1: the whole split)",
+    )
 
 
 def _claim(run: RunConfig, origin: Origin, process: Process, claims: list[folders.Claim]) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeconv.checkpoint import Checkpoint
+from moeconv.io.manifest import FileRecord
 from runtime.checkpoint import folder as folders
 from runtime.checkpoint.position import TrainerState, seed_step
 from runtime.checkpoint.rank_files import collect_files, commit_checkpoint
@@ -22,7 +23,6 @@ from runtime.data.loader import DataSource
 from runtime.data.packing import Samples
 from runtime.data.prefetch import Prefetcher
 from runtime.engine import Engine, StepResult
-from runtime.errors import require
 from runtime.evaluation import counts, evaluate_set
 from runtime.job.processes import STARTED, max_over_ranks, peak_memory
 from runtime.job.signals import StopRequest
@@ -35,6 +35,7 @@ from runtime.optim.schedule import Schedule
 from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.resolved import RUN_FILE, run_file
 from runtime.settings.run import RunConfig
+from runtime.validation import Referee
 
 
 class Trainer:
@@ -75,6 +76,7 @@ class Trainer:
             self._saver = Saver(run.checkpoint.save, group, keep_last=run.checkpoint.keep_last, note=note)
         self._saved_iteration = -1
         self._outcome: Outcome | None = None  # of the last save that has come to its end
+        self._referee = Referee(run.train, run.checkpoint, self._note, first=mesh.global_rank == 0)
 
     def resume(self, state: TrainerState, *, own: bool) -> None:
         """Go on from a checkpoint's position.
@@ -86,6 +88,8 @@ class Trainer:
         self.engine.load_scalars(state.optimizer)
         self.state = state
         self._saved_iteration = state.iteration if own else -1
+        if own:
+            self._referee.resume(state.validation)
         self._note(f"going on after iteration {state.iteration}, {state.consumed_train_samples} samples")
         if (
             state.data_fingerprint
@@ -143,19 +147,19 @@ class Trainer:
                 else f"--train-samples {config.train_samples}"
             )
             self._note(f"{flag} is reached already, at iteration {self.state.iteration}: nothing is left to train")
-        reason = ""
+        reason = self._reason_at_start()
         if stop is not None:
             stop.begin_training()
         with _collecting_garbage(config.manual_gc):
             while self.state.iteration < config.num_steps and not reason:
                 reason = self._step(loader, stop)
                 iteration = self.state.iteration
-                due = config.eval_iters and config.eval_interval and iteration % config.eval_interval == 0
+                due = config.evaluates_after(iteration)
                 save = save_interval and iteration % save_interval == 0
                 self._collect_garbage(bool(due or save))
                 if due and not reason and iteration < config.num_steps:
-                    self.evaluate("valid")
-                if save:
+                    reason = self._referee.judge(iteration, self.evaluate("valid"))
+                if save or self._referee.keeps(iteration):
                     self._save()
                 elif self._saver is not None and self._saver.finished():
                     self._report(self._saver.wait())
@@ -166,7 +170,15 @@ class Trainer:
                 what = "saving" if self._saver is not None else "nothing is saved without --save:"
                 self._note(f"{reason}: {what} after iteration {self.state.iteration} and leaving")
             self._finish()
-        return bool(reason)
+        return bool(reason) and not self._referee.is_over
+
+    def _reason_at_start(self) -> str:
+        """Make up for an evaluation that the run owes, since it was left right after the step; say why to leave again."""
+        config, iteration = self.run.train, self.state.iteration
+        if 0 < iteration < config.num_steps and config.evaluates_after(iteration) and self._referee.misses(iteration):
+            self._referee.judge(iteration, self.evaluate("valid"))
+            self._referee.mark()
+        return self._referee.reason
 
     def _reason_to_stop(self, asked: bool, late: bool) -> str:
         """Say why the run is to be left after this step, the same on every rank; empty to go on."""
@@ -183,21 +195,33 @@ class Trainer:
         if config.manual_gc and (pause or due):
             gc.collect()
 
-    def evaluate(self, split: str) -> None:
+    def evaluate_at_end(self) -> None:
+        """Evaluate what has been trained, and saved; collective."""
+        if not self._referee.is_over:
+            self._referee.judge(self.state.iteration, self.evaluate("valid"))
+            self._referee.mark()
+        if self.data.has("test"):
+            self.evaluate("test")
+
+    def evaluate(self, split: str) -> float:
         """Measure and log the loss on each set of a split, and that of the mean of the weights; collective.
 
         Args:
             split: valid or test.
+
+        Returns:
+            The loss, mean over the sets, without the mean of the weights; the same on every rank.
         """
         mean, only = self.run.train.eval_ema, self.run.train.skip_train  # then what was loaded is the mean
-        for name, samples in self.data.sets(split):
-            self._evaluate(f"{name} {EMA}" if mean and only else name, samples)
+        sets = self.data.sets(split)
+        losses = [self._evaluate(f"{name} {EMA}" if mean and only else name, samples) for name, samples in sets]
         if mean and not only:
             with self.engine.mean_of_weights():
                 for name, samples in self.data.sets(split):
                     self._evaluate(f"{name} {EMA}", samples)
+        return sum(losses) / max(len(losses), 1)
 
-    def _evaluate(self, name: str, samples: Samples) -> None:
+    def _evaluate(self, name: str, samples: Samples) -> float:
         """Measure and log the mean cross entropy."""
         config, size = self.run.train, self._batch_sizes.full
         loader = self._loader(samples, config.micro_batch_size)
@@ -226,6 +250,7 @@ class Trainer:
                     seconds=found.seconds,
                 )
             )
+        return found.lm_loss
 
     @cached_property
     def _token_bytes(self) -> Tensor | None:
@@ -311,14 +336,16 @@ class Trainer:
         iteration = self.state.iteration
         self._progress(f"save after iteration {iteration}", limited=False)  # the one before may still be written
         self._report(self._saver.wait())
-        self.state = dataclasses.replace(self.state, optimizer=self.engine.scalars())
+        self.state = dataclasses.replace(self.state, optimizer=self.engine.scalars(), validation=self._referee.stored())
         with_optimizer = self.run.checkpoint.save_optim
         items = self.engine.state(with_optimizer)
         files = collect_files(items, self.mesh, self.source.model, self._saver.stage)
         state, source, layout, settings = self.state, self.source, self.run.parallel, {RUN_FILE: run_file(self.run)}
-        self._saver.save(
-            iteration, files, lambda path, records: commit_checkpoint(path, records, source, layout, state, settings)
-        )
+
+        def commit(path: Path, records: list[FileRecord]) -> None:
+            commit_checkpoint(path, records, source, layout, state, settings)
+
+        self._saver.save(iteration, files, commit, best=self._referee.keeps(iteration))
         self._saved_iteration = iteration
         if any(item.in_place for item in items):  # the next step would change what is being written
             self._report(self._saver.wait())
@@ -363,26 +390,3 @@ def _collecting_garbage(manually: bool) -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def check_splits(run: RunConfig, data: DataSource) -> None:
-    """Open every split that the run will need, so that what is missing is noticed before the first step.
-
-    Args:
-        run: the settings.
-        data: the samples.
-
-    Raises:
-        DataError: data can't be read or are too few.
-        ConfigError: a split that is needed has no data.
-    """
-    if not run.train.skip_train:
-        data.samples("train")
-    if run.train.eval_iters:
-        data.sets("valid")
-        if data.has("test"):
-            data.sets("test")
-    require(
-        not run.train.skip_train or run.train.eval_iters != 0,
-        "--skip-train evaluates only: say on how many global batches with --eval-iters (-1: the whole split)",
-    )

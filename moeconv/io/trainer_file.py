@@ -46,6 +46,16 @@ class _Schedule(msgspec.Struct):
     wsd_style: str | UnsetType = UNSET
 
 
+class _Validation(msgspec.Struct, forbid_unknown_fields=True):
+    """What a run's evaluations have found so far."""
+
+    iteration: Size = 0
+    best_iteration: Size = 0
+    best_loss: float | None = None
+    reference_loss: float | None = None
+    waited: Size = 0
+
+
 class _Trainer(msgspec.Struct, forbid_unknown_fields=True):
     version: Literal[1]
     iteration: Size = 0
@@ -54,6 +64,7 @@ class _Trainer(msgspec.Struct, forbid_unknown_fields=True):
     data_fingerprint: str = ""
     schedule: _Schedule = msgspec.field(default_factory=_Schedule)
     optimizer: _Optimizer = msgspec.field(default_factory=_Optimizer)
+    validation: _Validation = msgspec.field(default_factory=_Validation)
 
 
 def parse_trainer(raw: bytes, where: str) -> dict[str, Any]:
@@ -72,4 +83,4 @@ def parse_trainer(raw: bytes, where: str) -> dict[str, Any]:
     value = parse_json(raw, where, finite=True)
     typed(value, _Trainer, where)
     absent = {"iteration": 0, "consumed_train_samples": 0, "seed": 0, "data_fingerprint": ""}
-    return absent | {"schedule": {}, "optimizer": {}} | value
+    return absent | {"schedule": {}, "optimizer": {}, "validation": {}} | value

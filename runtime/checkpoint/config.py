@@ -21,6 +21,9 @@ class CheckpointConfig:
     """Iterations between saves; 0 saves at the end only."""
     keep_last: int = flag(0, at_least=0)
     """Checkpoints that are kept; 0 keeps all."""
+    keep_best: bool = False
+    """Save after each evaluation (--eval-interval) with the lowest validation loss so far, under the name `best` beside
+    `latest`; --keep-last leaves it."""
     ckpt_step: int | None = None
     """Go on from the checkpoint of this iteration instead of the latest, of --save or --load (--ckpt-step). Of a run's
     own saves it becomes the latest at once, so that a restart goes on from what is saved after it."""

@@ -1,4 +1,4 @@
-"""The folder that a run saves to: one checkpoint an iteration, and `latest`, a link to the last complete one."""
+"""The folder that a run saves to: one checkpoint an iteration, and links: `latest` to the last complete one, `best` to the best."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moeconv.errors import MoeconvError, SourceError, WriteError
 from moeconv.io.manifest import MANIFEST
 from moeconv.io.staging import sync_path
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 PARTIAL = ".partial"
 OLD = ".old"
 TRIAL = ".trial-"
@@ -156,7 +156,7 @@ def clean(root: Path) -> None:
             continue
         if _NAME.fullmatch(path.name.removesuffix(suffix)):
             shutil.rmtree(path)
-    for path in (root / (LATEST + PARTIAL), *root.glob(f"{TRIAL}*")):
+    for path in (root / (LATEST + PARTIAL), root / (BEST + PARTIAL), *root.glob(f"{TRIAL}*")):
         path.unlink(missing_ok=True)
 
 
@@ -245,16 +245,40 @@ def point_latest(checkpoint: Path) -> None:
     Args:
         checkpoint: a complete checkpoint.
     """
+    point(LATEST, checkpoint)
+
+
+def point_best(root: Path, iteration: int) -> None:
+    """Let `best` name the checkpoint of an iteration; nothing where that is not complete, as after going back before it.
+
+    Args:
+        root: the save folder.
+        iteration: of the best evaluation.
+    """
+    found = complete(root).get(iteration)
+    if found is not None:
+        point(BEST, found)
+    else:
+        (root / BEST).unlink(missing_ok=True)
+
+
+def point(name: str, checkpoint: Path) -> None:
+    """Let a link of a save folder name a checkpoint.
+
+    Args:
+        name: LATEST or BEST.
+        checkpoint: a complete checkpoint.
+    """
     root = checkpoint.parent
-    link = root / (LATEST + PARTIAL)
+    link = root / (name + PARTIAL)
     link.unlink(missing_ok=True)
     link.symlink_to(checkpoint.name)
-    os.replace(link, root / LATEST)
+    os.replace(link, root / name)
     sync_path(root)
 
 
 def prune(root: Path, keep_last: int) -> None:
-    """Remove all but the newest checkpoints up to the latest one.
+    """Remove all but the newest checkpoints up to the latest one, and the best one.
 
     Those of later iterations are of a run that this one went back before (--ckpt-step): they stay until they are
     saved again, and don't count.
@@ -268,7 +292,10 @@ def prune(root: Path, keep_last: int) -> None:
         return
     found = complete(root)
     last = next((iteration for iteration, path in found.items() if path.resolve() == current), max(found))
+    best = (root / BEST).resolve()
     for path in [path for iteration, path in found.items() if iteration <= last][:-keep_last]:
+        if path.resolve() == best:
+            continue
         # Renamed first: a reader must never meet half a checkpoint, and the next save finishes what is begun here.
         doomed = path.with_name(path.name + OLD)
         os.replace(path, doomed)

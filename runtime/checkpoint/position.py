@@ -31,6 +31,8 @@ class TrainerState:
     """The learning rate's settings, to notice a change."""
     optimizer: dict[str, Any] = field(default_factory=dict)
     """The optimizer's numbers that are not tensors: its step count, the loss scale."""
+    validation: dict[str, Any] = field(default_factory=dict)
+    """What the evaluations so far have found (runtime.validation); empty where nothing depends on them."""
 
     def to_json(self) -> str:
         """Give the text of trainer.json."""

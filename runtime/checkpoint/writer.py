@@ -81,7 +81,9 @@ class Saver:
         self._require_idle()
         return self._buffer.stage(tensors)
 
-    def save(self, iteration: int, files: Mapping[str, Iterable[ShardEntry]], commit: Commit) -> None:
+    def save(
+        self, iteration: int, files: Mapping[str, Iterable[ShardEntry]], commit: Commit, *, best: bool = False
+    ) -> None:
         """Start a save; an earlier one must have been waited for.
 
         Args:
@@ -89,12 +91,13 @@ class Saver:
             files: this rank's files with their tensors, which `stage` has brought to the host.
             commit: called on rank 0 with the folder and the records of all ranks' files; writes everything else, the
                 manifest last.
+            best: whether `best` names it from then on.
 
         Raises:
             RuntimeError: an earlier save was not waited for.
         """
         self._require_idle()
-        arguments = (iteration, files, commit)
+        arguments = (iteration, files, commit, best)
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -120,17 +123,17 @@ class Saver:
         if self._thread is not None:
             raise RuntimeError("a save is under way: wait for it first")
 
-    def _run(self, iteration: int, files: Mapping[str, Iterable[ShardEntry]], commit: Commit) -> None:
+    def _run(self, iteration: int, files: Mapping[str, Iterable[ShardEntry]], commit: Commit, best: bool) -> None:
         start = time.monotonic()
         path, error = None, None
         try:
-            path, error = self._write(iteration, files, commit)
+            path, error = self._write(iteration, files, commit, best)
         except Exception as failure:  # whatever it is, it must reach the log and not die with the thread
             error = _describe(failure)
         self._outcome = Outcome(iteration, path, time.monotonic() - start, error)
 
     def _write(
-        self, iteration: int, files: Mapping[str, Iterable[ShardEntry]], commit: Commit
+        self, iteration: int, files: Mapping[str, Iterable[ShardEntry]], commit: Commit, best: bool
     ) -> tuple[Path | None, str | None]:
         prepared, error = _attempt(lambda: folders.prepare(self.root, iteration) if self._rank == 0 else None)
         if error := self._broadcast(error):
@@ -145,15 +148,17 @@ class Saver:
                 error = "; ".join(failures)
             else:
                 all_records = [record for mine, _ in everyone for record in mine]
-                final, error = _attempt(lambda: self._commit(partial, all_records, commit))
+                final, error = _attempt(lambda: self._commit(partial, all_records, commit, best))
             if error:
                 shutil.rmtree(partial, ignore_errors=True)
         error = self._broadcast(error)
         return (None if error else final or self.root / folders.folder_name(iteration)), error
 
-    def _commit(self, partial: Path, records: list[FileRecord], commit: Commit) -> Path:
+    def _commit(self, partial: Path, records: list[FileRecord], commit: Commit, best: bool) -> Path:
         commit(partial, records)
         final = folders.publish(partial)
+        if best:
+            folders.point(folders.BEST, final)
         folders.prune(self.root, self._keep_last)
         return final
 

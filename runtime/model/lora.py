@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from moeconv.families.adapted import scale_of
 from runtime.flag import check_fields, flag
@@ -21,6 +22,8 @@ class LoraConfig:
     """Scale by alpha over the root of the rank (rank-stabilised LoRA)."""
     dropout: float = flag(0.0, "--lora-dropout", at_least=0, below=1)
     """Probability with which an adapter misses an element of its input, in training."""
+    adapter: Path | None = flag(None, "--adapter", metavar="FOLDER")
+    """Begin with the adapters of a PEFT folder instead of new ones: rank, alpha and targets are theirs."""
     targets: tuple[str, ...] = flag((), "--lora-targets", metavar="GLOB")
     """Weights that get an adapter, by their Hugging Face names ('*.self_attn.*' '*.experts.*'); by default all of
     attention's. Matrices of attention, dense layers, shared and routed experts can have one."""

@@ -38,7 +38,7 @@ def adapt(model: Model, config: LoraConfig) -> Model:
         not both,
         f"--lora-also-train trains {both[0] if both else ''} whole, and --lora-targets gives it an adapter: leave it out of one",
     )
-    _check_experts(model, adapted)
+    check_experts(model, adapted, "--lora-targets")
     return AdaptedModel.of(model, config.rank, adapted, whole)
 
 
@@ -78,8 +78,17 @@ def _named(flag_: str, pattern: str, names: Iterable[str]) -> list[str]:
     return found
 
 
-def _check_experts(model: Model, adapted: set[str]) -> None:
-    """Refuse adapters on some experts of a layer: all are one grouped product."""
+def check_experts(model: Model, adapted: set[str], named: str) -> None:
+    """Refuse adapters on some experts of a layer: all are one grouped product.
+
+    Args:
+        model: the base.
+        adapted: names of the adapted weights.
+        named: the flag that names them.
+
+    Raises:
+        ConfigError: a layer has some; names it.
+    """
     counts: dict[tuple[int, str], int] = {}
     for name in adapted:
         tensor = model.tensors[name]
@@ -89,6 +98,6 @@ def _check_experts(model: Model, adapted: set[str]) -> None:
     for (layer, role), count in sorted(counts.items()):
         require(
             count == model.sizes["experts"],
-            f"--lora-targets: fits {role} of {count} of the {model.sizes['experts']} experts of layer {layer}; adapters go "
+            f"{named}: fits {role} of {count} of the {model.sizes['experts']} experts of layer {layer}; adapters go "
             "on all experts of a layer or none. Freeze some with --freeze",
         )

@@ -25,7 +25,7 @@ class Idle:
 
 
 IDLE = (
-    Idle("checkpoint", ("save_interval", "keep_last", "save_optim"), lambda r: r.checkpoint.save is not None, "needs --save", True),
+    Idle("checkpoint", ("save_interval", "keep_last", "keep_best", "save_optim"), lambda r: r.checkpoint.save is not None, "needs --save", True),
     Idle(
         "init",
         ("init_config", "init_method_std", "embedding_init_method_std", "use_scaled_init_method"),
@@ -35,6 +35,9 @@ IDLE = (
     Idle("recompute", ("modules",), lambda r: r.recompute.granularity == "selective", "needs --recompute-granularity selective", True),
     Idle("train", ("manual_gc_interval",), lambda r: r.train.manual_gc, "needs --manual-gc", True),
     Idle("train", ("eval_interval",), lambda r: r.train.eval_iters != 0, "needs --eval-iters", True),
+    Idle("train", ("early_stop",), lambda r: r.train.eval_interval > 0, "needs --eval-interval and --eval-iters", True),
+    Idle("train", ("early_stop_min_delta",), lambda r: r.train.early_stop > 0, "needs --early-stop", True),
+    Idle("checkpoint", ("keep_best",), lambda r: r.train.eval_interval > 0, "needs --eval-interval and --eval-iters", True),
     Idle("train", ("eval_ema",), lambda r: r.optim.ema_decay is not None or r.train.skip_train, "needs --ema-decay", True),
     Idle("train", ("eval_ema",), lambda r: r.train.eval_iters != 0, "needs --eval-iters", True),
     Idle("optim", ("muon_momentum", "muon_num_ns_steps", "muon_adjust_lr"), lambda r: r.optim.optimizer == "muon", "needs --optimizer muon", True),
@@ -63,7 +66,7 @@ IDLE = (
         lambda r: r.dtype == "float16",
         "needs --fp16",
     ),
-    Idle("lora", ("alpha", "rslora", "dropout", "targets", "also_train", "quantize_base"), lambda r: r.lora.rank > 0, "needs --lora-rank", True),
+    Idle("lora", ("alpha", "rslora", "dropout", "targets", "also_train", "quantize_base"), lambda r: r.lora.rank > 0 or r.lora.adapter is not None, "needs --lora-rank or --adapter", True),
     Idle("lora", ("double_quant",), lambda r: r.lora.quantize_base == "nf4", "needs --quantize-base nf4", True),
     Idle(
         "generate",

@@ -41,6 +41,11 @@ class TrainConfig:
     """Global batches of an evaluation; 0 doesn't evaluate, -1 takes the whole split once."""
     eval_ema: bool = False
     """Evaluate the mean of the weights (--ema-decay) too; with --skip-train, it alone, as the checkpoint has it."""
+    early_stop: int = flag(0, at_least=0)
+    """Leave after so many evaluations in turn (--eval-interval) whose validation loss, the mean over the sets, was not lower
+    than the last one that was; 0 doesn't."""
+    early_stop_min_delta: float = flag(0.0, at_least=0)
+    """By how much a loss must be lower to count for --early-stop."""
     skip_train: bool = False
     """Evaluate only."""
     exit_interval: int = flag(0, at_least=0)
@@ -78,6 +83,10 @@ class TrainConfig:
             "--rampup-batch-size needs a run that counts in samples: give --train-samples instead of --train-iters",
         )
         BatchSizes.ramp(self.global_batch_size, self.rampup_batch_size)
+
+    def evaluates_after(self, iteration: int) -> bool:
+        """Say whether an evaluation is due after a step."""
+        return bool(self.eval_iters and self.eval_interval) and iteration % self.eval_interval == 0
 
     @property
     def num_steps(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from runtime.estimate.describe import GB, as_json, layout_name, notes, recompute_name
 from runtime.estimate.flags import trainer_flags
 from runtime.estimate.search import Found
+from runtime.estimate.step import Estimate
 
 
 def found_json(found: Found) -> dict[str, Any]:
@@ -49,11 +50,19 @@ def found_lines(found: Found, seconds: float) -> Iterator[str]:
         yield f"flags of the first: {shlex.join(trainer_flags(best.setup))}"
 
 
+def _on_host(best: Estimate) -> str:
+    if not best.setup.optim.on_host:
+        return ""
+    return (
+        f", masters and moments in the machines' memory ({best.host / GB:.0f} GB of the fullest under the first layout)"
+    )
+
+
 def _table(found: Found) -> Iterator[str]:
     setup = found.best[0].setup
     yield (
         f"{setup.model.family.name} on {setup.world_size} x {found.best[0].machine.gpu}, {setup.global_batch_size} sequences "
-        f"of {setup.seq_length} tokens a step, moments in {setup.optim.moments_dtype}"
+        f"of {setup.seq_length} tokens a step, moments in {setup.optim.moments_dtype}{_on_host(found.best[0])}"
     )
     yield ""
     heads = ("micro-batch", "recomputed", "ms", "tokens/s a GPU", "used", "waiting", "exposed", "peak GB")

@@ -36,7 +36,12 @@ def found_lines(found: Found, seconds: float) -> Iterator[str]:
         yield from _table(found)
     left = "; ".join(f"{count:,} {reason}" for reason, count in found.reasons.items())
     yield f"{found.tried:,} tried in {seconds:.1f} s; left out: {left or 'none'}"
-    if not found.best and found.smallest is not None:
+    if not found.best and found.host is not None:
+        yield (
+            f"NOTHING FITS: what fits the GPUs keeps at least {found.host / GB:.1f} GB in a machine's memory, which is more than "
+            "--host-memory says"
+        )
+    elif not found.best and found.smallest is not None:
         least = found.smallest
         yield (
             f"NOTHING FITS: the smallest is {layout_name(least.setup)} with {least.peak / GB:.1f} GB a GPU, of which "

@@ -46,6 +46,8 @@ class Found:
     """Why others are not among them -> how many."""
     smallest: Estimate | None = None
     """Where nothing fits: what needs least."""
+    host: float | None = None
+    """Bytes of a machine's memory that the least of those needs which fit the GPUs and not that; None: there are none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,6 +202,7 @@ class Search:
                         yield estimate
                     else:
                         self._reason("the optimizer's state doesn't fit the machines' memory", 1)
+                        self.found.host = min(estimate.host, self.found.host or estimate.host)
                     break
                 self._reason("activations don't fit", 1)
 

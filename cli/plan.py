@@ -45,6 +45,12 @@ _SEARCH_BATCH = 256
 @click.option(
     "--link", type=click.FloatRange(0, min_open=True), metavar="GB/s", help="What a GPU sends to other nodes."
 )
+@click.option(
+    "--host-memory",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GB",
+    help="Memory of a machine that a run can use, for --optimizer-cpu-offload; by default any.",
+)
 @click.option("--imbalance", type=click.FloatRange(1), help="Rows of the fullest expert rank, of the mean.")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option(
@@ -143,7 +149,10 @@ def _search(
 ) -> tuple[dict[str, Any], list[str]]:
     """Search the degrees that aren't given."""
     from runtime.estimate.found import found_json, found_lines
+    from runtime.estimate.remedies import remedies
     from runtime.estimate.search import Free, Search
+    from runtime.flag import flag_name
+    from runtime.optim.config import OptimConfig
 
     start = time.perf_counter()
     setup, batch = searched_setup(source, given, world)
@@ -152,13 +161,18 @@ def _search(
     free = Free(fixed=given.of("parallel"), micro_batch_size=size, recompute=again)
     found = Search(setup, batch, machine, free, options["imbalance"]).run(options["top"])
     lines = list(found_lines(found, time.perf_counter() - start))
-    changed = {}
-    if not found.best and setup.optim.moments_dtype == "float32":
-        smaller = dataclasses.replace(setup, optim=dataclasses.replace(setup.optim, moments_dtype="bfloat16"))
-        other = Search(smaller, batch, machine, free, options["imbalance"]).run(options["top"])
-        if other.best:
-            lines += ["", "with --moments-dtype bfloat16:", *found_lines(other, time.perf_counter() - start)]
-            found, changed = other, {"changed": {"moments_dtype": "bfloat16"}}
+    changed: dict[str, Any] = {}
+    for fields, optim in remedies(setup.optim) if not found.best else ():
+        other = Search(dataclasses.replace(setup, optim=optim), batch, machine, free, options["imbalance"])
+        smaller = other.run(options["top"])
+        if "optimizer_cpu_offload" in fields or smaller.best:
+            words = " ".join(
+                f"{flag_name(OptimConfig, name)} {'' if v is True else v}".strip() for name, v in fields.items()
+            )
+            lines += ["", f"with {words}:", *found_lines(smaller, time.perf_counter() - start)]
+        if smaller.best:
+            found, changed = smaller, {"changed": fields}
+            break
     return _with_more(found_json(found) | changed, lines, found.best[0] if found.best else None, options)
 
 
@@ -229,7 +243,12 @@ def _long(word: str) -> str:
 def _machine(options: dict[str, Any]) -> Machine:
     from runtime.estimate.machine import find_machine
 
-    return find_machine(options["gpu"], gpus_per_node=options["gpus_per_node"], link_gb_s=options["link"])
+    return find_machine(
+        options["gpu"],
+        gpus_per_node=options["gpus_per_node"],
+        link_gb_s=options["link"],
+        host_memory_gb=options["host_memory"],
+    )
 
 
 def world_size(given: Given, options: dict[str, Any], machine: Machine) -> int:

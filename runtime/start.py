@@ -24,6 +24,7 @@ from runtime.data.show import print_sample
 from runtime.data.summary import describe_data, document_lengths
 from runtime.errors import require
 from runtime.estimate.forecast import Forecast, Gpu, Measured
+from runtime.host_memory import available_memory
 from runtime.job.failure import USER_ERROR, end_with
 from runtime.job.meeting import do_together
 from runtime.job.processes import Process, one_first
@@ -108,7 +109,8 @@ def expect(run: RunConfig, process: Process) -> Forecast | None:
     if run.train.skip_train or not torch.cuda.is_available() or process.local_rank >= torch.cuda.device_count():
         return None
     found = torch.cuda.get_device_properties(process.local_rank)
-    gpu = Gpu(found.name, found.total_memory, min(process.world_size, torch.cuda.device_count()))
+    per_node = min(process.world_size, torch.cuda.device_count())
+    gpu = Gpu(found.name, found.total_memory, per_node, available_memory())
     return Forecast(run, process.world_size, gpu)
 
 

@@ -8,7 +8,7 @@ Legend: T tokens, D hidden size, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from runtime.estimate.finetuned import adapters_seconds, making_numbers
@@ -85,20 +85,27 @@ def ends_work(setup: Setup, local: Local, machine: Machine) -> tuple[list[Work],
     return [embedding], [_dense("head", setup, local.tokens, machine, [vocabulary]), loss]
 
 
-def update_seconds(setup: Setup, machine: Machine, owned: float) -> float:
+def update_seconds(setup: Setup, machine: Machine, owned: Mapping[bool, float]) -> float:
     """Give the time of the gradient norm and the optimizer's step.
 
     Args:
         setup: what is planned.
         machine: the constants.
-        owned: elements that a rank updates.
+        owned: elements that a rank updates, of experts (True) and of everything else.
 
     Returns:
         Seconds, without the gathers of updated weights.
     """
-    weight, wide, moment = ITEMSIZE[setup.dtype], setup.wide, setup.moment
-    traffic = owned * (wide + 2 * wide + 4 * moment + (weight if weight != wide else 0))
-    return machine.moving(traffic, "adamw") + machine.moving(owned * wide, "grad_norm")
+    weight, wide, moment, share = ITEMSIZE[setup.dtype], setup.wide, setup.moment, setup.optim.on_host
+    count = sum(owned.values())
+    update = machine.moving(count * (wide + 2 * wide + 4 * moment + (weight if weight != wide else 0)), "adamw")
+    moved = share * sum(n * setup.host_bytes(expert=expert) for expert, n in owned.items())
+    if setup.optim.ema_decay is not None:  # its pass brings the masters once more
+        moved += share * count * setup.master
+    ranks = min(setup.world_size, machine.gpus_per_node)
+    # What is on the device is updated when the rest has come.
+    travelling = max(machine.over_the_link(moved, ranks), share * update) + (1 - share) * update
+    return (travelling if share else update) + machine.moving(count * wide, "grad_norm")
 
 
 def _rate(setup: Setup, tflops: float) -> float:

@@ -41,7 +41,8 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
     setup = estimate.setup
     size, saving = estimate.checkpoint
     stages = [
-        memory.by_kind() | {"activations_by_part": dict(memory.activations), "peak": memory.peak}
+        memory.by_kind()
+        | {"activations_by_part": dict(memory.activations), "peak": memory.peak, "host": memory.state.host}
         for memory in estimate.memory
     ]
     return {
@@ -58,6 +59,9 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
             "fullest_stage": estimate.fullest,
             "peak": estimate.peak,
             "usable": estimate.machine.memory,
+            "host": estimate.host,
+            "host_usable": estimate.machine.host_memory_gb * GB or None,
+            "fits_host": estimate.fits_host,
             "fits": estimate.fits,
         },
         "step": {
@@ -95,6 +99,8 @@ def notes(estimate: Estimate) -> list[str]:
         out.append("full sharding has not been measured")
     if setup.parallel.pp > 1 and setup.parallel.pp_schedule == "zero-bubble":
         out.append("zero-bubble has not been measured: what torch computes twice in it is left out")
+    if setup.optim.on_host:
+        out.append("the way of the optimizer's state to the host's memory has not been measured: its rates are assumed")
     if setup.model.compute.gate is not None:
         out.append("clamped experts have not been measured")
     return out
@@ -139,7 +145,14 @@ def _memory(estimate: Estimate) -> Iterator[str]:
     usable = estimate.machine.memory
     share = f"{estimate.peak / GB:.1f} GB of {usable / GB:.1f} GB that a run can use"
     hint = "DOES NOT FIT; leave the degrees out, or some of them with --search, and a plan looks for what does"
-    yield f"peak: {share}: {'fits' if estimate.fits else hint}"
+    yield f"peak: {share}: {'fits' if estimate.peak <= usable else hint}"
+    if estimate.host:
+        limit, ranks = estimate.machine.host_memory_gb, min(estimate.setup.world_size, estimate.machine.gpus_per_node)
+        known = f" of {limit:,.0f} GB: {'fits' if estimate.fits_host else 'DOES NOT FIT'}" if limit else ""
+        yield (
+            f"in the memory of a machine with {ranks} of the ranks: {estimate.host / GB:.1f} GB of masters and moments{known}"
+            + ("" if limit else "; --host-memory GB says what it has")
+        )
 
 
 def _step(estimate: Estimate) -> Iterator[str]:

@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from runtime.errors import require
+from runtime.errors import ConfigError, require
 from runtime.estimate.describe import GB, layout_name
 from runtime.estimate.flags import trainer_flags
 from runtime.estimate.machine import Machine, find_machine, known_machines
+from runtime.estimate.remedies import remedies
 from runtime.estimate.search import Free, Search
 from runtime.estimate.setup import Setup
 from runtime.estimate.step import Estimate
@@ -28,6 +29,8 @@ class Gpu:
     """Bytes."""
     per_node: int
     """Ranks of a machine."""
+    host: int | None = None
+    """Bytes of the machine's memory that are free; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class Forecast:
             ConfigError: says how much is needed and there, and a layout of the same GPUs that fits.
         """
         estimate = self._estimate
+        self._check_host()
         state = max(memory.state.total for memory in estimate.memory)
         if state <= self._gpu.memory:
             return
@@ -77,10 +81,23 @@ class Forecast:
             f"{self._gpu.memory / GB:.1f} GB. {self._remedy()}",
         )
 
+    def _check_host(self) -> None:
+        """Refuse a run whose optimizer state is more than the host has."""
+        estimate, free = self._estimate, self._gpu.host
+        if free is None or estimate.host <= free:
+            return
+        ranks = min(estimate.setup.world_size, self._gpu.per_node)
+        smaller = "" if estimate.setup.moment == 2 else ", --moments-dtype bfloat16"
+        raise ConfigError(
+            f"--optimizer-cpu-offload keeps {estimate.host / GB:.1f} GB of masters and moments of {ranks} ranks in this "
+            f"machine's memory, of which {free / GB:.1f} GB are free: keep a part on the GPUs with --optimizer-offload-fraction "
+            f"below 1{smaller}, or take more machines"
+        )
+
     def _remedy(self) -> str:
         setup = self._estimate.setup
-        smaller = replace(setup, optim=replace(setup.optim, moments_dtype="bfloat16"))
-        for tried in (setup, smaller):
+        smaller = [replace(setup, optim=optim) for _, optim in remedies(setup.optim)]
+        for tried in (setup, *smaller):
             found = Search(tried, setup.global_batch_size, self._machine, Free()).run(1)
             if found.best:
                 return f"This fits: {' '.join(trainer_flags(found.best[0].setup))}"
@@ -94,8 +111,9 @@ class Forecast:
         time = f", {estimate.seconds * 1e3:,.0f} ms a step" if self._known else ""
         tight = "" if estimate.peak <= self._machine.memory else ": MORE THAN FITS"
         parts = ", ".join(f"{kind} {size / GB:.1f}" for kind, size in self._kinds().items())
+        host = f" and {estimate.host / GB:.1f} GB of the machine's memory" if estimate.host else ""
         return (
-            f"plan: {estimate.peak / GB:.1f} GB at the peak of {self._gpu.memory / GB:.1f} GB ({parts}){tight}{time}; "
+            f"plan: {estimate.peak / GB:.1f} GB at the peak of {self._gpu.memory / GB:.1f} GB ({parts}){host}{tight}{time}; "
             "docs/planning.md tells how well that is known"
         )
 
@@ -128,4 +146,5 @@ def _machine(gpu: Gpu) -> tuple[Machine, bool]:
     words = gpu.name.replace("-", " ").lower().split()
     found = next((name for name in known_machines() if name in words), None)
     machine = find_machine(found or "h100", gpus_per_node=max(1, gpu.per_node))
-    return replace(machine, memory_gib=gpu.memory / 2**30), found is not None
+    host = 0.0 if gpu.host is None else gpu.host / GB
+    return replace(machine, memory_gib=gpu.memory / 2**30, host_memory_gb=host), found is not None

@@ -9,6 +9,7 @@ from typing import Any
 from runtime.estimate.describe import GB, as_json, layout_name, notes, recompute_name
 from runtime.estimate.flags import trainer_flags
 from runtime.estimate.search import Found
+from runtime.estimate.step import Estimate
 
 
 def found_json(found: Found) -> dict[str, Any]:
@@ -35,7 +36,12 @@ def found_lines(found: Found, seconds: float) -> Iterator[str]:
         yield from _table(found)
     left = "; ".join(f"{count:,} {reason}" for reason, count in found.reasons.items())
     yield f"{found.tried:,} tried in {seconds:.1f} s; left out: {left or 'none'}"
-    if not found.best and found.smallest is not None:
+    if not found.best and found.host is not None:
+        yield (
+            f"NOTHING FITS: what fits the GPUs keeps at least {found.host / GB:.1f} GB in a machine's memory, which is more than "
+            "--host-memory says"
+        )
+    elif not found.best and found.smallest is not None:
         least = found.smallest
         yield (
             f"NOTHING FITS: the smallest is {layout_name(least.setup)} with {least.peak / GB:.1f} GB a GPU, of which "
@@ -49,11 +55,19 @@ def found_lines(found: Found, seconds: float) -> Iterator[str]:
         yield f"flags of the first: {shlex.join(trainer_flags(best.setup))}"
 
 
+def _on_host(best: Estimate) -> str:
+    if not best.setup.optim.on_host:
+        return ""
+    return (
+        f", masters and moments in the machines' memory ({best.host / GB:.0f} GB of the fullest under the first layout)"
+    )
+
+
 def _table(found: Found) -> Iterator[str]:
     setup = found.best[0].setup
     yield (
         f"{setup.model.family.name} on {setup.world_size} x {found.best[0].machine.gpu}, {setup.global_batch_size} sequences "
-        f"of {setup.seq_length} tokens a step, moments in {setup.optim.moments_dtype}"
+        f"of {setup.seq_length} tokens a step, moments in {setup.optim.moments_dtype}{_on_host(found.best[0])}"
     )
     yield ""
     heads = ("micro-batch", "recomputed", "ms", "tokens/s a GPU", "used", "waiting", "exposed", "peak GB")

@@ -85,6 +85,9 @@ class Machine:
     imbalance: float
     gpus_per_node: int
     disk_gb_s: float
+    pcie_gb_s: float
+    host_gb_s: float
+    host_memory_gb: float
 
     @property
     def memory(self) -> float:
@@ -99,6 +102,18 @@ class Machine:
     def moving(self, num_bytes: float, kind: str = "adamw") -> float:
         """Give the seconds of a pass over memory."""
         return num_bytes / (self.hbm_tb_s * 1e12 * self.passes[kind])
+
+    def over_the_link(self, num_bytes: float, ranks: int) -> float:
+        """Give the seconds in which so many bytes come from the host's memory and go back, at once in both directions.
+
+        Args:
+            num_bytes: of each of the ranks, each way.
+            ranks: of a machine, which share its memory.
+
+        Returns:
+            Seconds.
+        """
+        return max(num_bytes / self.pcie_gb_s, 2 * ranks * num_bytes / self.host_gb_s) * 1e-9
 
     def together(self, computing: float, num_bytes: float) -> float:
         """Give the seconds of a product that streams weights or sums beside its arithmetic."""
@@ -119,13 +134,20 @@ def known_machines() -> list[str]:
     return list(_table())
 
 
-def find_machine(name: str, *, gpus_per_node: int | None = None, link_gb_s: float | None = None) -> Machine:
+def find_machine(
+    name: str,
+    *,
+    gpus_per_node: int | None = None,
+    link_gb_s: float | None = None,
+    host_memory_gb: float | None = None,
+) -> Machine:
     """Find a machine.
 
     Args:
         name: one of the table's, or the path of a calibration file.
         gpus_per_node: GPUs that NVLink connects; None takes the machine's.
         link_gb_s: what a GPU can send to other nodes, GB/s; None takes the machine's.
+        host_memory_gb: memory of a node that a run can use, GB; None takes the machine's, which may be unknown (0).
 
     Returns:
         The machine.
@@ -147,6 +169,8 @@ def find_machine(name: str, *, gpus_per_node: int | None = None, link_gb_s: floa
     values = dict(_with_base(given, name))
     if gpus_per_node is not None:
         values["gpus_per_node"] = gpus_per_node
+    if host_memory_gb is not None:
+        values["host_memory_gb"] = host_memory_gb
     if link_gb_s is not None:
         network = values["links"]["network"]
         rates = {kind: {2: link_gb_s} for kind in COLLECTIVES}
@@ -215,7 +239,7 @@ def _machine(values: Mapping[str, Any], where: str) -> Machine:
             require(isinstance(value, bool), f"{where}: {field.name} is {value!r}; expected true or false")
             out[field.name] = value
         else:
-            least = 0.0 if field.name.endswith(("_ms", "_us", "_gib")) else None
+            least = 0.0 if field.name.endswith(("_ms", "_us", "_gib", "memory_gb")) else None
             number = _number(value, f"{where}: {field.name}", least)
             out[field.name] = int(number) if field.type == "int" else number
     for name in ("gpus_per_node", "row_alignment"):

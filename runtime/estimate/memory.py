@@ -11,6 +11,7 @@ from runtime.estimate.schedule import Pipeline
 from runtime.estimate.setup import ITEMSIZE, Setup
 from runtime.estimate.stage import Cost, merge
 from runtime.estimate.state import State, rank_state
+from runtime.optim.config import BUFFERS, PIECE
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,12 @@ def rank_activations(
     for stage, count in _in_flight(pipeline, rank, costs).items():
         merge(activations, {part: count * size for part, size in costs[stage].kept.items()})
     working = max(cost.most_working for cost in costs.values())
-    buffers = _receiving(setup, pipeline, costs) + _gathered(setup, rank) + workspace_bytes(setup, rank)
+    buffers = (
+        _receiving(setup, pipeline, costs)
+        + _gathered(setup, rank)
+        + workspace_bytes(setup, rank)
+        + _staged(setup, rank)
+    )
     return activations, working, buffers
 
 
@@ -98,6 +104,15 @@ def _receiving(setup: Setup, pipeline: Pipeline, costs: Mapping[int, Cost]) -> f
     last = pipeline.pp * pipeline.vpp - 1
     neighbours = sum((stage > 0) + (stage < last) for stage in costs)
     return neighbours * pipeline.num_microbatches * layer_input(setup)
+
+
+def _staged(setup: Setup, rank: int) -> float:
+    """Pieces of an optimizer's state that is in the host's memory, on their way."""
+    if not setup.optim.on_host:
+        return 0.0
+    owned = sum(setup.owned(rank).values())
+    states = (2 * setup.moment, setup.wide if setup.optim.ema_decay is not None else 0)
+    return BUFFERS * min(PIECE, owned) * (setup.master + max(states))
 
 
 def _gathered(setup: Setup, rank: int) -> float:

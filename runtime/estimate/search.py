@@ -46,6 +46,8 @@ class Found:
     """Why others are not among them -> how many."""
     smallest: Estimate | None = None
     """Where nothing fits: what needs least."""
+    host: float | None = None
+    """Bytes of a machine's memory that the least of those needs which fit the GPUs and not that; None: there are none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +198,11 @@ class Search:
                 estimate = self._estimate(setup)
                 self.found.tried += 1
                 if self._peak(estimate, states) <= self._machine.memory:
-                    yield estimate
+                    if estimate.fits_host:
+                        yield estimate
+                    else:
+                        self._reason("the optimizer's state doesn't fit the machines' memory", 1)
+                        self.found.host = min(estimate.host, self.found.host or estimate.host)
                     break
                 self._reason("activations don't fit", 1)
 
@@ -238,15 +244,14 @@ class Search:
     def _states(self, parallel: ParallelConfig) -> dict[int, float]:
         """The same of the pipeline ranks that differ: the first two, the last."""
         setup = replace(self._setup, parallel=parallel).sharing(self._parameters(parallel))
-        item, wide = ITEMSIZE[setup.dtype], setup.wide
-        masters = wide if item != wide or parallel.fully_shard else 0
+        item, wide, stays = ITEMSIZE[setup.dtype], setup.wide, 1 - setup.optim.on_host
         out = {}
         for rank in {0, min(1, parallel.pp - 1), parallel.pp - 1}:
             out[rank] = 0.0
             for expert, count in setup.parameters.sums(rank).by_expert.items():
                 parts = setup.replicas(expert=expert)
                 whole = 0 if parallel.fully_shard and parts > 1 else item + wide
-                own = masters + setup.states() + (wide if whole == 0 else 0)
+                own = stays * setup.host_bytes(expert=expert) + (2 * wide if whole == 0 else 0)
                 shared = parts if parallel.use_distributed_optimizer or parallel.fully_shard else 1
                 out[rank] += count * (whole + own / shared)
                 still = setup.parameters.sums(rank).frozen[expert] * item

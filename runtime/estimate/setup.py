@@ -89,6 +89,11 @@ class Setup:
         return 8 if self.dtype == "float64" else 4
 
     @property
+    def master(self) -> int:
+        """Bytes of an element's master, where it is kept apart from the weight."""
+        return self.wide if ITEMSIZE[self.dtype] != self.wide else 0
+
+    @property
     def moment(self) -> int:
         """Bytes of an element of a moment."""
         return 2 if self.optim.moments_dtype == "bfloat16" else self.wide
@@ -101,6 +106,25 @@ class Setup:
         """
         muon = settings is not None and settings.matrix
         return (self.wide if muon else 2 * self.moment) + (self.wide if self.optim.ema_decay is not None else 0)
+
+    def owned(self, rank: int) -> dict[bool, float]:
+        """Give the elements that each rank of a stage updates, of experts (True) and of everything else.
+
+        Args:
+            rank: the pipeline rank.
+        """
+        split = self.parallel.use_distributed_optimizer or self.parallel.fully_shard
+        counts = self.parameters.sums(rank).by_expert
+        return {expert: n / (self.replicas(expert=expert) if split else 1) for expert, n in counts.items()}
+
+    def host_bytes(self, *, expert: bool) -> float:
+        """Give the bytes of the host's memory that an element takes whose optimizer state is there.
+
+        Args:
+            expert: whether it is an expert's.
+        """
+        sharded = self.parallel.fully_shard and self.replicas(expert=expert) > 1  # then the masters are the weights
+        return self.states() + (0 if sharded else self.master)
 
     @property
     def global_batch_size(self) -> int:

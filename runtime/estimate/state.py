@@ -6,13 +6,13 @@ The trainer's own packing (`runtime.parallel.packing`), on shapes instead of ten
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from moeconv.families.adapted import AdaptedModel
 from runtime.estimate.finetuned import is_quantised, quantised_bytes
 from runtime.estimate.parameters import Parameter
 from runtime.estimate.setup import ITEMSIZE, Setup
-from runtime.parallel.packing import lay_out, pack
+from runtime.parallel.packing import lay_out, on_host, pack
 from runtime.parallel.tensor_settings import DEFAULT
 
 
@@ -28,11 +28,13 @@ class State:
     """fp32; none where the weights are their own masters."""
     moments: int
     """And other states of the optimizer, such as the mean of the weights."""
+    host: int = 0
+    """Masters, moments and other states that are in the host's memory instead."""
 
     @property
     def total(self) -> int:
-        """All together."""
-        return sum(asdict(self).values())
+        """All of the GPU's together."""
+        return self.weights + self.gradients + self.masters + self.moments
 
     def __add__(self, other: State) -> State:
         return State(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -62,29 +64,43 @@ def rank_state(parameters: Sequence[Parameter], setup: Setup) -> State:
 
 def _in_buckets(parameters: Sequence[Parameter], setup: Setup, *, distributed: bool) -> State:
     weight, wide = ITEMSIZE[setup.dtype], setup.wide
-    elements = owned = 0
-    frozen = states = 0
-    quantised = sum(quantised_bytes(setup, p) for p in parameters if is_quantised(setup, p))
+    master = wide if weight != wide else 0
+    weights = sum(quantised_bytes(setup, p) for p in parameters if is_quantised(setup, p))
+    gradients = 0
+    owned: list[tuple[int, int]] = []
+    """Elements that the rank updates of each bucket, and bytes of their optimizer states."""
     for members in buckets([p for p in parameters if not is_quantised(setup, p)]):
-        if members[0].frozen:
-            frozen += lay_out([member.size for member in members], 1)[1]
-            continue
-        parts = setup.replicas(expert=members[0].expert) if distributed else 1
+        still = members[0].frozen
+        parts = setup.replicas(expert=members[0].expert) if distributed and not still else 1
         _, count = lay_out([member.size for member in members], parts)
-        elements, owned = elements + count, owned + count // parts
-        states += count // parts * setup.states(members[0].settings)
-    masters = owned * wide if weight != wide else 0
-    return State((elements + frozen) * weight + quantised, elements * wide, masters, states)
+        weights, gradients = weights + count * weight, gradients + (0 if still else count * wide)
+        updated = 0 if still else count // parts
+        owned.append((updated, updated * setup.states(members[0].settings)))
+    masters = moments = host = 0
+    chosen = on_host([count for count, _ in owned], setup.optim.on_host)
+    for (count, states), away in zip(owned, chosen, strict=True):
+        if away:
+            host += count * master + states
+        else:
+            masters, moments = masters + count * master, moments + states
+    return State(weights, gradients, masters, moments, host)
 
 
 def _fully_sharded(parameters: Sequence[Parameter], setup: Setup) -> State:
     """Rows are dealt out evenly, rounded up; the shards are fp32 and are the masters, but for frozen ones."""
-    owned = frozen = 0
+    sizes: list[int] = []
+    frozen = 0
     for parameter in parameters:
         rows, parts = parameter.shape[0], setup.replicas(expert=parameter.expert)
         count = -(-rows // parts) * (parameter.size // rows)
-        owned, frozen = (owned, frozen + count) if parameter.frozen else (owned + count, frozen)
-    return State(frozen * ITEMSIZE[setup.dtype], owned * setup.wide, owned * setup.wide, owned * setup.states())
+        if parameter.frozen:
+            frozen += count
+        else:
+            sizes.append(count)
+    owned = sum(sizes)
+    away = sum(size for size, chosen in zip(sizes, on_host(sizes, setup.optim.on_host), strict=True) if chosen)
+    masters, states = owned * setup.wide, setup.states()
+    return State(frozen * ITEMSIZE[setup.dtype], masters, masters, (owned - away) * states, away * states)
 
 
 def checkpoint_bytes(setup: Setup, *, with_optimizer: bool = True) -> int:

@@ -93,8 +93,28 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest rank's peak fits its GPU."""
-        return self.peak <= self.machine.memory
+        """Whether the fullest rank's peak fits its GPU, and the fullest machine's state its memory."""
+        return self.peak <= self.machine.memory and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether the optimizer's state that goes to the host fits there, as far as its memory is known."""
+        limit = self.machine.host_memory_gb
+        return not limit or not self.setup.optim.on_host or self.host <= limit * 1e9
+
+    @cached_property
+    def host(self) -> float:
+        """Bytes of the memory of the machine that holds most of the optimizer's state."""
+        if not self.setup.optim.on_host:
+            return 0.0
+        stride, world = axes(self.setup)["pp"].stride, self.setup.world_size
+        mine = [memory.state.host for memory in self.memory]
+        per = min(world, self.machine.gpus_per_node)
+        # Ranks of a stage follow each other, so a machine has whole runs of them.
+        return max(
+            sum(mine[rank // stride] for rank in range(begin, min(begin + per, world)))
+            for begin in range(0, world, per)
+        )
 
     @cached_property
     def passes(self) -> list[list[Event]]:
@@ -134,9 +154,8 @@ class Estimate:
             exposed = max(reducing * (1 - machine.reduce_hidden), reducing - backward)
         partial = partial_traffic(setup, sums)
         exposed += sum(t.exposed(machine) for t in partial)
-        split = setup.parallel.use_distributed_optimizer or setup.parallel.fully_shard
-        owned = sum(n / (setup.replicas(expert=expert) if split else 1) for expert, n in sums.by_expert.items())
-        return After(exposed, update_seconds(setup, machine, owned), gathering, (*reduce, *gather, *partial))
+        updating = update_seconds(setup, machine, setup.owned(rank))
+        return After(exposed, updating, gathering, (*reduce, *gather, *partial))
 
     def _fully_sharded(self, rank: int, reduce: list[Transfer], gather: list[Transfer]) -> float:
         """Seconds of full sharding's traffic in a step that computing doesn't hide.

@@ -11,6 +11,12 @@ EMA = "ema"
 """The state that is the mean of the weights: on disk `optimizer.ema.<tensor>`."""
 
 
+PIECE = 1 << 24
+"""Elements of the optimizer's state that travel together: 64 MB of masters, long enough for the link and short beside a step."""
+BUFFERS = 4
+"""Pieces on the device: one that fills, one that is updated, one that empties, and one to spare."""
+
+
 def rounding_seed(step: int) -> int:
     """Give what a step's stochastic roundings are drawn with: 31 bits."""
     return (step * 0x9E3779B1) & 0x7FFFFFFF

@@ -20,12 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runtime.optim.config import BUFFERS, PIECE
 from runtime.parallel.shards import Shard
-
-PIECE = 1 << 24
-"""Elements that travel together: 64 MB of masters, which is long enough for the link and short beside a step."""
-BUFFERS = 4
-"""One that fills, one that is updated, one that empties, and one to spare."""
 
 Work = Callable[[slice, list[Tensor]], None]
 """Updates a piece: its range, and its tensors on the device."""
@@ -62,8 +58,11 @@ class Staging:
     @classmethod
     def for_shards(cls, shards: Iterable[Shard]) -> Staging | None:
         """Make what the updates of some shards need; None where all their state is on the device."""
-        devices = [shard.device for shard in shards if shard.offloaded]
-        return cls(devices[0]) if devices else None
+        found = [shard for shard in shards if shard.offloaded]
+        if not found:
+            return None
+        largest = max(shard.master.numel() for shard in found)
+        return cls(found[0].device, piece=min(PIECE, largest))
 
     def begin(self) -> None:
         """Start a pass over host tensors: it sees what the passes before it have written."""

@@ -66,7 +66,13 @@ IDLE = (
         lambda r: r.dtype == "float16",
         "needs --fp16",
     ),
-    Idle("lora", ("alpha", "rslora", "dropout", "targets", "also_train", "quantize_base"), lambda r: r.lora.rank > 0 or r.lora.adapter is not None, "needs --lora-rank or --adapter", True),
+    Idle(
+        "lora",
+        ("alpha", "rslora", "dropout", "targets", "also_train", "quantize_base"),
+        lambda r: r.lora.rank > 0 or r.lora.adapter is not None,
+        "needs --lora-rank or --adapter",
+        True,
+    ),
     Idle("lora", ("double_quant",), lambda r: r.lora.quantize_base == "nf4", "needs --quantize-base nf4", True),
     Idle(
         "generate",

@@ -62,7 +62,9 @@ def test_state_that_does_not_fit_is_refused_with_what_would() -> None:
     run = run_of("--expert-model-parallel-size 8 --global-batch-size 64 --use-distributed-optimizer")
     with pytest.raises(ConfigError, match=r"dp16 ep8 needs .* GB of each GPU for weights") as caught:
         Forecast(run, 16, Gpu(H100.name, 40_000_000_000, 8)).check()
-    assert "No layout of 16 such GPUs fits" in str(caught.value)
+    assert "--moments-dtype bfloat16 --optimizer-cpu-offload" in str(caught.value).split("This fits: ")[1]
+    with pytest.raises(ConfigError, match="No layout of 16 such GPUs fits"):
+        Forecast(run, 16, Gpu(H100.name, 40_000_000_000, 8, host=50_000_000_000)).check()
     alone = run_of("--global-batch-size 64")
     with pytest.raises(ConfigError) as caught:
         Forecast(alone, 64, H100).check()
@@ -71,6 +73,20 @@ def test_state_that_does_not_fit_is_refused_with_what_would() -> None:
     check_run(better, 64)
     Forecast(better, 64, H100).check()
     assert "MORE THAN FITS" not in Forecast(better, 64, H100).line()
+
+
+def test_state_that_the_host_has_no_room_for_is_refused() -> None:
+    flags = "--expert-model-parallel-size 4 --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"
+    flags += " --use-distributed-optimizer --moments-dtype bfloat16 --recompute-granularity full --global-batch-size 32"
+    run = run_of(f"{flags} --optimizer-cpu-offload")
+    enough = Forecast(run, 4, Gpu(H100.name, H100.memory, 4, host=400_000_000_000))
+    enough.check()
+    assert "and 373.6 GB of the machine's memory" in enough.line()  # 8 bytes of 46.7 G parameters
+    with pytest.raises(ConfigError, match=r"keeps 373.6 GB .* of 4 ranks .* of which 350.0 GB are free"):
+        Forecast(run, 4, Gpu(H100.name, H100.memory, 4, host=350_000_000_000)).check()
+    Forecast(run, 4, Gpu(H100.name, H100.memory, 2, host=350_000_000_000)).check()  # two machines
+    fraction = run_of(f"{flags} --optimizer-cpu-offload --optimizer-offload-fraction 0.9")
+    Forecast(fraction, 4, Gpu(H100.name, H100.memory, 4, host=350_000_000_000)).check()
 
 
 def test_a_run_on_cpus_has_no_plan_and_one_on_gpus_is_asked_for_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

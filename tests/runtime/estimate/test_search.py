@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from moeconv.errors import MoeconvError
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
 from runtime.estimate.machine import Machine, find_machine
+from runtime.estimate.remedies import remedies
 from runtime.estimate.search import Free, Search, deal_layers
 from runtime.estimate.setup import Setup
 from runtime.estimate.state import rank_state
@@ -117,3 +119,41 @@ def test_layers_that_do_not_divide_are_dealt_out() -> None:
     assert deal_layers(94, 8) == (11, 12, 12, 12, 12, 12, 12, 11)
     assert deal_layers(7, 2) == (4, 3)
     assert all(sum(deal_layers(layers, n)) == layers for layers in range(1, 40) for n in range(1, layers + 1))
+
+
+def test_state_in_the_hosts_memory_is_proposed_where_nothing_else_fits_and_it_fits_there() -> None:
+    base, whole = setup_of(4), Free(fixed={"fully_shard": False})
+    ways = [({}, base.optim), *remedies(base.optim)]
+
+    def first(limit: float | None) -> tuple[dict[str, Any] | None, Estimate | None]:
+        machine = find_machine("h100", host_memory_gb=limit)
+        for changed, optim in ways:
+            found = Search(dataclasses.replace(base, optim=optim), BATCH, machine, whole).run()
+            if found.best:
+                return changed, found.best[0]
+        assert limit is None or "the optimizer's state doesn't fit the machines' memory" in found.reasons
+        return None, None
+
+    changed, best = first(None)
+    assert changed == {"moments_dtype": "bfloat16", "optimizer_cpu_offload": True}
+    assert best is not None
+    assert best.host == pytest.approx(8 * 30.53e9, rel=0.05)  # masters in fp32 and moments in bf16
+    assert first(best.host / 1e9 + 1)[1].setup == best.setup
+    assert first(200) == (None, None)
+
+
+def test_the_update_takes_what_the_link_takes(machine: Machine) -> None:
+    setup = dataclasses.replace(
+        setup_of(8), optim=OptimConfig(moments_dtype="bfloat16", optimizer_cpu_offload=True),
+        parallel=ParallelConfig(ep=8, use_distributed_optimizer=True),
+    )  # fmt: skip
+    owned = sum(p.size for p in setup.parameters.stage(0) if p.expert)
+    owned += sum(p.size for p in setup.parameters.stage(0) if not p.expert) / 8
+    link = max(8 * owned / (machine.pcie_gb_s * 1e9), 8 * 16 * owned / (machine.host_gb_s * 1e9))
+    there, here = (
+        Estimate(s, machine).after[0].update
+        for s in (setup, dataclasses.replace(setup, optim=OptimConfig(moments_dtype="bfloat16")))
+    )
+    norm = machine.moving(owned * 4, "grad_norm")
+    assert there == pytest.approx(link + norm)
+    assert here < 0.1 * there

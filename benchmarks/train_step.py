@@ -26,6 +26,7 @@ from moeconv.families.base import Model
 from moeconv.layout.rect import Rect
 from runtime.data.batch import Batch
 from runtime.engine import Engine
+from runtime.fp8.config import Fp8Config
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
@@ -66,6 +67,7 @@ def make_engine(
     *,
     parallel: ParallelConfig | None = None,
     on_device: bool = False,
+    fp8: Fp8Config | None = None,
     **optim_options: Any,
 ) -> Engine:
     """Build an engine with random weights: such that depend on names alone, or quickly on the device."""
@@ -73,7 +75,7 @@ def make_engine(
     assert model.compute.router is not None
     moe = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,))
     optim, recompute = OptimConfig(lr=lr, **optim_options), RecomputeConfig(granularity=granularity)
-    engine = Engine(model, dtype, parallel, moe, optim, recompute, ParallelMesh(parallel), device)
+    engine = Engine(model, dtype, parallel, moe, optim, recompute, ParallelMesh(parallel), device, fp8=fp8)
     if not on_device:
         engine.load_state(random_weights())
         return engine

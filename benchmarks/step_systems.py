@@ -82,9 +82,10 @@ MODELS = {
 }
 
 
-def runtime(model: Slice, layout: Layout, **options: Any) -> MakeStep:
+def runtime(model: Slice, layout: Layout, fp8: str | None = None, **options: Any) -> MakeStep:
     """This project's engine: bf16, fp32 masters, moments and gradient sums."""
     from benchmarks.train_step import make_engine, mixtral, text_batch
+    from runtime.fp8.config import Fp8Config
     from runtime.parallel.degrees import ParallelConfig
 
     several = layout.world > 1
@@ -98,6 +99,8 @@ def runtime(model: Slice, layout: Layout, **options: Any) -> MakeStep:
         hidden=model.hidden, layers=model.layers, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim,
         ffn=model.ffn, vocab=model.vocab, experts=model.experts, topk=model.topk,
     )  # fmt: skip
+    if fp8 is not None:
+        options["fp8"] = Fp8Config(format="hybrid", recipe=fp8)  # type: ignore[arg-type]
     engine = make_engine(
         ours,
         torch.bfloat16,
@@ -253,8 +256,11 @@ def transformers(model: Slice, layout: Layout, *, compiled: bool) -> MakeStep:
 SYSTEMS: dict[str, Callable[[Slice, Layout], MakeStep]] = {
     "runtime": runtime,
     "runtime, bf16 moments": lambda *work: runtime(*work, moments_dtype="bfloat16"),
+    "runtime, FP8 tensorwise": lambda *work: runtime(*work, "tensorwise"),
+    "runtime, FP8 delayed": lambda *work: runtime(*work, "delayed"),
     "Megatron-Core": megatron,
     "Megatron-Core, FP8 tensorwise": lambda *work: megatron(*work, "tensorwise"),
+    "Megatron-Core, FP8 delayed": lambda *work: megatron(*work, "delayed"),
     "Megatron-Core, FP8 blockwise": lambda *work: megatron(*work, "blockwise"),
     "transformers, compiled, pure bf16": lambda *work: transformers(*work, compiled=True),
     "transformers, pure bf16": lambda *work: transformers(*work, compiled=False),

@@ -1,7 +1,7 @@
 """Train a small Mixtral on one device and say where time and memory go: `python -m benchmarks.train_step [options]`.
 
 Prints tokens a second, model FLOPs utilisation, memory by kind, and the top of a profile; and, with --compare, the loss
-curve in bf16 on the device beside fp32 on the CPU, of a smaller model on the same data.
+curves in bf16 and FP8 on the device beside fp32 on the CPU, of a smaller model on the same data.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from moeconv.families.base import Model
 from moeconv.layout.rect import Rect
 from runtime.data.batch import Batch
 from runtime.engine import Engine
+from runtime.fp8.config import Fp8Config, Fp8Recipe
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
@@ -33,6 +34,7 @@ from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 
+FP8_RECIPES: tuple[Fp8Recipe, ...] = ("tensorwise", "delayed")
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 
 
@@ -66,6 +68,7 @@ def make_engine(
     *,
     parallel: ParallelConfig | None = None,
     on_device: bool = False,
+    fp8: Fp8Config | None = None,
     **optim_options: Any,
 ) -> Engine:
     """Build an engine with random weights: such that depend on names alone, or quickly on the device."""
@@ -73,7 +76,7 @@ def make_engine(
     assert model.compute.router is not None
     moe = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,))
     optim, recompute = OptimConfig(lr=lr, **optim_options), RecomputeConfig(granularity=granularity)
-    engine = Engine(model, dtype, parallel, moe, optim, recompute, ParallelMesh(parallel), device)
+    engine = Engine(model, dtype, parallel, moe, optim, recompute, ParallelMesh(parallel), device, fp8=fp8)
     if not on_device:
         engine.load_state(random_weights())
         return engine
@@ -116,28 +119,33 @@ def text_batch(vocab: int, batch: int, positions: int, step: int) -> Batch:
 
 
 def compare(device: torch.device, num_steps: int) -> None:
-    """Print loss curves of fp32 on the CPU, and of bf16 on the device with moments in fp32 and in bf16."""
-    curves = []
+    """Print the loss curve of fp32 on the CPU beside bf16 on the device: plain, with moments in bf16, and with FP8."""
     model = mixtral(hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, ffn=512, vocab=512)
-    cpu = torch.device("cpu")
-    kinds = ((torch.float32, cpu, "float32"), (torch.bfloat16, device, "float32"), (torch.bfloat16, device, "bfloat16"))
-    for dtype, where, moments in kinds:
-        engine = make_engine(model, dtype, where, lr=1e-3, moments_dtype=moments)
-        curves.append([engine.train_step([text_batch(512, 8, 128, s)]).lm_loss for s in range(num_steps)])
-    print("step   fp32 cpu   bf16 device   with bf16 moments   relative")
-    exact, *others = curves
-    differences = [[abs(b - a) / a for a, b in zip(exact, curve, strict=True)] for curve in others]
+
+    def curve(dtype: torch.dtype, where: torch.device, **options: Any) -> list[float]:
+        engine = make_engine(model, dtype, where, lr=1e-3, **options)
+        return [engine.train_step([text_batch(512, 8, 128, s)]).lm_loss for s in range(num_steps)]
+
+    exact = curve(torch.float32, torch.device("cpu"))
+    kinds: dict[str, dict[str, Any]] = {"bf16": {}, "bf16 moments": {"moments_dtype": "bfloat16"}}
+    kinds |= {
+        f"FP8 {recipe}, {kind}": {"fp8": Fp8Config(format=kind, recipe=recipe)}
+        for recipe in FP8_RECIPES
+        for kind in ("hybrid", "e4m3")
+    }
+    curves = {name: curve(torch.bfloat16, device, **options) for name, options in kinds.items()}
+    print(f"| step | fp32, CPU | {' | '.join(curves)} |\n| --- |{' --- |' * (len(curves) + 1)}")
     for step in range(0, num_steps, max(1, num_steps // 10)):
-        a, b, c = (curve[step] for curve in curves)
-        print(f"{step:4} {a:10.4f} {b:13.4f} {c:19.4f}   {differences[0][step]:.4f} {differences[1][step]:.4f}")
-    worst = " and ".join(f"{max(curve):.4f}" for curve in differences)
-    print(f"largest relative differences over {num_steps} steps: {worst}\n")
+        print(f"| {step} | {exact[step]:.4f} | " + " | ".join(f"{found[step]:.4f}" for found in curves.values()) + " |")
+    worst = [max(abs(b - a) / a for a, b in zip(exact, found, strict=True)) for found in curves.values()]
+    print("| largest relative difference | | " + " | ".join(f"{value:.4f}" for value in worst) + " |\n")
 
 
 def measure(model: Model, args: argparse.Namespace, device: torch.device) -> None:
     """Print speed, memory and profile of one model."""
     cuda = device.type == "cuda"
-    engine = make_engine(model, TORCH_DTYPES[args.dtype], device, lr=1e-4, granularity=args.recompute)
+    fp8 = Fp8Config(format="hybrid", recipe=args.fp8) if args.fp8 else None
+    engine = make_engine(model, TORCH_DTYPES[args.dtype], device, lr=1e-4, granularity=args.recompute, fp8=fp8)
     batches = [text_batch(model.sizes["vocab"], args.batch, args.positions, s) for s in range(args.microbatches)]
     times = []
     for step in range(args.steps + 2):
@@ -217,7 +225,10 @@ def compare_systems(args: argparse.Namespace, layout: str) -> None:
     start = [sys.executable, "-m"]
     if args.ranks > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks), "-m"]
-    systems = [name for name in SYSTEMS if name in args.peers] if args.peers else list(SYSTEMS)
+    wanted = args.peers or list(SYSTEMS)
+    if args.fp8:
+        wanted = [f"{name}, FP8 {args.fp8}" for name in ("runtime", "Megatron-Core")] + (args.peers or ["runtime"])
+    systems = [name for name in SYSTEMS if name in wanted]
     for name in list(systems):
         missing = [package for package in packages_of(name) if version(package) is None]
         if missing:
@@ -246,9 +257,9 @@ def compare_systems(args: argparse.Namespace, layout: str) -> None:
         "| micro-batches | system | ms | TFLOP/s | peak GiB | runtime is faster by |\n| --- | --- | --- | --- | --- | --- |"
     )
     for num in args.numbers:
-        ours = [found["ms"] for found in results.get(("runtime", num), [])]
         for name in systems:
-            rounds = results.get((name, num), [])
+            rounds, alike = results.get((name, num), []), f"runtime, FP8 {name.rpartition('FP8 ')[2]}"
+            ours = [found["ms"] for found in results.get((alike if alike in systems else "runtime", num), [])]
             if rounds:
                 # The median of the rounds' ratios: the card's temperature is alike within a round.
                 ratio = statistics.median(a["ms"] / b for a, b in zip(rounds, ours, strict=False)) if ours else 0.0
@@ -266,6 +277,9 @@ def main() -> None:
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--fp8", choices=FP8_RECIPES, help="in FP8; with --peers, runtime's and Megatron-Core's besides"
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--compare", type=int, default=0, metavar="STEPS")
     parser.add_argument("--peers", nargs="*", choices=SYSTEMS, help="set systems beside each other; none named: all")

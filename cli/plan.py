@@ -201,6 +201,7 @@ def searched_setup(source: Source, given: Given, world: int) -> tuple[Setup, int
         moe=run.moe,
         optim=run.optim,
         recompute=run.recompute,
+        fp8=run.fp8,
         dtype=run.dtype,
         seq_length=run.train.seq_length,
         micro_batch_size=1,

@@ -21,6 +21,8 @@ from moeconv.layout.degrees import chunk_layers
 from moeconv.layout.rect import Rect
 from runtime.checkpoint import rectangles as states
 from runtime.data.batch import IGNORED_LABEL, Batch
+from runtime.fp8.config import Fp8Config
+from runtime.fp8.scaling import Scaling
 from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
@@ -67,6 +69,7 @@ class Engine:
         *,
         trains: bool = True,
         lora: LoraConfig | None = None,
+        fp8: Fp8Config | None = None,
     ) -> None:
         """Build the model and the optimizer; weights are zero until `load_state`. Collective.
 
@@ -81,10 +84,12 @@ class Engine:
             device: where to compute.
             trains: whether there will be steps; else there is room for weights only.
             lora: of the model's adapters; None for a model without.
+            fp8: what is computed in FP8; None for nothing.
         """
         _assert_combination(parallel, moe)
         mesh.share_heads(model.sizes["kv_heads"])
         self.mesh, self.device, self._optim, self._moe = mesh, device, optim, moe
+        self._fp8 = Scaling(fp8, device) if fp8 is not None and fp8.format is not None else None
         self._context = ModelContext(
             model=model,
             dtype=dtype,
@@ -95,6 +100,7 @@ class Engine:
             device=device,
             groups=resolve_groups(optim, model, trains=trains),
             lora=lora or LoraConfig(),
+            fp8=self._fp8,
         )
         chunks = chunk_layers(model.sizes["layers"], parallel.layout)[mesh.rank("pp") :: parallel.pp]
         stages = [DecoderStage(self._context, layers) for layers in chunks]
@@ -165,7 +171,7 @@ class Engine:
         self._scale = (self.loss_scale.scale / num_tokens).to(self._wide)
         # Balancing losses are means over a micro-batch: of these the global batch has so many.
         set_loss_scale(self.module, self.loss_scale.scale / (len(batches) * self.mesh.size("dp")))
-        self._reset()
+        self._reset(trains=True)
         self.store.begin(len(batches) if self._runner.counts_backwards else None)
         self._runner.run(batches, backward=True)
         self.store.finish()
@@ -187,7 +193,7 @@ class Engine:
         while len(mine) % self.mesh.size("pp"):
             mine.append(replace(mine[0], labels=torch.full_like(mine[0].labels, IGNORED_LABEL)))
         num_tokens = self._count_tokens(mine)
-        self._reset()
+        self._reset(trains=False)
         self._runner.run(mine, backward=False)
         loss = self._loss_sum.clone()
         if self.mesh.world_size > 1:
@@ -343,8 +349,10 @@ class Engine:
             dist.all_reduce(count, group=self.mesh.group("dp"))
         return count
 
-    def _reset(self) -> None:
+    def _reset(self, *, trains: bool) -> None:
         self._loss_sum.zero_()
+        if self._fp8 is not None:
+            self._fp8.begin(trains=trains)
         for layer in moe_layers(self.module):
             layer.reset_stats()
 

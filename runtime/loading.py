@@ -81,7 +81,9 @@ def make_engine(
     mesh = ParallelMesh(run.parallel, process.world_size)
     settings = (run.parallel, run.moe, run.optim, run.recompute)
     trains = not run.train.skip_train
-    engine = Engine(run.model, TORCH_DTYPES[run.dtype], *settings, mesh, device, trains=trains, lora=run.lora)
+    engine = Engine(
+        run.model, TORCH_DTYPES[run.dtype], *settings, mesh, device, trains=trains, lora=run.lora, fp8=run.fp8
+    )
     try:
         return engine, load(engine, run, origin)
     except MoeconvError as error:

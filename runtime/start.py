@@ -90,7 +90,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     notes = [*origin.notes, *run.notes, *stated, *_groups(run, origin)]
     if run.moe is not None:
         device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype]))
+        notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype], run.fp8))
     forecast = expect(run, process)
     if forecast is not None:
         forecast.check()

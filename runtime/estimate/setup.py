@@ -8,6 +8,7 @@ from functools import cached_property
 from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import Model
 from runtime.estimate.parameters import RankParameters
+from runtime.fp8.config import Fp8Config
 from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
@@ -30,6 +31,7 @@ class Setup:
     moe: MoEConfig | None
     optim: OptimConfig
     recompute: RecomputeConfig
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     dtype: str
     """Of weights and activations."""
     seq_length: int
@@ -51,6 +53,7 @@ class Setup:
             moe=run.moe,
             optim=run.optim,
             recompute=run.recompute,
+            fp8=run.fp8,
             dtype=run.dtype,
             seq_length=run.train.seq_length,
             micro_batch_size=run.train.micro_batch_size,

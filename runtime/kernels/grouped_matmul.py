@@ -28,19 +28,29 @@ GROUP_PAIRS = 8  # what runs at one time is about as high as wide
 BLOCK_SIZE = 384  # two warpgroups that multiply, one that loads
 
 
-def source(block_n: int, kind: str, epilogue: str, edges: bool = False) -> str:
+def source(
+    block_n: int,
+    kind: str,
+    epilogue: str,
+    edges: bool = False,
+    types: tuple[str, str] = ("bf16", "bf16"),
+    split: bool = False,
+) -> str:
     """The kernel's text.
 
     Args:
         block_n: columns of a tile, 256 or 128.
-        kind: nt, nn or tn.
+        kind: nt, nn or tn; 8-bit operands have no nn.
         epilogue: store, add, swiglu or store_fp32.
         edges: sizes are multiples of 64, not of the tiles.
+        types: of the left and the right operand: bf16, or e4m3 or e5m2 each.
+        split: add up what the tensor cores sum over 128 elements in fp32; for 8-bit operands, not with swiglu.
 
     Returns:
-        CUDA C++: constants, the operand lists of a product with block_n / 2 accumulators a thread, and the kernel.
+        CUDA C++: constants, the operand lists of a product, and the kernel.
     """
-    count = block_n // 2
+    width = min(block_n, 128) if split else block_n
+    bits, count = 16 if types == ("bf16", "bf16") else 8, width // 2
     constants = {
         "BN": block_n,
         "STAGES": STAGES[block_n],
@@ -48,13 +58,19 @@ def source(block_n: int, kind: str, epilogue: str, edges: bool = False) -> str:
         "KIND": KINDS.index(kind),
         "EPILOGUE": EPILOGUES.index(epilogue),
         "EDGES": int(edges),
+        "WIDTH": width,
     }
     names = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(acc[{i}])' for i in range(count))
-    lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
-    lines += [f'#define WGMMA_SHAPE "m64n{block_n}k16"', f'#define ACC_NAMES "{names}"']
+    lines = [
+        f"#define BITS {bits}",
+        f"#define SPLIT {int(split)}",
+        *(f"constexpr int {name} = {value};" for name, value in constants.items()),
+    ]
+    lines += [f'#define WGMMA_SHAPE "m64n{width}k{256 // bits}"', f'#define WGMMA_TYPES "{".".join(types)}"']
+    lines += [f'#define ACC_NAMES "{names}"']
     lines += [f"#define ACC_OPERANDS {operands}", "#define ACC_NEXT(i) ACC_NEXT_##i"]
-    lines += [f'#define ACC_NEXT_{i} "{count + i}"' for i in range(4)]
+    lines += [f'#define ACC_NEXT_{i} "{count + i}"' for i in range(5)]
     return "\n".join([*lines, "#line 1", (SOURCES / "grouped_matmul.cu").read_text()])
 
 
@@ -64,8 +80,10 @@ def shared_bytes(block_n: int) -> int:
 
 
 @functools.cache
-def _kernel(device_index: int, block_n: int, kind: str, epilogue: str, edges: bool) -> Kernel:
-    cubin = compile_cubin(source(block_n, kind, epilogue, edges), "sm_90a")
+def _kernel(
+    device_index: int, block_n: int, kind: str, epilogue: str, edges: bool, types: tuple[str, str], split: bool
+) -> Kernel:
+    cubin = compile_cubin(source(block_n, kind, epilogue, edges, types, split), "sm_90a")
     return Kernel(cubin, "grouped_matmul", shared_bytes(block_n))
 
 
@@ -75,15 +93,16 @@ def _num_blocks(device_index: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _tensor_map(pointer: int, rows: int, columns: int, box_rows: int) -> bytes:
-    """How to load boxes of 64 columns, swizzled: it depends on nothing but these numbers, so it can be kept."""
+def _tensor_map(pointer: int, rows: int, columns: int, box_rows: int, item_bytes: int) -> bytes:
+    """How to load boxes 128 bytes wide, swizzled: it depends on nothing but these numbers, so it can be kept."""
+    types = driver.CUtensorMapDataType
     made = driver.cuTensorMapEncodeTiled(
-        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if item_bytes == 2 else types.CU_TENSOR_MAP_DATA_TYPE_UINT8,
         2,
         pointer,
         [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-        [driver.cuuint64_t(columns * 2)],
-        [driver.cuuint32_t(64), driver.cuuint32_t(box_rows)],
+        [driver.cuuint64_t(columns * item_bytes)],
+        [driver.cuuint32_t(128 // item_bytes), driver.cuuint32_t(box_rows)],
         [driver.cuuint32_t(1), driver.cuuint32_t(1)],
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
@@ -97,12 +116,32 @@ def _tensor_map(pointer: int, rows: int, columns: int, box_rows: int) -> bytes:
 class Gate:
     """What the product of pre-activations takes and gives beside itself."""
 
-    act: Tensor
-    """[R, F] bf16, contiguous: becomes silu(gate) * up * weight."""
+    act: Tensor | None
+    """[R, F] in the operands' type (e4m3 with 8 bits), contiguous: becomes silu(gate) * up * weight. None, with 8-bit
+    operands: only `act_amax` is wanted."""
     weights_TK: Tensor
     """[T, K] fp32 routing weights, contiguous."""
     slot_of_row_R: Tensor
     """[R] int32 which weight a row takes, -1 for padding."""
+    act_bound: Tensor | None = None
+    """[1] fp32, with 8 bits: what the largest number of e4m3 stands for in `act`; positive."""
+    act_amax: Tensor | None = None
+    """[1] fp32, with 8 bits: becomes at least the largest absolute value of the activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the largest number of their format stands for in 8-bit operands, on the device."""
+
+    left: Tensor
+    """[1] fp32."""
+    right: Tensor
+    """[1] fp32, or [E] with one for each expert."""
+    split: bool
+    """Sum in fp32, instead of the tensor cores' 14 bits."""
+
+
+_TYPES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
 def _tile_columns(columns: int) -> int:
@@ -119,17 +158,20 @@ def launch(
     gate: Gate | None = None,
     *,
     add: bool = True,
+    bounds: Bounds | None = None,
 ) -> None:
     """Multiply each expert's rows.
 
     Args:
-        kind: nt (rows times transposed matrices), nn (rows times matrices) or tn (transposed rows times rows).
-        left: [R, depth] (tn: [R, N]) bf16 rows, contiguous, like the others.
-        right: [E * N, depth] for nt, [E * depth, columns] for nn, [R, columns] for tn.
+        kind: nt (rows times transposed matrices), nn (rows times matrices; not with 8 bits) or tn (transposed rows times
+            rows).
+        left: [R, depth] (tn: [R, N], with 8 bits [N, R]) rows in bf16 or an 8-bit format, contiguous, like the others.
+        right: [E * N, depth] for nt, [E * depth, columns] for nn, [R, columns] for tn, with 8 bits [columns, R].
         out: [R, columns] (tn: [E * N, columns]) bf16; with tn also fp32.
         offsets_E: [E] int32 ends of the experts' rows, multiples of ROW_ALIGNMENT; sizes are multiples of 64, with a gate of 128.
         gate: with nt, where the product is pre-activations, gate then up: write their SwiGLU too.
         add: add the product to what an fp32 `out` holds; otherwise overwrite it.
+        bounds: of 8-bit operands.
     """
     columns, num_experts = out.shape[1], offsets_E.shape[0]
     rows_per_expert = (out if kind == "tn" else right).shape[0] // num_experts  # of an expert's matrix
@@ -140,19 +182,36 @@ def launch(
         epilogue = "add" if add else "store_fp32"
     beside = (0, 0, 0)
     if gate is not None:
-        beside = (gate.act.data_ptr(), gate.weights_TK.data_ptr(), gate.slot_of_row_R.data_ptr())
+        beside = (_pointer(gate.act), gate.weights_TK.data_ptr(), gate.slot_of_row_R.data_ptr())
+    scales: tuple[int, ...] = (0, 0, 0, 0)
+    split, per_expert, factor = False, 0, 1.0
+    if bounds is not None:
+        act = (None, None) if gate is None else (gate.act_bound, gate.act_amax)
+        scales = (bounds.left.data_ptr(), bounds.right.data_ptr(), *map(_pointer, act))
+        split, per_expert = bounds.split and gate is None, int(bounds.right.shape[0] > 1)
+        factor = 1.0 / (torch.finfo(left.dtype).max * torch.finfo(right.dtype).max)
+    boxed = kind == "nt" or bounds is not None  # whether columns of the result are rows of the right operand
     arguments = struct.pack(
-        "128s128sPPPPPiiiii4x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
-        _tensor_map(left.data_ptr(), *left.shape, 64),
-        _tensor_map(right.data_ptr(), *right.shape, block_n // 2 if kind == "nt" else 64),
+        "128s128s9P6if28x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
+        _tensor_map(left.data_ptr(), *left.shape, 64, left.element_size()),
+        _tensor_map(right.data_ptr(), *right.shape, block_n // 2 if boxed else 64, right.element_size()),
         out.data_ptr(),
         *beside,
         offsets_E.data_ptr(),
+        *scales,
         -(-columns // block_n),
         left.shape[1],  # the depth; tn has each expert's number of rows instead
         rows_per_expert,
         num_experts,
         columns,
+        per_expert,
+        factor,
     )
     device_index = left.device.index
-    _kernel(device_index, block_n, kind, epilogue, edges).launch(_num_blocks(device_index), BLOCK_SIZE, arguments)
+    types = (_TYPES[left.dtype], _TYPES[right.dtype])
+    kernel = _kernel(device_index, block_n, kind, epilogue, edges, types, split)
+    kernel.launch(_num_blocks(device_index), BLOCK_SIZE, arguments)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -15,7 +15,6 @@ from runtime.model.norm import RMSNorm, SharedRMSNorm
 from runtime.model.past import Past
 from runtime.ops.context_attention import causal_attention
 from runtime.ops.documents import Documents
-from runtime.ops.linear import linear, linears
 from runtime.ops.rotary import rotary, split_pairs
 
 
@@ -44,6 +43,7 @@ class Attention(nn.Module):
         self.q_norm = self._norm("attention.q_norm", layer)
         self.k_norm = self._norm("attention.k_norm", layer)
         self._recompute = context.recomputes("core_attn")
+        self._in, self._out = context.maps(self.q_weight, self.kv_weight), context.maps(self.o_weight)
 
     def _norm(self, role: str, layer: int) -> RMSNorm | SharedRMSNorm | None:
         """The norm of queries or keys: over each head, or over all heads together where its weight is as long."""
@@ -73,14 +73,14 @@ class Attention(nn.Module):
             As x_SBD.
         """
         x = self._context.enter(x_SBD)
-        q, kv = linears(x, [self.q_weight, self.kv_weight], [self.q_bias, self.kv_bias])
+        q, kv = self._in(x, [self.q_weight, self.kv_weight], [self.q_bias, self.kv_bias])
         q, kv = adapted(q, x, self.q_adapter), adapted(kv, x, self.kv_adapter)
         if self._recompute and torch.is_grad_enabled():
             out = checkpoint(self._core, q, kv, cos, sin, documents, use_reentrant=False)
         else:
             out = self._core(q, kv, cos, sin, documents, past)
         out = out.flatten(-2)
-        out = self._context.leave(adapted(linear(out, self.o_weight), out, self.o_adapter))
+        out = self._context.leave(adapted(self._out(out, [self.o_weight])[0], out, self.o_adapter))
         return out if self.o_bias is None else out + self.o_bias
 
     def _core(

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from moeconv.families.base import Model
+from runtime.fp8.linear import Fp8Linears
+from runtime.fp8.quantised import fits
+from runtime.fp8.scaling import Scaling
 from runtime.model.lora import LoraConfig
 from runtime.model.parameters import Parameters
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.ops.linear import Linears, linears
 from runtime.parallel.collectives import all_gather, copy_to, reduce_from, reduce_scatter
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
@@ -43,6 +47,8 @@ class ModelContext:
     """How each tensor is trained."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Of the adapters, if the model has some."""
+    fp8: Scaling | None = None
+    """The bounds of what is computed in FP8."""
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -65,6 +71,14 @@ class ModelContext:
     def recomputes(self, module: str) -> bool:
         """Say whether a part of a layer is computed again in the backward pass."""
         return self.recompute.granularity == "selective" and module in self.recompute.modules
+
+    def maps(self, *weights_ND: Tensor) -> Linears:
+        """Give the linear maps of one input: in FP8 where that is asked for and the sizes fit."""
+        ours = self.device.type != "cuda" or torch.cuda.get_device_capability(self.device)[0] == 9
+        if self.fp8 is None or self.fp8.config.recipe == "blockwise" or not ours:
+            return linears
+        sizes = [size for weight in weights_ND for size in weight.shape]
+        return Fp8Linears(self.fp8) if fits(self.device, *sizes) else linears
 
     def enter(self, x_SBD: Tensor) -> Tensor:
         """Come into a tensor-parallel region: every rank of tp needs all tokens.

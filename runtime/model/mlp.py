@@ -38,13 +38,14 @@ class GatedMLP(nn.Module):
         self.adapter2 = take_adapter(context, self.w2, f"{part}.down", layer=layer)
         self.b13 = parameters.take_optional(f"{part}.gate.bias", f"{part}.up.bias", layer=layer)
         self.b2 = parameters.take_optional(f"{part}.down.bias", layer=layer, partial=context.sp)
+        self._first, self._second = context.maps(self.w13), context.maps(self.w2)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
         x = self._context.enter(x_SBD)
-        gate, up = adapted(linear(x, self.w13, self.b13), x, self.adapter13).chunk(2, dim=-1)
+        gate, up = adapted(self._first(x, [self.w13], [self.b13])[0], x, self.adapter13).chunk(2, dim=-1)
         act = F.silu(gate) * up
-        out = self._context.leave(adapted(linear(act, self.w2), act, self.adapter2))
+        out = self._context.leave(adapted(self._second(act, [self.w2])[0], act, self.adapter2))
         return out if self.b2 is None else out + self.b2
 
 
@@ -92,6 +93,7 @@ class MoEMLP(nn.Module):
             dtype=context.dtype,
             device=torch.device("meta"),
             gate=model.compute.gate,
+            fp8=context.fp8,
         )
         parameters.tag_whole(self.moe.router.weight, "router", layer=layer, partial=True)
         experts = self.moe.experts

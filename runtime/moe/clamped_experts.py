@@ -110,7 +110,7 @@ class ClampedExperts(nn.Module):
             MoeconvError: the backend computes other experts alone.
         """
         super().__init__()
-        if config.gemm_backend == "te" or config.fp8_format is not None:
+        if config.gemm_backend == "te":
             raise MoeconvError("experts with biases and a clamped gate run on other grouped GEMMs than te; take auto")
         experts, width = num_local_experts, ffn_local_size
 

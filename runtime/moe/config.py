@@ -15,8 +15,6 @@ DropPolicy = Literal["probs", "position"]
 Dispatcher = Literal["alltoall", "allgather"]
 GemmBackend = Literal["auto", "hopper", "torch", "grouped_gemm", "te", "loop"]
 RouterDtype = Literal["fp32", "fp64", "bf16"]
-Fp8Format = Literal["e4m3", "hybrid"]
-Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 AUX_LOSS_TYPES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 
 
@@ -68,10 +66,6 @@ class MoEConfig:
     """Use the fused kernels for permutation, activation and combine where a GPU allows it."""
     recompute_layer: bool = flag(False, "--moe-layer-recompute")
     """Recompute dispatch and experts in the backward pass; the routing is kept, not recomputed."""
-    fp8_format: Fp8Format | None = flag(None, "--fp8-format")
-    """Compute the experts in FP8 with the backend te, on GPUs of compute capability 8.9 or more."""
-    fp8_recipe: Fp8Recipe = flag("delayed", "--fp8-recipe")
-    """Scaling of FP8: delayed, tensorwise (current) or blockwise."""
 
     def __post_init__(self) -> None:
         check_fields(self, MoEConfigError)
@@ -116,8 +110,6 @@ class MoEConfig:
             )
         if self.pad_to_capacity and self.capacity_factor is None:
             raise MoEConfigError(f"{_flag('pad_to_capacity')} needs {_flag('capacity_factor')}")
-        if self.fp8_format is not None and self.gemm_backend not in ("te", "auto"):
-            raise MoEConfigError(f"{_flag('fp8_format')} needs {_flag('gemm_backend')} te, got {self.gemm_backend!r}")
 
     @property
     def num_experts(self) -> int:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.errors import MoeconvError
+from runtime.fp8.experts import Fp8Experts
+from runtime.fp8.quantised import ROW_ALIGNMENT, fits
+from runtime.fp8.scaling import Scaling
 from runtime.moe import passes
 from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend
@@ -132,6 +135,9 @@ def grouped_mlp(
     return cast(Tensor, _GroupedMLP.apply(*args))  # type: ignore[no-untyped-call]
 
 
+AnyGemm = GroupedGemm | TransformerEngineExperts | Fp8Experts
+
+
 class Experts(nn.Module):
     """The experts of this rank as two stacked parameters, w13 [E, 2F, D] and w2 [E, D, F]."""
 
@@ -144,6 +150,7 @@ class Experts(nn.Module):
         ffn_local_size: int,
         dtype: torch.dtype,
         device: torch.device | None,
+        fp8: Scaling | None = None,
     ) -> None:
         super().__init__()
         self.w13 = nn.Parameter(
@@ -156,8 +163,8 @@ class Experts(nn.Module):
         self.b2: nn.Parameter | None = None
         self._forms: dict[str, Form] = {}
         self.fused = config.permute_fusion
-        self._config = config
-        self._gemm: tuple[torch.device, torch.dtype, GroupedGemm | TransformerEngineExperts] | None = None
+        self._config, self._fp8 = config, fp8
+        self._gemm: tuple[torch.device, torch.dtype, AnyGemm] | None = None
         self.reset_parameters()
 
     def adapt(self, which: str, a: nn.Parameter, b: nn.Parameter, form: Form) -> None:
@@ -189,14 +196,27 @@ class Experts(nn.Module):
         """Experts of this rank."""
         return self.w13.shape[0]
 
-    def gemm(self) -> GroupedGemm | TransformerEngineExperts:
+    def gemm(self) -> AnyGemm:
         """The backend for the device and dtype that the weights are in now."""
         key = (self.w13.device, self.w13.dtype)
         if self._gemm is None or self._gemm[:2] != key:
-            name = resolve_backend(self._config, *key)
-            made = TransformerEngineExperts(self._config, self.w13, self.w2) if name == "te" else make_gemm(name)
-            self._gemm = (*key, made)
+            self._gemm = (*key, self._make_gemm(*key))
         return self._gemm[2]
+
+    def _make_gemm(self, device: torch.device, dtype: torch.dtype) -> AnyGemm:
+        fp8 = None if self._fp8 is None else self._fp8.config
+        name = resolve_backend(self._config, device, dtype, fp8)
+        if name == "te":
+            return TransformerEngineExperts(fp8, self.w13, self.w2)
+        if self._fp8 is None:
+            return make_gemm(name)
+        sizes = (*self.w13.shape[1:], *self.w2.shape[1:])
+        if not fits(device, *sizes):
+            raise MoeconvError(
+                f"--fp8-format: on a rank, experts have matrices of {sizes[0]} x {sizes[1]} and {sizes[2]} x {sizes[3]}, and the "
+                f"backend hopper takes multiples of {ROW_ALIGNMENT}: give --moe-grouped-gemm-backend te, or leave FP8 out"
+            )
+        return Fp8Experts(self._fp8, device)
 
     def plan(self, experts_TK: Tensor, max_rows: int) -> RowPlan:
         """Order choices of this rank's experts as the backend needs them; arguments as of `plan_rows`."""
@@ -212,6 +232,9 @@ class Experts(nn.Module):
         if x_TD.dtype != self.w13.dtype:
             raise MoeconvError(f"experts hold {self.w13.dtype} weights but got {x_TD.dtype} tokens; cast one of them")
         gemm = self.gemm()
+        if isinstance(gemm, Fp8Experts):
+            assert not self._forms, "adapters and FP8: `runtime.settings.check` refuses them"
+            return gemm(x_TD, weights_TK, self.w13, self.w2, plan)
         if isinstance(gemm, TransformerEngineExperts):
             assert not self._forms, "adapters and te: `runtime.settings.check` refuses them"
             return gemm(x_TD, weights_TK, self.w13, self.w2, plan, fused=self.fused)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.fp8.config import Fp8Config
 from runtime.moe.config import MoEConfig, MoEConfigError
 from runtime.moe.permutation import RowPlan
 
@@ -147,13 +148,14 @@ _PACKAGES = {
 _INSTALL = "pip install 'moeconv[gpu]'"
 
 
-def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype, fp8: Fp8Config | None = None) -> str:
     """The backend that runs: the chosen one, or for auto the fastest that is installed and knows the dtype.
 
     Args:
-        config: gemm_backend and fp8_format.
+        config: gemm_backend.
         device: where the experts live.
         dtype: their dtype.
+        fp8: what is computed in FP8, by hopper or te on a GPU.
 
     Returns:
         hopper, torch, grouped_gemm, te or loop.
@@ -163,8 +165,9 @@ def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype)
     """
     name = config.gemm_backend
     if name == "auto":
-        if config.fp8_format is not None:
-            name = "te"
+        if fp8 is not None and fp8.format is not None and device.type == "cuda":
+            ours = fp8.recipe != "blockwise" and _suits_hopper(device, dtype) and not _missing("hopper")
+            name = "hopper" if ours else "te"
         elif dtype == torch.float64:
             return "loop"
         else:
@@ -183,13 +186,14 @@ def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype)
     return name
 
 
-def describe_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype) -> str:
+def describe_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype, fp8: Fp8Config | None = None) -> str:
     """Say which backend runs the experts, and what a faster one lacks.
 
     Args:
-        config: gemm_backend and fp8_format.
+        config: gemm_backend.
         device: where the experts live.
         dtype: their dtype.
+        fp8: what is computed in FP8.
 
     Returns:
         A line for the log.
@@ -197,7 +201,7 @@ def describe_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype
     Raises:
         MoEConfigError: as `resolve_backend`.
     """
-    name = resolve_backend(config, device, dtype)
+    name = resolve_backend(config, device, dtype, fp8)
     line = f"grouped GEMMs of the experts: {name}"
     if config.gemm_backend != "auto":
         return line

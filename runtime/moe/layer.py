@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moeconv.errors import LayoutError, MoeconvError
 from moeconv.families.compute import Gate
+from runtime.fp8.scaling import Scaling
 from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.config import MoEConfig
 from runtime.moe.dispatch import run_all_gather, run_all_to_all, run_local
@@ -54,6 +55,7 @@ class MoELayer(nn.Module):
         router_param_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         gate: Gate | None = None,
+        fp8: Scaling | None = None,
     ) -> None:
         """Build the layer for this rank.
 
@@ -68,6 +70,7 @@ class MoELayer(nn.Module):
             router_param_dtype: of the router's weight where it differs.
             device: where the parameters live.
             gate: of experts with biases and a clamped gate; None for plain SwiGLU.
+            fp8: the bounds of what is computed in FP8; None for nothing.
 
         Raises:
             LayoutError: experts or widths don't divide over the groups.
@@ -85,8 +88,9 @@ class MoELayer(nn.Module):
         self.router = Router(config, groups, hidden_size=hidden_size, dtype=router_param_dtype or dtype, device=device)
         sizes = ExpertSizes(num_local_experts, hidden_size, ffn_local_size)
         self.experts: Experts | ClampedExperts
+        assert gate is None or fp8 is None, "clamped experts and FP8: `runtime.settings.check` refuses them"
         if gate is None:
-            self.experts = Experts(config, **sizes._asdict(), dtype=dtype, device=device)
+            self.experts = Experts(config, **sizes._asdict(), dtype=dtype, device=device, fp8=fp8)
         else:
             self.experts = ClampedExperts(config, gate, **sizes._asdict(), shares=etp, dtype=dtype, device=device)
 

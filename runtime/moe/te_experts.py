@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from runtime.moe.config import MoEConfig
+from runtime.fp8.config import Fp8Config
 from runtime.moe.passes import permute_tokens, swiglu_rows, unpermute
 from runtime.moe.permutation import RowPlan
 
@@ -23,11 +23,11 @@ class TransformerEngineExperts:
     The modules hold FP8 state (scales, amax histories) only: their weights are views of ours, set before each run.
     """
 
-    def __init__(self, config: MoEConfig, w13_EGD: Tensor, w2_EDF: Tensor) -> None:
+    def __init__(self, config: Fp8Config | None, w13_EGD: Tensor, w2_EDF: Tensor) -> None:
         import transformer_engine.pytorch as te
 
-        self._fp8 = config.fp8_format is not None
-        self._recipe = _recipe(config) if self._fp8 else None
+        self._fp8 = config is not None and config.format is not None
+        self._recipe = _recipe(config) if config is not None and self._fp8 else None
         # FP8 products want rows in whole blocks of scales.
         self.row_alignment = 128 if self._fp8 else 1
         self._te = te
@@ -67,13 +67,13 @@ class TransformerEngineExperts:
         return unpermute(out, plan, fused=fused)
 
 
-def _recipe(config: MoEConfig) -> Any:
+def _recipe(config: Fp8Config) -> Any:
     from transformer_engine.common import recipe
 
-    fp8_format = recipe.Format.HYBRID if config.fp8_format == "hybrid" else recipe.Format.E4M3
+    fp8_format = recipe.Format.HYBRID if config.format == "hybrid" else recipe.Format.E4M3
     recipes = {
         "delayed": recipe.DelayedScaling,
         "tensorwise": recipe.Float8CurrentScaling,
         "blockwise": recipe.Float8BlockScaling,
     }
-    return recipes[config.fp8_recipe](fp8_format=fp8_format)
+    return recipes[config.recipe](fp8_format=fp8_format)

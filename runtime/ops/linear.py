@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +121,20 @@ class _Linears(torch.autograd.Function):
             wide = grad.dtype if grad.dtype == torch.float64 else torch.float32
             left.append(deliver(ctx.sinks[ctx.count + place], grad.sum(0, dtype=wide), bias))
         return grad_x, None, None, *left
+
+
+class Linears(Protocol):
+    """Applies several linear maps to one input, as `linears` does."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights_ND: Sequence[Tensor],
+        biases_N: Sequence[Tensor | None] | None = None,
+        *,
+        sinks: bool = True,
+    ) -> tuple[Tensor, ...]:
+        """See `linears`."""
 
 
 def linears(

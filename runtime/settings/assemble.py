@@ -12,6 +12,7 @@ from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.config import DataConfig
 from runtime.errors import ConfigError, require
 from runtime.flag import flag_name
+from runtime.fp8.config import Fp8Config
 from runtime.generate.config import GenerateConfig
 from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
@@ -60,6 +61,7 @@ def make_run(
         model=adapt(model, lora),
         parallel=_parallel(given, model, where),
         moe=_moe(given, model, recompute, where),
+        fp8=Fp8Config(**given.of("fp8")),
         optim=optim,
         lora=lora,
         learning_rate=learning_rate,

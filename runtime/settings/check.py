@@ -206,24 +206,28 @@ def check_adapters(run: RunConfig) -> None:
         f"--quantize-base holds the frozen model on each data-parallel rank, quantised, which {FLAGS['fully_shard']} doesn't shard: take "
         f"one of the two, or spread the model by {EP}, {TP} or {PP}",
     )
+    require(
+        run.fp8.format is None,
+        f"--fp8-format makes 8-bit weights anew in each step, and beside adapters (--lora-rank {run.lora.rank}) they don't change: leave "
+        "it out",
+    )
     if moe is None:
         return
-    flags = {name: flag_name(MoEConfig, name) for name in ("gemm_backend", "fp8_format", "enable_expert_bias")}
+    flags = {name: flag_name(MoEConfig, name) for name in ("gemm_backend", "enable_expert_bias")}
     require(
         not moe.enable_expert_bias,
         f"{flags['enable_expert_bias']} changes the frozen model beside adapters, which no save of them would hold; leave it out",
     )
     experts = any(model.tensors[name].expert is not None for name in model.adapted)
-    te = moe.gemm_backend == "te" or moe.fp8_format is not None
+    te = moe.gemm_backend == "te"
     require(
         not (experts and te),
-        f"--lora-targets gives routed experts adapters, which {flags['gemm_backend']} te and {flags['fp8_format']} don't compute; "
-        "take another backend in bf16",
+        f"--lora-targets gives routed experts adapters, which {flags['gemm_backend']} te doesn't compute; take another backend",
     )
     require(
         run.lora.quantize_base is None or not te,
-        f"--quantize-base makes experts' numbers for grouped products of bf16; {flags['gemm_backend']} te and {flags['fp8_format']} take "
-        "weights of their own: take another backend, or leave --quantize-base out",
+        f"--quantize-base makes experts' numbers for grouped products of bf16; {flags['gemm_backend']} te takes "
+        "weights of its own: take another backend, or leave --quantize-base out",
     )
 
 
@@ -231,9 +235,9 @@ def check_precision(run: RunConfig) -> None:
     """Check that this machine can compute in the types that are asked for.
 
     Raises:
-        ConfigError: FP8 without a GPU that has it.
+        ConfigError: FP8 without a GPU that has it, in another type than bf16, or of experts that have no products in it.
     """
-    fp8 = run.moe.fp8_format if run.moe else None
+    fp8, backend = run.fp8.format, run.moe.gemm_backend if run.moe else "auto"
     if fp8 is None:
         return
     import torch  # here only: everything else is judged without it
@@ -244,4 +248,22 @@ def check_precision(run: RunConfig) -> None:
     require(
         capability >= (8, 9),
         f"--fp8-format is {fp8}; FP8 needs a GPU of compute capability 8.9 or more, {has}",
+    )
+    require(
+        capability[0] == 9 or run.moe is not None,
+        f"--fp8-format is {fp8}; the products of a dense model are in FP8 on Hopper (9.0) alone, {has}: leave it out",
+    )
+    require(
+        run.dtype == "bfloat16",
+        f"--fp8-format is {fp8}; what is not in FP8 is bf16 then, and not {run.dtype}: give --bf16",
+    )
+    flag = flag_name(MoEConfig, "gemm_backend")
+    require(backend in ("auto", "hopper", "te"), f"--fp8-format needs {flag} hopper or te, got {backend}; take auto")
+    require(
+        run.fp8.recipe != "blockwise" or (run.moe is not None and backend != "hopper"),
+        "--fp8-recipe blockwise is of experts alone, through te; take tensorwise or delayed",
+    )
+    require(
+        run.model.compute.gate is None,
+        "--fp8-format: experts with biases and a clamped gate have no products in FP8; leave it out",
     )

@@ -17,6 +17,7 @@ from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.config import DataConfig
 from runtime.errors import ConfigError
 from runtime.flag import Mark, choices_of, describe_range, mark_of, types_of
+from runtime.fp8.config import Fp8Config
 from runtime.generate.config import GenerateConfig
 from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
@@ -57,6 +58,7 @@ GROUPS = (
         owner=MoEConfig,
         given=frozenset({"router", "expert_bias_centered"}),
     ),
+    Group(name="fp8", title="FP8", owner=Fp8Config),
     Group(name="recompute", title="recomputation of activations", owner=RecomputeConfig),
     Group(name="log", title="logs", owner=LogConfig),
     Group(

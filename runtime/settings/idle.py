@@ -49,7 +49,7 @@ IDLE = (
     Idle("moe", ("aux_loss_mode",), lambda r: r.moe is None or any(r.moe.aux_loss_coeff), "needs --moe-aux-loss-coeff above 0"),
     Idle("moe", ("drop_policy",), lambda r: r.moe is None or r.moe.capacity_factor is not None, "needs --moe-token-dropping", True),
     Idle("moe", ("expert_bias_update_rate",), lambda r: r.moe is None or r.moe.enable_expert_bias, "needs --moe-router-enable-expert-bias"),
-    Idle("moe", ("fp8_recipe",), lambda r: r.moe is None or r.moe.fp8_format is not None, "needs --fp8-format", True),
+    Idle("fp8", ("recipe",), lambda r: r.fp8.format is not None, "needs --fp8-format", True),
     Idle("moe", ("dispatcher",), lambda r: r.parallel.ep * r.parallel.etp > 1, "needs --expert-model-parallel-size above 1"),
     Idle(
         "learning_rate",

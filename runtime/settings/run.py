@@ -8,6 +8,7 @@ from typing import Any
 from moeconv.families.base import Model
 from runtime.checkpoint.config import CheckpointConfig
 from runtime.data.config import DataConfig
+from runtime.fp8.config import Fp8Config
 from runtime.generate.config import GenerateConfig
 from runtime.initial.config import InitConfig
 from runtime.log.config import LogConfig
@@ -30,6 +31,7 @@ class RunConfig:
     parallel: ParallelConfig
     moe: MoEConfig | None
     """None for a dense model."""
+    fp8: Fp8Config
     optim: OptimConfig
     lora: LoraConfig
     learning_rate: ScheduleConfig

@@ -10,19 +10,27 @@ enum { STORE, ADD, SWIGLU, STORE_FP32 };  // what becomes of a tile
 struct Arguments {
     TensorMap left, right;
     char* out;             // bf16, or with ADD and STORE_FP32 fp32
-    char* act;             // with SWIGLU: [R, F] bf16
+    char* act;             // with SWIGLU: [R, F], of the operands' width; null: not written
     const float* weights;  // with SWIGLU: [T, K] routing weights
     const int* slots;      // with SWIGLU: [R] which of them a row takes, -1 for padding
     const int* ends;       // [E] ends of the experts' rows
+    // Of 8-bit operands, what the largest number of their format stands for: of the left one, and of the right one one
+    // or one for each expert; and of `act`, with what its elements' absolute values are at most, as found.
+    const float *left_bound, *right_bound, *act_bound;
+    float* act_amax;
     int num_n, depth, rows_per_expert, num_experts, columns;  // num_n tiles side by side hold the columns of the result
+    int bounds_per_expert;  // 1: right_bound is [E]
+    float factor;           // 1 / (largest number of the left format x that of the right)
 };
 
-static_assert(sizeof(Arguments) == 320, "as the host packs it");
+static_assert(sizeof(Arguments) == 384, "as the host packs it");
+
+constexpr int STEP = 128 * 8 / BITS;  // elements of a row of 128 bytes
 
 struct Job {
     int index, expert;
     int row, column;   // of this block's tile; in the experts' rows, or with TN in the expert's matrix
-    int start, steps;  // of the reduction, steps of 64
+    int start, steps;  // of the reduction, steps of STEP
     bool stacked;      // the pair's tiles lie one below the other and share columns; else side by side, and share rows
 };
 
@@ -93,6 +101,6 @@ __device__ __forceinline__ Job job_at(const Arguments& args, const u32* ends, in
     }
     if (KIND != TN) job.row += begin;
     job.start = KIND == TN ? begin : 0;
-    job.steps = (KIND == TN ? num_rows : args.depth) / 64;
+    job.steps = (KIND == TN ? num_rows : args.depth) / STEP;
     return job;
 }

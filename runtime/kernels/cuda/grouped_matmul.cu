@@ -2,7 +2,7 @@
 // blocks that share half of what they read.
 //
 // Legend: R rows in expert order, each expert's rows padded with zero rows to a multiple of 128; E experts; N and K the
-// sizes of an expert's matrix; a tile is 128 x BN of the result, by steps of 64 along the reduction.
+// sizes of an expert's matrix; a tile is 128 x BN of the result, by steps of 128 bytes along the reduction.
 //
 // A pair of blocks computes two tiles of one expert at a time: two that lie one below the other and read the same
 // columns, or, for the last of an odd number, two side by side that read the same rows. Each block loads half of what
@@ -14,12 +14,17 @@
 // With EDGES the sizes of a matrix are multiples of 64, and the last tiles reach beyond them: what they load there is zero
 // or the next expert's, and is not written.
 //
-// The host writes in front of this text the constants BN, STAGES, GROUP, KIND, EPILOGUE and EDGES, and how a product of
-// this width names its operands: WGMMA_SHAPE, ACC_NAMES, ACC_OPERANDS and ACC_NEXT.
+// Operands of 8 bits all lie with the reduction along their rows, as the tensor cores want them: transposed rows (TN)
+// are given as [N, R]. The tensor cores sum their products with about 14 bits; with SPLIT a step's sum is added to a sum
+// in fp32 instead, for which a tile takes half its columns at a time.
+//
+// The host writes in front of this text the constants BN, STAGES, GROUP, KIND, EPILOGUE, EDGES, BITS, SPLIT and
+// WIDTH, the columns of one product, and how a product of this width names its operands: WGMMA_SHAPE, WGMMA_TYPES, ACC_NAMES,
+// ACC_OPERANDS and ACC_NEXT.
 
 #include "grouped_output.cuh"
 
-constexpr int BOX_BYTES = 64 * 64 * 2;
+constexpr int BOX_BYTES = 64 * 128;
 constexpr int A_BYTES = 2 * BOX_BYTES;
 constexpr int B_BYTES = BN / 64 * BOX_BYTES;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
@@ -40,7 +45,8 @@ __device__ __forceinline__ void load_step(
         if (!job.stacked && half != rank) continue;
         int m = job.row + 64 * half;
         char* to = stage + half * BOX_BYTES;
-        if (KIND == TN) load(args.left, m, job.start + k, to, ready, !job.stacked);
+        if (KIND == TN && BITS == 8) load(args.left, job.start + k, m, to, ready, !job.stacked);
+        else if (KIND == TN) load(args.left, m, job.start + k, to, ready, !job.stacked);
         else load(args.left, k, m, to, ready, !job.stacked);
     }
     int matrix = job.expert * args.rows_per_expert;
@@ -50,7 +56,9 @@ __device__ __forceinline__ void load_step(
         char* to = stage + A_BYTES + half * (B_BYTES / 2);
         int column = job.column + half * (BN / 2);
         if (EPILOGUE == SWIGLU) column = job.column / 2 + half * (args.rows_per_expert / 2);  // half gate, half up
-        if (KIND == NT) {
+        if (BITS == 8 && KIND == TN) {
+            load(args.right, job.start + k, column, to, ready, job.stacked);
+        } else if (KIND == NT) {
             load(args.right, k, matrix + column, to, ready, job.stacked);
         } else {
             int row = KIND == TN ? job.start + k : matrix + k;
@@ -70,25 +78,28 @@ __device__ __forceinline__ void load_all(const Arguments& args, Shared& shared, 
         for (int i = 0; i < job.steps; ++i) {
             wait(shared.empty[stage], parity);
             expect(shared.ready[stage], STAGE_BYTES);
-            load_step(args, job, 64 * i, rank, shared.stages[stage], shared.ready[stage]);
+            load_step(args, job, STEP * i, rank, shared.stages[stage], shared.ready[stage]);
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
         job = job_at(args, shared.ends, job.index + num_pairs, job.expert, rank);
     }
 }
 
-__device__ __forceinline__ void multiply_step(float (&acc)[NUM_ACC], const char* a, const char* b) {
-    constexpr int a_outer = KIND == TN, b_outer = KIND != NT;
-    // bytes of 16 along the reduction
+template <int FRESH>
+__device__ __forceinline__ void multiply_step(float (&acc)[WIDTH / 2], const char* a, const char* b) {
+    constexpr int a_outer = BITS == 16 && KIND == TN, b_outer = BITS == 16 && KIND != NT;
+    // bytes from 32 bytes of the reduction to the next
     constexpr u32 a_next = a_outer ? 16 * 128 : 32, b_next = b_outer ? 16 * 128 : 32;
     u64 a_desc = descriptor(a, BOX_BYTES), b_desc = descriptor(b, BOX_BYTES);
     start_products();
+    multiply_32_bytes<a_outer, b_outer, !FRESH>(acc, a_desc, b_desc);
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-        multiply_16<a_outer, b_outer>(acc, a_desc + k * (a_next >> 4), b_desc + k * (b_next >> 4));
+    for (int k = 1; k < 4; ++k)
+        multiply_32_bytes<a_outer, b_outer, 1>(acc, a_desc + k * (a_next >> 4), b_desc + k * (b_next >> 4));
     commit_products();
 }
 
+#if !SPLIT
 // Two warpgroups, 64 rows of the tile each.
 __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shared, u32 rank, int warp, u32 lane) {
     int stage = 0, num_pairs = gridDim.x / 2;
@@ -108,7 +119,7 @@ __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shar
             if (i < steps) {
                 wait(shared.ready[stage], parity);
                 const char* tiles = shared.stages[stage];
-                multiply_step(acc, tiles + warp / 4 * BOX_BYTES, tiles + A_BYTES);
+                multiply_step<0>(acc, tiles + warp / 4 * BOX_BYTES, tiles + A_BYTES);
                 if (i == 0) next = job_at(args, shared.ends, job.index + num_pairs, job.expert, rank);
             }
             wait_products<1>(acc);
@@ -127,6 +138,37 @@ __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shar
         job = next;
     }
 }
+
+#else
+// The same with sums in fp32: while one warpgroup adds, the other's products run.
+__device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shared, u32 rank, int warp, u32 lane) {
+    int stage = 0, num_pairs = gridDim.x / 2;
+    u32 parity = 0;
+    Output output{args, shared.slices[warp], lane};
+    Job job = job_at(args, shared.ends, blockIdx.x / 2, 0, rank);
+    float part[WIDTH / 2];
+    while (job.expert < args.num_experts) {
+        float acc[NUM_ACC];
+#pragma unroll
+        for (int i = 0; i < NUM_ACC; ++i) acc[i] = 0.f;
+        for (int step = 0; step < job.steps; ++step) {
+            wait(shared.ready[stage], parity);
+            const char* tiles = shared.stages[stage];
+#pragma unroll
+            for (int n = 0; n < BN / WIDTH; ++n) {
+                multiply_step<1>(part, tiles + warp / 4 * BOX_BYTES, tiles + A_BYTES + n * WIDTH * 128);
+                wait_products<0>(part);
+                if (n == BN / WIDTH - 1 && lane < 2) arrive_at(shared.empty[stage], lane);
+#pragma unroll
+                for (int i = 0; i < WIDTH / 2; ++i) acc[n * WIDTH / 2 + i] += part[i];
+            }
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+        if (job.column < args.columns) output.take(acc, job, warp);
+        job = job_at(args, shared.ends, job.index + num_pairs, job.expert, rank);
+    }
+}
+#endif
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     grouped_matmul(const __grid_constant__ Arguments args) {

@@ -114,12 +114,31 @@ struct Slice {
                          : "memory");
     }
 
+    // Rows of 64 bytes: a 16 x 16 block in 8 bits, two numbers in each word, as `put` takes them.
+    __device__ __forceinline__ void put_bytes(int block, const u32* packed) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(of_chunk_of_64(lane / 4 + i % 2 * 8, block) + i / 2 * 8 +
+                                                         lane % 4 * 2),
+                         "h"(static_cast<unsigned short>(packed[i]))
+                         : "memory");
+    }
+
+    __device__ __forceinline__ u32 of_chunk_of_64(u32 row, u32 chunk) const {
+        return at + row * 64 + (chunk ^ row / 2 % 4) * 16;
+    }
+
+    // The lane's 16 bytes of the rows 8 i to 8 i + 7.
+    __device__ __forceinline__ uint4 line_of_64(int i) const { return read(of_chunk_of_64(8 * i + lane / 4, lane % 4)); }
+
     // The lane's 16 bytes of the rows 4 i to 4 i + 3.
-    __device__ __forceinline__ uint4 line(int i) const {
+    __device__ __forceinline__ uint4 line(int i) const { return read(of_chunk(4 * i + lane / 8, lane % 8)); }
+
+    __device__ __forceinline__ uint4 read(u32 from) const {
         uint4 line;
         asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(line.x), "=r"(line.y), "=r"(line.z), "=r"(line.w)
-                     : "r"(of_chunk(4 * i + lane / 8, lane % 8))
+                     : "r"(from)
                      : "memory");
         return line;
     }
@@ -136,25 +155,40 @@ __device__ __forceinline__ u64 descriptor(const char* tile, u32 next) {
 __device__ __forceinline__ void start_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Add a product of 64 x 16 and 16 x BN; flags say which operand lies with its outer dimension along the rows of 128
-// bytes.
-template <int A_OUTER, int B_OUTER>
-__device__ __forceinline__ void multiply_16(float (&acc)[BN / 2], u64 a, u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned." WGMMA_SHAPE ".f32.bf16.bf16 {" ACC_NAMES "}, %" ACC_NEXT(0)
-                 ", %" ACC_NEXT(1) ", 1, 1, 1, %" ACC_NEXT(2) ", %" ACC_NEXT(3) ";"
+// Add a product of 64 x 32 bytes and 32 bytes x WIDTH, or with ADD 0 replace what the accumulators hold; the flags,
+// which 8-bit operands don't have, say which operand lies with its outer dimension along the rows of 128 bytes.
+template <int A_OUTER, int B_OUTER, int ADD>
+__device__ __forceinline__ void multiply_32_bytes(float (&acc)[WIDTH / 2], u64 a, u64 b) {
+#if BITS == 8
+    static_assert(!A_OUTER && !B_OUTER, "8-bit operands lie along the reduction");
+    asm volatile("wgmma.mma_async.sync.aligned." WGMMA_SHAPE ".f32." WGMMA_TYPES " {" ACC_NAMES "}, %" ACC_NEXT(0)
+                 ", %" ACC_NEXT(1) ", %" ACC_NEXT(2) ", 1, 1;"
                  : ACC_OPERANDS
-                 : "l"(a), "l"(b), "n"(A_OUTER), "n"(B_OUTER));
+                 : "l"(a), "l"(b), "n"(ADD));
+#else
+    asm volatile("wgmma.mma_async.sync.aligned." WGMMA_SHAPE ".f32." WGMMA_TYPES " {" ACC_NAMES "}, %" ACC_NEXT(0)
+                 ", %" ACC_NEXT(1) ", %" ACC_NEXT(2) ", 1, 1, %" ACC_NEXT(3) ", %" ACC_NEXT(4) ";"
+                 : ACC_OPERANDS
+                 : "l"(a), "l"(b), "n"(ADD), "n"(A_OUTER), "n"(B_OUTER));
+#endif
 }
 
 // Until so many committed groups are left.
 template <int PENDING>
-__device__ __forceinline__ void wait_products(float (&acc)[BN / 2]) {
+__device__ __forceinline__ void wait_products(float (&acc)[WIDTH / 2]) {
     asm volatile("wgmma.wait_group.sync.aligned %" ACC_NEXT(0) ";" : ACC_OPERANDS : "n"(PENDING) : "memory");
 }
 
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// Two numbers in e4m3; larger ones than 448 become that.
+__device__ __forceinline__ u32 pack_e4m3(float low, float high) {
+    unsigned short packed;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
     return packed;
 }
 

@@ -156,7 +156,6 @@ def test_few_tokens_and_all_experts(num_tokens: int, balancing: str) -> None:
         ({"load_balancing": ("magic",)}, "--moe-router-load-balancing-type"),
         ({"enable_expert_bias": True}, "--moe-router-enable-expert-bias"),
         ({"pad_to_capacity": True}, "--moe-expert-capacity-factor"),
-        ({"fp8_format": "hybrid", "gemm_backend": "torch"}, "--fp8-format"),
         ({"aux_loss_mode": "hf", "load_balancing": ("seq_aux_loss",)}, "--moe-aux-loss-mode"),
         ({"capacity_factor": float("nan")}, "--moe-expert-capacity-factor"),
     ],

@@ -201,7 +201,7 @@ def test_heads_that_are_not_shared_disagree_with_grouped_queries() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    ["--moe-aux-loss-coeff 0.01", "--moe-token-dropping", "--moe-router-dtype fp64", "--fp8-format hybrid", "--moe-layer-recompute"],
+    ["--moe-aux-loss-coeff 0.01", "--moe-token-dropping", "--moe-router-dtype fp64", "--moe-layer-recompute"],
 )  # fmt: skip
 def test_options_of_experts_are_refused_for_a_dense_model(flags: str) -> None:
     with pytest.raises(ConfigError, match=f"ckpt is a dense model .* {flags.split()[0]} can do nothing"):

@@ -1,0 +1,34 @@
+"""What is computed in FP8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from runtime.flag import check_fields, flag
+
+Fp8Format = Literal["e4m3", "hybrid"]
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Config:
+    """The products of a model that are computed in 8 bits: attention's projections, dense and shared MLPs, experts.
+
+    Head, router, embedding, norms and attention itself stay as they are.
+    """
+
+    format: Fp8Format | None = flag(None, "--fp8-format")
+    """Compute the products of experts, MLPs and attention's projections in FP8 (Hopper): e4m3, or hybrid with e5m2 gradients."""
+    recipe: Fp8Recipe = flag("delayed", "--fp8-recipe")
+    """Scaling of FP8: delayed (by what earlier steps had), tensorwise (by the tensor itself) or blockwise (experts only, through te)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """The format of gradients."""
+        return torch.float8_e5m2 if self.format == "hybrid" else torch.float8_e4m3fn

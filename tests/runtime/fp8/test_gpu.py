@@ -1,0 +1,131 @@
+"""FP8's kernels on a Hopper GPU against what their 8-bit operands stand for, in fp64, and against the plain path."""
+
+import pytest
+import torch
+
+from runtime.fp8.config import Fp8Config
+from runtime.fp8.experts import Fp8Experts
+from runtime.fp8.linear import Fp8Linears
+from runtime.fp8.scaling import Scaling
+from runtime.moe.permutation import plan_rows
+from tests.runtime.moe.oracle import relative
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")]
+BF16, E4M3, E5M2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
+# tiles alone and in pairs, odd numbers of columns of tiles, an expert without rows, widths of 128 and 256
+GROUPS = [([128], 128, 128), ([256, 0, 640], 384, 256), ([128, 384, 128, 1024], 512, 640), ([0, 0], 256, 256)]
+
+
+def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(*shape, device="cuda") * 30).to(dtype)
+
+
+def exact(bits: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    return bits.double() * bound.double() / torch.finfo(bits.dtype).max
+
+
+def ends_of(sizes: list[int]) -> torch.Tensor:
+    return torch.tensor(sizes, device="cuda").cumsum(0).int()
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("left_dtype", [E4M3, E5M2])
+@pytest.mark.parametrize(("sizes", "num_n", "depth"), GROUPS)
+def test_rows_times_transposed(sizes: list[int], num_n: int, depth: int, left_dtype: torch.dtype, split: bool) -> None:
+    from runtime.kernels.grouped_matmul import Bounds, launch
+
+    total = sum(sizes) + 128
+    rows, matrices = draw(total, depth, dtype=left_dtype), draw(len(sizes), num_n, depth, dtype=E4M3)
+    left, right = torch.rand(1, device="cuda") + 1, torch.rand(len(sizes), device="cuda") + 1
+    out = torch.full((total, num_n), float("nan"), device="cuda", dtype=BF16)
+    bounds = Bounds(left, right, split)
+    launch("nt", rows, matrices.view(-1, depth), out, ends_of(sizes), bounds=bounds)
+    start = 0
+    for expert, size in enumerate(sizes):
+        part = slice(start, start + size)
+        expected = exact(rows[part], left) @ exact(matrices[expert], right[expert]).t()
+        if size:
+            assert relative(out[part], expected) < 4e-3
+        start += size
+    assert out[start:].isnan().all()
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("left_dtype", [E4M3, E5M2])
+@pytest.mark.parametrize(("sizes", "num_n", "num_k"), GROUPS)
+def test_weight_gradients(
+    sizes: list[int], num_n: int, num_k: int, left_dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    from runtime.kernels.grouped_matmul import Bounds, launch
+
+    total = sum(sizes) + 128
+    left, right = draw(num_n, total, dtype=left_dtype), draw(num_k, total, dtype=E4M3)
+    bounds = Bounds(torch.rand(1, device="cuda") + 1, torch.rand(1, device="cuda") + 1, True)
+    before = torch.randn(len(sizes), num_n, num_k, device="cuda").to(out_dtype)
+    start = 0
+    expected = []
+    for size in sizes:
+        part = slice(start, start + size)
+        expected.append(exact(left[:, part], bounds.left) @ exact(right[:, part], bounds.right).t())
+        start += size
+    for add in [False, True] if out_dtype == torch.float32 else [False]:
+        out = before.clone()
+        launch("tn", left, right, out.view(-1, num_k), ends_of(sizes), add=add, bounds=bounds)
+        wanted = torch.stack(expected) + (before.double() if add else 0)
+        assert relative(out + 1, wanted + 1) < (1e-4 if out_dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("fp8_format", ["e4m3", "hybrid"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+@pytest.mark.parametrize(
+    "shape", [(500, 256, 256, 4, 2), (777, 512, 384, 16, 8), (1, 128, 128, 8, 2), (300, 128, 256, 4, 2)]
+)
+def test_experts_like_the_plain_path(shape: tuple[int, ...], recipe: str, fp8_format: str) -> None:
+    num_tokens, hidden, width, num_experts, topk = shape
+    torch.manual_seed(0)
+    experts = torch.randn(num_tokens, num_experts).topk(topk, -1).indices
+    experts = experts.masked_fill(torch.rand(num_tokens, topk) < 0.1, num_experts)
+    tensors = [
+        torch.randn(num_tokens, hidden).to(BF16),
+        torch.rand(num_tokens, topk),
+        (torch.randn(num_experts, 2 * width, hidden) / hidden**0.5).to(BF16),
+        (torch.randn(num_experts, hidden, width) / width**0.5).to(BF16),
+    ]
+    grad = torch.randn(num_tokens, hidden).to(BF16)
+    found = []
+    for device in ("cuda", "cpu"):
+        bounds = Scaling(Fp8Config(format=fp8_format, recipe=recipe), torch.device(device))  # type: ignore[arg-type]
+        layer = Fp8Experts(bounds, torch.device(device))
+        plan = plan_rows(experts.to(device), num_experts, experts.numel(), alignment=layer.row_alignment, fused=True)
+        for _ in range(2):  # the second time with delayed bounds
+            bounds.begin(trains=True)
+            leaves = [t.to(device, torch.float32 if t.dtype != BF16 else BF16).requires_grad_() for t in tensors]
+            out = layer(*leaves, plan)
+            out.backward(grad.to(device))
+        found.append([out.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])  # type: ignore[union-attr]
+    for mine, plain in zip(*found, strict=True):
+        assert relative(mine, plain) < 3e-2
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden", "widths"), [(256, 128, (256, 128)), (77, 384, (128, 384)), (1000, 512, (512,))]
+)
+def test_linears_like_the_plain_path(num_tokens: int, hidden: int, widths: tuple[int, ...], recipe: str) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(num_tokens, 1, hidden).to(BF16), *(torch.randn(n, hidden).to(BF16) for n in widths)]
+    tensors += [torch.randn(n).to(BF16) for n in widths]
+    grads = [torch.randn(num_tokens, 1, n).to(BF16) for n in widths]
+    found = []
+    for device in ("cuda", "cpu"):
+        bounds = Scaling(Fp8Config(format="hybrid", recipe=recipe), torch.device(device))  # type: ignore[arg-type]
+        maps = Fp8Linears(bounds)
+        for _ in range(2):
+            bounds.begin(trains=True)
+            leaves = [t.to(device).requires_grad_() for t in tensors]
+            outs = maps(leaves[0], leaves[1 : 1 + len(widths)], leaves[1 + len(widths) :])
+            torch.autograd.backward(outs, [g.to(device) for g in grads])
+        found.append([*(out.detach().cpu() for out in outs), *(leaf.grad.cpu() for leaf in leaves)])  # type: ignore[union-attr]
+    for mine, plain in zip(*found, strict=True):
+        assert relative(mine, plain) < 1e-2

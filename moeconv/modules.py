@@ -53,10 +53,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Filling:
-    """What a parameter must be: its shape (the whole one of a DTensor), and the parts that fill it."""
+    """What a parameter must be: its shape (the whole one of a DTensor), and the parts that fill it.
+
+    Before each part stands its place in the parameter's first dimensions, where these stack tensors.
+    """
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[tuple[tuple[int, ...], Part], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +107,9 @@ def load_into(
     if names == "megatron":
         if degrees.vpp > 1 and "vpp" not in (rank or {}):
             raise LayoutError(f"rank: {degrees} has a module for each virtual stage; say which one with vpp")
-        form = RankForm(source.model, degrees, rank or {})
+        form = RankForm(source.model, degrees, rank or {}, [place.known for place in places])
         found = {p.known: form.parts(p.known, p.value.shape[0] if p.value.dim() else 0) for p in places}
-        fillings = {name: Filling(*filling) for name, filling in found.items() if filling is not None}
+        fillings = {n: Filling(f[0], tuple(((), part) for part in f[1])) for n, f in found.items() if f is not None}
     else:
         known = _HubNames(source, wanted)
         fillings = {p.known: filling for p in places if (filling := known.filling(p.known)) is not None}
@@ -180,7 +183,7 @@ class _HubNames:
             name = model.tensor("embedding").name if model.tensors[name].rule.role == "head" else name
         rect = self._wanted.get(name)
         if rect is not None:
-            return Filling(rect.shape, (Part(name, rect, (0,) * len(rect.shape)),))
+            return Filling(rect.shape, (((), Part(name, rect, (0,) * len(rect.shape))),))
         found = self._names.alias(name)
         if found is None:
             return None
@@ -195,7 +198,7 @@ class _HubNames:
                 rect = self._wanted[tensor.name]
                 at = [0] * len(rect.shape)
                 at[alias.dim] = offset
-                parts.append(Part(tensor.name, rect, ((number,) if alias.stack else ()) + tuple(at)))
+                parts.append(((number,) if alias.stack else (), Part(tensor.name, rect, tuple(at))))
                 offset += rect.shape[alias.dim]
                 inner = list(rect.shape)
             inner[alias.dim] = offset
@@ -227,7 +230,7 @@ def _check(
             problems.append(
                 f"{place.name} has shape {list(place.value.shape)}, and {list(expected)} is this rank's part of it"
             )
-    filled = {part.tensor for place in fitting for part in fillings[place.known].parts}
+    filled = {part.tensor for place in fitting for _, part in fillings[place.known].parts}
     missing = [name for name in wanted if name not in filled]
     if missing and not unexpected:
         problems.append(f"the module has no parameter for {_few(missing)}: leave tensors out with skip=")
@@ -259,19 +262,33 @@ def _fill(place: Place, filling: Filling, read: Read) -> int:
     local, window, nbytes = place.value, Rect.whole(filling.shape), 0
     if isinstance(place.value, DTensor):
         local, window = place.value.to_local(), _window(place.name, place.value)
-    for part in filling.parts:
-        lead = len(filling.shape) - len(part.rect.shape)  # the number in a stack
-        lies = Rect(part.at, (1,) * lead + part.rect.shape)
+    for lead, part in filling.parts:
+        lies = Rect(lead + part.place.offsets, (1,) * len(lead) + part.place.shape)
         inside = lies.intersect(window)
         if inside is None:
             continue
-        inner = inside.within(lies)
-        rect = Rect(inner.offsets[lead:], inner.shape[lead:]).shifted(part.rect.offsets)
-        array = read(part.tensor, rect)
+        inner = Rect(inside.offsets[len(lead) :], inside.shape[len(lead) :])
+        array = _values(part.cut(inner, inner.offsets), read)
         target = local[inside.within(window).slices()]
         target.copy_(to_tensor(array).reshape(target.shape))
         nbytes += array.nbytes
     return nbytes
+
+
+def _values(part: Part, read: Read) -> npt.NDArray[Any]:
+    """Read a part, in the order of the dimensions of what it fills."""
+    offsets, shape = part.rect.offsets, part.rect.shape
+    if part.view is None:
+        array = read(part.tensor, part.rect)
+    else:  # every second element, as of two matrices that take turns
+        together = part.view[-1]
+        around = Rect((*offsets[:-2], offsets[-2] * together), (*shape[:-2], shape[-2] * together))
+        seen = read(part.tensor, around).reshape(*shape[:-1], together)
+        array = seen[..., offsets[-1] : offsets[-1] + shape[-1]]
+    if part.axes is None:
+        return array
+    rest = (axis for axis in range(array.ndim) if axis not in part.axes)  # of size 1
+    return array.transpose(*part.axes, *rest).reshape(part.place.shape)
 
 
 def _window(name: str, value: DTensor) -> Rect:

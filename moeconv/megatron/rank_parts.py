@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from moeconv.errors import LayoutError
 from moeconv.families.base import Model
 from moeconv.layout.degrees import Degrees, chunk_layers
 from moeconv.layout.rect import Rect
-from moeconv.megatron.names import parse
+from moeconv.megatron.names import Spec, base_kind, parse
 from moeconv.megatron.tensors import MegatronTensor, Part, megatron_tensors
 
 
 class RankForm:
     """A rank's part of a model in Megatron's form; both specs, grouped and sequential experts."""
 
-    def __init__(self, model: Model, degrees: Degrees, rank: Mapping[str, int]) -> None:
+    def __init__(self, model: Model, degrees: Degrees, rank: Mapping[str, int], names: Iterable[str]) -> None:
         """Lay out the rank's stage.
 
         Args:
             model: the model.
             degrees: the layout.
             rank: coordinates by axis (tp, pp, vpp, ep, etp); those left out are 0, etp that of tp, modulo its degree.
+            names: all of the module's, by which its layer spec is known: Transformer Engine fuses norms into linear layers.
 
         Raises:
             MappingError: Megatron-Core has no form for the family.
@@ -33,7 +34,8 @@ class RankForm:
         self._first_layer = chunks[rank.get("vpp", 0) * degrees.pp + rank.get("pp", 0)].start
         self._local_experts = model.sizes.get("experts", 0) // degrees.ep
         self._first_expert = rank.get("ep", 0) * self._local_experts
-        self._tensors = {(t.kind.removeprefix("dense_"), t.layer, t.expert): t for t in megatron_tensors(model)}
+        spec: Spec = "te" if any(name.endswith(".layer_norm_weight") for name in names) else "local"
+        self._tensors = {(base_kind(t.kind), t.layer, t.expert): t for t in megatron_tensors(model, spec)}
 
     def parts(self, name: str, rows: int) -> tuple[tuple[int, ...], tuple[Part, ...]] | None:
         """Say what a parameter holds.

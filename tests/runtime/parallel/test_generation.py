@@ -15,8 +15,8 @@ from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
+from runtime.parity.ranks import RankPool
 from tests.runtime.model.hub import hub_tensors, model_of, reader
-from tests.runtime.ranks import RankPool
 from tests.upcycle.hub import make_model
 
 COUNT = 10

@@ -10,8 +10,8 @@ import torch
 
 from moeconv.layout.rect import Rect
 from runtime.optim import staging
-from tests.runtime.parallel.parity import Array, Case, assemble, copies, global_batch, make_engine, own_share
-from tests.runtime.ranks import RankPool
+from runtime.parity.case import Array, Case, assemble, copies, global_batch, make_engine, own_share
+from runtime.parity.ranks import RankPool
 
 HOST = {"optimizer_cpu_offload": True}
 PIECE = 1000

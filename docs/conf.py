@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,9 @@ html_copy_source = False
 html_css_files = ["site.css"]
 html_static_path = ["_static"]
 html_theme_options = {"navigation_with_keys": True}
+highlight_language = "text"  # of a block without a language: a command
+smartquotes = False  # they make a dash of the two of a flag
+toc_object_entries = False
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 myst_heading_anchors = 3
 myst_enable_extensions = ["attrs_inline"]
@@ -56,6 +60,14 @@ def read(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = FLAGS.sub("All flags, with their defaults: [Trainer flags](reference/trainer-flags.md).", source[0])
 
 
+def dash(app: Sphinx, tree: nodes.document, name: str) -> None:
+    """Put a colon where autodoc has two hyphens between a parameter and what it is."""
+    for text in list(tree.findall(nodes.Text)):
+        if text.astext() == " -- ":
+            text.parent.replace(text, nodes.Text(": "))
+
+
 def setup(app: Sphinx) -> None:
     """Register."""
     app.connect("source-read", read)
+    app.connect("doctree-resolved", dash)

@@ -49,7 +49,10 @@ def draw() -> str:
         name, y = LAYER + tensor, TOP + ROW * number
         shape = model.tensors[name].shape
         lines += [_text(24, y + 26, tensor.split(".weight")[0].split("moe.")[-1], 14, weight="600", mono=True)]
-        lines += [_text(24, y + 47, " x ".join(map(str, shape)), 13, colour="#556"), _text(24, y + 66, note, 13, colour="#556")]
+        lines += [
+            _text(24, y + 47, " x ".join(map(str, shape)), 13, colour="#556"),
+            _text(24, y + 66, note, 13, colour="#556"),
+        ]
         before, after = one.stored(name), two.stored(name)
         for column, stored in ((LEFT, before), (RIGHT, after)):
             lines += _boxes(column, y, shape, stored)
@@ -65,7 +68,9 @@ def _boxes(x: float, y: float, shape: tuple[int, ...], stored: list[Stored]) -> 
         yield f'<rect {place} fill="{_colour(item)}" stroke="#fff" stroke-width="2"/>'
         if width < height:  # a column: its label stands upright
             at = f"{left + width / 2 + 4:g} {top + height / 2:g}"
-            yield _text(left + width / 2 + 4, top + height / 2, label, 11, "middle", colour="#fff", turn=f"rotate(-90 {at})")
+            yield _text(
+                left + width / 2 + 4, top + height / 2, label, 11, "middle", colour="#fff", turn=f"rotate(-90 {at})"
+            )
         else:
             yield _text(left + width / 2, top + height / 2 + 4, label, 11, "middle", colour="#fff")
 
@@ -76,7 +81,9 @@ def _arrows(y: float, shape: tuple[int, ...], before: list[Stored], after: list[
             part = source.rect.intersect(target.rect)
             if part is None:
                 continue
-            if len(shape) > 1 and part.shape[0] == shape[0] and part.shape[1] != shape[1]:  # columns: arrows above each other
+            if (
+                len(shape) > 1 and part.shape[0] == shape[0] and part.shape[1] != shape[1]
+            ):  # columns: arrows above each other
                 at = y + 80 * (part.offsets[1] + part.shape[1] / 2) / shape[1]
             else:
                 _, top, _, height = _place(0, y, shape, part)

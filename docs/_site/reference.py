@@ -42,9 +42,7 @@ def _command(name: str, command: click.Command, context: click.Context) -> Itera
     examples = re.findall(r"^Example: (.+)$", text, re.MULTILINE)
     body = re.sub(r"^Example: .+$\n*", "", text, flags=re.MULTILINE).strip()
     yield from (_escaped(body), "")
-    arguments = " ".join(
-        p.make_metavar(context) for p in command.get_params(context) if isinstance(p, click.Argument)
-    )
+    arguments = " ".join(p.make_metavar(context) for p in command.get_params(context) if isinstance(p, click.Argument))
     if not context.help_option_names:  # its help is the trainer's, with this before it
         from cli.train import _HELP
 
@@ -90,15 +88,15 @@ def trainer_flags() -> str:
 
 
 def python() -> str:
-    """Give the page of the library's public names, which autodoc fills with their docstrings."""
+    """Give the page of the library: its docstring, and its public names, which autodoc fills with theirs."""
     module = importlib.import_module("moeconv")
-    lines = ["# Python library", "", "```{automodule} moeconv", ":no-members:", "```", ""]
+    lines = ["# Python library", "", inspect.cleandoc(module.__doc__ or ""), ""]
     for name in _names(module):
         found = getattr(module, name)
         kind = "autoexception" if _is_error(found) else "autoclass" if inspect.isclass(found) else "autofunction"
         if not inspect.isclass(found) and not callable(found):
             kind = "autodata"
-        lines += [f"## {name}", "", f"```{{eval-rst}}", f".. {kind}:: moeconv.{name}", "```", ""]
+        lines += [f"## {name}", "", "```{eval-rst}", f".. {kind}:: moeconv.{name}", "```", ""]
     return "\n".join(lines)
 
 

@@ -161,7 +161,11 @@ def clear(command: Command, made: set[str]) -> None:
     if words[0] == "moeconv" and words[1] != "train":
         found = main.get_command(click.Context(main), words[1])
         assert found is not None
-        outs += [str(found.make_context(words[1], words[2:]).params["out"])] if "out" in {p.name for p in found.params} else []
+        outs += (
+            [str(found.make_context(words[1], words[2:]).params["out"])]
+            if "out" in {p.name for p in found.params}
+            else []
+        )
     for out in outs:
         if out in made:
             continue

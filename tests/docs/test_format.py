@@ -107,14 +107,20 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }  # fmt: skip
 
 
+def refuses(folder: Path) -> bool:
+    try:
+        read(folder)
+    except (ValueError, OSError):
+        return True
+    return False
+
+
 def test_damage_is_refused(tmp_path: Path, source: Path) -> None:
     whole = shard(source, tmp_path / "ckpt", LAYOUTS[1])
     for number, (what, damage) in enumerate(DAMAGE.items()):
         folder = shutil.copytree(whole, tmp_path / str(number))
         damage(folder)
-        with pytest.raises((ValueError, OSError)):
-            read(folder)
-            pytest.fail(what)
+        assert refuses(folder), what
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -127,7 +133,11 @@ def test_a_trained_checkpoint_is_read_with_its_optimizer_state(day: Path) -> Non
     found = read(run)
     weights = {name: value for name, value in found.items() if not name.startswith("optimizer.")}
     assert as_stored(weights) == stored(day / "mixtral-trained")
-    assert {name.split(".")[1] for name in found if name.startswith("optimizer.")} == {"master", "exp_avg", "exp_avg_sq"}
+    assert {name.split(".")[1] for name in found if name.startswith("optimizer.")} == {
+        "master",
+        "exp_avg",
+        "exp_avg_sq",
+    }
     files = json.loads((run / "moeconv.json").read_text())["files"]
     assert any("-dp1" in name for name in files), "the distributed optimizer splits states over data-parallel ranks"
     kinds = {"BF16": torch.bfloat16, "F32": torch.float32}

@@ -103,7 +103,9 @@ def test_the_reference_has_every_command_flag_and_name(site: Path, built: dict[s
             assert option in commands, (name, option)
     flags = (site / "reference" / "trainer-flags.html").read_text(encoding="utf8")
     assert all(setting.name in flags for setting in settings())
-    assert {f"moeconv.{name}" for name in moeconv.__all__} - {"moeconv.__version__"} <= built["reference/python.html"].places
+    assert {f"moeconv.{name}" for name in moeconv.__all__} - {"moeconv.__version__"} <= built[
+        "reference/python.html"
+    ].places
 
 
 def test_the_readme_links_to_files_and_headings() -> None:
@@ -113,7 +115,9 @@ def test_the_readme_links_to_files_and_headings() -> None:
                 continue
             path, _, anchor = link.partition("#")
             assert (ROOT / path).exists(), link
-            headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf8"), re.MULTILINE) if anchor else []
+            headings = (
+                re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf8"), re.MULTILINE) if anchor else []
+            )
             assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, link
 
 
@@ -124,7 +128,9 @@ def test_each_named_proof_is_a_test() -> None:
     for path, function in named:
         tree = ast.parse((ROOT / path).read_text(encoding="utf8"))
         assert any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body), (path, function)
-    promises = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| promise"))]
+    promises = [
+        line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| promise"))
+    ]
     assert all("tests/" in line for line in promises)
 
 

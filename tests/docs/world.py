@@ -62,7 +62,18 @@ def build(folder: Path) -> None:
         moeconv("prepare-data", "text.jsonl", "corpus-tokens", "--tokenizer", "ckpt", "--workers", "1")
         train(("--load", "ckpt", "--data", "corpus.jsonl", "--save", "run", "--ema-decay", "0.9", "--bf16"))
         moeconv("reshard", "run/latest", "merged", "--ep", "2")
-        moeconv("upcycle", MISTRAL, "moe", "--experts", "32", "--method", "virtual-group", "--granularity", "4", "--no-check")
+        moeconv(
+            "upcycle",
+            MISTRAL,
+            "moe",
+            "--experts",
+            "32",
+            "--method",
+            "virtual-group",
+            "--granularity",
+            "4",
+            "--no-check",
+        )
         for name in ("lora", "runs/base", "runs/upcycled"):
             shutil.copytree("run", name, symlinks=True)
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from moeconv.errors import MoeconvError
 from runtime.moe import passes
 from runtime.moe.config import MoEConfig
-from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend
+from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend, weight_gradient
 from runtime.moe.low_rank import Adapters, Form, adapted_mlp
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.te_experts import TransformerEngineExperts
 from runtime.ops.norm import Kept, restore
-from runtime.parallel.gradient_sink import GradientSink, sink_of
+from runtime.parallel.gradient_sink import sink_of
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -66,29 +66,17 @@ class _GroupedMLP(torch.autograd.Function):
             hidden = hidden.clone()  # written over below, and this node will run again: zero-bubble does so
         grad_hidden, grad_weights, act = passes.swiglu_backward(hidden, weights_TK, grad_act, plan, fused=fused)
         del hidden, grad_act
-        grad_w2 = _weight_gradient(gemm, grad_rows, act, plan, w2_sink) if ctx.needs_input_grad[3] else None
+        grad_w2 = weight_gradient(gemm, grad_rows, act, plan, w2_sink) if ctx.needs_input_grad[3] else None
         del grad_rows, act
         grad_w13 = None
         if ctx.needs_input_grad[2]:
             rows = passes.gather_rows(restore(saved, ctx.source), plan, fused=fused)
-            grad_w13 = _weight_gradient(gemm, grad_hidden, rows, plan, w13_sink)
+            grad_w13 = weight_gradient(gemm, grad_hidden, rows, plan, w13_sink)
             del rows
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = passes.sum_rows(gemm.rows_times(grad_hidden, w13_EGD, plan), plan, fused=fused)
         return grad_x, grad_weights, grad_w13, grad_w2, None, None, None
-
-
-def _weight_gradient(
-    gemm: GroupedGemm, left: Tensor, right: Tensor, plan: RowPlan, sink: GradientSink | None
-) -> Tensor | None:
-    """The gradient of a weight, or None after adding it to the sum that the weight's sink keeps."""
-    opened = None if sink is None else sink.open()
-    if sink is None or opened is None:
-        return gemm.transposed_times_rows(left, right, plan)
-    gemm.add_transposed_times_rows(left, right, plan, opened.total, fresh=opened.fresh)
-    sink.close()
-    return None
 
 
 def grouped_mlp(

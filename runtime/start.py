@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import Store
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.families.adapted import AdaptedModel
+from moeconv.io.carried import CHAT_TEMPLATE
 from moeconv.io.manifest import MANIFEST
 from runtime.checkpoint import folder as folders
 from runtime.checkpoint.adapters import check_adapters
@@ -49,9 +50,6 @@ from runtime.settings.override import override_router
 from runtime.settings.resolved import RUN_FILE, run_file, summary
 from runtime.settings.run import RunConfig
 from runtime.trainer import Trainer
-
-CHAT_TEMPLATE = "chat_template.jinja"
-"""What transformers reads before a template in tokenizer_config.json."""
 
 
 def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:

@@ -20,7 +20,7 @@ from moeconv.convert import Options, plan_hf, plan_sharded, write_plan
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import MappingError, MoeconvError
 from moeconv.execute import Progress
-from moeconv.io.carried import Content
+from moeconv.io.carried import CHAT_TEMPLATE, Content
 from moeconv.io.hf_folder import INDEX
 from moeconv.io.manifest import MANIFEST, FileRecord
 from moeconv.io.staging import Staging
@@ -55,8 +55,10 @@ class Merged(Checkpoint):
 
     @property
     def carried_files(self) -> dict[str, Content]:
-        """As of the base, without the position of the run that it is of."""
-        return {name: content for name, content in super().carried_files.items() if name != TRAINER}
+        """As of the base, without the position of the run that it is of, and with the adapter's chat template."""
+        found = {name: content for name, content in super().carried_files.items() if name != TRAINER}
+        template = self.adapter_of.chat_template
+        return found if template is None else found | {CHAT_TEMPLATE: template}
 
 
 def merge(base: Checkpoint, adapter: Adapter) -> Merged:

@@ -17,8 +17,9 @@ from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import MappingError, SourceError
 from moeconv.families.adapted import AdaptedModel, adapter_names, scale_of
 from moeconv.families.base import GlobalTensor, Model
+from moeconv.io.carried import CHAT_TEMPLATE, Content
 from moeconv.io.manifest import MANIFEST
-from moeconv.io.paths import check_folder, check_inside
+from moeconv.io.paths import check_folder, check_inside, read_inside
 from moeconv.io.safetensors import read_header
 from moeconv.layout.rect import Rect
 from moeconv.pieces import NameMap, Piece, TensorInfo
@@ -41,6 +42,13 @@ class Adapter:
     files: list[Path] = field(default_factory=list)
     save: Checkpoint | None = None
     """The opened save, where it is a run's."""
+
+    @property
+    def chat_template(self) -> Content | None:
+        """The template that it was trained with, which whoever talks to the model needs; None where it brings none."""
+        if self.save is not None:
+            return self.save.carried_files.get(CHAT_TEMPLATE)
+        return read_inside(self.root, CHAT_TEMPLATE) if (self.root / CHAT_TEMPLATE).is_file() else None
 
 
 def open_adapter(path: Path, model: Model) -> Adapter:

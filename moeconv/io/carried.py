@@ -12,6 +12,8 @@ from moeconv.io.checksum import checksum, new
 from moeconv.io.paths import check_inside, open_regular
 
 _PIECE = 1 << 20
+CHAT_TEMPLATE = "chat_template.jinja"
+"""What transformers reads before a template in tokenizer_config.json."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,9 @@ def notes(estimate: Estimate) -> list[str]:
     if setup.dtype not in ("bfloat16", "float16"):
         out.append(f"{setup.dtype}: times are by the data sheet, not measured; --bf16 is usual on GPUs")
     if setup.fp8.format is not None:
-        out.append("FP8 has not been measured: times and activations are those of bf16, and its copies of weights (2 bytes each) come on top")
+        out.append(
+            "FP8 has not been measured: times and activations are those of bf16, and its copies of weights (2 bytes each) come on top"
+        )
     if setup.parallel.cp > 1:
         out.append("context parallelism has been measured in its kernels alone")
     if setup.parallel.fully_shard:

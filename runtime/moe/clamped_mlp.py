@@ -13,8 +13,7 @@ from torch import Tensor
 
 from moeconv.families.compute import Gate
 from runtime.moe import passes
-from runtime.moe.experts import weight_gradient
-from runtime.moe.grouped_gemm import GroupedGemm
+from runtime.moe.grouped_gemm import GroupedGemm, weight_gradient
 from runtime.moe.permutation import RowPlan
 from runtime.ops.norm import Kept, restore
 from runtime.parallel.gradient_sink import sink_of

@@ -17,12 +17,12 @@ from runtime.fp8.quantised import ROW_ALIGNMENT, fits
 from runtime.fp8.scaling import Scaling
 from runtime.moe import passes
 from runtime.moe.config import MoEConfig
-from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend
+from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend, weight_gradient
 from runtime.moe.low_rank import Adapters, Form, adapted_mlp
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.te_experts import TransformerEngineExperts
 from runtime.ops.norm import Kept, restore
-from runtime.parallel.gradient_sink import GradientSink, sink_of
+from runtime.parallel.gradient_sink import sink_of
 from runtime.quantised.weight import Weight, dense, held, numbers
 
 
@@ -82,29 +82,6 @@ class _GroupedMLP(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = passes.sum_rows(gemm.rows_times(grad_hidden, dense(w13, ctx.w13), plan), plan, fused=fused)
         return grad_x, grad_weights, grad_w13, grad_w2, None, None, None
-
-
-def weight_gradient(
-    gemm: GroupedGemm, left: Tensor, right: Tensor, plan: RowPlan, sink: GradientSink | None
-) -> Tensor | None:
-    """The gradient of a weight, or None after adding it to the sum that the weight's sink keeps.
-
-    Args:
-        gemm: the grouped products.
-        left: [R, N] rows.
-        right: [R, K] rows.
-        plan: which row belongs to which expert.
-        sink: the weight's.
-
-    Returns:
-        [E, N, K], or None.
-    """
-    opened = None if sink is None else sink.open()
-    if sink is None or opened is None:
-        return gemm.transposed_times_rows(left, right, plan)
-    gemm.add_transposed_times_rows(left, right, plan, opened.total, fresh=opened.fresh)
-    sink.close()
-    return None
 
 
 def grouped_mlp(

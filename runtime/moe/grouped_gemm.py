@@ -17,6 +17,7 @@ from torch import Tensor
 from runtime.fp8.config import Fp8Config
 from runtime.moe.config import MoEConfig, MoEConfigError
 from runtime.moe.permutation import RowPlan
+from runtime.parallel.gradient_sink import GradientSink
 
 
 class GroupedGemm(Protocol):
@@ -47,6 +48,29 @@ class GroupedGemm(Protocol):
             total_ENK.copy_(product)
         else:
             total_ENK += product
+
+
+def weight_gradient(
+    gemm: GroupedGemm, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, sink: GradientSink | None
+) -> Tensor | None:
+    """Bring the gradient of experts' weights to the sum that their sink keeps, if they have one.
+
+    Args:
+        gemm: the grouped products.
+        left_RN: [R, N] gradient of the output's rows.
+        right_RK: [R, K] the input's rows.
+        plan: which row belongs to which expert.
+        sink: the weights'; None where they have none.
+
+    Returns:
+        What a backward function gives autograd: [E, N, K], None where the gradient has been added.
+    """
+    opened = None if sink is None else sink.open()
+    if sink is None or opened is None:
+        return gemm.transposed_times_rows(left_RN, right_RK, plan)
+    gemm.add_transposed_times_rows(left_RN, right_RK, plan, opened.total, fresh=opened.fresh)
+    sink.close()
+    return None
 
 
 @runtime_checkable

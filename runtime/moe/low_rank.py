@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.moe import passes
-from runtime.moe.grouped_gemm import GroupedGemm
+from runtime.moe.grouped_gemm import GroupedGemm, weight_gradient
 from runtime.moe.permutation import RowPlan
 from runtime.ops.low_rank import Part, Scaling, draw_seed, drop
 from runtime.ops.norm import Kept, restore
@@ -217,7 +217,7 @@ class _AdaptedMLP(torch.autograd.Function):
         grad_hidden, grad_weights, act = passes.swiglu_backward(hidden, weights_TK, grad_act, plan, fused=fused)
         del hidden, grad_act
         if need[3]:
-            grads[1] = deliver(sinks[1], gemm.transposed_times_rows(grad_rows, act, plan), w2)
+            grads[1] = weight_gradient(gemm, grad_rows, act, plan, sinks[1])
         if second is not None and grad_reduced is not None:
             grads[4] = second.grad_a(grad_reduced, act, a2, sinks[4]) if need[6] else None
             grads[5] = second.grad_b(grad_rows, second.reduce(act), b2, sinks[5]) if need[7] else None
@@ -228,7 +228,7 @@ class _AdaptedMLP(torch.autograd.Function):
         if need[2] or need[4]:
             rows = passes.gather_rows(restore(saved, ctx.source), plan, fused=fused)
             if need[2]:
-                grads[0] = deliver(sinks[0], gemm.transposed_times_rows(grad_hidden, rows, plan), w13)
+                grads[0] = weight_gradient(gemm, grad_hidden, rows, plan, sinks[0])
             if first is not None and grad_first is not None and need[4]:
                 grads[2] = first.grad_a(grad_first, rows, a13, sinks[2])
             del rows

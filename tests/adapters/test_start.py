@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeconv.adapters.export import plan_peft, write_peft
+from moeconv.adapters.merge import merge, write_merge
+from moeconv.adapters.source import open_adapter
 from moeconv.convert import Options
 from moeconv.families.adapted import AdaptedModel
 from runtime.engine import Engine
@@ -108,6 +110,10 @@ def test_what_was_exported_comes_back(tmp_path: Path) -> None:
         want = trained.engine.module[0](TOKENS).transpose(0, 1)[..., :101]
     got = logits(run, origin)
     assert float((got - want).abs().max() / want.abs().max()) < 1e-6
+    (tmp_path / "peft" / "chat_template.jinja").write_text("{{ messages }}")
+    opened = open_adapter(tmp_path / "peft", trained.base.model)
+    write_merge(merge(trained.base, opened), tmp_path / "merged", Options(), logits=False)
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ messages }}"
     with pytest.raises(ConfigError, match="is a run's: give it with --load"):
         begin(trained.base.root, trained.save)
 

@@ -319,12 +319,13 @@ class Engine:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the host's memory that masters and the optimizer's states of this rank take."""
+        """Bytes of the host's memory that this rank takes: masters, the optimizer's states, activations."""
         tensors = [
             self.optimizer.state(s, name) for s in self.trained if s.offloaded for name in self.optimizer.states(s)
         ]
         tensors += [s.master for s in self.trained if s.offloaded and s.separate_master]
-        return sum(tensor.nbytes for tensor in tensors)
+        activations = sum(stage.offload.host_bytes for stage in self.module if isinstance(stage, DecoderStage))
+        return sum(tensor.nbytes for tensor in tensors) + activations
 
     def _make_runner(self, stages: Sequence[DecoderStage]) -> Runner:
         parallel = self._context.parallel

@@ -41,8 +41,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
     setup = estimate.setup
     size, saving = estimate.checkpoint
     stages = [
-        memory.by_kind()
-        | {"activations_by_part": dict(memory.activations), "peak": memory.peak, "host": memory.state.host}
+        memory.by_kind() | {"activations_by_part": dict(memory.activations), "peak": memory.peak, "host": memory.host}
         for memory in estimate.memory
     ]
     return {
@@ -101,8 +100,8 @@ def notes(estimate: Estimate) -> list[str]:
         out.append("full sharding has not been measured")
     if setup.parallel.pp > 1 and setup.parallel.pp_schedule == "zero-bubble":
         out.append("zero-bubble has not been measured: what torch computes twice in it is left out")
-    if setup.optim.on_host:
-        out.append("the way of the optimizer's state to the host's memory has not been measured: its rates are assumed")
+    if setup.uses_host:
+        out.append("the way to the host's memory has not been measured: its rates are assumed")
     if setup.model.compute.gate is not None:
         out.append("clamped experts have not been measured")
     return out
@@ -151,8 +150,11 @@ def _memory(estimate: Estimate) -> Iterator[str]:
     if estimate.host:
         limit, ranks = estimate.machine.host_memory_gb, min(estimate.setup.world_size, estimate.machine.gpus_per_node)
         known = f" of {limit:,.0f} GB: {'fits' if estimate.fits_host else 'DOES NOT FIT'}" if limit else ""
+        optim, recompute = estimate.setup.optim, estimate.setup.recompute
+        what = ["masters and moments"] if optim.on_host else []
+        named = " and ".join([*what, *(["activations"] if recompute.offload else [])])
         yield (
-            f"in the memory of a machine with {ranks} of the ranks: {estimate.host / GB:.1f} GB of masters and moments{known}"
+            f"in the memory of a machine with {ranks} of the ranks: {estimate.host / GB:.1f} GB of {named}{known}"
             + ("" if limit else "; --host-memory GB says what it has")
         )
 

@@ -87,11 +87,14 @@ class Forecast:
         if free is None or estimate.host <= free:
             return
         ranks = min(estimate.setup.world_size, self._gpu.per_node)
-        smaller = "" if estimate.setup.moment == 2 else ", --moments-dtype bfloat16"
+        optim, recompute = estimate.setup.optim, estimate.setup.recompute
+        flags = ["--optimizer-cpu-offload"] if optim.on_host else []
+        flags += [f"--offload-activations {' '.join(recompute.offload)}"] if recompute.offload else []
+        smaller = "keep a part on the GPUs with --optimizer-offload-fraction below 1" if optim.on_host else "send less"
+        smaller += ", --moments-dtype bfloat16" if optim.on_host and estimate.setup.moment > 2 else ""
         raise ConfigError(
-            f"--optimizer-cpu-offload keeps {estimate.host / GB:.1f} GB of masters and moments of {ranks} ranks in this "
-            f"machine's memory, of which {free / GB:.1f} GB are free: keep a part on the GPUs with --optimizer-offload-fraction "
-            f"below 1{smaller}, or take more machines"
+            f"{' and '.join(flags)} keeps {estimate.host / GB:.1f} GB of {ranks} ranks in this machine's memory, of which "
+            f"{free / GB:.1f} GB are free: {smaller}, or take more machines"
         )
 
     def _remedy(self) -> str:

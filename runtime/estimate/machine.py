@@ -103,17 +103,18 @@ class Machine:
         """Give the seconds of a pass over memory."""
         return num_bytes / (self.hbm_tb_s * 1e12 * self.passes[kind])
 
-    def over_the_link(self, num_bytes: float, ranks: int) -> float:
-        """Give the seconds in which so many bytes come from the host's memory and go back, at once in both directions.
+    def over_the_link(self, num_bytes: float, ranks: int, *, ways: int = 2) -> float:
+        """Give the seconds in which so many bytes travel between GPUs and the host's memory.
 
         Args:
             num_bytes: of each of the ranks, each way.
             ranks: of a machine, which share its memory.
+            ways: 2: there and back at once; 1: in one direction.
 
         Returns:
             Seconds.
         """
-        return max(num_bytes / self.pcie_gb_s, 2 * ranks * num_bytes / self.host_gb_s) * 1e-9
+        return max(num_bytes / self.pcie_gb_s, ways * ranks * num_bytes / self.host_gb_s) * 1e-9
 
     def together(self, computing: float, num_bytes: float) -> float:
         """Give the seconds of a product that streams weights or sums beside its arithmetic."""

@@ -24,8 +24,15 @@ class Memory:
     working: float
     """Needed for a moment beside them."""
     buffers: float
-    """For what other ranks send: activations and gradients of a pipeline, weights that full sharding gathers; and for the numbers of a
-    quantised weight."""
+    """For what other ranks send, activations and gradients of a pipeline and weights that full sharding gathers; for the numbers of a
+    quantised weight; and for what is on its way from and to the host."""
+    away: float = 0.0
+    """Activations in the host's memory."""
+
+    @property
+    def host(self) -> float:
+        """Bytes of the host's memory."""
+        return self.state.host + self.away
 
     @property
     def peak(self) -> float:
@@ -58,7 +65,9 @@ def rank_memory(setup: Setup, pipeline: Pipeline, rank: int, costs: Mapping[int,
         Its memory; ranks that differ in other axes alone have the same.
     """
     needed = rank_activations(setup, pipeline, rank, costs)
-    return Memory(rank_state(setup.parameters.stage(rank), setup), *needed)
+    flying = _in_flight(pipeline, rank, costs).items()
+    away = sum(count * sum(costs[stage].away.values()) for stage, count in flying)
+    return Memory(rank_state(setup.parameters.stage(rank), setup), *needed, away)
 
 
 def rank_activations(
@@ -84,7 +93,7 @@ def rank_activations(
 
 def _in_flight(pipeline: Pipeline, rank: int, costs: Mapping[int, Cost]) -> dict[int, int]:
     """Micro-batches of each virtual stage between their passes, when they keep most together."""
-    kept = {stage: cost.kept_bytes for stage, cost in costs.items()}
+    kept = {stage: cost.kept_bytes + sum(cost.away.values()) for stage, cost in costs.items()}
     now = dict.fromkeys(costs, 0)
     best, most, size = dict(now), -1.0, 0.0
     for action in pipeline.beginning(rank):

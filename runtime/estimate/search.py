@@ -201,7 +201,7 @@ class Search:
                     if estimate.fits_host:
                         yield estimate
                     else:
-                        self._reason("the optimizer's state doesn't fit the machines' memory", 1)
+                        self._reason("what goes to the host doesn't fit the machines' memory", 1)
                         self.found.host = min(estimate.host, self.found.host or estimate.host)
                     break
                 self._reason("activations don't fit", 1)

@@ -110,6 +110,11 @@ class Setup:
         muon = settings is not None and settings.matrix
         return (self.wide if muon else 2 * self.moment) + (self.wide if self.optim.ema_decay is not None else 0)
 
+    @property
+    def uses_host(self) -> bool:
+        """Whether anything waits in the host's memory."""
+        return bool(self.optim.on_host or self.recompute.offload)
+
     def owned(self, rank: int) -> dict[bool, float]:
         """Give the elements that each rank of a stage updates, of experts (True) and of everything else.
 

@@ -12,6 +12,13 @@ from runtime.estimate.machine import Machine
 from runtime.estimate.setup import Setup
 from runtime.estimate.traffic import Transfer, ends_traffic, layer_traffic
 
+_PARTS: Mapping[str, tuple[str, ...]] = {
+    "layer_inputs": ("inputs",),
+    "attention": ("attention",),
+    "mlp": ("experts", "router", "shared", "mlp"),
+}
+"""What --offload-activations names -> parts of the activations."""
+
 
 @dataclass(slots=True)
 class Cost:
@@ -28,6 +35,8 @@ class Cost:
     """Seconds of both passes by part of the model."""
     kept: dict[str, float] = field(default_factory=dict)
     """Bytes from forward to backward pass by part."""
+    away: dict[str, float] = field(default_factory=dict)
+    """Bytes that wait in the host's memory for the backward pass, by part."""
     working: float = 0.0
     """Bytes that the layer which needs most does in its backward pass, beside what is kept."""
     head_working: float = 0.0
@@ -43,6 +52,7 @@ class Cost:
         self.exposed += other.exposed * times
         merge(self.parts, other.parts, times)
         merge(self.kept, other.kept, times)
+        merge(self.away, other.away, times)
         self.working = max(self.working, other.working)
         self.head_working = max(self.head_working, other.head_working)
         self.transfers += [(transfer, count * times) for transfer, count in other.transfers]
@@ -134,9 +144,21 @@ class Costs:
             cost.parts["made again"] = cost.forward
             cost.backward += cost.forward
             kept = Kept({"inputs": layer_input(setup)}, kept.working + kept.total)
-        merge(cost.kept, kept.parts)
-        cost.working = kept.working
+        names = {part for module in setup.recompute.offload for part in _PARTS[module]}
+        cost.away = {part: size for part, size in kept.parts.items() if part in names}
+        merge(cost.kept, {part: size for part, size in kept.parts.items() if part not in names})
+        # Those of the layer before are on their way back while a layer's are used.
+        cost.working = kept.working + 2 * sum(cost.away.values())
+        self._wait_for_link(cost)
         return cost
+
+    def _wait_for_link(self, cost: Cost) -> None:
+        """A layer takes at least as long as what it sends to the host, in each pass."""
+        sent = sum(cost.away.values())
+        if sent:
+            ranks = min(self.setup.world_size, self.machine.gpus_per_node)
+            seconds = self.machine.over_the_link(sent, ranks, ways=1)
+            _count(cost, "link", max(0.0, seconds - cost.forward), max(0.0, seconds - cost.backward), 0.0)
 
     def _recomputed(self, place: int) -> bool:
         recompute = self.setup.recompute

@@ -98,17 +98,17 @@ class Estimate:
 
     @property
     def fits_host(self) -> bool:
-        """Whether the optimizer's state that goes to the host fits there, as far as its memory is known."""
+        """Whether what goes to the host fits there, as far as its memory is known."""
         limit = self.machine.host_memory_gb
-        return not limit or not self.setup.optim.on_host or self.host <= limit * 1e9
+        return not limit or not self.setup.uses_host or self.host <= limit * 1e9
 
     @cached_property
     def host(self) -> float:
-        """Bytes of the memory of the machine that holds most of the optimizer's state."""
-        if not self.setup.optim.on_host:
+        """Bytes of the memory of the machine that holds most: optimizer state and activations."""
+        if not self.setup.uses_host:
             return 0.0
         stride, world = axes(self.setup)["pp"].stride, self.setup.world_size
-        mine = [memory.state.host for memory in self.memory]
+        mine = [memory.host for memory in self.memory]
         per = min(world, self.machine.gpus_per_node)
         # Ranks of a stage follow each other, so a machine has whole runs of them.
         return max(

@@ -5,7 +5,8 @@ Legend: S positions, B sequences, D hidden size, V rows of the vocabulary on thi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from runtime.model.ends import Embedding, Head
 from runtime.model.latent import LatentAttention
 from runtime.model.mlp import GatedMLP, MoEMLP
 from runtime.model.norm import ResidualLayerNorm, ResidualNorm
+from runtime.model.offload import ActivationOffload
 from runtime.model.past import Past
+from runtime.model.recompute import OffloadModule
 from runtime.model.rope import Rotary
 from runtime.moe.tape import RoutingTape
 from runtime.ops.documents import Documents
@@ -26,9 +29,17 @@ from runtime.ops.documents import Documents
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each after a norm and added to the residual."""
 
-    def __init__(self, context: ModelContext, layer: int) -> None:
+    def __init__(self, context: ModelContext, layer: int, offload: ActivationOffload | None) -> None:
+        """Build a layer on the meta device.
+
+        Args:
+            context: the model's context.
+            layer: its number.
+            offload: where its activations go; None: they stay, or the whole layer is computed again.
+        """
         super().__init__()
         self.index = layer
+        self._offload = offload
         self.attention_norm = _norm(context, "attention_norm", layer)
         latent = context.model.has("attention.kv_b")
         self.attention: nn.Module = LatentAttention(context, layer) if latent else Attention(context, layer)
@@ -67,8 +78,25 @@ class DecoderLayer(nn.Module):
             return self._with_norms_last(summands_SBD.pop(), delta_SBD, cos, sin, documents, past)
         normed, x_SBD = self.attention_norm(summands_SBD.pop(), delta_SBD)
         del delta_SBD
-        normed, x_SBD = self.mlp_norm(x_SBD, self._scaled(self.attention(normed, cos, sin, documents, past)))
-        return x_SBD, self._scaled(self.mlp(normed))
+        normed, x_SBD = self.mlp_norm(x_SBD, self._attend(normed, x_SBD, cos, sin, documents, past))
+        with self._away("mlp", self.mlp, (x_SBD,)):
+            return x_SBD, self._scaled(self.mlp(normed))
+
+    def _attend(
+        self,
+        normed_SBD: Tensor,
+        x_SBD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents | None,
+        past: Past | None,
+    ) -> Tensor:
+        with self._away("attention", self.attention, (x_SBD, cos, sin)):
+            return self._scaled(self.attention(normed_SBD, cos, sin, documents, past))
+
+    def _away(self, part: OffloadModule, owner: nn.Module, stays: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Have what a part of the layer keeps go to the host, where that is wanted; but for what others keep, too."""
+        return nullcontext() if self._offload is None else self._offload.region(part, owner, stays)
 
     def _scaled(self, delta_SBD: Tensor) -> Tensor:
         return delta_SBD if self._scale == 1.0 else delta_SBD * self._scale
@@ -84,8 +112,12 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The norms are of what attention and feed-forward part give, before it is added."""
         x_SBD = x_SBD if delta_SBD is None else x_SBD + delta_SBD
-        x_SBD = x_SBD + self._scaled(self.attention_norm(self.attention(x_SBD, cos, sin, documents, past))[0])
-        return x_SBD, self._scaled(self.mlp_norm(self.mlp(x_SBD))[0])
+        with self._away("attention", self.attention, (cos, sin)):
+            delta_SBD = self.attention(x_SBD, cos, sin, documents, past)
+        x_SBD = x_SBD + self._scaled(self.attention_norm(delta_SBD)[0])
+        with self._away("mlp", self.mlp, ()):
+            delta_SBD = self.mlp(x_SBD)
+        return x_SBD, self._scaled(self.mlp_norm(delta_SBD)[0])
 
 
 def _norm(context: ModelContext, role: str, layer: int | None = None) -> ResidualNorm | ResidualLayerNorm:
@@ -123,7 +155,11 @@ class DecoderStage(nn.Module):
         self.rotary = Rotary(context)
         self.is_first, self.is_last = layers.start == 0, layers.stop == model.sizes["layers"]
         self.embedding = Embedding(context) if self.is_first else None
-        self.layers = nn.ModuleList(DecoderLayer(context, layer) for layer in layers)
+        self.offload = ActivationOffload(context.recompute.offload, context.device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(context, layer, None if self._recomputed(place) else self.offload)
+            for place, layer in enumerate(layers)
+        )
         self.norm: ResidualNorm | ResidualLayerNorm | None = None
         self.head: Head | None = None
         if self.is_last:
@@ -164,13 +200,15 @@ class DecoderStage(nn.Module):
             cos, sin = self.rotary.behind(past.length, num_positions, past.length + past.count)
         summands = [x]
         del x
+        self.offload.begin()
         for place, layer in enumerate(self.layers):
             if layer.index == context.first_trained and not summands[0].requires_grad:
                 # From here on every rank has a backward pass, also one that holds nothing but frozen experts.
                 summands = [_sum(summands).detach().requires_grad_(torch.is_grad_enabled())]
             if torch.is_grad_enabled() and self._recomputed(place):
                 # Kept for the second run: the sum alone, not both summands.
-                out = _again(lambda x, layer=layer: layer([x], cos, sin, documents), _sum(summands))
+                with self.offload.region("layer_inputs", None):
+                    out = _again(lambda x, layer=layer: layer([x], cos, sin, documents), _sum(summands))
             else:
                 out = layer(summands, cos, sin, documents, past)
             summands = list(out)

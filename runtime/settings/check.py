@@ -12,6 +12,7 @@ from moeconv.layout.shard import divisors
 from moeconv.placement import check_degrees as check_model_degrees
 from runtime.errors import ConfigError, require
 from runtime.flag import flag_name
+from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.optim.groups import resolve_groups
@@ -53,6 +54,7 @@ def check_layout(run: RunConfig, world_size: int) -> None:
         check_sequence(run.parallel, run.train)
         check_microbatches(run.parallel, run.train, world_size)
     check_optimizer(run.optim, run.parallel)
+    check_offload(run.recompute, run.parallel)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -184,6 +186,20 @@ def check_optimizer(optim: OptimConfig, parallel: ParallelConfig) -> None:
         optim.optimizer != "muon" or not optim.optimizer_cpu_offload,
         "--optimizer muon with --optimizer-cpu-offload: Muon needs whole matrices on the GPU, and the optimizer's state comes "
         "there in pieces; take --optimizer adam, or leave --optimizer-cpu-offload out",
+    )
+
+
+def check_offload(recompute: RecomputeConfig, parallel: ParallelConfig) -> None:
+    """Refuse to send away what full sharding gathers.
+
+    Raises:
+        ConfigError: names the flags.
+    """
+    parts = [part for part in recompute.offload if part != "layer_inputs"]
+    require(
+        not (parts and parallel.fully_shard),
+        f"--offload-activations {' '.join(parts)} with {FLAGS['fully_shard']}: gathered weights are among what a layer keeps; take "
+        "--recompute-granularity full with --offload-activations layer_inputs",
     )
 
 

@@ -46,7 +46,7 @@ function head() {
   const { memory, step } = data;
   $("tiles").append(
     tile(memory.fits ? "peak: fits" : "peak: DOES NOT FIT", `${(memory.peak / GB).toFixed(1)} GB`, !memory.fits),
-    ...(memory.host ? [tile("masters and moments in a machine's memory", `${(memory.host / GB).toFixed(0)} GB`, !memory.fits_host)] : []),
+    ...(memory.host ? [tile("in a machine's own memory", `${(memory.host / GB).toFixed(0)} GB`, !memory.fits_host)] : []),
     tile("a step", `${Math.round(step.seconds * 1e3).toLocaleString("en-US")} ms`),
     tile("tokens/s", amount(step.tokens_per_second)),
     tile("TFLOP/s a GPU", step.tflops_per_gpu.toFixed(0)),

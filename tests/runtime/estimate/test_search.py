@@ -131,7 +131,7 @@ def test_state_in_the_hosts_memory_is_proposed_where_nothing_else_fits_and_it_fi
             found = Search(dataclasses.replace(base, optim=optim), BATCH, machine, whole).run()
             if found.best:
                 return changed, found.best[0]
-        assert limit is None or "the optimizer's state doesn't fit the machines' memory" in found.reasons
+        assert limit is None or "what goes to the host doesn't fit the machines' memory" in found.reasons
         return None, None
 
     changed, best = first(None)

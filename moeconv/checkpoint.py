@@ -19,6 +19,7 @@ from moeconv.errors import IntegrityError, MappingError, SourceError
 from moeconv.families import family_of
 from moeconv.families.adapted import AdaptedModel, adapted_weights
 from moeconv.families.base import CARRIED, Family, Model
+from moeconv.family_form import in_form
 from moeconv.io.adapter import AdapterRecord
 from moeconv.io.carried import Content, carried_files, read_content
 from moeconv.io.checksum import checksum
@@ -169,8 +170,9 @@ def _open_hf(root: Path, carry: Sequence[str], prefix: str) -> Checkpoint:
     model = model_of(folder.config, str(root / CONFIG))
     if prefix:
         folder = strip_prefix(folder, prefix)
-    check_prefix(folder, model.plain)
     shapes = {entry.name: entry.shape for header in folder.headers.values() for entry in header.entries}
+    model = in_form(model, shapes)
+    check_prefix(folder, model.plain)
     model = as_stored(model, shapes, carry)
     names = NameMap(model)
     pieces: dict[str, list[Piece]] = {}
@@ -201,7 +203,8 @@ def _open_sharded(root: Path, carry: Sequence[str], prefix: str) -> Checkpoint:
     config = parse_json(read_inside(root, CONFIG), str(root / CONFIG))
     shapes = {t.name: t.shape for record in manifest.files.values() for t in record.tensors}
     unread = [t.name for name, f in manifest.files.items() if name.startswith(f"{CARRIED}-") for t in f.tensors]
-    model = as_stored(model_of(config, str(root / CONFIG)), shapes, [escape(name) for name in unread])
+    model = in_form(model_of(config, str(root / CONFIG)), shapes)
+    model = as_stored(model, shapes, [escape(name) for name in unread])
     if manifest.adapter is not None:
         held = {split_optimizer_name(name)[1] for name in shapes}
         whole = held & model.plain.keys()

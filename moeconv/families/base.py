@@ -120,8 +120,9 @@ class Family:
     with the tensors. `also` has further values of `model_type`. `carried` are shell-style patterns of tensors that are no part of this
     (`mtp.*`), `mtp` the keys of a number of further layers for predicting more tokens: they go along unread. `tokens` has the special tokens
     that transformers takes where a config is silent, `stated` what a config made for this family says besides, `harmless` the keys of this
-    family alone that change nothing that is computed. `text` is the key of the language model's own config, in one of a model with other parts.
-    With `sentencepiece` a `tokenizer.model` alone is a tokenizer as Llama's. `mergekit` is what mergekit-moe calls an output of this family.
+    family alone that change nothing that is computed. `text` is the key of the language model's own config, in one of a model with other parts,
+    `forms` the same family with the names and shapes of models saved anew. With `sentencepiece` a `tokenizer.model` alone is a tokenizer as
+    Llama's. `mergekit` is what mergekit-moe calls an output of this family.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Family:
     tokens: Mapping[str, int] = field(default_factory=dict)
     stated: Mapping[str, Any] = field(default_factory=dict)
     text: str | None = None
+    forms: tuple[Family, ...] = ()
     harmless: tuple[str, ...] = ()
     mergekit: str | None = None
     sentencepiece: bool = False
@@ -256,8 +258,7 @@ class Model:
         if any(fnmatchcase(name, pattern) for pattern in self.family.carried):
             return True
         further = self._layer_of(name)
-        count = read_size(self.family.mtp, self.config, 0) or 0
-        first = self.sizes["layers"]
+        first, count = self.sizes["layers"], read_size(self.family.mtp, self.config, 0) or 0
         return further is not None and first <= further < first + count
 
     @cached_property
@@ -332,7 +333,7 @@ class Model:
         for tensor in self.plain.values():
             stored = self.parts(tensor) if tensor.name in self.quantised else [tensor]
             out |= {t.name: t for t in stored}
-        return out | {name: self._carried(name, shape) for name, shape in self.carried.items()}
+        return out | {name: self.carried_tensor(name, shape) for name, shape in self.carried.items()}
 
     def parts(self, weight: GlobalTensor) -> list[GlobalTensor]:
         """Give the tensors that a weight is stored as where it is quantised; those of its scheme that need not be there included."""
@@ -350,8 +351,8 @@ class Model:
     def _layer_of(self, name: str) -> int | None:
         return layer_of(name, self.family.template("attention_norm") or "")
 
-    def _carried(self, name: str, shape: tuple[int, ...]) -> GlobalTensor:
-        """Carried tensors of a layer are stored with it, those of layers past the last with the last one, others with the first."""
+    def carried_tensor(self, name: str, shape: tuple[int, ...]) -> GlobalTensor:
+        """Make a carried tensor: one of a layer is stored with it, of layers past the last with the last one, another with the first."""
         layer = self._layer_of(name)
         here = layer if layer is not None and layer < self.sizes["layers"] else None
         late = "mtp" in name.lower() or (layer is not None and here is None)
@@ -374,9 +375,8 @@ class Model:
 
     def optional(self, tensor: GlobalTensor) -> bool:
         """Say whether a checkpoint may lack the tensor (an output head tied to the embedding, a scale that not every writer stores)."""
-        if tensor.part is not None and tensor.part.optional:
-            return True
-        return tensor.rule.absent_if is not None and self.flags.get(tensor.rule.absent_if, False)
+        flag = tensor.rule.absent_if
+        return (tensor.part is not None and tensor.part.optional) or (flag is not None and self.flags.get(flag, False))
 
     def _expand(self) -> Iterator[GlobalTensor]:
         for where in ("first", "layers", "last"):

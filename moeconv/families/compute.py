@@ -21,6 +21,7 @@ WINDOWED, FULL = "sliding_attention", "full_attention"  # a layer's kind of atte
 # Keys that transformers reads in every family: masks that look ahead, and layers with configs of their own.
 FIXED: Mapping[str, Any] = {"is_causal": True, "per_layer_config": None}
 GATE = ("alpha", "limit")
+GROUP_BEST = 2  # experts of a group that its value is the sum of, in most families
 SCALES = ("embedding_scale", "residual_scale", "logits_divisor")
 CONSTANT = ("norm", "norm_place", "head_norms", "latent_norm_eps", "lacks")
 
@@ -73,7 +74,7 @@ class RouterRule:
     scale: Key | float = 1.0
     groups: Key | int = 1
     group_top_k: Key | int = 1
-    group_best: int = 2
+    group_best: int = GROUP_BEST
     grouped: tuple[Key, Any] | None = None
     "Where there are groups only if a key has a value: the two."
     jitter: Key | float = 0.0
@@ -115,7 +116,7 @@ class Router:
     scale: float = 1.0
     groups: int = 1
     group_top_k: int = 1
-    group_best: int = 2
+    group_best: int = GROUP_BEST
     bias: bool = False
     linear_bias: bool = False
     jitter: float = 0.0
@@ -347,15 +348,16 @@ def _router(
         raise MappingError(
             f"config.json: {key.name} is {key.of(config)!r}; transformers computes {key.silent!r} and {value!r}"
         )
+    groups, chosen = (_value(key, config, int) if grouped else 1 for key in (rule.groups, rule.group_top_k))
     router = Router(
         experts=sizes["experts"],
         top_k=sizes["top_k"],
         score=rule.score,
         normalise=rule.normalise.flag(config) if isinstance(rule.normalise, Key) else rule.normalise,
         scale=float(_value(rule.scale, config, float)),
-        groups=_value(rule.groups, config, int) if grouped else 1,
-        group_top_k=_value(rule.group_top_k, config, int) if grouped else 1,
-        group_best=rule.group_best,
+        groups=groups,
+        group_top_k=chosen,
+        group_best=rule.group_best if groups > 1 else GROUP_BEST,  # of one group no value is asked
         bias=bias,
         linear_bias=linear_bias,
         jitter=float(_value(rule.jitter, config, float)),

@@ -23,7 +23,13 @@ _INSIDE = {"model.": "language_model.model.", "lm_head.": "language_model.lm_hea
 
 
 def _wrapped(
-    family: Family, name: str, model_type: str, architecture: str, names: Mapping[str, str], carried: tuple[str, ...]
+    family: Family,
+    name: str,
+    model_type: str,
+    architecture: str,
+    names: Mapping[str, str],
+    carried: tuple[str, ...],
+    forms: tuple[Family, ...] = (),
 ) -> Family:
     """Give the family of a model that has another family's language model in it.
 
@@ -34,6 +40,7 @@ def _wrapped(
         architecture: its class in transformers.
         names: beginnings of the language model's names -> what they are here.
         carried: patterns of the other parts' names.
+        forms: the families that `_wrapped` gives for checkpoints that transformers saves anew with other names or shapes.
 
     Returns:
         The family.
@@ -56,6 +63,7 @@ def _wrapped(
             Alias(longer(a.name), tuple(map(longer, a.parts)), a.stack, a.dim, a.hub) for a in family.aliases
         ),
         carried=(*family.carried, *carried),
+        forms=forms,
         compute=replace(family.compute, lacks=lacks),
         source=f"{_SOURCE}{model_type}/modeling_{model_type}.py",
     )
@@ -79,26 +87,27 @@ def _turned(family: Family) -> Family:
     )
 
 
+def _stacked(family: Family) -> Family:
+    """Give a family whose experts are written as the stacks that transformers 5 keeps in memory."""
+    return replace(family, aliases=tuple(replace(alias, hub=True) for alias in family.aliases))
+
+
+_QWEN3_VL = ("Qwen3-VL-MoE", "qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", _BESIDE, ("model.visual.*",))
+_KIMI = ("Kimi-K2.5", "kimi_k25", "KimiK25ForConditionalGeneration")
+# transformers 5 saves Kimi's layers as blocks, under names that it reads again; kept as in memory, all parts have others.
+_BLOCKS = {"model.layers.": "language_model.model.blocks.", **_INSIDE}
+
 WRAPPED = (
     _wrapped(
-        replace(
-            QWEN3_5_MOE_TEXT,
-            aliases=tuple(replace(alias, hub=True) for alias in QWEN3_5_MOE_TEXT.aliases),
-        ),
+        _stacked(QWEN3_5_MOE_TEXT),
         "Qwen3.5-MoE with vision",
         "qwen3_5_moe",
         "Qwen3_5MoeForConditionalGeneration",
         _BESIDE,
         ("model.visual.*",),
     ),
-    _wrapped(
-        _turned(QWEN3_MOE),
-        "Qwen3-VL-MoE",
-        "qwen3_vl_moe",
-        "Qwen3VLMoeForConditionalGeneration",
-        _BESIDE,
-        ("model.visual.*",),
-    ),
+    # Saved anew its experts are no longer turned.
+    _wrapped(_turned(QWEN3_MOE), *_QWEN3_VL, forms=(_wrapped(_stacked(QWEN3_MOE), *_QWEN3_VL),)),
     _wrapped(
         LLAMA4_TEXT,
         "Llama-4 with vision",
@@ -110,10 +119,12 @@ WRAPPED = (
     _wrapped(GLM4_MOE, "GLM-4.5V", "glm4v_moe", "Glm4vMoeForConditionalGeneration", _BESIDE, ("model.visual.*",)),
     _wrapped(
         DEEPSEEK_V3,
-        "Kimi-K2.5",
-        "kimi_k25",
-        "KimiK25ForConditionalGeneration",
+        *_KIMI,
         _INSIDE,
         ("vision_tower.*", "mm_projector.*"),
+        forms=(
+            _wrapped(DEEPSEEK_V3, *_KIMI, _BLOCKS, ("vision_tower.*", "mm_projector.*", "model.mm_projector.*")),
+            _wrapped(_stacked(DEEPSEEK_V3), *_KIMI, _BESIDE, ("model.vision_tower.*", "model.mm_projector.*")),
+        ),
     ),
 )

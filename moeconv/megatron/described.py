@@ -7,7 +7,7 @@ from typing import Any
 from moeconv.errors import MappingError
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
-from moeconv.families.compute import Compute, Gate, Router, yarn_scale
+from moeconv.families.compute import GROUP_BEST, Compute, Gate, Router, yarn_scale
 from moeconv.families.inverse import Description, finish, write_config
 from moeconv.families.rope import Rope
 from moeconv.megatron.arg_positions import LATENT_SIZES, LLAMA3, LLAMA3_FACTOR, YARN_SETTINGS
@@ -126,7 +126,7 @@ def _describe_router(args: RunArgs, sizes: dict[str, int]) -> Router:
         scale=args.number("moe_router_topk_scaling_factor", 1.0),
         groups=number,
         group_top_k=chosen,
-        group_best=top_k // chosen if number > 1 else 2,
+        group_best=top_k // chosen if number > 1 else GROUP_BEST,
         bias=args.flag("moe_router_enable_expert_bias"),
         linear_bias=args.flag("add_bias_linear"),
     )

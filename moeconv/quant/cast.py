@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import prod
@@ -15,14 +15,14 @@ from moeconv.checkpoint import Checkpoint
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import MappingError
 from moeconv.families.base import GlobalTensor, Model
-from moeconv.families.quantised import Scheme
 from moeconv.io.carried import Content
 from moeconv.io.hf_folder import CONFIG
 from moeconv.layout.rect import Rect
 from moeconv.pieces import TensorInfo
 from moeconv.plan import RowOp
 from moeconv.quant import FP8, PLAIN
-from moeconv.quant.numbers import Array, fp8_blocks, fp8_to_float, mxfp4_to_bf16, scale_values, times_scales
+from moeconv.quant.dequantise import Rows, dequantiser, read_rows
+from moeconv.quant.numbers import Array, fp8_blocks
 
 _BLOCK = (128, 128)
 # Roles of matrices that stay plain in FP8 checkpoints: they are small, or precision counts.
@@ -78,24 +78,44 @@ def cast(source: Checkpoint, dtype: str) -> CastCheckpoint:
     if not model.quantised or model.scheme is None:
         kinds = ", ".join(sorted({info.dtype for info in source.tensors.values()}))
         raise MappingError(f"{source.root}: --dtype {dtype}: holds no quantised weights but {kinds}; leave --dtype out")
-    how = _dequantiser(model.scheme)
-    if how is None:
-        raise MappingError(
-            f"{source.root}: --dtype {dtype}: no cast of {model.scheme.name} is known; MXFP4 and FP8 with scales can be cast"
-        )
-    plain = replace(model, quantised=frozenset(), config=_plain_config(source.config, dtype))
+    how = dequantiser(source)
+    carried = _carried_weights(source)
     ops: dict[str, RowOp] = {}
     made: dict[str, TensorInfo] = {}
-    for name in sorted(model.quantised):
-        weight = model.plain[name]
+    for name, weight in {**{name: model.plain[name] for name in sorted(model.quantised)}, **carried}.items():
         parts = {t.part.role: t for t in model.parts(weight) if t.part is not None}
         ops[name] = Rounded(how(source, weight, parts), numpy_dtype(PLAIN[dtype]))
         made[name] = TensorInfo(name, PLAIN[dtype], weight.shape)
+    gone = {part.name for weight in carried.values() for part in model.parts(weight)}
+    left = {name: shape for name, shape in model.carried.items() if name not in gone}
+    config = _plain_config(source.config, model.family.text, dtype)
+    plain = replace(model, config=model.family.language_config(config))
+    plain = plain.stored_as((), left | {name: weight.shape for name, weight in carried.items()})
     exact = _exact(source, dtype)
     note = f"{len(made)} weights of {model.scheme.name} become {dtype}: " + (
-        "exactly" if exact else "rounded once, as transformers rounds them"
+        "exactly" if exact else "rounded as their maker's own reader rounds them"
     )
-    return as_cast(source, plain, made, ops, note)
+    return as_cast(source, plain, config, made, ops, note)
+
+
+def _carried_weights(source: Checkpoint) -> dict[str, GlobalTensor]:
+    """Find weights among the tensors that go along unread, where all of their parts are there as the scheme says: those of further layers."""
+    model, found = source.model, dict[str, GlobalTensor]()
+    numbers = next(part for part in model.scheme.parts if part.role == "weight") if model.scheme is not None else None
+    for name, stored in model.carried.items() if numbers is not None else ():
+        assert numbers is not None
+        if len(stored) != len(numbers.dims) + len(numbers.extra):
+            continue
+        shape = [0, 0]
+        for (dim, per), size in zip(numbers.dims, stored, strict=False):
+            shape[dim] = size * per
+        for weight in (name, *numbers.weights(name)):
+            tensor = model.carried_tensor(weight, (shape[0], shape[1]))
+            parts = [part for part in model.parts(tensor) if part.part is not None and not part.part.optional]
+            whole = numbers.rename(weight) == name and len(parts) > 1
+            if whole and all(model.carried.get(part.name) == part.shape for part in parts):
+                found[weight] = tensor
+    return found
 
 
 def _exact(source: Checkpoint, dtype: str) -> bool:
@@ -105,20 +125,30 @@ def _exact(source: Checkpoint, dtype: str) -> bool:
     return powers and dtype != "float16"
 
 
-def _plain_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def _plain_config(config: Mapping[str, Any], text: str | None, dtype: str) -> dict[str, Any]:
+    """Write the config of plain weights: in one of a model with other parts, what it says of the language model under `text` too."""
     out = {key: value for key, value in config.items() if key != "quantization_config"}
     keys = [key for key in ("dtype", "torch_dtype") if key in out] or ["dtype"]
+    if text is not None and isinstance(inner := out.get(text), Mapping):
+        held = {key: value for key, value in inner.items() if key != "quantization_config"}
+        out[text] = held | {key: dtype for key in ("dtype", "torch_dtype") if key in held}
     return out | dict.fromkeys(keys, dtype)
 
 
 def as_cast(
-    source: Checkpoint, model: Model, made: dict[str, TensorInfo], ops: dict[str, RowOp], note: str
+    source: Checkpoint,
+    model: Model,
+    config: Mapping[str, Any],
+    made: dict[str, TensorInfo],
+    ops: dict[str, RowOp],
+    note: str,
 ) -> CastCheckpoint:
     """Give a checkpoint's weights, some of them made on the way.
 
     Args:
         source: what is on disk; states of an optimizer are left out.
         model: of the result.
+        config: its config.json.
         made: what is made, by name.
         ops: what makes it.
         note: in words.
@@ -131,17 +161,13 @@ def as_cast(
     values = {f.name: getattr(source, f.name) for f in fields(Checkpoint)}
     values |= {
         "model": model,
-        "config": dict(model.config),
+        "config": dict(config),
         "tensors": tensors,
         "pieces": {name: source.pieces[name] if name in kept else [] for name in tensors},
         "folder": None,  # its files' headers are of other types, so an export cuts files of its own
         "ops": ops,
     }
     return CastCheckpoint(**values, notes=(note,), reads=tuple(source.files))
-
-
-# Gives rows `first` to `last` of a weight as it is stored, in any float type.
-Rows = Callable[[int, int], Array]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -156,58 +182,6 @@ class Rounded:
         return values.view(np.uint8).reshape(len(band), -1)
 
 
-Dequantiser = Callable[[Checkpoint, GlobalTensor, dict[str, GlobalTensor]], Rows]
-
-
-def _dequantiser(scheme: Scheme) -> Dequantiser | None:
-    roles = {part.role: part for part in scheme.parts}
-    if scheme.name == "MXFP4":
-        return _mxfp4
-    if scheme.name.startswith("FP8") and {"weight", "scale"} <= roles.keys():
-        return _fp8
-    return None
-
-
-def _mxfp4(source: Checkpoint, weight: GlobalTensor, parts: dict[str, GlobalTensor]) -> Rows:
-    blocks, scales = parts["weight"], parts["scale"]
-    held: list[Array] = []
-
-    def rows(first: int, last: int) -> Array:
-        if not weight.rule.transposed:
-            return mxfp4_to_bf16(_read_rows(source, blocks, first, last), _read_rows(source, scales, first, last))
-        # Rows of a transposed weight are columns of the blocks, whole groups of 32: all are read once, for the first.
-        if not held:
-            held[:] = [source.read(t.name) for t in (blocks, scales)]
-        begin, end = first // 32, -(-last // 32)
-        out = mxfp4_to_bf16(held[0][:, begin:end], held[1][:, begin:end]).T[first - begin * 32 : last - begin * 32]
-        if last == weight.shape[0]:
-            held.clear()
-        return out
-
-    return rows
-
-
-def _fp8(source: Checkpoint, weight: GlobalTensor, parts: dict[str, GlobalTensor]) -> Rows:
-    numbers, scales = parts["weight"], parts["scale"]
-    assert scales.part is not None
-    per = [count for _, count in scales.part.dims]  # of each dimension along which there are several scales
-
-    def rows(first: int, last: int) -> Array:
-        values = fp8_to_float(_read_rows(source, numbers, first, last))
-        if len(per) < 2:  # one for the weight, or one a row
-            scale = scale_values(source.read(scales.name))
-            values *= scale.reshape(-1, 1)[first:last] if per else scale.reshape(())
-            return values
-        of_blocks = scale_values(_read_rows(source, scales, first // per[0], -(-last // per[0])))
-        return times_scales(values, of_blocks, (per[0], per[1]), first)
-
-    return rows
-
-
-def _read_rows(source: Checkpoint, tensor: GlobalTensor, first: int, last: int) -> Array:
-    return source.read(tensor.name, Rect.slab(tensor.shape, 0, first, last))
-
-
 def _to_fp8(source: Checkpoint) -> CastCheckpoint:
     model = source.model
     if model.quantised:
@@ -217,6 +191,7 @@ def _to_fp8(source: Checkpoint) -> CastCheckpoint:
     if not chosen or any(source.tensors[t.name].dtype not in PLAIN.values() for t in chosen):
         raise MappingError(f"{source.root}: --dtype {FP8}: casts weights of {', '.join(PLAIN)}, which this lacks")
     left = [t.name for t in model.plain.values() if len(t.shape) == 2 and not _to_quantise(t)]
+    left += [name for name, shape in model.carried.items() if len(shape) == 2]
     config = dict(source.config) | {
         "quantization_config": {
             "quant_method": "fp8",
@@ -226,7 +201,9 @@ def _to_fp8(source: Checkpoint) -> CastCheckpoint:
             "modules_to_not_convert": [name.removesuffix(".weight") for name in left],
         }
     }
-    quantised = replace(model, config=config).stored_as((t.name for t in chosen), model.carried)
+    quantised = replace(model, config=model.family.language_config(config)).stored_as(
+        (t.name for t in chosen), model.carried
+    )
     ops: dict[str, RowOp] = {}
     made: dict[str, TensorInfo] = {}
     for weight in chosen:
@@ -237,7 +214,7 @@ def _to_fp8(source: Checkpoint) -> CastCheckpoint:
             ops[tensor.name] = Rounded(rows, numpy_dtype(kind))
             made[tensor.name] = TensorInfo(tensor.name, kind, tensor.shape)
     note = f"{len(chosen)} weights become FP8 with {_BLOCK[0]}x{_BLOCK[1]} block scales: rounded to 4 significant bits"
-    return as_cast(source, quantised, made, ops, note)
+    return as_cast(source, quantised, config, made, ops, note)
 
 
 def _to_quantise(tensor: GlobalTensor) -> bool:
@@ -253,7 +230,7 @@ def _to_quantise(tensor: GlobalTensor) -> bool:
 def _numbers(source: Checkpoint, weight: GlobalTensor) -> Rows:
     def rows(first: int, last: int) -> Array:
         begin, end = first // _BLOCK[0] * _BLOCK[0], min(-(-last // _BLOCK[0]) * _BLOCK[0], weight.shape[0])
-        values = _read_rows(source, weight, begin, end).astype(np.float32)
+        values = read_rows(source, weight, begin, end).astype(np.float32)
         return fp8_blocks(values, _BLOCK, exponents=False)[0][first - begin : last - begin]
 
     return rows
@@ -264,7 +241,7 @@ def _scales(source: Checkpoint, weight: GlobalTensor) -> Rows:
         # A row of blocks at a time: the whole weight need not be in memory.
         ends = [min((row + 1) * _BLOCK[0], weight.shape[0]) for row in range(first, last)]
         bands = (
-            _read_rows(source, weight, row * _BLOCK[0], end).astype(np.float32)
+            read_rows(source, weight, row * _BLOCK[0], end).astype(np.float32)
             for row, end in zip(range(first, last), ends, strict=True)
         )
         return np.concatenate([fp8_blocks(band, _BLOCK, exponents=False)[1] for band in bands])

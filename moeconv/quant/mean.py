@@ -8,7 +8,8 @@ from moeconv.dtypes import numpy_dtype
 from moeconv.errors import MappingError
 from moeconv.layout.rect import Rect
 from moeconv.plan import RowOp
-from moeconv.quant.cast import CastCheckpoint, Rounded, Rows, as_cast
+from moeconv.quant.cast import CastCheckpoint, Rounded, as_cast
+from moeconv.quant.dequantise import Rows
 from moeconv.quant.numbers import Array
 
 EMA = "optimizer.ema."
@@ -34,7 +35,7 @@ def with_mean(source: Checkpoint) -> CastCheckpoint:
     kinds = {name: source.tensors[name].dtype for name in names}
     ops: dict[str, RowOp] = {name: Rounded(_rows(source, name), numpy_dtype(kinds[name])) for name in names}
     note = f"{len(names)} weights are their exponential means, rounded once"
-    return as_cast(source, source.model, {name: source.tensors[name] for name in names}, ops, note)
+    return as_cast(source, source.model, source.config, {name: source.tensors[name] for name in names}, ops, note)
 
 
 def _rows(source: Checkpoint, name: str) -> Rows:

@@ -47,6 +47,53 @@ def mxfp4_to_bf16(blocks: Array, scales: Array) -> Array:
 
 
 @cache
+def _fp4_values() -> Array:
+    """[256, 2] the two numbers of a byte, the low half-byte's first."""
+    values = np.array(_E2M1 + tuple(-v for v in _E2M1), np.float32)
+    byte = np.arange(256)
+    return np.stack([values[byte & 15], values[byte >> 4]], axis=1)
+
+
+def fp4_to_float(packed: Array) -> Array:
+    """Give FP4 numbers (E2M1), two a byte, as fp32, exactly.
+
+    Args:
+        packed: [R, C / 2] uint8, the low half-byte first.
+
+    Returns:
+        [R, C] fp32.
+    """
+    out: Array = _fp4_values()[packed.view(np.uint8)].reshape(packed.shape[0], -1)
+    return out
+
+
+# Where AWQ puts the numbers of a word: the one in bits 4k to 4k + 3 is that of column AWQ_ORDER[k] of eight.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def unpack_words(words: Array, bits: int, axis: int, order: tuple[int, ...] | None = None) -> Array:
+    """Take words of 32 bits apart.
+
+    Args:
+        words: [R, C] int32.
+        bits: of each number.
+        axis: the dimension along which the numbers of a word follow each other.
+        order: which of them the word's lowest bits hold, then the next; in turn by default.
+
+    Returns:
+        uint8, 32 / bits times as long along `axis`.
+    """
+    per = 32 // bits
+    shifts = np.arange(per, dtype=np.uint32)[np.argsort(order) if order is not None else slice(None)] * np.uint32(bits)
+    mask = np.uint32((1 << bits) - 1)
+    inside = words.view(np.uint32)[..., None] >> shifts & mask
+    numbers = inside.astype(np.uint8)
+    rows, columns = words.shape
+    out: Array = numbers.transpose(0, 2, 1).reshape(rows * per, columns) if axis == 0 else numbers.reshape(rows, -1)
+    return out
+
+
+@cache
 def _fp8_values() -> Array:
     out: Array = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     return out

@@ -51,12 +51,32 @@ def nvfp4(name: str, w: torch.Tensor, g: torch.Generator) -> Tensors:
     }
 
 
+def nvfp4_packed(name: str, w: torch.Tensor, g: torch.Generator) -> Tensors:
+    """As compressed-tensors writes it: the whole weight's scale is what numbers were multiplied with."""
+    found, base = nvfp4(name, w, g), name.removesuffix("weight")
+    whole = torch.rand(1, generator=g) * 1000 + 1
+    return {
+        base + "weight_packed": found[base + "weight"],
+        base + "weight_scale": (torch.rand(w.shape[0], w.shape[1] // 16, generator=g) * 448).to(torch.float8_e4m3fn),
+        base + "weight_global_scale": whole,
+    }
+
+
+def packed_int4_zeros(name: str, w: torch.Tensor, g: torch.Generator) -> Tensors:
+    rows, columns = w.shape
+    base = name.removesuffix("weight")
+    return packed_int4(name, w, g) | {
+        base + "weight_scale": torch.randn(rows, columns // 32, generator=g).to(torch.bfloat16),
+        base + "weight_zero_point": random(g, (rows // 8, columns // 32), torch.int32),
+    }
+
+
 def packed_int4(name: str, w: torch.Tensor, g: torch.Generator) -> Tensors:
     rows, columns = w.shape
     base = name.removesuffix("weight")
     return {
         base + "weight_packed": random(g, (rows, columns // 8), torch.int32),
-        base + "weight_scale": random(g, (rows, columns // 32), torch.bfloat16),
+        base + "weight_scale": torch.randn(rows, columns // 32, generator=g).to(torch.bfloat16),
         base + "weight_shape": torch.tensor([rows, columns]),
     }
 
@@ -67,7 +87,7 @@ def gptq(name: str, w: torch.Tensor, g: torch.Generator) -> Tensors:
     return {
         base + "qweight": random(g, (columns // 8, rows), torch.int32),
         base + "qzeros": random(g, (columns // 32, rows // 8), torch.int32),
-        base + "scales": random(g, (columns // 32, rows), torch.float16),
+        base + "scales": torch.randn(columns // 32, rows, generator=g).to(torch.float16),
         base + "g_idx": torch.arange(columns, dtype=torch.int32) // 32,
     }
 
@@ -78,28 +98,37 @@ def awq(name: str, w: torch.Tensor, g: torch.Generator) -> Tensors:
     return {
         base + "qweight": random(g, (columns, rows // 8), torch.int32),
         base + "qzeros": random(g, (columns // 32, rows // 8), torch.int32),
-        base + "scales": random(g, (columns // 32, rows), torch.float16),
+        base + "scales": torch.randn(columns // 32, rows, generator=g).to(torch.float16),
     }
+
+
+def gptq_by_activation(name: str, w: torch.Tensor, g: torch.Generator) -> Tensors:
+    """Any input may belong to any group."""
+    base = name.removesuffix("weight")
+    order = torch.randperm(w.shape[1], generator=g).to(torch.int32) // 32
+    return gptq(name, w, g) | {base + "g_idx": order}
+
+
+def _packed(**weights: Any) -> dict[str, Any]:
+    """The config of compressed-tensors' packed integers."""
+    said = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True} | weights
+    group = {"targets": ["Linear"], "weights": said}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
 
 
 FORMS: dict[str, tuple[dict[str, Any], Callable[[str, torch.Tensor, torch.Generator], Tensors]]] = {
     "fp8": (FP8_CONFIG, fp8),
     "fp8 exponents": (FP8_CONFIG | {"scale_fmt": "ue8m0"}, fp8_exponents),
     "nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4),
-    "compressed-tensors int4": (
-        {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
-                }
-            },
-        },
-        packed_int4,
+    "compressed-tensors nvfp4": (
+        _packed(type="float", strategy="tensor_group", group_size=16) | {"format": "nvfp4-pack-quantized"},
+        nvfp4_packed,
     ),
+    "compressed-tensors int4": (_packed(), packed_int4),
+    "compressed-tensors int4 zeros": (_packed(symmetric=False), packed_int4_zeros),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}, gptq),
+    "gptq by activation": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, gptq_by_activation),
+    "gptq_v2": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}, gptq),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32}, awq),
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.convert import Options, write_hf, write_sharded
@@ -16,6 +18,7 @@ from moeconv.errors import LayoutError, MappingError
 from moeconv.layout.degrees import Degrees
 from moeconv.layout.rect import Rect
 from moeconv.quant.cast import cast
+from tests.moeconv.families.test_wrapped import make_folder as make_wrapped
 from tests.moeconv.models import digests
 from tests.moeconv.quantised import FORMS, mxfp4_folder, quantise_folder
 
@@ -71,7 +74,7 @@ def test_deepseek_fp8_with_a_further_layer(tmp_path: Path) -> None:
     assert counts["parameters"] == sum(t.parameters for t in shards.model.plain.values())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", sorted(set(FORMS) - {"gptq by activation"}))  # of which no rows can be cut
 def test_bytes_come_back(form: str, tmp_path: Path) -> None:
     chosen = linear if form.startswith("fp8") else expert
     there_and_back(quantise_folder(tmp_path / "hf", "qwen3_moe", form, chosen, **WIDE), tmp_path)
@@ -100,8 +103,6 @@ def test_a_cut_through_a_block_is_refused_with_what_fits(tmp_path: Path) -> None
 
 def test_a_scale_that_is_missing_is_named(tmp_path: Path) -> None:
     source = quantise_folder(tmp_path / "hf", "qwen3_moe", "compressed-tensors int4", expert, **WIDE)
-    from safetensors.torch import save_file
-
     tensors = load_file(source / "model.safetensors")
     del tensors["model.layers.0.mlp.experts.1.up_proj.weight_scale"]
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
@@ -156,6 +157,124 @@ def test_fp8_to_bf16_is_transformers_own(form: str, tmp_path: Path) -> None:
     assert compared > 10
 
 
+def told_by_compressed_tensors(stored: dict[str, torch.Tensor], base: str, config: dict[str, Any]) -> torch.Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    parts = {name.removeprefix(base): tensor for name, tensor in stored.items() if name.startswith(base)}
+    found = BaseCompressor.get_value_from_registry(config["format"]).decompress(parts, scheme)
+    return found["weight"]
+
+
+def told_by_modelopt(stored: dict[str, torch.Tensor], base: str, config: dict[str, Any]) -> torch.Tensor:
+    """Each number times its group's scale, itself times the whole weight's."""
+    packed = stored[base + "weight"]
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    numbers = torch.stack([table[(packed & 15).long()], table[(packed >> 4).long()]], -1).flatten(1)
+    scales = stored[base + "weight_scale"].float() * stored[base + "weight_scale_2"].float()
+    return (numbers.unflatten(1, (-1, 16)) * scales[..., None]).flatten(1).to(torch.bfloat16)
+
+
+def told_by_gptq(stored: dict[str, torch.Tensor], base: str, config: dict[str, Any]) -> torch.Tensor:
+    """Element (i, o) of [in, out]: scale of its group times (number - zero), where version 1 stores zeros less one."""
+    less = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
+    shifts = torch.arange(0, 32, 4)
+    numbers = (stored[base + "qweight"].unsqueeze(1) >> shifts[None, :, None] & 15).flatten(0, 1)
+    zeros = (stored[base + "qzeros"].unsqueeze(2) >> shifts & 15).flatten(1) + less & 15
+    group = stored[base + "g_idx"].long()
+    return (stored[base + "scales"][group] * (numbers - zeros[group]).half()).T.to(torch.bfloat16)
+
+
+def told_by_awq(stored: dict[str, torch.Tensor], base: str, config: dict[str, Any]) -> torch.Tensor:
+    """As AutoAWQ's dequantize_gemm: unpack in turn, then reorder the columns of each word."""
+    order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+
+    def apart(words: torch.Tensor) -> torch.Tensor:
+        return (words.unsqueeze(2) >> torch.arange(0, 32, 4) & 15)[:, :, order].flatten(1)
+
+    numbers, zeros = apart(stored[base + "qweight"]), apart(stored[base + "qzeros"])
+    scales = stored[base + "scales"].repeat_interleave(32, 0)
+    return ((numbers - zeros.repeat_interleave(32, 0)).half() * scales).T.to(torch.bfloat16)
+
+
+MAKERS: dict[str, Callable[[dict[str, torch.Tensor], str, dict[str, Any]], torch.Tensor]] = {
+    "nvfp4": told_by_modelopt,
+    "compressed-tensors nvfp4": told_by_compressed_tensors,
+    "compressed-tensors int4": told_by_compressed_tensors,
+    "compressed-tensors int4 zeros": told_by_compressed_tensors,
+    "gptq": told_by_gptq,
+    "gptq by activation": told_by_gptq,
+    "gptq_v2": told_by_gptq,
+    "awq": told_by_awq,
+}
+
+
+@pytest.mark.parametrize("form", MAKERS)
+def test_packed_numbers_to_bf16_are_their_makers_own(form: str, tmp_path: Path) -> None:
+    source = open_checkpoint(quantise_folder(tmp_path / "hf", "qwen3_moe", form, expert, **WIDE, num_hidden_layers=1))
+    got = load_file(cast_back(source, "bfloat16", tmp_path) / "model.safetensors")
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert "rounded as their maker's" in cast(source, "bfloat16").notes[0]
+    assert source.model.quantised
+    for name in source.model.quantised:
+        want = MAKERS[form](stored, name.removesuffix("weight"), FORMS[form][0])
+        assert torch.equal(got[name].nan_to_num(1e4), want.nan_to_num(1e4)), name
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+
+
+def test_weights_of_further_layers_are_cast_too(tmp_path: Path) -> None:
+    """They go along unread, but no reader could make sense of FP8 in a folder whose config says bfloat16."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    name = "model.layers.2.eh_proj.weight"
+    further = {
+        name: torch.randn(256, 512).to(torch.float8_e4m3fn),
+        name + "_scale_inv": torch.rand(2, 4),
+        "model.layers.2.enorm.weight": torch.randn(256).to(torch.bfloat16),
+    }
+    source = open_checkpoint(quantise_folder(tmp_path / "hf", "deepseek_v3", "fp8", linear, further, **DEEPSEEK))
+    got = load_file(cast_back(source, "bfloat16", tmp_path) / "model.safetensors")
+    assert not any(name.endswith("_scale_inv") for name in got)
+    want = Fp8Dequantize(None)._dequantize_one(further[name], further[name + "_scale_inv"], torch.bfloat16)
+    assert torch.equal(got[name], want)
+    assert torch.equal(got["model.layers.2.enorm.weight"], further["model.layers.2.enorm.weight"])
+
+
+@pytest.mark.parametrize("place", ["text_config", ""], ids=["inside", "at the top"])
+def test_a_config_with_the_quantisation_of_its_language_model(place: str, tmp_path: Path) -> None:
+    """Kimi-K2.5 says how its language model's experts are packed inside text_config."""
+    folder = make_wrapped(tmp_path / "hf", "kimi_k25")
+    config_said, quantise = FORMS["compressed-tensors int4"]
+    config_said = json.loads(json.dumps(config_said).replace('"group_size": 32', '"group_size": 16'))
+    generator, tensors = torch.Generator().manual_seed(0), dict[str, torch.Tensor]()
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if ".experts." in name and ".shared" not in name:
+            found = quantise(name, weight, generator)
+            scale = name + "_scale"
+            tensors |= found | {
+                scale: torch.rand(weight.shape[0], weight.shape[1] // 16, generator=generator).bfloat16()
+            }
+        else:
+            tensors[name] = weight
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (config[place] if place else config)["quantization_config"] = config_said
+    config["text_config"]["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+    source = open_checkpoint(folder)
+    assert len(source.model.quantised) == 12
+    there_and_back(folder, tmp_path, (Degrees(ep=2, etp=1),))
+    plain = cast_back(source, "float32", tmp_path)
+    said = json.loads((plain / "config.json").read_text())
+    assert "quantization_config" not in json.dumps(said)
+    assert said["text_config"]["dtype"] == said["dtype"] == "float32"
+    assert said["vision_config"] == config["vision_config"]
+    again = open_checkpoint(plain)
+    assert again.model.compute == open_checkpoint(tmp_path / "shards").model.compute
+    assert again.model.config["hidden_size"] == 32
+
+
 def test_bf16_to_fp8_is_transformers_own(tmp_path: Path) -> None:
     from transformers import FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
@@ -191,10 +310,14 @@ def test_casts_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     plain = open_checkpoint(make_folder(tmp_path / "hf", "qwen3_moe", torch.bfloat16))
     with pytest.raises(MappingError, match="holds no quantised weights but BF16"):
         cast(plain, "bfloat16")
-    packed = open_checkpoint(quantise_folder(tmp_path / "awq", "qwen3_moe", "awq", expert, **WIDE))
-    for dtype, message in (("bfloat16", "no cast of AWQ"), ("fp8", "AWQ int4 in groups of 32 already")):
-        with pytest.raises(MappingError, match=message):
-            cast(packed, dtype)
+    packed = quantise_folder(tmp_path / "awq", "qwen3_moe", "awq", expert, **WIDE)
+    with pytest.raises(MappingError, match="AWQ int4 in groups of 32 already"):
+        cast(open_checkpoint(packed), "fp8")
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["version"] = "gemv"
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MappingError, match="'gemv', which packs numbers in another order; gemm can be cast"):
+        cast(open_checkpoint(packed), "bfloat16")
 
 
 def test_who_needs_plain_weights_says_how_to_get_them(tmp_path: Path) -> None:

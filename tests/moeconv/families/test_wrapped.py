@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf, write_sharded
@@ -46,15 +46,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make_folder(folder: Path, model_type: str) -> Path:
-    """Save a tiny model with random weights, in the form in which such models are published."""
+def make_model(model_type: str) -> PreTrainedModel:
+    """Make a tiny model with random weights."""
     family, vision = MODELS[model_type]
     config = AutoConfig.for_model(model_type, text_config=SIZES | FAMILIES[family], vision_config=vision)
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForImageTextToText.from_config(config).to(torch.bfloat16)
-    model.save_pretrained(folder, save_original_format=True, max_shard_size="60KB" if model_type in _SAVED else "1GB")
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config).to(torch.bfloat16)
+    return model
+
+
+def make_folder(folder: Path, model_type: str) -> Path:
+    """Save a tiny model, in the form in which such models are published."""
+    make_model(model_type).save_pretrained(
+        folder, save_original_format=True, max_shard_size="60KB" if model_type in _SAVED else "1GB"
+    )
     if model_type not in _SAVED:
         file = folder / "model.safetensors"
         save_file(dict(map(_published, *zip(*load_file(file).items(), strict=True))), file, {"format": "pt"})
@@ -73,9 +80,7 @@ def _published(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
         .replace("model.mm_proj", "mm_proj")
         .replace("model.vision_t", "vision_t")
     )
-    return name, tensor.transpose(1, 2).contiguous() if stack else tensor.transpose(
-        1, 2
-    ).contiguous() if stack else tensor
+    return name, tensor.transpose(1, 2).contiguous() if stack else tensor
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -97,16 +102,36 @@ def test_round_trip(model_type: str, tmp_path: Path) -> None:
     require_plain(source.model, folder, "this")
 
 
+@pytest.mark.parametrize("original", [True, False], ids=["as published", "as in memory"])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_what_transformers_itself_saves(model_type: str, original: bool, tmp_path: Path) -> None:
+    """Every file of transformers' own save comes back, whichever names and shapes it has; and cut anew transformers loads it."""
+    folder = tmp_path / "hf"
+    make_model(model_type).save_pretrained(folder, save_original_format=original)
+    source = open_checkpoint(folder)
+    assert not any("vis" not in name and "projector" not in name for name in source.model.carried)
+    write_sharded(source, tmp_path / "0", Degrees(tp=2, ep=2, pp=2), Options())
+    write_sharded(open_checkpoint(tmp_path / "0"), tmp_path / "1", Degrees(ep=4, etp=1), Options())
+    write_hf(open_checkpoint(tmp_path / "1"), tmp_path / "back", None, Options())
+    assert digests(tmp_path / "back") == digests(folder)
+    write_hf(open_checkpoint(tmp_path / "1"), tmp_path / "cut", 50_000, Options())
+    assert_loads_alike(folder, tmp_path / "cut")
+
+
+def assert_loads_alike(folder: Path, other: Path) -> None:
+    before = AutoModelForImageTextToText.from_pretrained(folder)
+    after, report = AutoModelForImageTextToText.from_pretrained(other, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize("model_type", sorted(set(MODELS) - {"kimi_k25"}))
 def test_files_cut_anew_load_in_transformers(model_type: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "hf", model_type)
     write_sharded(open_checkpoint(folder), tmp_path / "shards", Degrees(tp=2, ep=2), Options())
     write_hf(open_checkpoint(tmp_path / "shards"), tmp_path / "back", 50_000, Options())
-    before = AutoModelForImageTextToText.from_pretrained(folder)
-    after, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "back", output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
+    assert_loads_alike(folder, tmp_path / "back")
 
 
 def test_every_one_is_tested() -> None:

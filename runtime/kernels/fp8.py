@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 TILE_ROWS, TILE_COLUMNS = 64, 128
-GATE_ROWS, GATE_COLUMNS = 64, 64  # of SwiGLU's backward pass: two programs a multiprocessor have registers enough
+# Of SwiGLU's backward pass; with tiles of 64 x 64 and 8 warps triton 3.6 turns 8-bit tiles wrongly.
+GATE_ROWS, GATE_COLUMNS, GATE_WARPS = 64, 128, 16
 AMAX_BLOCK, AMAX_BLOCKS = 4096, 8  # elements of a load, and loads of a program
 
 
@@ -304,7 +305,9 @@ def swiglu_backward(
     if bounds is None:
         unused = (grad_amax,) * 6
         if num_rows:
-            _swiglu_backward_kernel[grid](*inputs, *unused, grad_amax, offsets_E, *sizes, False, *tile, num_warps=8)
+            _swiglu_backward_kernel[grid](
+                *inputs, *unused, grad_amax, offsets_E, *sizes, False, *tile, num_warps=GATE_WARPS
+            )
         return None
     rows = torch.empty(num_rows, 2 * width, dtype=grad_dtype, device=device)
     columns = torch.empty(2 * width, num_rows, dtype=grad_dtype, device=device)
@@ -312,5 +315,5 @@ def swiglu_backward(
     dots = torch.empty(grid[1], num_rows, dtype=torch.float32, device=device)
     if num_rows:
         outs = (rows, columns, act, dots, *bounds)
-        _swiglu_backward_kernel[grid](*inputs, *outs, grad_amax, offsets_E, *sizes, True, *tile, num_warps=8)
+        _swiglu_backward_kernel[grid](*inputs, *outs, grad_amax, offsets_E, *sizes, True, *tile, num_warps=GATE_WARPS)
     return rows, columns, act, dots.sum(0)

@@ -100,7 +100,7 @@ def test_experts_like_the_plain_path(shape: tuple[int, ...], recipe: str, fp8_fo
         plan = plan_rows(experts.to(device), num_experts, experts.numel(), alignment=layer.row_alignment, fused=True)
         for _ in range(2):  # the second time with delayed bounds
             bounds.begin(trains=True)
-            leaves = [t.to(device, torch.float32 if t.dtype != BF16 else BF16).requires_grad_() for t in tensors]
+            leaves = [t.to(device, copy=True).requires_grad_() for t in tensors]
             out = layer(*leaves, plan)
             out.backward(grad.to(device))
         found.append([out.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])  # type: ignore[union-attr]
@@ -123,7 +123,7 @@ def test_linears_like_the_plain_path(num_tokens: int, hidden: int, widths: tuple
         maps = Fp8Linears(bounds)
         for _ in range(2):
             bounds.begin(trains=True)
-            leaves = [t.to(device).requires_grad_() for t in tensors]
+            leaves = [t.to(device, copy=True).requires_grad_() for t in tensors]
             outs = maps(leaves[0], leaves[1 : 1 + len(widths)], leaves[1 + len(widths) :])
             torch.autograd.backward(outs, [g.to(device) for g in grads])
         found.append([*(out.detach().cpu() for out in outs), *(leaf.grad.cpu() for leaf in leaves)])  # type: ignore[union-attr]

@@ -114,8 +114,11 @@ def test_a_gpu_quantises_as_a_cpu(form: Format) -> None:
 
 @pytest.mark.parametrize(
     ("form", "size"),
-    [(Nf4(), piece_bytes("nf4", (130, 70))), (Nf4(double=True), piece_bytes("nf4", (130, 70), double=True))]
-    + [(Fp8(), piece_bytes("fp8", (130, 70)))],
+    [
+        (Nf4(), piece_bytes("nf4", (130, 70))),
+        (Nf4(double=True), piece_bytes("nf4", (130, 70), double=True)),
+        (Fp8(), piece_bytes("fp8", (130, 70))),
+    ],
 )
 def test_bytes_are_the_formula(form: Format, size: int) -> None:
     workspace = Workspace(torch.bfloat16, CPU)

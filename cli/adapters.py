@@ -51,6 +51,7 @@ def _report(done: Written, as_json: bool) -> None:
         "bytes": done.nbytes,
         "seconds": done.seconds,
         "left_out": list(done.dropped),
+        "notes": found["notes"],
         "proof": proof,
     }
     added = f"added to {found['added_to']} weights, in place of {found['replaced']}"
@@ -59,6 +60,11 @@ def _report(done: Written, as_json: bool) -> None:
         lines.append(
             f"the adapter was trained over the model in {found['trained_over']}; it is added to the weights as {found['base']} has "
             f"them, which differ from what training saw by the rounding to {found['trained_over']}"
+        )
+    if found["notes"]:
+        lines += found["notes"]
+        lines.append(
+            f"to have them in FP8 again, which rounds the sums: moeconv import-hf {done.out} SHARDS --dtype fp8, then export-hf"
         )
     lines += [f"not taken along: {what}" for what in done.dropped]
     lines += [] if proof is None else _proved(proof)

@@ -47,7 +47,7 @@ from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.runner import Microbatch, Runner, WholeModel
 from runtime.parallel.shards import Store
-from runtime.quantised.base import QuantisedBase
+from runtime.quantised.base import QuantisedBase, ReadBlocks
 from runtime.step_result import StepResult
 
 __all__ = ["Engine", "NonFiniteError", "StepResult"]
@@ -235,12 +235,15 @@ class Engine:
         items = states.gradients(self.trained)
         return [item if divisor is None else replace(item, tensor=item.tensor / divisor) for item in items]
 
-    def load_state(self, read: states.Read, stored: Container[str] | None = None) -> None:
+    def load_state(
+        self, read: states.Read, stored: Container[str] | None = None, blocks: ReadBlocks | None = None
+    ) -> None:
         """Fill the model, and the optimizer.
 
         Args:
             read: gives a rectangle of a tensor by its name on disk; only what this rank holds is asked for.
             stored: the names on disk, for master weights and the optimizer's states, too; None leaves these as they are.
+            blocks: gives a rectangle of a quantised base as it is held, where it is stored so.
 
         Raises:
             MoeconvError: a tensor is missing, or can't be read.
@@ -248,7 +251,7 @@ class Engine:
         self.optimizer.settle()
         states.load_weights(self.store.shards, read)
         if self.quantised is not None:
-            self.quantised.load(read)
+            self.quantised.load(read, blocks)
         for name, tensor in self._buffers():
             tensor.copy_(states.to_tensor(read(name, Rect.whole(tuple(tensor.shape)))))
         if stored is not None:

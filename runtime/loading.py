@@ -13,6 +13,7 @@ from moeconv.checking import check_tied
 from moeconv.checkpoint import Checkpoint
 from moeconv.errors import MoeconvError
 from moeconv.families.adapted import AdaptedModel
+from moeconv.quant.view import Fp8Blocks, PlainView, holds_fp8_blocks
 from runtime.checkpoint import folder as folders
 from runtime.checkpoint.adapters import as_saved, over, source_of_saves
 from runtime.checkpoint.peft_start import begin_with, peft_values
@@ -26,6 +27,7 @@ from runtime.job.watchdog import Progress
 from runtime.model.context import TORCH_DTYPES
 from runtime.optim.config import EMA
 from runtime.parallel.mesh import ParallelMesh
+from runtime.quantised.base import ReadBlocks
 from runtime.settings.flags import Given
 from runtime.settings.origin import Origin, open_at
 from runtime.settings.run import RunConfig
@@ -136,13 +138,30 @@ def _load_tensors(
         held: Container[str] = model.weight_of
         if run.lora.adapter is not None:
             first, held = peft_values(run.lora.adapter, base.model, model, run.lora, run.train.seed)
-        load_verified(base, lambda read: engine.load_state(over(read, first, held)), device)
+        _load_base(run, base, lambda read, blocks: engine.load_state(over(read, first, held), None, blocks), device)
     else:
 
-        def both(read: Read) -> None:
-            load_verified(saved, lambda own: engine.load_state(over(read, named(own), saved.tensors), stored), device)
+        def both(read: Read, blocks: ReadBlocks | None) -> None:
+            def load_own(own: Read) -> None:
+                engine.load_state(over(read, named(own), saved.tensors), stored, blocks)
 
-        load_verified(base, both, device)
+            load_verified(saved, load_own, device)
+
+        _load_base(run, base, both, device)
+
+
+def _load_base(
+    run: RunConfig, base: Checkpoint, load_: Callable[[Read, ReadBlocks | None], None], device: torch.device
+) -> None:
+    """Load with a reader of the model, and one of its FP8 blocks where they are taken as they are."""
+    if not isinstance(base, PlainView):
+        load_verified(base, lambda read: load_(read, None), device)
+        return
+    model = base.stored.model
+    direct = run.lora.quantize_base == "fp8" and holds_fp8_blocks(model)
+    load_verified(
+        base.stored, lambda read: load_(base.through(read), Fp8Blocks(model, read) if direct else None), device
+    )
 
 
 def adapter_saves(run: RunConfig, origin: Origin, process: Process) -> Checkpoint:

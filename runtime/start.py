@@ -47,6 +47,7 @@ from runtime.settings.flags import Given
 from runtime.settings.generation import for_generation
 from runtime.settings.origin import Origin, find_origin
 from runtime.settings.override import override_router
+from runtime.settings.quantised import check_stored_blocks, with_plain_numbers
 from runtime.settings.resolved import RUN_FILE, run_file, summary
 from runtime.settings.run import RunConfig
 from runtime.trainer import Trainer
@@ -68,7 +69,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     given, generates = for_generation(given)
     places = CheckpointConfig(**given.of("checkpoint"))
     # A restart goes on from what the attempts before have saved.
-    origin = find_origin(given, places, places.ckpt_step if process.attempt == 0 else None)
+    origin = with_plain_numbers(find_origin(given, places, places.ckpt_step if process.attempt == 0 else None), given)
     if places.override_router:
         model = override_router(given.stated, origin.checkpoint.model, origin.path)
         note = f"--override-router: {model.compute.router}"
@@ -77,6 +78,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     run = make_run(given, origin.checkpoint.model, origin.path, drawn=origin.drawn, generates=generates)
     run = with_adapters(run, origin, given)
     check_run(run, process.world_size)
+    check_stored_blocks(run, origin)
     if run.data.chat_template is not None:
         # Whoever talks to the trained model needs the template that it was trained with.
         carried = {**origin.checkpoint.rewritten, CHAT_TEMPLATE: read_template(run.data.chat_template).encode()}

@@ -10,6 +10,7 @@ import numpy as np
 
 from moeconv.dtypes import numpy_dtype
 from moeconv.errors import MappingError
+from moeconv.plan import RowOp
 from moeconv.upcycling.draws import Bytes
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -87,3 +88,15 @@ class Replace:
         values = self.values()
         values = values.reshape(values.shape[0] if values.ndim else 1, -1)[first : first + len(rows)]
         return np.ascontiguousarray(values.astype(numpy_dtype(self.dtype))).view(np.uint8).reshape(rows.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Then:
+    """One step after another, such as a sum after the cast of a quantised weight."""
+
+    first: RowOp
+    second: RowOp
+
+    def __call__(self, rows: Bytes, first: int) -> Bytes:
+        """Work on the rows from number `first` on."""
+        return self.second(self.first(rows, first), first)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moeconv import extras
-from moeconv.adapters.delta import AddDelta, Array, Replace
+from moeconv.adapters.delta import AddDelta, Array, Replace, Then
 from moeconv.adapters.identity import check_base, fingerprint
 from moeconv.adapters.source import Adapter
 from moeconv.checkpoint import TRAINER, Checkpoint, make_manifest
@@ -28,8 +28,7 @@ from moeconv.layout.rect import Rect
 from moeconv.pieces import NameMap, Piece
 from moeconv.placement import split_optimizer_name
 from moeconv.plan import Plan, RowOp, make_plan, safetensors_target
-from moeconv.quant import require_plain
-from moeconv.reading import read_rect
+from moeconv.quant.view import PlainView, plain_view
 
 # Allowed difference of logits, relative to the largest: of sums in another order, and where that decides how 16 bits are rounded.
 EXACT_BOUND, ROUNDED_BOUND = 1e-4, 1e-3
@@ -47,16 +46,25 @@ class Merged(Checkpoint):
     adapter_of: Adapter = field(default_factory=lambda: Adapter(Path(), ""))
     stale: tuple[str, ...] = ()
     """What the base holds that is no longer right, and goes not along."""
+    base: Checkpoint | None = None
+    """The model as it is read: of a quantised one, plain numbers."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What becomes of quantised weights, in words."""
+        return self.base.notes if isinstance(self.base, PlainView) else ()
 
     @property
     def files(self) -> list[str]:
         """The files that are read, the adapter's included: its paths are absolute."""
-        return sorted({*super().files, *(str(path.absolute()) for path in self.adapter_of.files)})
+        assert self.base is not None
+        return sorted({*self.base.files, *(str(path.absolute()) for path in self.adapter_of.files)})
 
     @property
     def carried_files(self) -> dict[str, Content]:
         """As of the base, without the position of the run that it is of, and with the adapter's chat template."""
-        found = {name: content for name, content in super().carried_files.items() if name != TRAINER}
+        assert self.base is not None
+        found = {name: content for name, content in self.base.carried_files.items() if name != TRAINER}
         template = self.adapter_of.chat_template
         return found if template is None else found | {CHAT_TEMPLATE: template}
 
@@ -65,17 +73,18 @@ def merge(base: Checkpoint, adapter: Adapter) -> Merged:
     """Plan a merge.
 
     Args:
-        base: the model, sharded or a Hugging Face folder.
+        base: the model, sharded or a Hugging Face folder; the result of a quantised one is in bf16.
         adapter: opened for its model.
 
     Returns:
         The merged model; reading happens when it is written.
 
     Raises:
-        MappingError: a delta belongs to a weight that the base doesn't store, or weights are quantised.
+        MappingError: a delta belongs to a weight that the base doesn't store, or no cast of its quantised weights is known.
         IntegrityError: the adapter is a run's save, and of another model.
     """
-    require_plain(base.model, base.root, "merging an adapter")
+    if base.model.quantised:
+        base = plain_view(base)
     if adapter.save is not None:
         check_base(base.root, fingerprint(base), adapter.save)
     for name in (*adapter.deltas, *adapter.whole):
@@ -90,6 +99,7 @@ def merge(base: Checkpoint, adapter: Adapter) -> Merged:
         name: AddDelta(name, base.tensors[name].dtype, delta) for name, delta in adapter.deltas.items()
     }
     ops |= {name: Replace(base.tensors[name].dtype, values) for name, values in adapter.whole.items()}
+    ops |= {name: Then(base.ops[name], op) for name, op in ops.items() if name in base.ops}
     kept = [name for name in base.tensors if split_optimizer_name(name)[0] is None]
     stale = ["the optimizer's state and masters"] if len(kept) < len(base.tensors) else []
     stale += [f"{TRAINER}, the position of a run"] if TRAINER in base.carried else []
@@ -99,7 +109,7 @@ def merge(base: Checkpoint, adapter: Adapter) -> Merged:
         "pieces": {name: base.pieces[name] for name in kept},
         "ops": {**base.ops, **ops},
     }
-    return Merged(**values, adapter_of=adapter, stale=tuple(stale))
+    return Merged(**values, adapter_of=adapter, stale=tuple(stale), base=base)
 
 
 def plan_merge(merged: Merged, *, hf: bool = False) -> tuple[Plan, bytes | None]:
@@ -256,7 +266,8 @@ def _sum_of(merged: Merged, name: str, rect: Rect) -> tuple[Array, Array | None]
     kind = np.float64 if dtype in ("F32", "F64") else np.float32
     if name in adapter.whole:
         return adapter.whole[name]()[rect.slices()].astype(kind), None
-    base = read_rect(merged.root, merged.tensors[name], merged.pieces[name], rect)
+    assert merged.base is not None
+    base = merged.base.read(name, rect)
     if name not in adapter.deltas:
         return base, None
     rows, columns = rect.slices()

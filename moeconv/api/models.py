@@ -152,6 +152,7 @@ def merge(
         "adapter_kind": what.title,
         "added_to": len(what.deltas),
         "replaced": len(what.whole),
+        "notes": list(merged.notes),
         "proof": None if proof is None else asdict(proof),
     }
     seconds = None if dry_run else time.perf_counter() - begin

@@ -43,12 +43,14 @@ class StateTensor:
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:
-    """Wrap an array, also one of ml_dtypes' bfloat16, which torch doesn't know."""
+    """Wrap an array, also one of ml_dtypes' bfloat16 and float8_e4m3fn, which torch doesn't know."""
     array = np.ascontiguousarray(array)
     if not array.flags.writeable:
         array = array.copy()
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype.name == "float8_e4m3fn":
+        return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
     return torch.from_numpy(array)
 
 
@@ -108,27 +110,28 @@ def _trained(part: ShardPart) -> Iterator[tuple[Block, ShardPart]]:
 
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
-def read_ahead(read: Read, targets: Iterable[tuple[Block, T]]) -> Iterator[tuple[T, Tensor]]:
+def read_ahead(read: Callable[[str, Rect], R], targets: Iterable[tuple[Block, T]]) -> Iterator[tuple[T, R]]:
     """Read blocks in order, some of them ahead: a thread alone is slower than disks, links and fresh memory.
 
     Args:
-        read: gives a rectangle of a tensor by its hub name; called by several threads.
+        read: gives what is stored of a rectangle of a tensor by its hub name; called by several threads.
         targets: the blocks, each with what it is for.
 
     Yields:
         What a block is for, and what is stored.
     """
-    waiting: deque[tuple[T, Future[npt.NDArray[Any]]]] = deque()
+    waiting: deque[tuple[T, Future[R]]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
         for block, target in targets:
             waiting.append((target, pool.submit(read, block.name, block.rect)))
             if len(waiting) > READERS:
                 target, future = waiting.popleft()
-                yield target, to_tensor(future.result())
+                yield target, future.result()
         for target, future in waiting:
-            yield target, to_tensor(future.result())
+            yield target, future.result()
 
 
 def load_weights(shards: Sequence[Shard], read: Read) -> None:
@@ -145,7 +148,7 @@ def load_weights(shards: Sequence[Shard], read: Read) -> None:
             for block in blocks(slot.topology, slot.cols, item.begin, end):
                 targets.append((block, block.of(item.flat, item.begin)))
         exact = True
-        for target, stored in read_ahead(read, targets):
+        for target, stored in ((target, to_tensor(found)) for target, found in read_ahead(read, targets)):
             exact = exact and target.dtype in (stored.dtype, shard.master.dtype)
             target.copy_(stored)
         if exact:
@@ -200,4 +203,4 @@ def _fill(
             if stored is None or name in stored:
                 targets.append((replace(block, name=name), block.of(flat[part.range], part.begin)))
     for target, found in read_ahead(read, targets):
-        target.copy_(found)
+        target.copy_(to_tensor(found))

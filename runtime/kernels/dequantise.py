@@ -6,7 +6,6 @@ once, 0.5 + 4 / 64 (NF4) or 1 (FP8) and 2 bytes an element in bf16.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

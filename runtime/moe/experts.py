@@ -57,7 +57,7 @@ class _GroupedMLP(torch.autograd.Function):
         kept = Kept.of(x_TD) if ctx.needs_input_grad[2] else Kept.nothing()
         ctx.save_for_backward(hidden, weights_TK, w13, w2, *kept.tensors)
         ctx.plan, ctx.gemm, ctx.fused, ctx.source = plan, gemm, fused, kept.source
-        ctx.sinks = sink_of(w13), sink_of(w2)
+        ctx.sinks = [None if weight is None else sink_of(weight) for weight in (w13, w2)]
         return passes.sum_rows(out, plan, fused=fused)
 
     @staticmethod

@@ -85,6 +85,7 @@ NF4, FP8 = (
         "optim": {"clip_grad": 0.05},
         "model": WIDE,
         "num_microbatches": 2,
+        "dtype": "float64",
     }
     for kind in ("nf4", "fp8")
 )

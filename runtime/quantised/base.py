@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from moeconv.families.adapted import AdaptedModel
-from runtime.checkpoint.rectangles import Read, read_ahead
+from moeconv.layout.rect import Rect
+from runtime.checkpoint.rectangles import Read, read_ahead, to_tensor
 from runtime.errors import ConfigError
 from runtime.model.context import ModelContext
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.topology import Block, Topology, blocks, topology_of
 from runtime.quantised.sizes import quantises
 from runtime.quantised.weight import Format, QuantisedWeight, Workspace, make_format
+
+Array = npt.NDArray[Any]
+ReadBlocks = Callable[[str, Rect], tuple[Array, ...] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +85,25 @@ class QuantisedBase:
         """Bytes of the memory that numbers are made in: those of the largest weight."""
         return self._workspace.nbytes
 
-    def load(self, read: Read) -> None:
+    def load(self, read: Read, blocks: ReadBlocks | None = None) -> None:
         """Quantise this rank's rectangles, one after the other as they come.
 
         Args:
             read: gives a rectangle of a tensor by its hub name; called by several threads.
+            blocks: gives a rectangle as it is held, where it is stored so; None where nothing is.
 
         Raises:
             ConfigError: a weight holds what no scale describes; names it.
         """
-        for (member, place), stored in read_ahead(read, self._places()):
-            member.weight.take(place, stored)
+
+        def stored(name: str, rect: Rect) -> Array | tuple[Array, ...]:
+            return (blocks(name, rect) if blocks is not None else None) or read(name, rect)
+
+        for (member, place), found in read_ahead(stored, self._places()):
+            if isinstance(found, tuple):
+                member.weight.put(place, tuple(map(to_tensor, found)))
+            else:
+                member.weight.take(place, to_tensor(found))
         self._check()
 
     def _counts(self, topology: Topology) -> bool:

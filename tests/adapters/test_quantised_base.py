@@ -19,7 +19,7 @@ from moeconv.families.adapted import ADAPTABLE, AdaptedModel
 from runtime.model.lora import LoraConfig
 from runtime.quantised.sizes import piece_bytes
 from tests.adapters.saves import Trained, train
-from tests.adapters.test_peft import ALL, Other, batch, gap, hub_model, logits, peft_model
+from tests.adapters.test_peft import ALL, Other, batch, gap, logits, peft_model
 from tests.runtime.quantised import library
 
 MATRICES = re.compile(r"self_attn\.\w+_proj\.weight|\bexperts\.(\d+\.\w+\.weight|(gate_up|down)_proj)$")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from bitsandbytes import functional as bnb
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Codes, scales and numbers against the libraries', bit for bit; kernels against plain torch."""
+"""Codes, scales and numbers against the libraries', bit for bit."""
 
 from __future__ import annotations
 
@@ -10,20 +10,11 @@ from runtime.quantised.fp8 import Fp8
 from runtime.quantised.nf4 import CODE, Nf4, scales_code_of
 from runtime.quantised.sizes import piece_bytes
 from runtime.quantised.weight import Format, QuantisedWeight, Workspace
+from tests.runtime.kernels.test_dequantise import matrix
 from tests.runtime.quantised import library
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 CPU = torch.device("cpu")
 SHAPES = [(128, 64), (96, 160), (256, 1024), (3, 70), (7, 10), (130, 257)]
-
-
-def matrix(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Weights of many sizes, and blocks of zeros alone."""
-    generator = torch.Generator().manual_seed(1)
-    out = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator) ** 3
-    out[0] = 0
-    return out.to(dtype)
 
 
 def numbers(form: Format, parts: tuple[torch.Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -81,41 +72,13 @@ def test_fp8_is_the_librarys(shape: tuple[int, int]) -> None:
     assert inverse.tobytes() == scales.numpy().tobytes()
 
 
-@pytest.mark.parametrize("form", [Nf4(), Nf4(double=True), Fp8()])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32] if CUDA else [torch.float32])
-@pytest.mark.parametrize("shape", [(3, 96, 160), (1, 130, 70), (2, 7, 9), (2, 33, 257)])
-def test_kernels_are_plain_torch(form: Format, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Compiled on a GPU, in Triton's interpreter without one, which rounds to 16 bits otherwise than any GPU."""
-    from runtime.kernels.dequantise import dequantise_fp8, dequantise_nf4
-
-    parts = form.empty(shape[0], shape[1:], CPU)
-    for place in range(shape[0]):
-        for own, part in zip(parts, form.quantise(matrix(shape[1:]) * (place + 1)), strict=True):
-            own[place] = part
-    want, got = torch.empty(shape, dtype=dtype), torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
-    form.dequantise(parts, want)
-    kernel = dequantise_fp8 if isinstance(form, Fp8) else dequantise_nf4
-    kernel(tuple(part.to(DEVICE) for part in parts), got)
-    assert torch.equal(got.cpu(), want)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-@pytest.mark.parametrize("form", [Nf4(), Nf4(double=True), Fp8()])
-def test_a_gpu_quantises_as_a_cpu(form: Format) -> None:
-    weight = matrix((512, 768), torch.bfloat16)
-    here, there = form.quantise(weight), form.quantise(weight.cuda())
-    for place, (want, got) in enumerate(zip(here, there, strict=True)):
-        if place == 0 or len(here) == 2:
-            assert torch.equal(got.cpu().view(torch.uint8), want.view(torch.uint8))
-        else:  # a mean is summed in another order
-            torch.testing.assert_close(got.cpu().float(), want.float(), rtol=1e-5, atol=1)
-
-
 @pytest.mark.parametrize(
     ("form", "size"),
-    [(Nf4(), piece_bytes("nf4", (130, 70))), (Nf4(double=True), piece_bytes("nf4", (130, 70), double=True))]
-    + [(Fp8(), piece_bytes("fp8", (130, 70)))],
+    [
+        (Nf4(), piece_bytes("nf4", (130, 70))),
+        (Nf4(double=True), piece_bytes("nf4", (130, 70), double=True)),
+        (Fp8(), piece_bytes("fp8", (130, 70))),
+    ],
 )
 def test_bytes_are_the_formula(form: Format, size: int) -> None:
     workspace = Workspace(torch.bfloat16, CPU)

@@ -87,6 +87,7 @@ def test_fused_experts_of_a_rank(mixtral: Path, sharded: moeconv.Checkpoint) -> 
 MEGATRON = [
     ("mixtral", moeconv.Degrees(tp=2, pp=2, ep=2, etp=1)),
     ("mixtral", moeconv.Degrees(pp=2, vpp=2)),
+    ("mixtral", moeconv.Degrees(tp=4, ep=4, etp=1)),  # half a key/value head's group on a rank
     ("gpt_oss", moeconv.Degrees(tp=2, ep=2, etp=1)),  # transposed; gate and up take turns
     ("deepseek_v3", moeconv.Degrees(tp=2, ep=2)),  # latent attention
 ]
@@ -119,6 +120,10 @@ def test_megatron_s_names_of_either_spec(
         source.load_into(module, degrees=degrees, rank=rank, names="megatron")
         for key, value in module.named_parameters():
             assert torch.equal(value, want[key]), key
+        gone = next(key for key in want if key.endswith("linear_proj.weight"))
+        del module.get_submodule(gone.removesuffix(".weight")).weight
+        with pytest.raises(moeconv.MoeconvError, match="no parameter for model"):
+            source.load_into(module, degrees=degrees, rank=rank, names="megatron")
 
 
 def test_wrappers_and_types_of_one_s_own(mixtral: Path, sharded: moeconv.Checkpoint) -> None:
@@ -191,6 +196,8 @@ def test_advice_is_right_when_obeyed(sharded: moeconv.Checkpoint) -> None:
         sharded.load_into(module, rank={"dp": 1})
     with pytest.raises(moeconv.MoeconvError, match="ep=4: the layout has ep 4"):
         sharded.load_into(module, rank={"ep": 4})
+    with pytest.raises(moeconv.MoeconvError, match="without a rank"):
+        sharded.load_into(module, degrees=DEGREES)
     megatron = module_of({"decoder.layers.0.self_attention.linear_qkv.weight": (64, 32)})
     with pytest.raises(moeconv.MoeconvError, match="give names='megatron'"):
         sharded.load_into(megatron)

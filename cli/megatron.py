@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from cli.options import LayerCounts, amount, conversion, progress_bar, run_options, show
+from moeconv.api import conversions as api
 from moeconv.layout.degrees import Degrees
 
 
@@ -52,19 +53,18 @@ def import_megatron(src: Path, out: Path, **options: Any) -> None:
 
     Example: moeconv import-megatron checkpoints/run7 mixtral-shards
     """
-    from moeconv.megatron import convert
-
-    source = convert.open_megatron(
-        src,
-        iteration=options["iteration"],
-        hf_config=options["hf_config"],
-        ignore_args=options["ignore_args"],
-        optimizer=not options["no_optimizer"],
-    )
-    layout = _degrees(options, source.degrees)
     with progress_bar("import") as progress:
-        run = conversion(options, progress)
-        summary = convert.import_megatron(source, out, layout, run, dry_run=options["dry_run"])
+        summary = api.import_megatron(
+            src,
+            out,
+            _degrees(options),
+            iteration=options["iteration"],
+            hf_config=options["hf_config"],
+            ignore_args=options["ignore_args"],
+            optimizer=not options["no_optimizer"],
+            options=conversion(options, progress),
+            dry_run=options["dry_run"],
+        )
     _report(summary, out, options)
 
 
@@ -94,28 +94,26 @@ def export_megatron(src: Path, out: Path, **options: Any) -> None:
 
     Example: moeconv export-megatron mixtral-hf out --format torch_dist --tp 2 --ep 4
     """
-    from moeconv.megatron import convert
-
     with progress_bar("export") as progress:
-        summary = convert.export_megatron(
+        summary = api.export_megatron(
             src,
             out,
-            fmt=options["fmt"],
-            degrees=_degrees(options, Degrees()),
+            _degrees(options),
+            format=options["fmt"],
             spec=options["spec"],
-            experts=options["experts"] or ("grouped" if options["spec"] == "te" else "sequential"),
-            options=conversion(options, progress),
+            experts=options["experts"],
             optimizer=not options["no_optimizer"],
+            options=conversion(options, progress),
             dry_run=options["dry_run"],
         )
     _report(summary, out, options)
 
 
-def _degrees(options: dict[str, Any], default: Degrees) -> Degrees:
-    """Give the degrees that were asked for, or the default where none was."""
+def _degrees(options: dict[str, Any]) -> Degrees | None:
+    """Give the degrees that were asked for; None where none was."""
     given = {n: options[n] for n in ("tp", "pp", "vpp", "ep", "etp") if options[n] is not None}
     layers = options["pp_layers"]
-    return Degrees(**given, pp_layers=layers) if given or layers else default
+    return Degrees(**given, pp_layers=layers) if given or layers else None
 
 
 def _report(summary: Any, out: Path, options: dict[str, Any]) -> None:

@@ -112,7 +112,8 @@ class TensorAccess:
         Args:
             module: the module, not on the device meta; torch's own wrappers (DDP, torch.compile) may be around it.
             degrees: the layout that `rank` belongs to; by default the checkpoint's own.
-            rank: this process's coordinates by axis (tp, pp, vpp, ep, etp), such as `{"tp": 1, "ep": 0}`.
+            rank: this process's coordinates by axis (tp, pp, vpp, ep, etp), such as `{"tp": 1, "ep": 0}`; without, the module
+                holds the whole model, or says by DTensors which part.
             names: what the module calls its parameters: as the hub or transformers does, or Megatron-Core's GPTModel; else a
                 table or a function from the module's names to those.
             skip: shell-style patterns of parameters that stay as they are, and of tensors that go nowhere.
@@ -134,5 +135,7 @@ class TensorAccess:
         with needed("filling a module"):
             from moeconv.modules import load_into
         read = VerifiedReader(self).read if self.manifest is not None else self.read
-        layout = degrees or self.degrees
+        if rank is None and degrees is not None:
+            raise LayoutError(f"degrees {degrees} without a rank; say which one's part the module holds with rank=")
+        layout = Degrees() if rank is None else degrees or self.degrees
         return load_into(self, read, module, degrees=layout, rank=rank, names=names, skip=skip)

@@ -48,10 +48,15 @@ class Checkpoint(TensorAccess):
     """
 
     root: Path
+    "Its folder."
     kind: Literal["hf", "sharded", "megatron", "planned"]
+    "What it is on disk; `planned` is not there yet."
     config: dict[str, Any]
+    "config.json, as parsed."
     model: Model
+    "What the config describes: sizes, and every tensor by name."
     tensors: dict[str, TensorInfo]
+    "What is stored: dtype and shape by the hub's name; an optimizer's as `optimizer.<state>.<name>`."
     pieces: dict[str, list[Piece]]
     checksums: dict[tuple[str, str], str]
     carried: tuple[str, ...]

@@ -30,12 +30,16 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a conversion runs: threads, whether to go on with a killed run, whether to wait for the disk, and who is told of bytes moved."""
+    """How a conversion runs."""
 
     workers: int | None = None
+    "Threads; by default one a core, at most 8."
     resume: bool = False
+    "Whether to go on with a run that was killed."
     sync: bool = True
+    "Whether to wait until the bytes are on the disk."
     progress: Callable[[int], Progress] | None = None
+    "Called with the number of bytes to come; gives the function to call with each number of bytes done, from any thread."
 
 
 def plan_sharded(source: Checkpoint, degrees: Degrees) -> Plan:

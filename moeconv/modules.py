@@ -103,16 +103,14 @@ def load_into(
     require_plain(source.model, source.root, "filling a module")
     check_rank(degrees, rank or {})
     places = list(_places(module, names, skip))
-    wanted = {name: rect for name, rect in _wanted(source, degrees, rank) if not _matches(name, skip)}
     if names == "megatron":
-        if degrees.vpp > 1 and "vpp" not in (rank or {}):
-            raise LayoutError(f"rank: {degrees} has a module for each virtual stage; say which one with vpp")
-        form = RankForm(source.model, degrees, rank or {}, [place.known for place in places])
-        found = {p.known: form.parts(p.known, p.value.shape[0] if p.value.dim() else 0) for p in places}
-        fillings = {n: Filling(f[0], tuple(((), part) for part in f[1])) for n, f in found.items() if f is not None}
+        fillings, wanted = _megatron(source, degrees, rank or {}, places)
     else:
-        known = _HubNames(source, wanted)
+        held = dict(_held(source, degrees, rank))
+        known = _HubNames(source, held)
         fillings = {p.known: filling for p in places if (filling := known.filling(p.known)) is not None}
+        wanted = list(held)
+    wanted = [name for name in wanted if not _matches(name, skip)]
     _check(source, places, fillings, wanted)
     done, nbytes = set[int](), 0
     with torch.no_grad():
@@ -128,7 +126,9 @@ def _places(module: nn.Module, names: Naming, skip: Sequence[str]) -> Iterator[P
     saved = module.state_dict(keep_vars=True)
     buffers = [(name, value) for name, value in module.named_buffers(remove_duplicate=False) if name in saved]
     for name, value in (*module.named_parameters(remove_duplicate=False), *buffers):
-        plain = name.removeprefix(_IN_FRONT)
+        plain = name
+        while plain.startswith(_IN_FRONT):
+            plain = plain.removeprefix(_IN_FRONT)
         for word in _INSIDE:
             plain = plain.replace(word, "")
         if not _matches(plain, skip):
@@ -145,7 +145,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _wanted(source: Source, degrees: Degrees, rank: Mapping[str, int] | None) -> Iterator[tuple[str, Rect]]:
+def _held(source: Source, degrees: Degrees, rank: Mapping[str, int] | None) -> Iterator[tuple[str, Rect]]:
     """The part of each tensor that the module must hold."""
     model = source.model
     if rank is None:
@@ -162,6 +162,21 @@ def _wanted(source: Source, degrees: Degrees, rank: Mapping[str, int] | None) ->
         ):
             continue
         yield tensor.name, rect
+
+
+def _megatron(
+    source: Source, degrees: Degrees, rank: Mapping[str, int], places: Sequence[Place]
+) -> tuple[dict[str, Filling], list[str]]:
+    """What fills the parameters of a Megatron-Core model that are known, and the names of what it must hold."""
+    if degrees.vpp > 1 and "vpp" not in rank:
+        raise LayoutError(f"rank: {degrees} has a module for each virtual stage; say which one with vpp")
+    form = RankForm(source.model, degrees, rank, [place.known for place in places])
+    fillings = {}
+    for place in places:
+        found = form.parts(place.known, place.value.shape[0] if place.value.dim() else 0)
+        if found is not None:
+            fillings[place.known] = Filling(found[0], tuple(((), part) for part in found[1]))
+    return fillings, sorted(form.wanted() & source.tensors.keys())
 
 
 def _in_chunk(tensor: GlobalTensor, chunk: int, degrees: Degrees, layers: range) -> bool:
@@ -205,9 +220,7 @@ class _HubNames:
         return Filling(((len(groups),) if alias.stack else ()) + tuple(inner), tuple(parts))
 
 
-def _check(
-    source: Source, places: Sequence[Place], fillings: Mapping[str, Filling], wanted: Mapping[str, Rect]
-) -> None:
+def _check(source: Source, places: Sequence[Place], fillings: Mapping[str, Filling], wanted: Sequence[str]) -> None:
     """Compare a module with a checkpoint.
 
     Raises:

@@ -96,7 +96,9 @@ def python() -> str:
         kind = "autoexception" if _is_error(found) else "autoclass" if inspect.isclass(found) else "autofunction"
         if not inspect.isclass(found) and not callable(found):
             kind = "autodata"
-        lines += [f"## {name}", "", "```{eval-rst}", f".. {kind}:: moeconv.{name}", "```", ""]
+        inherits = inspect.isclass(found) and any(base.__module__.startswith("moeconv.") for base in found.__bases__)
+        more = ["   :inherited-members:"] if inherits and not _is_error(found) else []
+        lines += [f"## {name}", "", "```{eval-rst}", f".. {kind}:: moeconv.{name}", *more, "```", ""]
     return "\n".join(lines)
 
 

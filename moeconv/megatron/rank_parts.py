@@ -31,7 +31,8 @@ class RankForm:
         self._model, self._degrees, tp = model, degrees, rank.get("tp", 0)
         self._at = {"tp": tp, "etp": rank.get("etp", tp % degrees.etp)}
         chunks = chunk_layers(model.sizes["layers"], degrees)
-        self._first_layer = chunks[rank.get("vpp", 0) * degrees.pp + rank.get("pp", 0)].start
+        chunk = rank.get("vpp", 0) * degrees.pp + rank.get("pp", 0)
+        self._layers, self._first, self._last = chunks[chunk], chunk == 0, chunk == len(chunks) - 1
         self._local_experts = model.sizes.get("experts", 0) // degrees.ep
         self._first_expert = rank.get("ep", 0) * self._local_experts
         spec: Spec = "te" if any(name.endswith(".layer_norm_weight") for name in names) else "local"
@@ -51,8 +52,7 @@ class RankForm:
         tensor = self._find(name)
         if tensor is None:
             return None
-        count = getattr(self._degrees, tensor.axis) if tensor.axis else 1
-        index = self._at[tensor.axis] if tensor.axis else 0
+        index, count = self._place(tensor)
         if not tensor.padded:
             return tensor.rank(index, count)
         whole = tensor.shape[0]
@@ -63,11 +63,31 @@ class RankForm:
         last, tail = Rect.slab(tensor.shape, 0, whole - 1, whole), (0,) * (len(shape) - 1)
         return shape, parts + tuple(Part(tensor.parts[0].tensor, last, (row, *tail)) for row in range(filled, rows))
 
+    def wanted(self) -> set[str]:
+        """Name the hub's tensors that the rank's parameters are made of, were none missing."""
+        out = set()
+        for tensor in self._tensors.values():
+            if tensor.layer is None:
+                tied = tensor.kind == "embedding" and self._model.tied and self._last
+                here = tied or (self._first if tensor.owner == "first" else self._last)
+            else:
+                experts = range(self._first_expert, self._first_expert + self._local_experts)
+                here = tensor.layer in self._layers and (tensor.expert is None or tensor.expert in experts)
+            if here and tensor.padded:
+                out.add(tensor.parts[0].tensor)
+            elif here:
+                out |= {part.tensor for part in tensor.rank(*self._place(tensor))[1]}
+        return out
+
+    def _place(self, tensor: MegatronTensor) -> tuple[int, int]:
+        """Give the rank along the tensor's axis, and the axis' degree."""
+        return (self._at[tensor.axis], getattr(self._degrees, tensor.axis)) if tensor.axis else (0, 1)
+
     def _find(self, name: str) -> MegatronTensor | None:
         found = parse(name)
         if found is None or (found.expert is not None and found.expert >= self._local_experts):
             return None
-        layer = None if found.layer is None else self._first_layer + found.layer
+        layer = None if found.layer is None else self._layers.start + found.layer
         expert = None if found.expert is None else self._first_expert + found.expert
         # The last stage has its own copy of a tied embedding.
         kind = "embedding" if found.kind == "output" and self._model.tied else found.kind

@@ -53,6 +53,15 @@ def test_the_list_is_whole() -> None:
     assert set(moeconv.__all__) <= set(dir(moeconv))
 
 
+def test_the_page_s_examples_give_what_they_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[3] / "docs" / "howto" / "python.md"
+    monkeypatch.chdir(folder)
+    example = doctest.DocTestParser().get_doctest(page.read_text(encoding="utf8"), {}, page.name, str(page), 0)
+    assert len(example.examples) > 10
+    said: list[str] = []
+    assert doctest.DocTestRunner().run(example, out=said.append).failed == 0, "".join(said)
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_gives_what_it_says(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)

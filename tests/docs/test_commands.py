@@ -19,7 +19,7 @@ from cli.main import main
 from moeconv.errors import MoeconvError
 from runtime.settings.flags import parse_flags
 from runtime.settings.parser import make_parser
-from tests.docs import world
+from tests.docs import tutorial, world
 from tests.docs.commands import ROOT, Command, blocks, inline, pages
 
 BLOCKS = [(page, block) for page in pages() for block in blocks(page) if page.name != "tutorial.md"]
@@ -152,6 +152,15 @@ def test_a_block_runs(page: Path, block: tuple[Command, ...], tiny_world: Path, 
         for command in todo:
             clear(command, made)
             run(command)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in pages() if "```python" in p.read_text() and p != tutorial.PAGE], ids=lambda p: p.name
+)
+def test_python_blocks_print_what_the_page_says(page: Path, tiny_world: Path, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf8")
+    with contextlib.chdir(world.copy_of(tiny_world, tmp_path / "here")):
+        assert tutorial.run(text) == text
 
 
 def clear(command: Command, made: set[str]) -> None:

@@ -75,7 +75,7 @@ def _shown(printed: str) -> str:
 def masked(text: str) -> str:
     """Take out what differs from run to run and from machine to machine: measured numbers, sizes of logs, colours."""
     text = re.sub(r"[0-9][0-9,]*\.[0-9]+(e[+-]?[0-9]+)?", "#", text)
-    return re.sub(r"[0-9][0-9,]*(?= (tokens/s|TFLOP))|(?<=of )[0-9]+(?= cores)", "#", text)
+    return re.sub(r"[0-9][0-9,]*(?= (tokens/s|TFLOP))|(?<=ETA )[0-9:]+", "#", text)
 
 
 def write(make: Callable[[str], str] = run) -> None:

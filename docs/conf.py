@@ -53,7 +53,14 @@ FLAGS = re.compile(re.escape(BEGIN) + ".*" + re.escape(END), re.DOTALL)
 
 
 def read(app: Sphinx, name: str, source: list[str]) -> None:
-    """Put what is made of the code where a page's file has a line alone; leave the table of flags to a page of its own."""
+    """Put what is made of the code where a page's file has a line alone; leave the table of flags to a page of its own.
+
+    A page that the contents don't list yet is put into the reference, before the format.
+    """
+    if name == "index":
+        listed = set(re.findall(r"^[\w/-]+$", source[0], re.MULTILINE))
+        new = sorted({path.stem for path in (ROOT / "docs").glob("*.md")} - listed - {"index"})
+        source[0] = re.sub(r"^format$", "\n".join([*new, "format"]), source[0], flags=re.MULTILINE)
     if name in MADE:
         source[0] = MADE[name]()
     if name == "trainer":

@@ -55,5 +55,6 @@ def _split(line: str) -> tuple[str, ...]:
         words = shlex.split(line, comments=True)
     except ValueError:  # an apostrophe of prose
         return ()
-    ends = [at for at, word in enumerate(words) if word in (">", "|", "&&", ";", "...")]
-    return tuple(words[: ends[0]] if ends and words[ends[0]] != "..." else words)
+    if "|" in words:  # what is piped into a program
+        words = words[words.index("|") + 1 :]
+    return tuple(words[: words.index(">")] if ">" in words else words)

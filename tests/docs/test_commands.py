@@ -19,7 +19,7 @@ from cli.main import main
 from moeconv.errors import MoeconvError
 from runtime.settings.flags import parse_flags
 from runtime.settings.parser import make_parser
-from tests.docs import world
+from tests.docs import tutorial, world
 from tests.docs.commands import ROOT, Command, blocks, inline, pages
 
 BLOCKS = [(page, block) for page in pages() for block in blocks(page) if page.name != "tutorial.md"]
@@ -136,6 +136,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 _RUN: set[tuple[tuple[str, ...], ...]] = set()
+_TRAINED: set[str] = set()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
@@ -149,9 +150,18 @@ def test_a_block_runs(page: Path, block: tuple[Command, ...], tiny_world: Path, 
     _RUN.add(key)
     with contextlib.chdir(world.copy_of(tiny_world, tmp_path / "here")):
         made: set[str] = set()
-        for command in todo:
+        for number, command in enumerate(todo, 1):
             clear(command, made)
-            run(command)
+            run(command, needed=number < len(todo))
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in pages() if "```python" in p.read_text() and p != tutorial.PAGE], ids=lambda p: p.name
+)
+def test_python_blocks_print_what_the_page_says(page: Path, tiny_world: Path, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf8")
+    with contextlib.chdir(world.copy_of(tiny_world, tmp_path / "here")):
+        assert tutorial.run(text) == text
 
 
 def clear(command: Command, made: set[str]) -> None:
@@ -177,13 +187,15 @@ def clear(command: Command, made: set[str]) -> None:
                 path.unlink()
 
 
-def run(command: Command) -> None:
+def run(command: Command, *, needed: bool) -> None:
+    """Run a command; training only if the next command needs it, or one of its flags has not been trained with yet."""
     words = list(command.words)
     flags = trainers_flags(command)
     if flags is None:
         shown = words[1:]
-        if words[1] == "eval":
-            shown = [*shown[:2], "--seq-length", "64", "--eval-iters", "1", *world.without_degrees(shown[2:])]
+        if words[1] in ("eval", "generate"):
+            few = ["--eval-iters", "1", "--seq-length", "64"] if words[1] == "eval" else ["--max-new-tokens", "2"]
+            shown = [*shown[:2], *few, *world.without_degrees(shown[2:])]
         world.moeconv(*shown)
         return
     if "--config" in flags:
@@ -191,4 +203,7 @@ def run(command: Command) -> None:
         return
     size = words[words.index("--nproc-per-node") + 1] if "--nproc-per-node" in words else "1"
     world.judge(flags, int(size))
-    world.train(flags)
+    named = {flag for flag in flags if flag.startswith("--")}
+    if needed or not named <= _TRAINED:
+        _TRAINED.update(named)
+        world.train(flags)

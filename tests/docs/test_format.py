@@ -123,32 +123,6 @@ def test_damage_is_refused(tmp_path: Path, source: Path) -> None:
         assert refuses(folder), what
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_trained_checkpoint_is_read_with_its_optimizer_state(day: Path) -> None:
-    """Weights as the safetensors library reads their export, everything as torch's distributed checkpoint reads the shards."""
-    import torch
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-
-    run = day / "run" / "latest"
-    found = read(run)
-    weights = {name: value for name, value in found.items() if not name.startswith("optimizer.")}
-    assert as_stored(weights) == stored(day / "mixtral-trained")
-    assert {name.split(".")[1] for name in found if name.startswith("optimizer.")} == {
-        "master",
-        "exp_avg",
-        "exp_avg_sq",
-    }
-    files = json.loads((run / "moeconv.json").read_text())["files"]
-    assert any("-dp1" in name for name in files), "the distributed optimizer splits states over data-parallel ranks"
-    kinds = {"BF16": torch.bfloat16, "F32": torch.float32}
-    state = {name: torch.zeros(array.shape, dtype=kinds[kind]) for name, (kind, array) in found.items()}
-    load(state, storage_reader=HuggingFaceStorageReader(str(run)), no_dist=True)
-    for name, (_, array) in found.items():
-        assert state[name].view(torch.uint8).numpy().tobytes() == array.tobytes(), name
-    trainer = json.loads((run / "trainer.json").read_text())
-    assert trainer.keys() == set(table("trainer.json"))
-
-
 def table(heading: str) -> list[str]:
     """Give the code words in the first column of the tables below a heading of the page."""
     text = PAGE.read_text(encoding="utf8")

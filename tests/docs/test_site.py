@@ -134,6 +134,18 @@ def test_each_named_proof_is_a_test() -> None:
     assert all("tests/" in line for line in promises)
 
 
+def test_files_that_pages_name_are_there() -> None:
+    """Files of the repository, by their paths."""
+    missing = []
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS.rglob("*.md")):
+        for name in re.findall(
+            r"\b((?:tests|runtime|moeconv|cli|benchmarks)/[\w/]+\.py)\b", page.read_text(encoding="utf8")
+        ):
+            if not (ROOT / name).exists():
+                missing.append(f"{page.name}: {name}")
+    assert not missing
+
+
 def test_the_picture_is_what_the_planner_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """`python docs/_site/rectangles.py` draws it anew."""
     monkeypatch.syspath_prepend(str(DOCS / "_site"))

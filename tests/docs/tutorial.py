@@ -50,16 +50,16 @@ def run(text: str) -> str:
 
 
 def call(shown: str) -> str:
-    """Run a command as it is shown, in this process where it is moeconv's, and give all that it prints."""
+    """Run a command as it is shown, in this process where it is a conversion, and give what it prints."""
     words = shlex.split(shown.replace("\\\n", " "))
-    if words[0] == "moeconv":
+    if words[0] == "moeconv" and words[1] != "train":
         from cli.main import main
 
         result = CliRunner().invoke(main, words[1:], catch_exceptions=False)
         assert result.exit_code == 0, f"{shown}: {result.output}"
         return _shown(result.stdout)
-    assert words[0] == "torchrun", shown
-    words[0:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    modules = {"torchrun": ["torch.distributed.run", "--standalone"], "moeconv": ["cli"]}
+    words[0:1] = [sys.executable, "-m", *modules[words[0]]]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{shown}: {done.stdout}{done.stderr}"
@@ -75,7 +75,7 @@ def _shown(printed: str) -> str:
 def masked(text: str) -> str:
     """Take out what differs from run to run and from machine to machine: measured numbers, sizes of logs, colours."""
     text = re.sub(r"[0-9][0-9,]*\.[0-9]+(e[+-]?[0-9]+)?", "#", text)
-    return re.sub(r"[0-9][0-9,]*(?= (tokens/s|TFLOP))|(?<=of )[0-9]+(?= cores)", "#", text)
+    return re.sub(r"[0-9][0-9,]*(?= (tokens/s|TFLOP))|(?<=ETA )[0-9:]+", "#", text)
 
 
 def write(make: Callable[[str], str] = run) -> None:

@@ -49,7 +49,7 @@ def build(folder: Path) -> None:
         make_tokenizer(folder / name)
         with_template(folder / name, CHATML, folder / name)
     mxfp4_folder(folder / OSS, hidden_size=64, intermediate_size=128, head_dim=16)
-    for copy in ("mixtral-hf", "mixtral-41m"):
+    for copy in ("mixtral-hf", "mixtral-41m", "Mixtral-8x7B-v0.1"):
         shutil.copytree(folder / MIXTRAL, folder / copy)
     make_tokenizer(folder / "tokenizer")
     _write_data(folder)
@@ -74,6 +74,7 @@ def build(folder: Path) -> None:
             "4",
             "--no-check",
         )
+        Path("run/best").symlink_to(os.readlink("run/latest"))
         for name in ("lora", "runs/base", "runs/upcycled"):
             shutil.copytree("run", name, symlinks=True)
 
@@ -93,7 +94,9 @@ def _write_data(folder: Path) -> None:
         {"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"{n} is {n}."}]}
         for n in range(60)
     ]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    for name in ("chats.jsonl", "chat.jsonl"):
+        (folder / name).write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (folder / "talk.json").write_text(json.dumps(chats[0]["messages"][:1]))
 
 
 def moeconv(*words: str) -> str:
@@ -102,7 +105,7 @@ def moeconv(*words: str) -> str:
     Returns:
         What it printed.
     """
-    result = CliRunner().invoke(main, list(words), catch_exceptions=False)
+    result = CliRunner().invoke(main, list(words), input="What is a tree?\n", catch_exceptions=False)
     # 3: verify and diff found a difference, as they should where a page compares a trained model with what it was.
     assert result.exit_code == 0 or (result.exit_code == 3 and words[0] in ("verify", "diff")), (words, result.output)
     return result.output

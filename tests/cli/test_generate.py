@@ -18,7 +18,10 @@ from cli.main import main
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_sharded
 from moeconv.layout.degrees import Degrees
+from runtime.generate.config import GenerateConfig
+from runtime.generate.prompts import Prompts
 from runtime.generate.sampling import Sampler, probabilities
+from runtime.generate.sources import open_source
 from runtime.generate.stream import TextStream
 from tests.runtime.data.chats import CHATML, with_template
 from tests.runtime.tiny import make_checkpoint
@@ -226,3 +229,35 @@ def test_command_lines_that_can_not_be_meant(words: list[str], message: str) -> 
     assert done.exit_code == 2
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+def test_a_talk_goes_on_turn_by_turn(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["Hello", "", "Why?", "x" * 4000, "/new", "Again", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    prompts = Prompts(place.tiny, None, 384)
+    talk = open_source(GenerateConfig(chat=True, system="Be brief."), prompts, 256, {})
+    answers = iter(["Oh.", "So.", "Yes."])
+    asked = []
+    for ids in talk.texts():
+        asked.append(place.tokenizer.decode(ids))
+        for token in place.tokenizer(next(answers))["input_ids"]:
+            talk.token(token)
+        talk.done("end")
+    turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Oh."), ("user", "Why?")]
+    again = [("system", "Be brief."), ("user", "Again")]
+    for found, messages in zip(asked, (turns[:2], turns, again), strict=True):
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        assert found == place.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    out, err = capsys.readouterr()
+    assert out == "Oh.\nSo.\nYes.\n"
+    assert "leaves no room for another one" in err, "the turn is left out, and the talk goes on"
+
+
+class Terminal(io.StringIO):
+    """Standard input that somebody sits at."""
+
+    def isatty(self) -> bool:
+        return True

@@ -55,6 +55,8 @@ class Workplace:
             4,
             "--lr",
             0.8,
+            "--lr-decay-iters",
+            40,
             "--lr-warmup-iters",
             20,
             *LORA,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.runtime.ranks import RankPool
 
 from moeconv.checkpoint import open_checkpoint
 from runtime.checkpoint import folder as folders
@@ -18,7 +19,6 @@ from runtime.settings.flags import parse_flags
 from runtime.start import prepare
 from runtime.validation import Validation
 from tests.runtime.jobs import Job, run_jobs
-from tests.runtime.ranks import RankPool
 from tests.runtime.tiny import make_checkpoint
 
 LORA = ("--lora-rank", "4", "--lora-targets", "*.self_attn.*", "*.experts.*")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.runtime.ranks import RankPool
 
 from moeconv.checkpoint import open_checkpoint
 from runtime.checkpoint import folder as folders
 from runtime.errors import ConfigError
 from runtime.job.processes import Process
+from runtime.parity.ranks import RankPool
 from runtime.settings.flags import parse_flags
 from runtime.start import prepare
 from runtime.validation import Validation
@@ -28,14 +27,13 @@ PATIENCE, MOST = 2, 14
 class Workplace:
     """A run that ends by itself; the same left after 3 steps and gone on with on two ranks, and then once more."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pool: RankPool) -> None:
         self.folder, self.base = folder, make_checkpoint(folder / "base")
         draw = np.random.default_rng(1)
         for name, size in (("train", 4000), ("valid", 400)):  # some tokens come often: that is soon learned
             (folder / f"{name}.bin").write_bytes((draw.geometric(0.1, size) % 384).astype(np.uint16).tobytes())
-        with contextlib.closing(RankPool(2)) as pool:
-            run_jobs([Job(1, self.words("whole")), Job(1, self.words("cut", "--exit-interval", "3"))], pool)
-            run_jobs([Job(2, self.words("cut", "--tensor-model-parallel-size", "2")), Job(1, self.words("cut"))], pool)
+        run_jobs([Job(1, self.words("whole")), Job(1, self.words("cut", "--exit-interval", "3"))], pool)
+        run_jobs([Job(2, self.words("cut", "--tensor-model-parallel-size", "2")), Job(1, self.words("cut"))], pool)
 
     def words(self, name: str, *more: str) -> tuple[str, ...]:
         words = ["--load", self.base, "--save", self.folder / name, "--log-file", self.folder / f"{name}.jsonl"]
@@ -53,8 +51,8 @@ class Workplace:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace(tmp_path_factory.mktemp("validation"))
+def place(tmp_path_factory: pytest.TempPathFactory, pool: RankPool) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("validation"), pool)
 
 
 def expected(losses: dict[int, float]) -> tuple[int, int]:

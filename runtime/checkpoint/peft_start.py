@@ -55,7 +55,7 @@ def begin_with(path: Path, base: Model, config: LoraConfig, given: set[str]) -> 
     )
     stated = read_config(path)
     rank, alpha = _shared(adapter, stated)
-    theirs = {"rank": rank, "alpha": alpha, "rslora": stated.rslora}
+    theirs: dict[str, Any] = {"rank": rank, "alpha": alpha, "rslora": stated.rslora}
     for name, value in theirs.items():
         mine = getattr(config, name)
         require(

@@ -14,7 +14,7 @@ from moeconv.errors import MoeconvError
 from runtime.data.conversations import ASSISTANT, Message
 from runtime.errors import require
 from runtime.generate.config import GenerateConfig
-from runtime.generate.generator import Stopped, check_room
+from runtime.generate.generator import GenerationError, Stopped, check_room
 from runtime.generate.prompts import Prompts, read_conversation
 from runtime.generate.stream import TextStream
 
@@ -79,8 +79,12 @@ class _Shown:
             print(f"[{count} tokens{_WHY[stopped]}; {count / seconds:.1f} tokens/s]", file=sys.stderr, flush=True)
 
     def _print(self, text: str) -> None:
-        if not self._quiet:
+        if self._quiet:
+            return
+        try:
             print(text, end="", flush=True)
+        except BrokenPipeError:
+            raise GenerationError("standard output was closed before the text was written") from None
 
 
 class OneShot(_Shown):

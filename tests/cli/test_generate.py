@@ -15,13 +15,22 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer, MixtralForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from cli.main import main
+from moeconv.adapters.export import plan_peft, write_peft
+from moeconv.adapters.merge import merge, write_merge
+from moeconv.adapters.source import open_adapter
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_sharded
 from moeconv.layout.degrees import Degrees
+from runtime.generate.config import GenerateConfig
+from runtime.generate.prompts import Prompts
 from runtime.generate.sampling import Sampler, probabilities
+from runtime.generate.sources import open_source
 from runtime.generate.stream import TextStream
+from runtime.model.lora import LoraConfig
+from tests.adapters.saves import train
 from tests.runtime.data.chats import CHATML, with_template
 from tests.runtime.tiny import make_checkpoint
+from tests.runtime.words import VOCAB_SIZE
 
 PROMPT = "def parse(self, text):"
 COUNT = 12
@@ -65,9 +74,10 @@ class Place:
         self.tokenizer = AutoTokenizer.from_pretrained(self.tiny)
         self.model = MixtralForCausalLM.from_pretrained(self.tiny, dtype=torch.float32)
 
-    def greedy(self, ids: list[int]) -> list[int]:
+    def greedy(self, ids: list[int], model: Any = None) -> list[int]:
+        how: dict[str, Any] = {"do_sample": False, "max_new_tokens": COUNT, "pad_token_id": 0}
         with torch.no_grad():
-            row = self.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=COUNT, pad_token_id=0)[0]
+            row = (model or self.model).generate(torch.tensor([ids]), **how)[0]
         tokens: list[int] = row[len(ids) :].tolist()
         return tokens
 
@@ -89,6 +99,21 @@ def test_texts_are_those_of_transformers(generate: Command, place: Place) -> Non
     assert first["stopped"] == "length"
     status, out, _ = generate(place.tiny, "--prompt", "-", "--max-new-tokens", COUNT, stdin=PROMPT)
     assert (status, out) == (0, first["text"] + "\n")
+
+
+def test_adapters_write_what_the_merged_model_writes(generate: Command, place: Place, tmp_path: Path) -> None:
+    config = LoraConfig(rank=2, alpha=8.0, targets=("*self_attn*", "*experts*"))
+    trained = train(tmp_path, "mixtral", config, vocab_size=VOCAB_SIZE, max_position_embeddings=256)
+    base = trained.base
+    write_merge(merge(base, open_adapter(trained.save, base.model)), tmp_path / "merged", Options(), logits=False)
+    write_peft(plan_peft(trained.opened), tmp_path / "peft", Options())
+    ids = place.tokenizer(PROMPT)["input_ids"]
+    want = place.greedy(ids, MixtralForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    assert want != place.greedy(ids, MixtralForCausalLM.from_pretrained(base.root, dtype=torch.float32))
+    words = ("--prompt", PROMPT, "--tokenizer-model", place.tiny)
+    [run] = generate.written(trained.save.parent, *words)
+    [peft] = generate.written(base.root, "--adapter", tmp_path / "peft", *words)
+    assert run["tokens"] == peft["tokens"] == want
 
 
 def test_it_ends_where_generation_config_says(generate: Command, place: Place) -> None:
@@ -226,3 +251,35 @@ def test_command_lines_that_can_not_be_meant(words: list[str], message: str) -> 
     assert done.exit_code == 2
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+def test_a_talk_goes_on_turn_by_turn(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["Hello", "", "Why?", "x" * 4000, "/new", "Again", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    prompts = Prompts(place.tiny, None, 384)
+    talk = open_source(GenerateConfig(chat=True, system="Be brief."), prompts, 256, {})
+    answers = iter(["Oh.", "So.", "Yes."])
+    asked = []
+    for ids in talk.texts():
+        asked.append(place.tokenizer.decode(ids))
+        for token in place.tokenizer(next(answers))["input_ids"]:
+            talk.token(token)
+        talk.done("end")
+    turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Oh."), ("user", "Why?")]
+    again = [("system", "Be brief."), ("user", "Again")]
+    for found, messages in zip(asked, (turns[:2], turns, again), strict=True):
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        assert found == place.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    out, err = capsys.readouterr()
+    assert out == "Oh.\nSo.\nYes.\n"
+    assert "leaves no room for another one" in err, "the turn is left out, and the talk goes on"
+
+
+class Terminal(io.StringIO):
+    """Standard input that somebody sits at."""
+
+    def isatty(self) -> bool:
+        return True

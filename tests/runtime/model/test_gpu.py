@@ -12,6 +12,7 @@ import torch
 
 from runtime.data.batch import Batch
 from runtime.engine import Engine
+from runtime.generate.stepper import Stepper
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
@@ -161,3 +162,23 @@ def test_recomputed_moe_layers_give_the_same_step() -> None:
     want, got = plain.train_step([batch(0)]), again.train_step([batch(0)])
     assert got.lm_loss == want.lm_loss
     assert got.grad_norm == pytest.approx(want.grad_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", trained_families())
+def test_a_text_that_grows_has_the_logits_of_one_pass_on_the_cpu(family: str) -> None:
+    """Flash attention with more keys than queries; with sinks and a window, and in fp32, a mask."""
+    text = batch(0).tokens[0, :24].tolist()
+    cpu = make_engine("float32", "cpu", family=family)
+    cpu.module.eval()
+    with torch.no_grad():
+        want_SV = cpu.module[0](torch.tensor([text]))[:, 0, :256]
+    for dtype in ("float32", "bfloat16"):
+        stepper = Stepper(make_engine(dtype, "cuda", family=family))
+        for length in (16, *range(17, 25)):
+            got = stepper.logits(text[:length])
+            assert got is not None
+            want = want_SV[length - 1]
+            if dtype == "float32":
+                assert float((got.cpu() - want).abs().max() / want.abs().max()) < 1e-4
+            else:  # single choices of experts turn
+                assert float(torch.cosine_similarity(got.cpu(), want, dim=0)) > 0.99

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+from tests.runtime.ranks import RankPool
 
 from moeconv.checkpoint import open_checkpoint
 from runtime.checkpoint import folder as folders
@@ -18,7 +19,6 @@ from runtime.start import prepare
 from runtime.validation import Validation
 from tests.runtime.data.chats import CHATML, make_chats
 from tests.runtime.jobs import Job, run_jobs
-from tests.runtime.ranks import RankPool
 from tests.runtime.tiny import make_checkpoint
 from tests.runtime.words import real_text
 

@@ -126,7 +126,7 @@ def plan_merge(merged: Merged, *, hf: bool = False) -> tuple[Plan, bytes | None]
             pieces = (p for e in header.entries for p in names.pieces(e.name, e.dtype, e.shape, name, e.begin))
             files.append(safetensors_target(name, header, pieces))
         return make_plan(merged.tensors, merged.pieces, files, ops=merged.ops), folder.index
-    if folder is not None or hf:
+    if merged.kind == "hf" or hf:
         return plan_hf(replace(merged, folder=None), None)
     return plan_sharded(merged, merged.degrees), None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from moeconv.checkpoint import Checkpoint
@@ -67,7 +67,9 @@ def plain_view(source: Checkpoint) -> PlainView:
     """
     made = cast(source, _DTYPE)
     values = {f.name: getattr(made, f.name) for f in fields(CastCheckpoint)}
-    return PlainView(**(values | {"checksums": {}}), source=source)
+    # Files of its source's own form would hold the weights as they were.
+    manifest = None if source.manifest is None else replace(source.manifest, source={}, index=None)
+    return PlainView(**(values | {"checksums": {}, "manifest": manifest}), source=source)
 
 
 def holds_fp8_blocks(model: Model) -> bool:

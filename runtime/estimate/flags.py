@@ -9,7 +9,7 @@ from moeconv.errors import MoeconvError
 from runtime.estimate.setup import Setup
 from runtime.settings.fields import Setting, settings
 
-_GROUPS = ("parallel", "recompute", "moe", "optim")
+_GROUPS = ("parallel", "recompute", "moe", "optim", "lora")
 
 
 def trainer_flags(setup: Setup) -> list[str]:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,13 +15,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeconv.adapters.export import plan_peft, write_peft
+from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options
+from moeconv.errors import MoeconvError
 from moeconv.families.adapted import ADAPTABLE, AdaptedModel
+from moeconv.layout.rect import Rect
+from runtime.errors import ConfigError
+from runtime.job.processes import Process
 from runtime.model.lora import LoraConfig
 from runtime.quantised.sizes import piece_bytes
+from runtime.settings.flags import parse_flags
+from runtime.start import prepare
 from tests.adapters.saves import Trained, train
 from tests.adapters.test_peft import ALL, Other, batch, gap, logits, peft_model
 from tests.runtime.quantised import library
+from tests.upcycle.hub import make_folder
 
 MATRICES = re.compile(r"self_attn\.\w+_proj\.weight|\bexperts\.(\d+\.\w+\.weight|(gate_up|down)_proj)$")
 CASES = {
@@ -107,3 +116,35 @@ def test_what_is_trained_whole_is_not_quantised(tmp_path: Path) -> None:
     before = float(plain.params_norm())
     assert engine.params_norm() == pytest.approx(before, rel=0.02)
     assert engine.params_norm() != before
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_what_no_scale_describes_is_refused(kind: Literal["nf4", "fp8"], tmp_path: Path) -> None:
+    engine = train(tmp_path, "mixtral", LoraConfig(rank=2, quantize_base=kind)).engine
+    assert engine.quantised is not None
+    base = open_checkpoint(tmp_path / "base")
+
+    def read(name: str, rect: Rect) -> np.ndarray[Any, Any]:
+        values = base.read(name, rect)
+        if name.endswith("1.self_attn.k_proj.weight"):
+            values[3, 5] = np.inf
+        return values
+
+    with pytest.raises(ConfigError, match=r"--quantize-base: .*layers\.1\.self_attn\.[kv]_proj.* not finite"):
+        engine.quantised.load(read)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--quantize-base", "nf4"), "--quantize-base nf4 does nothing here: it needs --lora-rank"),
+        (("--lora-rank", "2", "--double-quant"), "--double-quant does nothing here: it needs --quantize-base nf4"),
+        (("--lora-rank", "2", "--quantize-base", "fp8", "--fully-shard"), "--fully-shard.* doesn't shard"),
+        (("--lora-rank", "2", "--quantize-base", "fp4"), "fp4.*nf4"),
+    ],
+)
+def test_settings_that_do_not_fit(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    base = make_folder(tmp_path / "base", "mixtral", torch.float32)
+    flags = ["--load", str(base), "--mock-data", "--train-iters", "1", "--seq-length", "16", *words]
+    with pytest.raises(MoeconvError, match=message):
+        prepare(parse_flags(flags), Process())

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.runtime.parallel.parity import Case, global_batch, make_engine
 
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
@@ -19,7 +20,6 @@ from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
-from tests.runtime.parallel.parity import Case, global_batch, make_engine
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])]

@@ -160,6 +160,10 @@ def test_another_model_is_refused(place: Workplace) -> None:
     [
         ({"--lora-alpha": "7"}, r"holds adapters of --lora-rank 4 --lora-alpha 6; give these"),
         ({"--lora-rank": "3"}, r"holds adapters of --lora-rank 4"),
+        (
+            {"--quantize-base": "nf4"},
+            r"holds adapters of --lora-rank 4 --lora-alpha 6, without --quantize-base; give these",
+        ),
         ({"--lora-also-train": "*norm*"}, r"--lora-also-train: .* it holds .*gate.weight, which the flags don't name"),
         ({"--lora-targets": "*.self_attn.*"}, r"--lora-targets: .* it holds .*experts"),
     ],
@@ -167,7 +171,7 @@ def test_another_model_is_refused(place: Workplace) -> None:
 def test_other_adapters_are_refused(place: Workplace, change: dict[str, str], message: str) -> None:
     words = place.words("two", 4) + list(LORA)
     for flag, value in change.items():
-        at = words.index(flag)
+        at = words.index(flag) if flag in words else len(words)
         end = next((i for i in range(at + 1, len(words)) if words[i].startswith("--")), len(words))
         words[at:end] = [flag, value]
     with pytest.raises(ConfigError, match=message):

@@ -33,6 +33,7 @@ from runtime.data.batch import Batch
 from runtime.engine import Engine
 from runtime.job.processes import Process, connect, start
 from runtime.log.flops import device_peak, training_flops
+from runtime.measures import host_bytes
 from runtime.model.context import TORCH_DTYPES
 from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.assemble import make_run
@@ -138,7 +139,7 @@ def memory(engine: Engine, job: Job) -> dict[str, Any]:
     if job.device.type == "cuda":
         own = [torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9]
     allocated, reserved = (max(values) for values in zip(*job.everyone(own), strict=True))
-    pinned = job.everyone(engine.host_bytes / 1e9)
+    pinned = job.everyone(host_bytes(engine) / 1e9)
     return {
         "peak_gb": allocated,
         "reserved_gb": reserved,

@@ -42,11 +42,10 @@ from runtime.optim.ema import WithMean
 from runtime.optim.groups import describe_groups, resolve_groups
 from runtime.optim.loss_scale import LossScale
 from runtime.optim.make import make_optimizer
-from runtime.parallel.buckets import BucketStore
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.runner import Microbatch, Runner, WholeModel
-from runtime.parallel.shards import Store
+from runtime.parallel.stores import make_store
 from runtime.quantised.base import QuantisedBase, ReadBlocks
 from runtime.step_result import StepResult
 
@@ -106,7 +105,7 @@ class Engine:
         stages = [DecoderStage(self._context, layers) for layers in chunks]
         self.module = nn.ModuleList(stages)
         self.quantised = QuantisedBase.of(self.module, self._context)
-        self.store = self._make_store(stages)
+        self.store = make_store(self.module, stages, parallel, mesh, device, host_share=optim.on_host)
         for module in self.module.modules():
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None and buffer.is_meta:
@@ -259,27 +258,6 @@ class Engine:
             self.store.weights_from_masters()
         states.start_derived(self.trained, self.optimizer, read, stored or ())
 
-    @torch.no_grad()
-    def params_norm(self) -> float:
-        """Give the L2 norm of all weights, each element counted once. Collective."""
-        self.optimizer.settle()
-        masters = [shard.master for shard in self.store.shards if shard.counted and shard.master.numel()]
-        squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square().to(self.device) for x in masters]
-        squares += self.quantised.squares() if self.quantised is not None else []
-        return float(self._sum(squares).sqrt())
-
-    @torch.no_grad()
-    def num_zeros(self) -> int:
-        """Count the elements of the last step's gradient that are exactly zero. Collective."""
-        return int(self._sum([(x.tensor == 0).sum().double() for x in states.gradients(self.trained)]))
-
-    def _sum(self, summands: list[Tensor]) -> Tensor:
-        """Sum 0-dim fp64 numbers over this rank and all others."""
-        total = torch.stack([torch.zeros((), dtype=torch.float64, device=self.device), *summands]).sum()
-        if self.mesh.world_size > 1:
-            dist.all_reduce(total)
-        return total
-
     def scalars(self) -> dict[str, Any]:
         """Give what a checkpoint must keep besides tensors, as JSON; the same on every rank. Collective."""
         out = self.optimizer.scalars()
@@ -307,28 +285,6 @@ class Engine:
     @property
     def _wide(self) -> torch.dtype:
         return torch.float64 if self._context.dtype == torch.float64 else torch.float32
-
-    def _make_store(self, stages: Sequence[DecoderStage]) -> Store:
-        """Give the parameters, so far on the meta device, their memory."""
-        parallel, share = self._context.parallel, self._optim.on_host
-        if parallel.fully_shard:
-            # Imported where it is used, as the pipelines below: each takes seconds that other runs need not spend.
-            from runtime.parallel.full_sharding import FullyShardedStore
-
-            return FullyShardedStore(stages, self.mesh, self.device, host_share=share)
-        named = self.module.named_parameters()
-        distributed = parallel.use_distributed_optimizer
-        return BucketStore(stages, named, self.mesh, self.device, distributed=distributed, host_share=share)
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the host's memory that this rank takes: masters, the optimizer's states, activations."""
-        tensors = [
-            self.optimizer.state(s, name) for s in self.trained if s.offloaded for name in self.optimizer.states(s)
-        ]
-        tensors += [s.master for s in self.trained if s.offloaded and s.separate_master]
-        activations = sum(stage.offload.host_bytes for stage in self.module if isinstance(stage, DecoderStage))
-        return sum(tensor.nbytes for tensor in tensors) + activations
 
     def _make_runner(self, stages: Sequence[DecoderStage]) -> Runner:
         parallel = self._context.parallel

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,17 +42,17 @@ def allocate(num_bytes: int) -> Tensor:
     Raises:
         HostMemoryError: there is not enough.
     """
-    return _tensor_of(_map(num_bytes))
+    return _tensor_of(_map(num_bytes), set())
 
 
-def host_zeros(size: int, dtype: torch.dtype, *, page_locked: bool) -> Tensor:
-    """Give a tensor of the host that goes to and from a GPU at the speed of the link.
+def host_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Give a tensor of the host that goes to and from a device at the speed of the link.
 
     Args:
         size: elements.
         dtype: theirs.
-        page_locked: whether a GPU will copy; where the system doesn't let memory be page-locked, a warning says so, and
-            copies are slower.
+        device: for a GPU, the memory is page-locked, and on the GPU's side of a host with several sockets; where the system
+            doesn't let it be page-locked, a warning says so, and copies are slower.
 
     Returns:
         [size] zeros; the memory is unlocked when nothing refers to it any more.
@@ -62,8 +63,8 @@ def host_zeros(size: int, dtype: torch.dtype, *, page_locked: bool) -> Tensor:
     if size == 0:
         return torch.zeros(0, dtype=dtype)
     block = _map(size * dtype.itemsize)
-    memory = _tensor_of(block)
-    if page_locked:
+    memory = _tensor_of(block, cpus_near(device))
+    if device.type == "cuda":
         failure = page_lock(memory)
         if failure is None:
             # The map goes away with its last reference, which is after this is called.
@@ -120,6 +121,27 @@ def available_memory() -> int | None:
     return max(0, min(found)) if found else None
 
 
+def cpus_near(device: torch.device) -> set[int]:
+    """Give the processors that share a socket with a GPU, of those that this process may use; none where nothing tells."""
+    if device.type != "cuda":
+        return set()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found: Any = torch.cuda.get_device_properties(device)
+        name = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+        text = Path("/sys/bus/pci/devices", name, "local_cpulist").read_text()
+        return parse_cpus(text) & os.sched_getaffinity(0)
+    return set()
+
+
+def parse_cpus(text: str) -> set[int]:
+    """Read a list of processors as Linux writes it, such as 0-31,64-95."""
+    out: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        out |= set(range(int(first), int(last or first) + 1))
+    return out
+
+
 def _wait_and_unlock(address: int) -> None:
     with contextlib.suppress(Exception):
         torch.cuda.synchronize()  # copies may still be under way
@@ -138,9 +160,15 @@ def _map(num_bytes: int) -> mmap.mmap:
     return block
 
 
-def _tensor_of(block: mmap.mmap) -> Tensor:
+def _tensor_of(block: mmap.mmap, cpus: set[int]) -> Tensor:
     memory = torch.frombuffer(block, dtype=torch.uint8)
     pages = memory[:: mmap.PAGESIZE].chunk(_THREADS)
-    with ThreadPoolExecutor(_THREADS) as pool:
+
+    def settle() -> None:
+        if cpus:  # Linux takes memory from the socket of whoever touches it first
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, cpus)
+
+    with ThreadPoolExecutor(_THREADS, initializer=settle) as pool:
         list(pool.map(Tensor.zero_, pages))
     return memory

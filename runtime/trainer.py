@@ -29,6 +29,7 @@ from runtime.job.signals import StopRequest
 from runtime.job.watchdog import Progress
 from runtime.log.metrics import MetricLog
 from runtime.log.records import EvalRecord, StepRecord
+from runtime.measures import num_zeros, params_norm
 from runtime.optim.config import EMA
 from runtime.optim.groups import changed_groups
 from runtime.optim.schedule import Schedule
@@ -294,8 +295,8 @@ class Trainer:
         config, iteration = self.run.log, self.state.iteration
         if iteration % config.interval and iteration != self.run.train.num_steps:
             return {}
-        out: dict[str, float] = {"params_norm": self.engine.params_norm()} if config.params_norm else {}
-        return out | ({"num_zeros": self.engine.num_zeros()} if config.num_zeros else {})
+        out: dict[str, float] = {"params_norm": params_norm(self.engine)} if config.params_norm else {}
+        return out | ({"num_zeros": num_zeros(self.engine)} if config.num_zeros else {})
 
     def _record(
         self,

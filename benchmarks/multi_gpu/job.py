@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.multi_gpu.sizes import Sizes
-from runtime.data.batch import Batch
 from runtime.engine import Engine
 from runtime.job.processes import max_over_ranks
 from runtime.model.context import TORCH_DTYPES
@@ -111,9 +110,3 @@ def draw_weights(engine: Engine) -> None:
         for place, block in enumerate(member.matrices()):
             matrix = torch.empty(block.rect.shape, dtype=torch.bfloat16, device=engine.device)
             member.weight.take(place, matrix.normal_(std=0.02, generator=generator))
-
-
-def own_share(batches: list[Batch], mesh: ParallelMesh) -> list[Batch]:
-    """The micro-batches of this data-parallel rank."""
-    share = len(batches) // mesh.size("dp")
-    return batches[mesh.rank("dp") * share :][:share]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.multi_gpu.job import Job, Task, draw_weights, own_share
+from benchmarks.multi_gpu.job import Job, Task, draw_weights
 from benchmarks.multi_gpu.sizes import Sizes, global_batch, num_parameters
 from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.errors import WriteError
@@ -29,6 +29,7 @@ from runtime.checkpoint.writer import Saver, check
 from runtime.engine import Engine
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
+from runtime.parity.case import own_share
 
 STEPS_BEFORE = 2
 MOST_STEPS = 200

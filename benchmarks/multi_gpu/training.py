@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.multi_gpu.job import Job, Task, draw_weights, own_share
+from benchmarks.multi_gpu.job import Job, Task, draw_weights
 from benchmarks.multi_gpu.sizes import common_layers, global_batch, layers_that_fit, num_parameters
 from benchmarks.multi_gpu.traffic import all_to_all_floor, profile
 from benchmarks.train_step import PEAK_TFLOPS, flops_per_token, memory_by_kind
@@ -17,6 +17,7 @@ from runtime.data.batch import Batch
 from runtime.engine import Engine, StepResult
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
+from runtime.parity.case import own_share
 
 QUICK_LAYERS = 2
 

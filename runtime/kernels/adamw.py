@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.optim.config import rounding_seed
+from runtime.kernels.rounding import rounding_seed
 
 BLOCK = 2048
 NORM_BLOCK, NORM_TILES = 4096, 16

@@ -68,7 +68,7 @@ class ActivationOffload:
         free = self._free.get(num_bytes)
         if not free:
             self.host_bytes += num_bytes
-            return host_zeros(num_bytes, torch.uint8, page_locked=self.device.type == "cuda")
+            return host_zeros(num_bytes, torch.uint8, self.device)
         memory, read = free.pop()
         if read is not None and self.streams is not None:
             self.streams[1].wait_event(read)

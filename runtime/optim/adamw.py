@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.optim.config import OptimConfig, rounding_seed
+from runtime.kernels.rounding import rounding_seed
+from runtime.optim.config import OptimConfig
 from runtime.optim.staging import Staging
 from runtime.parallel.shards import Shard, new_state, segments
 from runtime.parallel.tensor_settings import TensorSettings

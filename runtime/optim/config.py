@@ -17,11 +17,6 @@ BUFFERS = 4
 """Pieces on the device: one that fills, one that is updated, one that empties, and one to spare."""
 
 
-def rounding_seed(step: int) -> int:
-    """Give what a step's stochastic roundings are drawn with: 31 bits."""
-    return (step * 0x9E3779B1) & 0x7FFFFFFF
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """AdamW with fp32 master weights and moments."""

@@ -90,7 +90,7 @@ class Bucket:
     def _new_master(self, dtype: torch.dtype) -> Tensor:
         size = self.weight_shard.numel()
         if self.offloaded:
-            return host_zeros(size, dtype, page_locked=self.device.type == "cuda")
+            return host_zeros(size, dtype, self.device)
         return torch.zeros(size, dtype=dtype, device=self.device)
 
     @property

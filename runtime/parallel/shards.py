@@ -132,7 +132,7 @@ def new_state(shard: Shard, dtype: torch.dtype | None = None) -> Tensor:
     """
     dtype = dtype or shard.master.dtype
     if shard.offloaded:
-        return host_zeros(shard.master.numel(), dtype, page_locked=shard.device.type == "cuda")
+        return host_zeros(shard.master.numel(), dtype, shard.device)
     return torch.zeros_like(shard.master, dtype=dtype)
 
 

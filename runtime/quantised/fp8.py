@@ -66,7 +66,10 @@ class Fp8:
             parts: as `empty` gave them.
             out: [P, R, C], contiguous, any float type; each number is a product in fp32, rounded once.
         """
-        if out.is_cuda and torch.cuda.get_device_capability(out.device) >= (8, 9):  # Triton knows the type from there on
+        if out.is_cuda and torch.cuda.get_device_capability(out.device) >= (
+            8,
+            9,
+        ):  # Triton knows the type from there on
             from runtime.kernels.dequantise import dequantise_fp8
 
             dequantise_fp8(parts, out)

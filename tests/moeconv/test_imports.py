@@ -90,6 +90,7 @@ ROOMS = {
     "runtime": (
         "errors",
         "flag",
+        "host_memory",
         "kernels",
         "parallel",
         "ops",

@@ -301,6 +301,27 @@ def test_adamw(size: int, moments: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip((p, m, v), before, strict=True))
 
 
+def test_adamw_in_pieces_is_adamw_at_once() -> None:
+    from runtime.kernels.adamw import adamw_step
+    from runtime.optim.adamw import random_bits, round_stochastically
+
+    size, piece = 5000, 2064
+    options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "num_steps": 3}
+    g, p = randn(size), randn(size)
+    state = [p, *(torch.zeros(size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))]
+    other = [x.clone() for x in state]
+    rest = (None, torch.tensor(1.0, device=DEVICE), torch.tensor(False, device=DEVICE))
+    adamw_step(g, *state, *rest, **options)
+    for begin in range(0, size, piece):
+        parts = [x[begin : begin + piece] for x in (g, *other)]
+        adamw_step(*parts, *rest, **options, first=begin)
+    assert all(torch.equal(a, b) for a, b in zip(state, other, strict=True))
+    # And rounds as plain torch does, from the same bits.
+    bits = random_bits(0, size, 3, g.device)
+    assert torch.equal(state[1].float(), round_stochastically((1 - 0.9) * g, bits & 0xFFFF))
+    assert torch.equal(state[2].float(), round_stochastically((1 - 0.95) * g * g, bits >> 16))
+
+
 def test_moments_in_bf16_are_rounded_without_bias() -> None:
     from runtime.kernels.adamw import adamw_step
 

@@ -84,6 +84,13 @@ def test_layouts_that_cut_matrices_are_refused(flags: str, named: str) -> None:
     check_run(make(f"{SHORT} --optimizer muon --expert-model-parallel-size 4"), 8)
 
 
+def test_matrices_stay_on_the_device() -> None:
+    with pytest.raises(ConfigError, match=r"--optimizer muon with --optimizer-cpu-offload: .*take --optimizer adam"):
+        check_run(make(f"{SHORT} --optimizer muon --optimizer-cpu-offload"), 1)
+    with pytest.raises(ConfigError, match=r"--optimizer-offload-fraction 0\.5 does nothing here"):
+        make(f"{SHORT} --optimizer-offload-fraction 0.5")
+
+
 def test_moments_of_another_optimizer_are_missed() -> None:
     model: Model = model_of(Case(name="one rank", num_ranks=1))
     stored = [f"optimizer.exp_avg.{name}" for name in resolve_groups(OptimConfig(), model)]

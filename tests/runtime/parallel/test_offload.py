@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moeconv.layout.rect import Rect
+from runtime.measures import host_bytes, params_norm
 from runtime.optim import staging
 from runtime.parity.case import Array, Case, assemble, copies, global_batch, make_engine, own_share
 from runtime.parity.ranks import RankPool
@@ -46,9 +47,9 @@ def steps(case: Case, optim: dict[str, Any], numbers: tuple[int, ...], saved: An
         engine.load_state(read, tensors)
         engine.load_scalars(scalars)
     losses = [engine.train_step(own_share(global_batch(case, step), mesh)).lm_loss for step in numbers]
-    norm = engine.params_norm()
+    norm = params_norm(engine)
     kept = {s.offloaded: s.master.numel() for s in engine.trained}
-    return copies(engine.state(with_optimizer=True)), engine.scalars(), (losses, norm), engine.host_bytes, kept
+    return copies(engine.state(with_optimizer=True)), engine.scalars(), (losses, norm), host_bytes(engine), kept
 
 
 def run(pool: RankPool, case: Case, optim: dict[str, Any], numbers: tuple[int, ...], saved: Any = None) -> Any:
@@ -106,7 +107,7 @@ def test_on_a_gpu_bits_are_those_of_a_run_without_and_its_memory_is_less(moments
             states.append({item.name: item.tensor.cpu().clone() for item in engine.state(with_optimizer=True)})
             if host:
                 assert all(s.master.is_pinned() for s in engine.trained)
-                assert engine.host_bytes > 0
+                assert host_bytes(engine) > 0
             assert engine.train_step(global_batch(case, 0)).lm_loss > 0
             del engine
     finally:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.runtime.ranks import RankPool
 
 from moeconv.checkpoint import open_checkpoint
 from runtime.checkpoint import folder as folders

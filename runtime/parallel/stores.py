@@ -1,0 +1,44 @@
+"""The store of a run's parameters, by its degrees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from runtime.parallel.buckets import BucketStore
+from runtime.parallel.degrees import ParallelConfig
+from runtime.parallel.mesh import ParallelMesh
+from runtime.parallel.shards import Store
+
+
+def make_store(
+    module: nn.Module,
+    stages: Sequence[nn.Module],
+    parallel: ParallelConfig,
+    mesh: ParallelMesh,
+    device: torch.device,
+    *,
+    host_share: float,
+) -> Store:
+    """Give the parameters, so far on the meta device, their memory.
+
+    Args:
+        module: holds the stages; names are taken from it.
+        stages: this rank's.
+        parallel: the degrees.
+        mesh: the ranks.
+        device: where weights and gradients go.
+        host_share: of the elements that this rank updates, whose optimizer state goes to the host.
+
+    Returns:
+        The store.
+    """
+    if parallel.fully_shard:
+        # Imported where it is used: it takes seconds that other runs need not spend.
+        from runtime.parallel.full_sharding import FullyShardedStore
+
+        return FullyShardedStore(stages, mesh, device, host_share=host_share)
+    named, distributed = module.named_parameters(), parallel.use_distributed_optimizer
+    return BucketStore(stages, named, mesh, device, distributed=distributed, host_share=host_share)

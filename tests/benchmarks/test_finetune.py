@@ -1,0 +1,40 @@
+"""The benchmark of finetuning, with a tiny model on a CPU: what it prints must be true."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.finetune import MODELS, SECTIONS, Case, config_of, main, parse
+from moeconv.families import family_of
+from moeconv.families.base import Model
+
+FLAGS = "--seq-length 32 --global-batch-size 4 --bf16 --moments-dtype bfloat16"
+
+
+def test_a_case_is_measured_saved_and_taken_up(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "tiny", "--steps", "1", "--json", "--save-and-resume", FLAGS, "--", *FLAGS.split()]
+    assert main([*words, "--optimizer-cpu-offload"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    count = sum(tensor.size for tensor in Model.from_config(family_of(MODELS["tiny"]), MODELS["tiny"]).tensors.values())
+    assert found["tokens"] == 4 * 32
+    assert found["tokens_per_second"] == pytest.approx(1e3 * found["tokens"] / found["ms"])
+    assert found["pinned_gb"] * 1e9 == pytest.approx(8 * count, rel=0.05)  # and the padding of buckets
+    assert found["saved_gb"] * 1e9 == 10 * count
+    assert found["resumed"]["equal"]
+    assert found["resumed"]["pinned_gb"] == 0
+
+
+def test_models_have_their_published_sizes() -> None:
+    for name, size in (("mixtral-8x7b", 46.70e9), ("qwen3-30b-a3b", 30.53e9)):
+        model = Model.from_config(family_of(MODELS[name]), config_of(Case(name="", model=name, flags="")))
+        assert sum(tensor.size for tensor in model.tensors.values()) == pytest.approx(size, rel=1e-3)
+
+
+def test_sections_and_own_cases_are_read() -> None:
+    assert parse([])[1] == [case for cases in SECTIONS.values() for case in cases]
+    own = parse(["--model", "tiny", "--layers", "3", "--", "--bf16", "--lora-rank", "4"])[1]
+    assert [(case.flags, case.layers) for case in own] == [("--bf16 --lora-rank 4", 3)]
+    with pytest.raises(SystemExit):
+        parse(["--", "--bf16"])

@@ -26,15 +26,16 @@ HEAD = """# What is tested of which family
 Made from the tests' own cases by `python -m tests.support.coverage > docs/coverage.md`; a test holds them equal. A cell that says yes is a
 case of the test named below; any other says why there is none.
 
-| column | what holds | by |
-| --- | --- | --- |
-| round trip | hub -> four layouts over tp, pp, ep and etp -> export: the sha256 of every file is the source's | `tests/moeconv/families/test_stored_forms.py`, `test_wrapped.py` |
-| fused names | transformers 5's stacks hold the same tensors as the published names; each comes back, either is written | the same |
-| quantised | the bytes of quantised weights come back; their cast to bf16 is the maker's own, bit for bit | `tests/moeconv/test_quantised.py` |
-| carried | tensors that the model doesn't compute with come back byte for byte | `test_stored_forms.py`, `test_wrapped.py` |
-| Megatron | `torch` and `torch_dist`, both ways: megatron-core 0.16.1's fp32 logits are transformers' within 2e-5 (see docs/megatron.md), every byte comes back | `tests/megatron/test_families.py` |
-| logits, gradients | fp32, relative to the largest, at most 1e-5 from transformers' | `tests/runtime/model/test_transformers.py` |
-| parity | losses, gradients and weights under tp, sp, pp, ep, etp and cp within 1e-5 of one rank's | `tests/runtime/parallel/test_parity.py` |
+| column | what holds |
+| --- | --- |
+| round trip | hub -> layouts over tp, pp, ep and etp -> export: the sha256 of every file is the source's (`test_stored_forms.py`, `test_wrapped.py`) |
+| fused names | transformers 5's stacks hold the same tensors as the published names; each comes back, either is written (the same) |
+| quantised | the bytes of quantised weights come back; their cast to bf16 is the maker's own, bit for bit (`test_quantised.py`) |
+| carried | tensors that the model doesn't compute with come back byte for byte (`test_stored_forms.py`, `test_wrapped.py`) |
+| Megatron | `torch` and `torch_dist`, both ways: megatron-core 0.16.1's fp32 logits are transformers' within 2e-5, every byte comes back |
+| | (`tests/megatron/test_families.py`, docs/megatron.md) |
+| logits, gradients | fp32, relative to the largest: at most 1e-5 from transformers' (`tests/runtime/model/test_transformers.py`) |
+| parity | losses, gradients and weights under tp, sp, pp, ep, etp and cp within 1e-5 of one rank's (`tests/runtime/parallel/test_parity.py`) |
 """
 # The families that the quantised forms are tested on; a scheme is a rule of matrices, whatever family they are of.
 QUANTISED = {

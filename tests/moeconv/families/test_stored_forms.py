@@ -22,6 +22,7 @@ from tests.moeconv.models import digests
 from tests.upcycle.hub import FAMILIES, make_folder, make_model
 
 MIXTURES = [name for name in FAMILIES if "experts" in KNOWN[name].sizes]
+DENSE = [name for name in FAMILIES if name not in MIXTURES]
 CHAIN = (Degrees(tp=2, ep=2, etp=2, pp=2), Degrees(ep=4, etp=1), Degrees(tp=4, ep=1, etp=2), Degrees(tp=2, etp=4, pp=2))
 
 
@@ -46,6 +47,17 @@ def test_names_of_transformers_5_come_back(model_type: str, tmp_path: Path) -> N
     want = {k: v for file in (tmp_path / "hub").glob("*.safetensors") for k, v in load_file(file).items()}
     assert stored.keys() == want.keys()
     assert all(torch.equal(stored[k], want[k]) for k in want)
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_dense_models_come_back(model_type: str, tmp_path: Path) -> None:
+    make_model(model_type).to(torch.bfloat16).save_pretrained(tmp_path / "hub", max_shard_size="30KB")
+    path = tmp_path / "hub"
+    for number, degrees in enumerate((Degrees(tp=2, pp=2), Degrees(tp=4), Degrees(pp=2))):
+        write_sharded(open_checkpoint(path), tmp_path / str(number), degrees, Options())
+        path = tmp_path / str(number)
+    write_hf(open_checkpoint(path), tmp_path / "back", None, Options())
+    assert digests(tmp_path / "back") == digests(tmp_path / "hub")
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "granitemoe", "gpt_oss", "llama4_text", "jamba"])

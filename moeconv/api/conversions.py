@@ -5,25 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moeconv.api.written import Written
 from moeconv.checkpoint import TRAINER, Checkpoint, open_checkpoint
 from moeconv.convert import Options, plan_hf, plan_sharded, write_hf, write_sharded
 from moeconv.errors import SourceError
-from moeconv.formats import open_any
 from moeconv.forms import Names
 from moeconv.hub import local_folder
 from moeconv.hub_preview import opened, preview
 from moeconv.io.carried import Content
 from moeconv.io.staging import check_free
 from moeconv.layout.degrees import Degrees
-from moeconv.megatron import convert as megatron
-from moeconv.megatron.convert import Format, Summary
-from moeconv.megatron.names import Experts, Spec
 from moeconv.plan import Plan
-from moeconv.upcycling.make import plan as plan_mixture
-from moeconv.upcycling.recipe import Recipe
+
+if TYPE_CHECKING:  # each function imports what it alone needs when it is called, so that a command starts at once
+    from moeconv.megatron.convert import Format, Summary
+    from moeconv.megatron.names import Experts, Spec
+    from moeconv.upcycling.recipe import Recipe
 
 
 def open(source: str | Path, *, revision: str | None = None, recipe: Recipe | None = None) -> Checkpoint:
@@ -50,8 +49,14 @@ def open(source: str | Path, *, revision: str | None = None, recipe: Recipe | No
     >>> planned.kind, planned.tensor("model.layers.0.block_sparse_moe.experts.3.w1.weight").shape
     ('planned', (24, 32))
     """
+    from moeconv.formats import open_any
+
     found = open_any(local_folder(str(source), revision))
-    return found if recipe is None else plan_mixture(found, recipe)
+    if recipe is None:
+        return found
+    from moeconv.upcycling.make import plan
+
+    return plan(found, recipe)
 
 
 def import_hf(
@@ -233,6 +238,8 @@ def import_megatron(
     >>> done.degrees, done.files
     ('tp2 pp1 ep2 etp2', 5)
     """
+    from moeconv.megatron import convert as megatron
+
     config = None if hf_config is None else Path(hf_config)
     found = megatron.open_megatron(
         Path(source), iteration=iteration, hf_config=config, ignore_args=ignore_args, optimizer=optimizer
@@ -277,6 +284,8 @@ def export_megatron(
     >>> done.degrees
     'tp2 pp1 ep1 etp2'
     """
+    from moeconv.megatron import convert as megatron
+
     return megatron.export_megatron(
         Path(source),
         Path(out),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint import Checkpoint
-from moeconv.formats import open_any
 from moeconv.io.carried import Content, size_of
 from moeconv.plan import Plan
 
@@ -71,4 +70,6 @@ class Written:
         Raises:
             SourceError: nothing was, in a dry run.
         """
+        from moeconv.formats import open_any  # here: conversions don't read what they wrote
+
         return open_any(self.out)

@@ -32,6 +32,7 @@ NOT_RUN = {
     r"--push-to-hub": "uploads",
     r"--calibrate|mine\.yaml": "measures the machine; tests/runtime/estimate/test_calibrate.py runs it",
     r"--live": "serves until it is stopped; tests/runtime/report/test_page.py runs it",
+    r"gpt-oss-mxfp4|deepseek-v3-fp8| (oss|ds)-": "a recorded day; tests/moeconv/test_quantised.py does the same with such folders",
     r"--data-order megatron": "needs token files of one of Megatron's runs; tests/megatron/test_training.py runs it",
 }
 

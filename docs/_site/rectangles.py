@@ -26,7 +26,7 @@ TENSORS = (
 )
 FROM, TO = Degrees(tp=4, ep=2), Degrees(tp=2, ep=4, etp=1)
 COLOURS = ("#4063d8", "#389826", "#cb3c33", "#9558b2")
-WIDTH, LEFT, RIGHT, BOX, TOP, ROW = 720, 282, 590, 96, 96, 104
+WIDTH, LEFT, RIGHT, BOX, TOP, ROW = 740, 282, 590, 96, 96, 104
 
 
 def draw() -> str:

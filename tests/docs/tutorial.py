@@ -18,6 +18,7 @@ from click.testing import CliRunner
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "tutorial.md"
 _BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_NUMBER = re.compile(r"[0-9][0-9,.:]*(e[+-]?[0-9]+)?")
 _COMMAND = re.compile(r"^\$ ((?:[^\n]*\\\n)*[^\n]+)\n", re.MULTILINE)
 
 
@@ -73,9 +74,12 @@ def _shown(printed: str) -> str:
 
 
 def masked(text: str) -> str:
-    """Take out what differs from run to run and from machine to machine: measured numbers, sizes of logs, colours."""
-    text = re.sub(r"[0-9][0-9,]*\.[0-9]+(e[+-]?[0-9]+)?", "#", text)
-    return re.sub(r"[0-9][0-9,]*(?= (tokens/s|TFLOP))|(?<=ETA )[0-9:]+", "#", text)
+    """Take out what differs from run to run and from machine to machine: measured numbers, rates, the time that is left."""
+    text = re.sub(
+        r"^(iteration [0-9/]+)(.*)$", lambda line: line[1] + _NUMBER.sub("#", line[2]), text, flags=re.MULTILINE
+    )
+    text = re.sub(r"[0-9.]+ [kMG]?B/s", "#", text)
+    return re.sub(r"[0-9]+\.[0-9]+(?= s\b)|(?<=^loss )[0-9.]+", "#", text, flags=re.MULTILINE)
 
 
 def write(make: Callable[[str], str] = run) -> None:

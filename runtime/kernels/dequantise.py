@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.quantised.nf4 import code_of, scales_code_of
 from runtime.quantised.sizes import FP8_BLOCK, NF4_BLOCK, SCALES_BLOCK
 
 TILE = 4096  # elements of a program
@@ -78,14 +77,21 @@ def _fp8_kernel(
     tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
 
 
-def dequantise_nf4(parts: tuple[Tensor, ...], out: Tensor) -> None:
-    """Write the numbers of NF4 matrices; arguments as of `runtime.quantised.nf4.Nf4.dequantise`."""
+def dequantise_nf4(parts: tuple[Tensor, ...], out: Tensor, code_16: Tensor, scales_code_256: Tensor) -> None:
+    """Write the numbers of NF4 matrices.
+
+    Args:
+        parts: as of `runtime.quantised.nf4.Nf4.dequantise`.
+        out: likewise.
+        code_16: [16] fp32, what four bits stand for.
+        scales_code_256: [256] fp32, what the eight bits of a quantised scale stand for.
+    """
     codes, scales = parts[:2]
     double = len(parts) > 2
     groups, offsets = parts[2:] if double else (scales, scales)
     size = out[0].numel()
     sizes = (size, scales.shape[1], groups.shape[1] if double else 1, double, NF4_BLOCK, SCALES_BLOCK, TILE)
-    tables = (code_of(out.device), scales_code_of(out.device) if double else code_of(out.device))
+    tables = (code_16, scales_code_256)
     grid = (triton.cdiv(size, TILE), out.shape[0])
     _nf4_kernel[grid](codes, scales, groups, offsets, *tables, out, *sizes, num_warps=4, **_AS_WRITTEN)
 

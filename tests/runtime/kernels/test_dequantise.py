@@ -7,6 +7,7 @@ import torch
 
 from runtime.quantised.fp8 import Fp8
 from runtime.quantised.nf4 import Nf4, code_of, scales_code_of
+from runtime.quantised.sizes import FP8_BLOCK, NF4_BLOCK, SCALES_BLOCK
 from runtime.quantised.weight import Format
 
 CUDA = torch.cuda.is_available()
@@ -37,9 +38,9 @@ def test_kernels_are_plain_torch(form: Format, shape: tuple[int, int, int], dtyp
     form.dequantise(parts, want)
     moved = tuple(part.to(DEVICE) for part in parts)
     if isinstance(form, Fp8):
-        dequantise_fp8(moved, got)
+        dequantise_fp8(moved, got, FP8_BLOCK)
     else:
-        dequantise_nf4(moved, got, code_of(DEVICE), scales_code_of(DEVICE))
+        dequantise_nf4(moved, got, code_of(DEVICE), scales_code_of(DEVICE), (NF4_BLOCK, SCALES_BLOCK))
     assert torch.equal(got.cpu(), want)
 
 

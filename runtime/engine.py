@@ -46,7 +46,7 @@ from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.runner import Microbatch, Runner, WholeModel
 from runtime.parallel.stores import make_store
-from runtime.quantised.base import QuantisedBase, ReadBlocks
+from runtime.quantised_base import QuantisedBase, ReadBlocks
 from runtime.step_result import StepResult
 
 __all__ = ["Engine", "NonFiniteError", "StepResult"]

@@ -27,7 +27,7 @@ from runtime.job.watchdog import Progress
 from runtime.model.context import TORCH_DTYPES
 from runtime.optim.config import EMA
 from runtime.parallel.mesh import ParallelMesh
-from runtime.quantised.base import ReadBlocks
+from runtime.quantised_base import ReadBlocks
 from runtime.settings.flags import Given
 from runtime.settings.origin import Origin, open_at
 from runtime.settings.run import RunConfig

@@ -10,13 +10,14 @@ PLAIN = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 FP8 = "fp8"
 
 
-def require_plain(model: Model, where: object, doing: str) -> None:
+def require_plain(model: Model, where: object, doing: str, instead: str = "") -> None:
     """Refuse a checkpoint with quantised weights.
 
     Args:
         model: its model.
         where: the checkpoint, for the message.
         doing: what can't be done with it, as `upcycling`.
+        instead: what can be done with it as it is, behind the remedy.
 
     Raises:
         MappingError: it has some.
@@ -25,5 +26,5 @@ def require_plain(model: Model, where: object, doing: str) -> None:
         name = model.scheme.name if model.scheme is not None else "quantised"
         raise MappingError(
             f"{where}: holds {len(model.quantised)} weights as {name}; {doing} needs plain ones: make them with "
-            "`moeconv import-hf SRC OUT --dtype bfloat16`"
+            f"`moeconv import-hf SRC OUT --dtype bfloat16`{instead}"
         )

@@ -10,9 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.quantised.nf4 import code_of, scales_code_of
-from runtime.quantised.sizes import FP8_BLOCK, NF4_BLOCK, SCALES_BLOCK
-
 TILE = 4096  # elements of a program
 # A product and a sum are rounded one after the other, as the library does.
 _AS_WRITTEN = {"enable_fp_fusion": False}
@@ -78,23 +75,39 @@ def _fp8_kernel(
     tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
 
 
-def dequantise_nf4(parts: tuple[Tensor, ...], out: Tensor) -> None:
-    """Write the numbers of NF4 matrices; arguments as of `runtime.quantised.nf4.Nf4.dequantise`."""
+def dequantise_nf4(
+    parts: tuple[Tensor, ...], out: Tensor, code_16: Tensor, scales_code_256: Tensor, blocks: tuple[int, int]
+) -> None:
+    """Write the numbers of NF4 matrices.
+
+    Args:
+        parts: as of `runtime.quantised.nf4.Nf4.dequantise`.
+        out: likewise.
+        code_16: [16] fp32, what four bits stand for.
+        scales_code_256: [256] fp32, what the eight bits of a quantised scale stand for.
+        blocks: elements that share a scale, and scales that share a scale of their own.
+    """
     codes, scales = parts[:2]
     double = len(parts) > 2
     groups, offsets = parts[2:] if double else (scales, scales)
     size = out[0].numel()
-    sizes = (size, scales.shape[1], groups.shape[1] if double else 1, double, NF4_BLOCK, SCALES_BLOCK, TILE)
-    tables = (code_of(out.device), scales_code_of(out.device) if double else code_of(out.device))
+    sizes = (size, scales.shape[1], groups.shape[1] if double else 1, double, *blocks, TILE)
+    tables = (code_16, scales_code_256)
     grid = (triton.cdiv(size, TILE), out.shape[0])
     _nf4_kernel[grid](codes, scales, groups, offsets, *tables, out, *sizes, num_warps=4, **_AS_WRITTEN)
 
 
-def dequantise_fp8(parts: tuple[Tensor, ...], out: Tensor) -> None:
-    """Write the numbers of FP8 matrices; arguments as of `runtime.quantised.fp8.Fp8.dequantise`."""
+def dequantise_fp8(parts: tuple[Tensor, ...], out: Tensor, block: tuple[int, int]) -> None:
+    """Write the numbers of FP8 matrices.
+
+    Args:
+        parts: as of `runtime.quantised.fp8.Fp8.dequantise`.
+        out: likewise.
+        block: rows and columns that share a scale.
+    """
     codes, scales = parts
     rows, columns = out.shape[1:]
-    tile = min(TILE // FP8_BLOCK[1], FP8_BLOCK[0])
+    tile = min(TILE // block[1], block[0])
     grid = (triton.cdiv(rows, tile) * scales.shape[2], out.shape[0])
-    sizes = (rows, columns, *scales.shape[1:], *FP8_BLOCK, tile)
+    sizes = (rows, columns, *scales.shape[1:], *block, tile)
     _fp8_kernel[grid](codes, scales, out, *sizes, num_warps=4)

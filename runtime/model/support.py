@@ -49,7 +49,7 @@ def check_supported(model: Model, where: Path) -> None:
         not strange,
         f"{where}: the trainer doesn't compute {model.family.name}: {', '.join(strange)}; it converts, and trains elsewhere",
     )
-    require_plain(model, where, "training")
+    require_plain(model, where, "training", ", or train adapters over them: --lora-rank with --quantize-base")
     for key, value in compute.others.items():
         require(
             False,

@@ -72,7 +72,7 @@ class Fp8:
         ):  # Triton knows the type from there on
             from runtime.kernels.dequantise import dequantise_fp8
 
-            dequantise_fp8(parts, out)
+            dequantise_fp8(parts, out, FP8_BLOCK)
             return
         numbers, scales = parts
         for place in range(out.shape[0]):

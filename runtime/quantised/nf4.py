@@ -114,7 +114,8 @@ class Nf4:
         if out.is_cuda:
             from runtime.kernels.dequantise import dequantise_nf4
 
-            dequantise_nf4(parts, out)
+            codes = (code_of(out.device), scales_code_of(out.device))
+            dequantise_nf4(parts, out, *codes, (NF4_BLOCK, SCALES_BLOCK))
             return
         for place, matrix in enumerate(out.view(out.shape[0], -1)):
             matrix.copy_(self._numbers([part[place] for part in parts], matrix.numel()))

@@ -92,6 +92,7 @@ ROOMS = {
         "flag",
         "host_memory",
         "kernels",
+        "quantised",
         "parallel",
         "ops",
         "optim",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tests.runtime.parallel.cases import CASES as PARITY
 from transformers import AutoConfig
 
 from moeconv.errors import MappingError
@@ -17,7 +18,6 @@ from tests.moeconv import test_quantised as quantised
 from tests.moeconv.families import test_stored_forms as forms
 from tests.moeconv.families import test_wrapped as wrapped
 from tests.runtime.model import test_transformers as trainer
-from tests.runtime.parallel.cases import CASES as PARITY
 from tests.upcycle.hub import FAMILIES as TINY
 from tests.upcycle.hub import SIZES
 

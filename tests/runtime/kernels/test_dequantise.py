@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from runtime.quantised.fp8 import Fp8
-from runtime.quantised.nf4 import Nf4
+from runtime.quantised.nf4 import Nf4, code_of, scales_code_of
+from runtime.quantised.sizes import FP8_BLOCK, NF4_BLOCK, SCALES_BLOCK
 from runtime.quantised.weight import Format
 
 CUDA = torch.cuda.is_available()
@@ -35,8 +36,11 @@ def test_kernels_are_plain_torch(form: Format, shape: tuple[int, int, int], dtyp
             own[place] = part
     want, got = torch.empty(shape, dtype=dtype), torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
     form.dequantise(parts, want)
-    kernel = dequantise_fp8 if isinstance(form, Fp8) else dequantise_nf4
-    kernel(tuple(part.to(DEVICE) for part in parts), got)
+    moved = tuple(part.to(DEVICE) for part in parts)
+    if isinstance(form, Fp8):
+        dequantise_fp8(moved, got, FP8_BLOCK)
+    else:
+        dequantise_nf4(moved, got, code_of(DEVICE), scales_code_of(DEVICE), (NF4_BLOCK, SCALES_BLOCK))
     assert torch.equal(got.cpu(), want)
 
 

@@ -77,6 +77,12 @@ _LENGTH = "--seq-length 4096 --micro-batch-size 1 --bf16"
 _HOST = "--optimizer-cpu-offload"
 _LORA = f"{_LENGTH} --lora-rank 16 --recompute-granularity full"
 _ALL = "--lora-targets '*.self_attn.*' '*.experts.*' --moments-dtype bfloat16"
+_FULL = (
+    f"--seq-length 4096 --micro-batch-size 2 --bf16 --global-batch-size 32 --moments-dtype bfloat16 {_HOST} "
+    "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 "
+    "--use-distributed-optimizer --recompute-granularity full"
+)
+_OTHER = f"{_LENGTH} --global-batch-size 32 --moments-dtype bfloat16 --pipeline-model-parallel-size 4"
 SECTIONS: dict[str, list[Case]] = {
     "offload": [
         Case(
@@ -99,9 +105,24 @@ SECTIONS: dict[str, list[Case]] = {
             name="Mixtral 8x7B, all weights",
             model="mixtral-8x7b",
             ranks=4,
-            flags=f"{_LENGTH} --global-batch-size 32 --moments-dtype bfloat16 {_HOST} --tensor-model-parallel-size 2 "
-            "--sequence-parallel --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 "
-            "--use-distributed-optimizer --recompute-granularity full",
+            flags=_FULL,
+            steps=3,
+        ),
+        Case(
+            name="Mixtral 8x7B, all weights, saved without the optimizer's state",
+            model="mixtral-8x7b",
+            ranks=4,
+            flags=f"{_FULL} --no-save-optim",
+            steps=1,
+            save_and_resume=f"{_OTHER} {_HOST} --recompute-granularity full",
+        ),
+        Case(
+            name="Mixtral 8x7B, 4 layers, saved with the optimizer's state",
+            model="mixtral-8x7b",
+            ranks=4,
+            layers=4,
+            flags=_FULL,
+            save_and_resume=_OTHER,
         ),
     ],
     "lora": [

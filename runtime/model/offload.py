@@ -122,8 +122,12 @@ class _Kept:
 
     def __init__(self, tensor: Tensor, region: _Region) -> None:
         offload = self._offload = region.offload
+        # Dims as they lie in memory: only what is contiguous on both sides is copied while others compute.
+        strides = tensor.stride()
+        order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
+        self._back = [order.index(dim) for dim in range(tensor.dim())]
+        tensor = tensor.permute(order)
         self._region, self._dtype, self._shape = region, tensor.dtype, tensor.shape
-        self._stride = torch.empty_like(tensor, device="meta").stride()  # dense, dims in the same order
         self._memory = offload.take(tensor.numel() * tensor.element_size())
         self._stored: torch.cuda.Event | None = None
         self._read: torch.cuda.Event | None = None
@@ -141,7 +145,7 @@ class _Kept:
 
     @property
     def _host(self) -> Tensor:
-        return self._memory.view(self._dtype).as_strided(self._shape, self._stride)
+        return self._memory.view(self._dtype).view(self._shape)
 
     def fetch(self) -> None:
         """Begin to bring it back, unless that has begun or it is there."""
@@ -168,8 +172,8 @@ class _Kept:
             self._region.previous.fetch()
         if self._ahead is None:
             self.fetch()
-        out = self._ahead
-        assert out is not None
+        assert self._ahead is not None
+        out = self._ahead.permute(self._back)
         if self._read is not None:
             current = torch.cuda.current_stream(self._offload.device)
             current.wait_event(self._read)
@@ -178,7 +182,7 @@ class _Kept:
         return out
 
     def _new(self) -> Tensor:
-        return torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device=self._offload.device)
+        return torch.empty(self._shape, dtype=self._dtype, device=self._offload.device)
 
     def __del__(self) -> None:
         memory = getattr(self, "_memory", None)

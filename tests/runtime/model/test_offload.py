@@ -147,3 +147,43 @@ def test_a_plan_counts_what_goes_to_the_host_and_what_waits_for_it() -> None:
     whole, inputs = (plan(RecomputeConfig(granularity="full", offload=x)) for x in ((), ("layer_inputs",)))
     assert inputs.host == whole.memory[0].activations["inputs"] == 4 * 8192 * 4096 * 2
     assert inputs.seconds == pytest.approx(whole.seconds)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_come_back_with_their_values_and_their_order_in_memory(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "LEAST", 1)
+    base = torch.randn(6, 4, 3, 8, device=device)
+    views = [
+        base,
+        base.permute(1, 2, 0, 3),
+        base[:, :, :2].permute(2, 0, 1, 3),
+        base[0, 0, 0, 0],
+        base[:0],
+        base[:1].expand(5, 4, 3, 8),
+    ]
+    way = offload.ActivationOffload(("mlp",), base.device)
+    way.begin()
+    got: list[torch.Tensor] = []
+
+    class Keep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(*tensors)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            got.extend(ctx.saved_tensors)
+            return grad, *(None for _ in views)
+
+    x = torch.ones((), device=device, requires_grad=True)
+    with way.region("mlp", None):
+        y = Keep.apply(x, *views)
+    want = [view.clone() for view in views]
+    base.zero_()
+    y.backward()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert got[1].stride() == base.permute(1, 2, 0, 3).stride()
+    assert way.host_bytes >= sum(view.numel() for view in views[:3]) * 4

@@ -12,12 +12,12 @@ from moeconv.families.base import Family, Model
 from moeconv.families.wrapped import WRAPPED
 from moeconv.megatron.model_args import model_args
 from moeconv.megatron.tensors import megatron_tensors
+from runtime.parity.cases import CASES as PARITY
 from tests.megatron import test_families as megatron
 from tests.moeconv import test_quantised as quantised
 from tests.moeconv.families import test_stored_forms as forms
 from tests.moeconv.families import test_wrapped as wrapped
 from tests.runtime.model import test_transformers as trainer
-from tests.runtime.parallel.cases import CASES as PARITY
 from tests.upcycle.hub import FAMILIES as TINY
 from tests.upcycle.hub import SIZES
 

@@ -81,7 +81,10 @@ def _carry_tensors(folder: Path, source: Checkpoint, degrees: Degrees) -> list[F
 
 
 def _with_dtype(config: bytes, source: Checkpoint, records: list[FileRecord]) -> bytes:
-    """Give config.json's bytes; where training changed the weights' dtype, it says the new one, else a reader would cast them back."""
+    """Give config.json's bytes; where training changed the weights' dtype, it says the new one, else a reader would cast them back.
+
+    Buffers don't count: a run keeps a router's stored bias in fp32, whatever the weights are.
+    """
     before = {name: info.dtype for name, info in source.tensors.items()}
     if source.adapter is not None:
         return config  # the model's, whose weights are elsewhere
@@ -89,7 +92,9 @@ def _with_dtype(config: bytes, source: Checkpoint, records: list[FileRecord]) ->
         t.dtype
         for r in records
         for t in r.tensors
-        if split_optimizer_name(t.name)[0] is None and t.dtype != before[t.name]
+        if split_optimizer_name(t.name)[0] is None
+        and t.dtype != before[t.name]
+        and not source.model.tensors[t.name].rule.buffer
     }
     table = json.loads(config)
     keys = [key for key in ("dtype", "torch_dtype") if key in table]

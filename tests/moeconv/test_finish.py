@@ -61,6 +61,25 @@ def test_weights_trained_in_fp32_load_as_fp32_in_transformers(source: Path, tmp_
     assert json.loads((tmp_path / "hf" / "config.json").read_bytes()) == config | {"dtype": "float32"}
 
 
+def test_a_stored_bias_in_fp32_changes_no_dtype(tmp_path: Path) -> None:
+    """A run keeps the router's bias in fp32; that of the weights is what config.json says."""
+    import torch
+
+    from tests.upcycle.hub import make_folder
+
+    made = open_checkpoint(make_folder(tmp_path / "hf", "deepseek_v3", torch.bfloat16))
+    (tmp_path / "run").mkdir()
+    kept = []
+    for name, info in made.tensors.items():
+        buffer = made.model.tensors[name].rule.buffer
+        data, kind = made.read(name), "F32" if buffer else info.dtype
+        data = (data.astype(np.float32) if buffer else data).reshape(-1).view(np.uint8)
+        kept.append(ShardEntry(name, kind, info.shape, Rect.whole(info.shape), data))
+    record = write_shard_file(tmp_path / "run", "dense-tp0-pp0.safetensors", kept)
+    finish_checkpoint(tmp_path / "run", made, Degrees(), [record])
+    assert json.loads((tmp_path / "run/config.json").read_bytes())["dtype"] == "bfloat16"
+
+
 def test_a_gap_is_no_checkpoint(source: Path, tmp_path: Path) -> None:
     whole = entries(source, "float32")
     first = whole[0]

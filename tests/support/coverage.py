@@ -13,6 +13,7 @@ from moeconv.families.base import Family, Model
 from moeconv.families.wrapped import WRAPPED
 from moeconv.megatron.model_args import model_args
 from moeconv.megatron.tensors import megatron_tensors
+from runtime.parity.cases import CASES as PARITY
 from tests.megatron import test_families as megatron
 from tests.moeconv import test_quantised as quantised
 from tests.moeconv.families import test_stored_forms as forms

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.runtime.parallel.cases import CASES as PARITY
 from transformers import AutoConfig
 
 from moeconv.errors import MappingError

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from runtime.flag import check_fields, flag
+
+if TYPE_CHECKING:
+    import torch
 
 Fp8Format = Literal["e4m3", "hybrid"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
@@ -31,4 +32,6 @@ class Fp8Config:
     @property
     def gradient_dtype(self) -> torch.dtype:
         """The format of gradients."""
+        import torch  # here only: settings are read, and runs are planned, without it
+
         return torch.float8_e5m2 if self.format == "hybrid" else torch.float8_e4m3fn

@@ -105,6 +105,8 @@ def test_checkpoints_are_converted_there_and_back(light: Light) -> None:
         ("python", "-m", "moeconv", "export-hf", "ckpt", "back"),
         ("moeconv", "export-megatron", "hf", "megatron", "--format", "torch_dist"),
         ("moeconv", "verify", "megatron", "--against", "ckpt"),
+        ("moeconv", "plan", "hf", "--gpus", 2),
+        ("moeconv", "train", "--help"),
     ):
         result = light.run(*words)
         assert result.returncode == 0, result.stderr

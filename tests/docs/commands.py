@@ -20,6 +20,8 @@ class Command:
 
     page: str
     words: tuple[str, ...]
+    refused: str = ""
+    """The error that the page shows that it ends in."""
 
     def __str__(self) -> str:
         return f"{self.page}: {shlex.join(self.words)}"
@@ -36,10 +38,15 @@ def blocks(page: Path) -> Iterator[tuple[Command, ...]]:
     for kind, block in _FENCE.findall(text):
         if kind not in ("", "console", "bash", "sh"):
             continue
-        lines = re.sub(r"\\\n\s*", " ", block).splitlines()
-        found = [_split(line.removeprefix("$ ").strip()) for line in lines]
-        if made := tuple(Command(name, words) for words in found if words and words[0] in PROGRAMS):
-            yield made
+        made: list[Command] = []
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            words = _split(line.removeprefix("$ ").strip())
+            if words and words[0] in PROGRAMS:
+                made.append(Command(name, words))
+            elif line.startswith("error: ") and made:
+                made[-1] = Command(name, made[-1].words, line.removeprefix("error: "))
+        if made:
+            yield tuple(made)
 
 
 def inline(page: Path) -> Iterator[Command]:

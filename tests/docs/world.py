@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from cli.main import main
 from runtime.job.processes import Process
 from runtime.settings.flags import parse_flags
 from runtime.start import prepare, run_job
-from tests.moeconv.quantised import mxfp4_folder
+from tests.moeconv.quantised import mxfp4_folder, quantise_folder
 from tests.runtime.data.chats import CHATML, with_template
 from tests.runtime.words import VOCAB_SIZE, make_tokenizer, real_text
 
@@ -27,6 +28,11 @@ MIXTRAL, MISTRAL, OSS = "mistralai/Mixtral-8x7B-v0.1", "mistralai/Mistral-7B-v0.
 _SIZES = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "max_position_embeddings": 8192, "sliding_window": None, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+_DEEPSEEK: dict[str, Any] = {
+    "hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 512, "q_lora_rank": 128, "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64, "head_dim": 64, "num_hidden_layers": 4,
+    "n_routed_experts": 8, "num_attention_heads": 4, "num_key_value_heads": 4,
 }  # fmt: skip
 _PLACES = {
     "--tensor-model-parallel-size", "--expert-model-parallel-size", "--pipeline-model-parallel-size", "--nproc-per-node",
@@ -49,6 +55,10 @@ def build(folder: Path) -> None:
         make_tokenizer(folder / name)
         with_template(folder / name, CHATML, folder / name)
     mxfp4_folder(folder / OSS, hidden_size=64, intermediate_size=128, head_dim=16)
+    mxfp4_folder(folder / "gpt-oss-mxfp4", hidden_size=256, intermediate_size=256, head_dim=64, num_local_experts=8)
+    quantise_folder(
+        folder / "deepseek-v3-fp8", "deepseek_v3", "fp8", lambda name: name.endswith("_proj.weight"), **_DEEPSEEK
+    )
     for copy in ("mixtral-hf", "mixtral-41m", "Mixtral-8x7B-v0.1"):
         shutil.copytree(folder / MIXTRAL, folder / copy)
     make_tokenizer(folder / "tokenizer")

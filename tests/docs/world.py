@@ -59,7 +59,7 @@ def build(folder: Path) -> None:
     quantise_folder(
         folder / "deepseek-v3-fp8", "deepseek_v3", "fp8", lambda name: name.endswith("_proj.weight"), **_DEEPSEEK
     )
-    for copy in ("mixtral-hf", "mixtral-41m", "Mixtral-8x7B-v0.1"):
+    for copy in ("mixtral-hf", "mixtral-41m", "Mixtral-8x7B-v0.1", "demo-out/hf"):
         shutil.copytree(folder / MIXTRAL, folder / copy)
     make_tokenizer(folder / "tokenizer")
     _write_data(folder)
@@ -106,6 +106,7 @@ def _write_data(folder: Path) -> None:
     ]
     for name in ("chats.jsonl", "chat.jsonl"):
         (folder / name).write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (folder / "chat.jinja").write_text(CHATML)
     (folder / "talk.json").write_text(json.dumps(chats[0]["messages"][:1]))
 
 
@@ -139,7 +140,7 @@ def train(flags: Sequence[str]) -> None:
 
 def shrunk(flags: Sequence[str]) -> list[str]:
     """Give flags without degrees, and with tiny sizes in place of theirs."""
-    tiny = _TINY | (_DRAWN if "--num-layers" in flags else {})
+    tiny = _TINY | (_DRAWN if "--num-layers" in flags else {}) | ({"--eval-iters": "0"} if "1,0,0" in flags else {})
     return [*without_degrees(flags, tiny), *(word for pair in tiny.items() for word in pair)]
 
 

@@ -78,7 +78,13 @@ LORA: dict[str, Any] = {
 }  # fmt: skip
 ALL: dict[str, Any] = {"lora": {"rank": 3, "rslora": True, "targets": ("*_proj*",)}, "optim": {"clip_grad": 0.05}}
 # Every rank's columns are whole blocks of 64, so that each layout holds the same numbers.
-WIDE: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "num_hidden_layers": 2}
+WIDE: dict[str, Any] = {
+    "model_type": "mixtral",
+    "hidden_size": 128,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+}
 NF4, FP8 = (
     {
         "lora": {"rank": 4, "targets": ("*_proj*", "*experts*"), "quantize_base": kind},

@@ -35,7 +35,7 @@ _NAMES: dict[str, tuple[str, str, str, str]] = {
         for kind, name in {
             "qkv": "self_attention.linear_qkv.weight",
             "qkv_bias": "self_attention.linear_qkv.bias",
-            "q_proj": "self_attention.linear_q_proj.weight",
+            "q_whole": "self_attention.linear_q_proj.weight",
             "q_down": "self_attention.linear_q_down_proj.weight",
             "q_up": "self_attention.linear_q_up_proj.weight",
             "kv_down": "self_attention.linear_kv_down_proj.weight",
@@ -203,7 +203,7 @@ def rank_extra_states(kinds: set[str], spec: Spec, experts: Experts, layer: int,
     return [f"{LAYERS}{layer}.{name}.{EXTRA_STATE}" for name in names]
 
 
-_LATENT_LINEAR = {"q_proj", "q_down", "q_up", "kv_down", "kv_up"}
+_LATENT_LINEAR = {"q_whole", "q_down", "q_up", "kv_down", "kv_up"}
 
 
 def _extra_modules(kinds: set[str], spec: Spec) -> list[str]:

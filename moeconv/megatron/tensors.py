@@ -30,7 +30,7 @@ _ATTENTION = (
 _LATENT = (
     ("latent_input_norm", "attention_norm"),
     ("proj", "attention.o"),
-    ("q_proj", "attention.q"),
+    ("q_whole", "attention.q"),
     ("q_down", "attention.q_a"),
     ("latent_q_layernorm", "attention.q_a_norm"),
     ("q_up", "attention.q_b"),

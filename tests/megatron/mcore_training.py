@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.megatron.mcore_models import build
 from tests.megatron.mcore_ranks import (
     WORLD,
     Case,
@@ -24,7 +25,6 @@ from tests.megatron.mcore_ranks import (
     _allow_cpu,
     _args,
     _args_of,
-    _build,
     _load_dist,
     _sharded,
     groups,
@@ -108,7 +108,7 @@ def _run(run: Run) -> dict[str, torch.Tensor]:
     case = run.case
     dtype = getattr(torch, run.dtype)
     args = _args_of(case)
-    models = [model.to(dtype) for model in _build(case, args)]
+    models = [model.to(dtype) for model in build(case, args)]
     if not run.resume:
         _load_dist(case, models)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=run.distributed)

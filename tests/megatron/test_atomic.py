@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from moeconv import convert as convert_room
+from moeconv.checking import compare
+from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options
 from moeconv.errors import MoeconvError, WriteError
 from moeconv.formats import open_any
-from moeconv.io.staging import JOURNAL
+from moeconv.io.staging import JOURNAL, Staging
 from moeconv.layout.degrees import Degrees
+from moeconv.megatron.checkpoint import as_checkpoint
 from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
+from tests.upcycle.hub import make_folder
 
 ROOT = Path(__file__).parents[2]
 FORMS = ["torch", "torch_dist", "shards"]
@@ -163,3 +169,38 @@ def test_what_an_unfinished_run_was_begun_with(references: Any, tmp_path: Path, 
         convert(hf_bf16, out, other, True)
     assert not out.exists()
     assert digests(tmp_path / "out.partial") == left
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_records_that_are_filled_column_by_column_are_found_whole_or_damaged(
+    damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-oss's experts are turned on the way; their records' own CRC-32s are of the bytes as they lie."""
+    source, out = make_folder(tmp_path / "hf", "gpt_oss"), tmp_path / "out"
+    settings: dict[str, Any] = {"degrees": Degrees(), "spec": "te", "experts": "grouped"}
+
+    def killed(staging: Staging) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_megatron(source, out, fmt="torch", options=Options(), **settings)
+    (file,) = (tmp_path / "out.partial").rglob("model_optim_rng.pt")
+    if damaged:
+        data = bytearray(file.read_bytes())
+        weight = torch.load(file, weights_only=False)["model"]["decoder.layers.0.mlp.experts.linear_fc1.weight1"]
+        at = data.index(weight.numpy().tobytes())
+        data[at + 8] ^= 1
+        file.write_bytes(data)
+    redone: list[list[str]] = []
+    check = convert_room.check_done
+
+    def told(*args: Any, **options: Any) -> list[str]:
+        redone.append(check(*args, **options))
+        return redone[-1]
+
+    monkeypatch.setattr(convert_room, "check_done", told)
+    export_megatron(source, out, fmt="torch", options=Options(resume=True), **settings)
+    assert redone == [[file.relative_to(tmp_path / "out.partial").as_posix()] if damaged else []]
+    assert next(compare(as_checkpoint(open_megatron(out)), open_checkpoint(source)), None) is None

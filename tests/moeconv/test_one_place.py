@@ -24,6 +24,7 @@ ALSO = {
     "moe_intermediate_size",
     "num_experts",
     "vocab_size",
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "v_head_dim"),
     "head_dim",  # a size of ours, too
     "input_layernorm",  # Megatron's tensors, too
     "qkv_bias",

@@ -20,6 +20,7 @@ FOREIGN = {
         "dtype",  # a field of torch's metadata
         # arguments of Megatron's
         *("attention_dropout", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_experts", "vocab_size"),
+        *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "v_head_dim"),
         # modules of Megatron's
         *("input_layernorm", "final_layernorm", "shared_experts"),
         # a parameter of yarn and llama3, by the name that moeconv.families.rope has for it

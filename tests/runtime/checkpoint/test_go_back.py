@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moeconv.api import import_hf
+from moeconv import import_hf
 from moeconv.io.safetensors import read_header
 from moeconv.layout.degrees import Degrees
 from runtime.parity.ranks import RankError, RankPool

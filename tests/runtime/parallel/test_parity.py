@@ -29,7 +29,8 @@ def test_layout_equals_one_rank(case: Case, pool: RankPool, references: dict[str
     assert want.numbers["grad_norm"][0] > case.optim.get("clip_grad", 0.5), "gradients are clipped"
     if want.load:
         assert (want.load[0].sum(1) > 0).sum() == len(model_of(case).moe_layers)
-    if want.load and not case.model.keys() & {"mlp_only_layers", "model_type"} and not case.moe:
+    as_drawn = case.lora.get("quantize_base") is None  # else the tokens that routers see have moved
+    if want.load and as_drawn and not case.model.keys() & {"mlp_only_layers", "model_type"} and not case.moe:
         assert (want.load[0][:, EMPTY_EXPERT] == 0).all(), "one expert gets no token"
 
 

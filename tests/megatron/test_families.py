@@ -57,12 +57,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dots1 no shared": ("dots1", {"n_shared_experts": 0}),
     "deepseek_v3": ("deepseek_v3", {}),
     "deepseek_v3 yarn": ("deepseek_v3", {"q_lora_rank": None, "rope_parameters": YARN | MSCALES}),
-    "deepseek_v2": (
+    "deepseek_v2 greedy": (
         "deepseek_v2",
         {"topk_method": "greedy", "routed_scaling_factor": 3.0, "rope_parameters": YARN | MSCALES},
     ),
     "deepseek_v2 groups": ("deepseek_v2", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}),
-    "glm4_moe_lite": ("glm4_moe_lite", {"rms_norm_eps": 1e-6}),
+    "glm4_moe_lite, epsilon 1e-6": ("glm4_moe_lite", {"rms_norm_eps": 1e-6}),
     "gpt_oss": ("gpt_oss", {}),
     "gpt_oss yarn": (
         "gpt_oss",

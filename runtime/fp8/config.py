@@ -22,7 +22,7 @@ class Fp8Config:
     """
 
     format: Fp8Format | None = flag(None, "--fp8-format")
-    """Compute the products of experts, MLPs and attention's projections in FP8 (Hopper): e4m3, or hybrid with e5m2 gradients."""
+    """Compute products in FP8: e4m3, or hybrid with e5m2 gradients; of experts through te, of MLPs and attention's projections on Hopper."""
     recipe: Fp8Recipe = flag("delayed", "--fp8-recipe")
     """Scaling of FP8: delayed (by what earlier steps had), tensorwise (by the tensor itself) or blockwise (experts only, through te)."""
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE_ROWS, TILE_COLUMNS = 64, 128
-# Of SwiGLU's backward pass; with tiles of 64 x 64 and 8 warps triton 3.6 turns 8-bit tiles wrongly.
+# Of SwiGLU's backward pass; more elements a thread would spill.
 GATE_ROWS, GATE_COLUMNS, GATE_WARPS = 64, 128, 16
 AMAX_BLOCK, AMAX_BLOCKS = 4096, 8  # elements of a load, and loads of a program
 
@@ -173,13 +173,15 @@ def _swiglu_backward_kernel(
     if WRITE:
         tl.store(dots + tl.program_id(1).to(tl.int64) * num_rows + row, tl.sum(incoming * act, 1))
         scale = _scale(tl.load(grad_bound), GRAD_LIMIT)
-        gate_bits = _eight_bits(grad_gate, scale, GRAD_LIMIT, grad_rows)
-        up_bits = _eight_bits(grad_up, scale, GRAD_LIMIT, grad_rows)
-        tl.store(grad_rows + at, gate_bits)
-        tl.store(grad_rows + width + at, up_bits)
+        tl.store(grad_rows + at, _eight_bits(grad_gate, scale, GRAD_LIMIT, grad_rows))
+        tl.store(grad_rows + width + at, _eight_bits(grad_up, scale, GRAD_LIMIT, grad_rows))
+        # Rounded anew for the columns, with a scale that the compiler can't know to be the same: where one rounded pair
+        # is both packed into a word and split into bytes, ptxas 12.8 for sm_90 splits it before it is there.
+        again = _scale(tl.load(grad_bound, volatile=True), GRAD_LIMIT)
         turned = column.to(tl.int64)[None, :] * num_rows + row[:, None]
-        tl.store(grad_columns + turned, gate_bits)
-        tl.store(grad_columns + tl.cast(width, tl.int64) * num_rows + turned, up_bits)
+        tl.store(grad_columns + turned, _eight_bits(grad_gate, again, GRAD_LIMIT, grad_columns))
+        up_columns = grad_columns + tl.cast(width, tl.int64) * num_rows
+        tl.store(up_columns + turned, _eight_bits(grad_up, again, GRAD_LIMIT, grad_columns))
         act_bits = _eight_bits(act * weight, _scale(tl.load(act_bound), ACT_LIMIT), ACT_LIMIT, act_columns)
         tl.store(act_columns + turned, act_bits)
 

@@ -173,7 +173,7 @@ _INSTALL = "pip install 'moeconv[gpu]'"
 
 
 def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype, fp8: Fp8Config | None = None) -> str:
-    """The backend that runs: the chosen one, or for auto the fastest that is installed and knows the dtype.
+    """The backend that runs: the chosen one, or for auto the fastest that is installed and knows the dtype; in FP8 te.
 
     Args:
         config: gemm_backend.
@@ -190,12 +190,16 @@ def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype,
     name = config.gemm_backend
     if name == "auto":
         if fp8 is not None and fp8.format is not None and device.type == "cuda":
-            ours = fp8.recipe != "blockwise" and _suits_hopper(device, dtype) and not _missing("hopper")
-            name = "hopper" if ours else "te"
-        elif dtype == torch.float64:
+            if missing := _missing("te"):
+                suits = fp8.recipe != "blockwise" and _suits_hopper(device, dtype)
+                raise MoEConfigError(
+                    f"--fp8-format: experts in FP8 take {missing[0]}, not installed: {_INSTALL}"
+                    + ("; --moe-grouped-gemm-backend hopper does without it, and is experimental" if suits else "")
+                )
+            return "te"
+        if dtype == torch.float64:
             return "loop"
-        else:
-            return "hopper" if _suits_hopper(device, dtype) and not _missing("hopper") else "torch"
+        return "hopper" if _suits_hopper(device, dtype) and not _missing("hopper") else "torch"
     if name in _PACKAGES:
         if missing := _missing(name):
             raise MoEConfigError(
@@ -227,6 +231,10 @@ def describe_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype
     """
     name = resolve_backend(config, device, dtype, fp8)
     line = f"grouped GEMMs of the experts: {name}"
+    if fp8 is not None and fp8.format is not None and device.type == "cuda":
+        line += " in FP8" + (
+            ", experimental: no training step with it has been proven on a GPU" if name == "hopper" else ""
+        )
     if config.gemm_backend != "auto":
         return line
     missing = _missing("hopper") if name == "torch" and _suits_hopper(device, dtype) else []

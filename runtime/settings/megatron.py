@@ -138,7 +138,7 @@ REFUSED: dict[str, str] = {
     "--no-pin-cpu-params": "--optimizer-cpu-offload page-locks the host's memory; leave it out",
     "--grad-reduce-in-bf16": "gradients are reduced in fp32; leave it out",
     "--fp8-param-gather": "parameters are gathered in bf16; leave it out",
-    "--first-last-layers-bf16": "FP8 is for experts only, all other layers are bf16: leave it out",
+    "--first-last-layers-bf16": "FP8 is the same in all layers: leave it out",
     "--use-tp-pp-dp-mapping": "ranks are laid out with tp fastest, then cp, dp and pp; leave it out",
     "--hierarchical-context-parallel-sizes": "context parallelism has one level: leave it out",
     "--cp-comm-type": f"context parallelism has one implementation; {_RESULTS}",

@@ -81,7 +81,7 @@ def test_gather_columns(num_tokens: int, topk: int, num_experts: int, hidden: in
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
-@pytest.mark.parametrize(("num_tokens", "topk", "num_experts", "width"), [(37, 2, 2, 128), (60, 2, 3, 256)])
+@pytest.mark.parametrize(("num_tokens", "topk", "num_experts", "width"), [(60, 2, 3, 256)])
 def test_swiglu(num_tokens: int, topk: int, num_experts: int, width: int, dtype: torch.dtype) -> None:
     from runtime.kernels.fp8 import swiglu, swiglu_backward
 

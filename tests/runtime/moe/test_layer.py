@@ -9,6 +9,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from moeconv.errors import MoeconvError
+from runtime.fp8.config import Fp8Config
 from runtime.moe.config import MoEConfigError
 from runtime.moe.experts import grouped_mlp
 from runtime.moe.grouped_gemm import LoopGemm, describe_backend, resolve_backend
@@ -253,3 +254,17 @@ def test_the_backend_that_auto_takes_is_said(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(MoEConfigError, match=r"hopper needs cuda\.bindings, not installed"):
         resolve_backend(moe_config(num_experts=2, gemm_backend="hopper"), gpu, torch.bfloat16)
     assert describe_backend(moe_config(num_experts=2, gemm_backend="loop"), cpu, torch.float32).endswith(": loop")
+
+
+def test_experts_in_fp8_take_transformer_engine_unless_hopper_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, hopper = moe_config(num_experts=2), moe_config(num_experts=2, gemm_backend="hopper")
+    gpu, fp8 = torch.device("cuda"), Fp8Config(format="hybrid", recipe="tensorwise")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    packages = {"triton", "cuda.bindings", "transformer_engine"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
+    assert describe_backend(auto, gpu, torch.bfloat16, fp8).endswith("te in FP8, chosen by auto")
+    assert "hopper in FP8, experimental" in describe_backend(hopper, gpu, torch.bfloat16, fp8)
+    packages.remove("transformer_engine")
+    with pytest.raises(MoEConfigError, match="experts in FP8 take transformer_engine, not installed"):
+        resolve_backend(auto, gpu, torch.bfloat16, fp8)
+    assert resolve_backend(auto, gpu, torch.bfloat16, Fp8Config()) == "hopper"

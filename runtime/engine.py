@@ -106,16 +106,14 @@ class Engine:
         self.module = nn.ModuleList(stages)
         self.quantised = QuantisedBase.of(self.module, self._context)
         self.store = make_store(self.module, stages, parallel, mesh, device, host_share=optim.on_host)
-        for module in self.module.modules():
-            for name, buffer in list(module._buffers.items()):
-                if buffer is not None and buffer.is_meta:
-                    module._buffers[name] = torch.zeros_like(buffer, device=device)
+        _allocate_buffers(self.module, device)
         self.trained = [shard for shard in self.store.shards if not shard.topology.frozen]
         self.optimizer = make_optimizer(optim, self.trained)
         self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
         self._metrics = RouterMetrics(self._context, self.module)
         self._runner = self._make_runner(stages)
-        self._scale = torch.ones((), device=device)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self._scale = torch.ones((), dtype=wide, device=device)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     @property
@@ -167,7 +165,7 @@ class Engine:
         self.module.train()
         batches = [self._to_device(batch) for batch in microbatches]
         num_tokens = self._count_tokens(batches).clamp(min=1)
-        self._scale = (self.loss_scale.scale / num_tokens).to(self._wide)
+        self._scale = (self.loss_scale.scale / num_tokens).to(self._scale.dtype)
         # Balancing losses are means over a micro-batch: of these the global batch has so many.
         set_loss_scale(self.module, self.loss_scale.scale / (len(batches) * self.mesh.size("dp")))
         self._reset(trains=True)
@@ -282,10 +280,6 @@ class Engine:
         for buffer in self._context.parameters.buffers:
             yield buffer.name, getattr(buffer.module, buffer.attribute).view(buffer.shape)
 
-    @property
-    def _wide(self) -> torch.dtype:
-        return torch.float64 if self._context.dtype == torch.float64 else torch.float32
-
     def _make_runner(self, stages: Sequence[DecoderStage]) -> Runner:
         parallel = self._context.parallel
         if parallel.pp == 1:
@@ -325,8 +319,7 @@ class Engine:
         group = self.mesh.group("tp")
         labels_SB = take_positions(labels_BS, self._context)
         begin, end = self._context.parameters.vocabulary_range()
-        columns = end - begin
-        losses = cross_entropy(logits_SBV, labels_SB, begin, group, num_columns=columns, ignored=IGNORED_LABEL)
+        losses = cross_entropy(logits_SBV, labels_SB, begin, group, num_columns=end - begin, ignored=IGNORED_LABEL)
         total = losses.sum()
         if self.mesh.rank("tp") == 0:
             self._loss_sum += total.detach()
@@ -385,6 +378,13 @@ class Engine:
     @torch.no_grad()
     def _again(self, batches: Sequence[Microbatch]) -> None:
         self._runner.run(batches, backward=False)
+
+
+def _allocate_buffers(module: nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                part._buffers[name] = torch.zeros_like(buffer, device=device)
 
 
 def _assert_combination(parallel: ParallelConfig, moe: MoEConfig | None) -> None:

@@ -12,7 +12,7 @@ from moeconv.adapters.merge import plan_merge, write_merge
 from moeconv.adapters.peft_config import WEIGHTS_FILE
 from moeconv.adapters.source import open_adapter
 from moeconv.api.written import Written
-from moeconv.checkpoint import open_checkpoint
+from moeconv.checkpoint import Checkpoint, open_checkpoint
 from moeconv.convert import Options
 from moeconv.errors import RecipeError, SourceError
 from moeconv.hub import local_folder
@@ -70,13 +70,8 @@ def upcycle(
     (True, 'done', True)
     """
     asked, layout = recipe or Recipe(), degrees or Degrees()
-    if hf and layout != Degrees():
-        raise RecipeError(f"--hf writes no shards; leave out --hf, or the degrees ({layout})")
-    check_free(Path(out).absolute())
-    # The plan of router rows from texts reads weights: that one is made when they are there.
-    found = opened(str(source), revision, open_checkpoint, lambda f: asked.router == "hidden" or plan(f, asked))
-    if dtype is not None and {info.dtype for info in found.tensors.values()} != {dtype}:
-        raise RecipeError(f"{source}: dtype {dtype} is asked for, which its weights don't have; leave dtype out")
+    _check_out(Path(out), layout, hf=hf)
+    found = _dense(source, revision, asked, dtype)
     value = make(
         found,
         Path(out),
@@ -87,17 +82,23 @@ def upcycle(
         text=None if text is None else Path(text),
         dry_run=dry_run,
     )
-    return Written(
-        out=Path(out),
-        dry_run=dry_run,
-        tensors=value["tensors"],
-        files=value["files"],
-        carried=value["carried"],
-        nbytes=value["bytes"],
-        seconds=value["seconds"],
-        notes=value["notes"],
-        details=value,
-    )
+    kept = {name: value[name] for name in ("tensors", "files", "carried", "seconds", "notes")}
+    return Written(out=Path(out), dry_run=dry_run, nbytes=value["bytes"], details=value, **kept)
+
+
+def _check_out(out: Path, layout: Degrees, *, hf: bool) -> None:
+    if hf and layout != Degrees():
+        raise RecipeError(f"--hf writes no shards; leave out --hf, or the degrees ({layout})")
+    check_free(out.absolute())
+
+
+def _dense(source: str | Path, revision: str | None, recipe: Recipe, dtype: str | None) -> Checkpoint:
+    """Open what is to be upcycled."""
+    # The plan of router rows from texts reads weights: that one is made when they are there.
+    found = opened(str(source), revision, open_checkpoint, lambda f: recipe.router == "hidden" or plan(f, recipe))
+    if dtype is not None and {info.dtype for info in found.tensors.values()} != {dtype}:
+        raise RecipeError(f"{source}: dtype {dtype} is asked for, which its weights don't have; leave dtype out")
+    return found
 
 
 def merge(

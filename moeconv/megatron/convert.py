@@ -132,13 +132,7 @@ def export_megatron(
         MoeconvError: as the source, layout or output demands; nothing is left under `out`.
     """
     found = open_checkpoint(src)
-    require_plain(found.model, src, "Megatron's format")
-    check_tied(found, "Megatron")
-    check_degrees(found.model, degrees)
-    if degrees.etp > 1 and found.model.compute.router is not None and biased(found.model):
-        raise DegreesError(
-            f"<etp> {degrees.etp}: the experts of {found.family.name} have biases, which Megatron-Core takes with <etp> 1 alone"
-        )
+    _check_takes(found, src, degrees)
     trainer = _trainer(found, fmt) if optimizer else None
     places = (None, *dist.OPTIMIZER_STATES.values()) if trainer is not None else (None,)  # no mean of the weights
     kept = [name for name in found.tensors if split_optimizer_name(name)[0] in places]
@@ -164,6 +158,17 @@ def export_megatron(
     dropped = _dropped(found, len(found.tensors) - len(kept), unread)
     nbytes = plan.nbytes + sum(map(size_of, beside.values()))
     return Summary(len(files) + len(beside) + 1, nbytes, tuple(dropped), str(degrees), tuple(_notes(found.model)))
+
+
+def _check_takes(found: Checkpoint, src: Path, degrees: Degrees) -> None:
+    """Refuse what Megatron-Core doesn't take."""
+    require_plain(found.model, src, "Megatron's format")
+    check_tied(found, "Megatron")
+    check_degrees(found.model, degrees)
+    if degrees.etp > 1 and found.model.compute.router is not None and biased(found.model):
+        raise DegreesError(
+            f"<etp> {degrees.etp}: the experts of {found.family.name} have biases, which Megatron-Core takes with <etp> 1 alone"
+        )
 
 
 def _dropped(found: Checkpoint, left: int, unread: list[str]) -> list[str]:

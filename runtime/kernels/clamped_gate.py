@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from runtime.kernels.swiglu import accumulator
+
 MAX_BLOCK = 1024
 
 
@@ -102,10 +104,6 @@ def _backward_kernel(
     tl.store(grad_weights + slot, tl.sum(dot, 0).to(grad_weights.dtype.element_ty), mask=slot >= 0)
 
 
-def _accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def clamped_gate_forward(
     hidden_R2F: Tensor,
     bias_E2F: Tensor,
@@ -137,7 +135,7 @@ def clamped_gate_forward(
         block = min(MAX_BLOCK, triton.next_power_of_2(width))
         grid = (num_rows, triton.cdiv(width, block))
         args = (hidden_R2F, bias_E2F, expert_R, weights_TK, slot_of_row_R, out, offsets_E, width, alpha, limit)
-        _forward_kernel[grid](*args, offsets_E.shape[0], block, _accumulator(hidden_R2F.dtype))
+        _forward_kernel[grid](*args, offsets_E.shape[0], block, accumulator(hidden_R2F.dtype))
     return out
 
 
@@ -173,7 +171,7 @@ def clamped_gate_backward(
     if num_rows:
         block = min(MAX_BLOCK, triton.next_power_of_2(width))
         args = (hidden_R2F, bias_E2F, expert_R, weights_TK, slot_of_row_R, grad_RF, grad_weights, offsets_E)
-        sizes = (width, offsets_E.shape[0], block, _accumulator(hidden_R2F.dtype))
+        sizes = (width, offsets_E.shape[0], block, accumulator(hidden_R2F.dtype))
         _backward_kernel[(num_rows,)](*args, alpha, limit, *sizes)
         # Whoever still holds the pre-activations for another backward pass must get an error, not our gradient.
         torch.autograd.graph.increment_version(hidden_R2F)

@@ -71,7 +71,8 @@ def _backward_kernel(
     tl.store(grad_weights + slot, tl.sum(dot, 0).to(grad_weights.dtype.element_ty), mask=slot >= 0)
 
 
-def _accumulator(dtype: torch.dtype) -> tl.dtype:
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """What is computed in: fp64 for fp64, else fp32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -93,7 +94,7 @@ def swiglu_forward(hidden_R2F: Tensor, weights_TK: Tensor, slot_of_row_R: Tensor
         block = min(MAX_BLOCK, triton.next_power_of_2(width))
         grid = (num_rows, triton.cdiv(width, block))
         args = (hidden_R2F, weights_TK, slot_of_row_R, out, offsets_E, width, offsets_E.shape[0])
-        _forward_kernel[grid](*args, block, _accumulator(hidden_R2F.dtype))
+        _forward_kernel[grid](*args, block, accumulator(hidden_R2F.dtype))
     return out
 
 
@@ -117,7 +118,7 @@ def swiglu_backward(
     if num_rows:
         block = min(MAX_BLOCK, triton.next_power_of_2(width))
         args = (hidden_R2F, weights_TK, slot_of_row_R, grad_RF, grad_weights, offsets_E, width, offsets_E.shape[0])
-        _backward_kernel[(num_rows,)](*args, block, _accumulator(hidden_R2F.dtype))
+        _backward_kernel[(num_rows,)](*args, block, accumulator(hidden_R2F.dtype))
         # Whoever still holds the pre-activations for another backward pass must get an error, not our gradient.
         torch.autograd.graph.increment_version(hidden_R2F)
     return hidden_R2F, grad_weights, grad_RF

@@ -30,7 +30,7 @@ from moeconv.quant import FP8, PLAIN
 @click.option(
     "--dtype",
     type=click.Choice([*PLAIN, FP8]),
-    help="Cast weights on the way: quantised ones (MXFP4, FP8) to plain numbers, plain ones to fp8 blocks.",
+    help="Cast weights on the way: quantised ones (MXFP4, FP8, NVFP4, packed int4) to plain numbers, plain ones to fp8 blocks.",
 )
 @run_options
 def import_hf(src: str, out: Path, **options: Any) -> None:

@@ -327,9 +327,10 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
     dp = data_parallel_size(parallel, process.world_size)
     degrees = {"dp": dp} | {axis: getattr(parallel, axis) for axis in ("tp", "pp", "cp", "ep", "etp")}
     first, *_, last = 2 * [*train.batch_sizes(dp).all()]
+    shares = " ".join(f"{axis}{degree}" for axis, degree in degrees.items() if degree > 1)
     return (
         f"{origin.title}: {run.model.family.name}, {size / 1e6:.1f} M parameters, {run.dtype} | "
-        f"{process.world_size} ranks: {' '.join(f'{axis}{degree}' for axis, degree in degrees.items() if degree > 1)} | "
+        f"{f'{process.world_size} ranks: {shares}' if shares else '1 rank'} | "
         f"{last if first == last else f'{first} to {last}'} sequences of {train.seq_length} tokens a step"
     )
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from moeconv.families.adapted import AdaptedModel
 from runtime.estimate.flags import trainer_flags
 from runtime.estimate.setup import Setup
 from runtime.estimate.step import Estimate
@@ -102,6 +103,10 @@ def notes(estimate: Estimate) -> list[str]:
         out.append("zero-bubble has not been measured: what torch computes twice in it is left out")
     if setup.uses_host:
         out.append("the way to the host's memory has not been measured: its rates are assumed")
+    if isinstance(setup.model, AdaptedModel):
+        out.append(
+            "steps with adapters have been measured to take about twice the planned time; their memory is as planned"
+        )
     if setup.model.compute.gate is not None:
         out.append("clamped experts have not been measured")
     return out

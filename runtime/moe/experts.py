@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moeconv.errors import MoeconvError
 from runtime.fp8.experts import Fp8Experts
-from runtime.fp8.quantised import ROW_ALIGNMENT, fits
+from runtime.fp8.operands import ROW_ALIGNMENT, fits
 from runtime.fp8.scaling import Scaling
 from runtime.moe import passes
 from runtime.moe.config import MoEConfig

@@ -10,7 +10,7 @@ from runtime.engine import Engine
 from runtime.fp8.config import Fp8Config
 from runtime.fp8.experts import Fp8Experts
 from runtime.fp8.linear import Fp8Linears
-from runtime.fp8.quantised import E4M3, eight_bits, in_fp32
+from runtime.fp8.operands import E4M3, eight_bits, in_fp32
 from runtime.fp8.scaling import HISTORY_STEPS, Scaling
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from runtime.fp8.quantised import E4M3, eight_bits, in_fp32
+from runtime.fp8.operands import E4M3, eight_bits, in_fp32
 from runtime.moe import passes
 from runtime.moe.permutation import RowPlan, plan_rows
 

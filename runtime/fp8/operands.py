@@ -1,4 +1,4 @@
-"""Matrices in 8 bits: made by our kernels on a GPU, by plain torch elsewhere.
+"""Operands in 8 bits: made by our kernels on a GPU, by plain torch elsewhere.
 
 Legend: G matrices of one shape (experts, or one), T rows, P rows with padding, D columns.
 """

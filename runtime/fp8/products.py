@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runtime.fp8.quantised import in_fp32
+from runtime.fp8.operands import in_fp32
 
 
 def _ranges(ends_E: Tensor) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from runtime.fp8.quantised import E4M3, Quantised, quantise_into, raise_amax
+from runtime.fp8.operands import E4M3, Quantised, quantise_into, raise_amax
 from runtime.fp8.scaling import Scaling
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeconv.families.base import Model
 from runtime.fp8.linear import Fp8Linears
-from runtime.fp8.quantised import fits
+from runtime.fp8.operands import fits
 from runtime.fp8.scaling import Scaling
 from runtime.model.lora import LoraConfig
 from runtime.model.parameters import Parameters

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.errors import MoeconvError
-from runtime.fp8.experts import Fp8Experts
-from runtime.fp8.quantised import ROW_ALIGNMENT, fits
+from runtime.fp8.operands import ROW_ALIGNMENT, fits
 from runtime.fp8.scaling import Scaling
 from runtime.moe import passes
 from runtime.moe.config import MoEConfig
+from runtime.moe.fp8_experts import Fp8Experts
 from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend, weight_gradient
 from runtime.moe.low_rank import Adapters, Form, adapted_mlp
 from runtime.moe.permutation import RowPlan, plan_rows

@@ -96,6 +96,7 @@ ROOMS = {
         "parallel",
         "ops",
         "optim",
+        "fp8",
         "moe",
         "data",
         "model",

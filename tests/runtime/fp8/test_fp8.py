@@ -8,12 +8,12 @@ import torch
 from benchmarks.train_step import mixtral, random_weights, text_batch
 from runtime.engine import Engine
 from runtime.fp8.config import Fp8Config
-from runtime.fp8.experts import Fp8Experts
 from runtime.fp8.linear import Fp8Linears
-from runtime.fp8.quantised import E4M3, eight_bits, in_fp32
+from runtime.fp8.operands import E4M3, eight_bits, in_fp32
 from runtime.fp8.scaling import HISTORY_STEPS, Scaling
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.moe.fp8_experts import Fp8Experts
 from runtime.moe.permutation import plan_rows
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig

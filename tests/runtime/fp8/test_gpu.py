@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from runtime.fp8.config import Fp8Config
-from runtime.fp8.experts import Fp8Experts
 from runtime.fp8.linear import Fp8Linears
 from runtime.fp8.scaling import Scaling
+from runtime.moe.fp8_experts import Fp8Experts
 from runtime.moe.permutation import plan_rows
 from tests.runtime.moe.oracle import relative
 

@@ -3,10 +3,15 @@
 On a GPU the kernels run compiled, without one in Triton's interpreter.
 """
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from runtime.fp8.quantised import E4M3, eight_bits, in_fp32
+from runtime.fp8.operands import E4M3, eight_bits, in_fp32
 from runtime.moe import passes
 from runtime.moe.permutation import RowPlan, plan_rows
 
@@ -110,3 +115,16 @@ def test_swiglu(num_tokens: int, topk: int, num_experts: int, width: int, dtype:
     assert torch.equal(rows.view(torch.uint8)[:end], columns.view(torch.uint8).t()[:end])
     assert_rounded(act.t()[:end], bounds[1], expected[:end])
     torch.testing.assert_close(passes.rows_to_slots(dots, plan).double(), expected_weights, rtol=1e-4, atol=1e-5)
+
+
+def test_no_rounded_pair_is_both_packed_and_split() -> None:
+    """ptxas 12.8 for sm_90 splits such a pair's register before the pair is in it."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.runtime.kernels.fp8_for_hopper"]
+    ptx = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    pairs = set(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32\s+(%rs\d+)", ptx))
+    packed = {pair for both in re.findall(r"mov\.b32\s+%r\d+, \{(%rs\d+), (%rs\d+)\}", ptx) for pair in both}
+    split = set(re.findall(r"shr\.u16\s+%rs\d+, (%rs\d+), 8", ptx))
+    assert len(pairs) == 40  # of 16 elements a thread: gradients of gate and up for each layout, and the output
+    assert pairs == packed | split
+    assert not packed & split

@@ -1,4 +1,4 @@
-"""Matrices in 8 bits: made by our kernels on a GPU, by plain torch elsewhere.
+"""Operands in 8 bits: made by our kernels on a GPU, by plain torch elsewhere.
 
 Legend: G matrices of one shape (experts, or one), T rows, P rows with padding, D columns.
 """
@@ -50,7 +50,8 @@ def raise_amax(x_GTD: Tensor, amax_G: Tensor) -> None:
 def eight_bits(x: Tensor, bound: Tensor, dtype: torch.dtype) -> Tensor:
     """Round to an 8-bit format in plain torch; larger numbers than the bound saturate, and what is not finite becomes NaN."""
     limit = torch.finfo(dtype).max
-    scale = torch.where(bound > 0, limit / bound, 1.0)
+    # A number over a tensor would be its reciprocal times the number, which can differ in the last bit.
+    scale = torch.where(bound > 0, torch.full_like(bound, limit) / bound, 1.0)
     scaled = (x.float() * scale).clamp(-limit, limit)
     return torch.where(torch.isfinite(x), scaled, torch.nan).to(dtype)
 

@@ -180,15 +180,9 @@ def launch(
     epilogue = "store" if gate is None else "swiglu"
     if out.dtype == torch.float32:
         epilogue = "add" if add else "store_fp32"
-    beside = (0, 0, 0)
-    if gate is not None:
-        beside = (_pointer(gate.act), gate.weights_TK.data_ptr(), gate.slot_of_row_R.data_ptr())
-    scales: tuple[int, ...] = (0, 0, 0, 0)
-    split, per_expert, factor = False, 0, 1.0
+    scales, per_expert, factor = (0, 0, 0, 0), 0, 1.0
     if bounds is not None:
-        act = (None, None) if gate is None else (gate.act_bound, gate.act_amax)
-        scales = (bounds.left.data_ptr(), bounds.right.data_ptr(), *map(_pointer, act))
-        split, per_expert = bounds.split and gate is None, int(bounds.right.shape[0] > 1)
+        scales, per_expert = _scales(bounds, gate), int(bounds.right.shape[0] > 1)
         factor = 1.0 / (torch.finfo(left.dtype).max * torch.finfo(right.dtype).max)
     boxed = kind == "nt" or bounds is not None  # whether columns of the result are rows of the right operand
     arguments = struct.pack(
@@ -196,7 +190,7 @@ def launch(
         _tensor_map(left.data_ptr(), *left.shape, 64, left.element_size()),
         _tensor_map(right.data_ptr(), *right.shape, block_n // 2 if boxed else 64, right.element_size()),
         out.data_ptr(),
-        *beside,
+        *_beside(gate),
         offsets_E.data_ptr(),
         *scales,
         -(-columns // block_n),
@@ -208,9 +202,22 @@ def launch(
         factor,
     )
     device_index = left.device.index
-    types = (_TYPES[left.dtype], _TYPES[right.dtype])
+    types, split = (_TYPES[left.dtype], _TYPES[right.dtype]), bounds is not None and bounds.split and gate is None
     kernel = _kernel(device_index, block_n, kind, epilogue, edges, types, split)
     kernel.launch(_num_blocks(device_index), BLOCK_SIZE, arguments)
+
+
+def _beside(gate: Gate | None) -> tuple[int, int, int]:
+    """What a product of pre-activations takes and gives, as pointers."""
+    if gate is None:
+        return 0, 0, 0
+    return _pointer(gate.act), gate.weights_TK.data_ptr(), gate.slot_of_row_R.data_ptr()
+
+
+def _scales(bounds: Bounds, gate: Gate | None) -> tuple[int, int, int, int]:
+    """The bounds of 8-bit operands, and of the activations and what they are found to be, as pointers."""
+    act, amax = (None, None) if gate is None else (gate.act_bound, gate.act_amax)
+    return bounds.left.data_ptr(), bounds.right.data_ptr(), _pointer(act), _pointer(amax)
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -154,7 +154,7 @@ def start_run(given: Given) -> int:
     if run.data.show_sample:
         return show_sample(run, origin, process)
     if run.generate is not None:
-        from runtime.generate.run import generate_job
+        from runtime.generation import generate_job
 
         job: Callable[..., None] = generate_job
     else:

@@ -28,6 +28,8 @@ _FAILED = "failed"
 _JUDGES = "judges"
 _ALIVE = "alive"
 _LEFT = b"left"
+_PATIENCE = 30.0
+"""Seconds to wait for the watchdog's thread at the end."""
 
 
 class Progress(Protocol):
@@ -109,6 +111,12 @@ class Watchdog:
             printed.
         """
         self._stop.set()
+        try:
+            return self._tell(error)
+        finally:
+            self._join()
+
+    def _tell(self, error: BaseException) -> bool:
         known = isinstance(error, MoeconvError)
         text = str(error) if known else "".join(traceback.format_exception(error))
         first = self._read_failure()
@@ -124,10 +132,14 @@ class Watchdog:
     def stop(self) -> None:
         """Stop watching: the process ends as it should."""
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(2 * self._interval)  # a beat that comes after the farewell would be missed for ever
+        self._join()  # a beat that comes after the farewell would be missed for ever
         with contextlib.suppress(RuntimeError):  # the job's store may be gone already: everybody is leaving
             self._store.set(f"{_ALIVE}/{self._rank}", _LEFT.decode())
+
+    def _join(self) -> None:
+        # A thread that Python's end meets in a call of the store would take the whole process down with it.
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(max(2 * self._interval, _PATIENCE))
 
     def _publish(self, report: Report) -> bool:
         with contextlib.suppress(RuntimeError):  # without a store there is nobody to tell

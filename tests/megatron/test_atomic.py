@@ -23,17 +23,17 @@ from moeconv.formats import open_any
 from moeconv.io.staging import JOURNAL, Staging
 from moeconv.layout.degrees import Degrees
 from moeconv.megatron.checkpoint import as_checkpoint
-from moeconv.megatron.convert import export_megatron, import_megatron, open_megatron
+from moeconv.megatron.convert import export_megatron, open_megatron
+from tests.megatron.converting import convert
 from tests.upcycle.hub import make_folder
 
 ROOT = Path(__file__).parents[2]
 FORMS = ["torch", "torch_dist", "shards"]
-DEGREES = Degrees(tp=2, ep=4, pp=2)
 # argv: source, output, form, resume, the number of the file system call that kills (0: never)
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-from tests.megatron import test_atomic
+from tests.megatron import converting
 
 source, out, form, resume, fatal = *sys.argv[1:4], sys.argv[4] == "resume", int(sys.argv[5])
 calls = 0
@@ -47,18 +47,9 @@ def watch(event, args):
 
 sys.addaudithook(watch)
 print("begun", flush=True)
-test_atomic.convert(Path(source), Path(out), form, resume, lambda _: time.sleep(0.002) if not fatal else None)
+converting.convert(Path(source), Path(out), form, resume, lambda _: time.sleep(0.002) if not fatal else None)
 print(calls, flush=True)
 """
-
-
-def convert(source: Path, out: Path, form: str, resume: bool, progress: Any = lambda _: None) -> None:
-    options = Options(workers=2, resume=resume, progress=lambda _: progress)
-    if form == "shards":
-        import_megatron(open_megatron(source), out, DEGREES, options)
-    else:
-        fmt: Any = form
-        export_megatron(source, out, fmt=fmt, degrees=DEGREES, spec="te", experts="grouped", options=options)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from moeconv.errors import MoeconvError
 from moeconv.extras import needed
 from runtime.job.failure import USER_ERROR, end_with
+from runtime.job.leaving import leave
 from runtime.settings.flags import parse_flags
 
 
@@ -42,4 +43,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -150,6 +150,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 if __name__ == "__main__":
     FAULTS[sys.argv.pop(1)]()
+    from runtime.job.leaving import leave
     from runtime.train import main
 
-    sys.exit(main())
+    leave(main())

@@ -22,9 +22,10 @@ ROOT = Path(__file__).parents[2]
 Call = Callable[..., Result]
 # Waits where the tensors are written, until the signal comes.
 SLOW = """
-import sys, time
+import signal, sys, time
 import moeconv.sweep
 from cli.main import run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs, and what they start, ignore it
 real = moeconv.sweep._pwrite
 def slow(*args):
     real(*args)

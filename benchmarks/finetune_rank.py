@@ -20,14 +20,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.multi_gpu.job import Job, draw_weights
-from benchmarks.multi_gpu.saving import digest
+from benchmarks.multi_gpu.saving import digest, source_folder
 from benchmarks.multi_gpu.sizes import FULL
-from moeconv.checkpoint import Checkpoint, open_checkpoint
+from moeconv.checkpoint import open_checkpoint
 from moeconv.families import family_of
 from moeconv.families.base import Model
-from moeconv.io.safetensors import encode_header
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
-from runtime.checkpoint.rank_files import DTYPES, collect_files, commit_checkpoint
+from runtime.checkpoint.rank_files import collect_files, commit_checkpoint
 from runtime.checkpoint.writer import Saver, check
 from runtime.data.batch import Batch
 from runtime.engine import Engine
@@ -148,27 +147,10 @@ def memory(engine: Engine, job: Job) -> dict[str, Any]:
     }
 
 
-def source_folder(spec: Spec, run: RunConfig, job: Job, rank: int) -> Checkpoint:
-    """A Hugging Face folder of the model whose weights are a hole in a file: only its config and names are used."""
-    folder = Path(spec.folder) / "source"
-    if rank == 0 and not folder.exists():
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(spec.config))
-        dtype = DTYPES[TORCH_DTYPES[run.dtype]]
-        header = encode_header([(name, dtype, tensor.shape) for name, tensor in run.model.tensors.items()], {})
-        with (folder / "model.safetensors").open("wb") as file:
-            file.write(header.raw)
-            file.truncate(header.file_size)
-    job.synchronize()
-    checkpoint = open_checkpoint(folder)
-    _ = checkpoint.carried_bytes
-    return checkpoint
-
-
 def save(run: RunConfig, engine: Engine, mesh: ParallelMesh, job: Job, spec: Spec) -> dict[str, Any]:
     """Save as the trainer does, and leave a digest of what was saved beside it."""
     folder, rank = Path(spec.folder), mesh.global_rank
-    source = source_folder(spec, run, job, rank)
+    source = source_folder(folder / "source", spec.config, TORCH_DTYPES[run.dtype], job)
     saver = Saver(folder / "saved", job.control, keep_last=1)
     with_optimizer = run.checkpoint.save_optim
     job.synchronize()

@@ -63,9 +63,8 @@ class _Run:
             open_strips(self.staging.folder, targets, sweep.shape, lambda n: self.staging.open(n, os.O_RDWR)) as outs,
         ):
             hashers: dict[Rect, Any] = {}
-            for out in (
-                outs
-            ):  # copies of a rectangle are hashed once; a record's bytes that are no rows of it, when they are written
+            for out in outs:
+                # Copies of a rectangle are hashed once; a record's bytes that are no rows of it, when they are written.
                 if out.piece.rect not in hashers and not (self.archives and out.strides):
                     out.hasher = hashers[out.piece.rect] = Crc32() if self.archives else new()
             for source in sources:

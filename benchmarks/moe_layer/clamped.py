@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.moe_layer.implementations import Run, in_expert_order
 from benchmarks.moe_layer.problem import Problem, route
 from moeconv.families.compute import Gate, Router
+from runtime.moe.clamped_mlp import clamped_gate
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import MoELayer
-
-Run = Callable[[Problem], Tensor]
 
 
 def experts_plain(
@@ -21,16 +21,10 @@ def experts_plain(
 ) -> Tensor:
     """`F.grouped_mm` with torch operations around it."""
     topk = experts.shape[1]
-    flat = experts.flatten()
-    order = flat.argsort()
-    counts = torch.zeros(matrices[0].shape[0], dtype=torch.int32, device=x.device)
-    counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
-    offsets = counts.cumsum(0, dtype=torch.int32)
-    of_row = flat[order]
+    order, offsets = in_expert_order(experts, matrices[0].shape[0])
+    of_row = experts.flatten()[order]
     hidden = F.grouped_mm(x[order // topk], matrices[0], offs=offsets) + biases[0][of_row]
-    left, right = hidden[:, ::2].clamp(max=gate.limit), hidden[:, 1::2].clamp(-gate.limit, gate.limit)
-    act = (right + 1) * left * torch.sigmoid(gate.alpha * left)
-    out = F.grouped_mm(act, matrices[1], offs=offsets) + biases[1][of_row]
+    out = F.grouped_mm(clamped_gate(hidden, gate), matrices[1], offs=offsets) + biases[1][of_row]
     out = out * weights.flatten()[order].unsqueeze(1).to(out.dtype)
     return torch.zeros_like(x).index_add(0, order // topk, out)
 

@@ -19,14 +19,18 @@ from runtime.moe.scoring import score_fused
 Run = Callable[[Problem], Tensor]
 
 
+def in_expert_order(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Choices in the order of their experts, and where each expert's end."""
+    flat = experts.flatten()
+    counts = torch.zeros(num_experts, dtype=torch.int32, device=experts.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+    return flat.argsort(), counts.cumsum(0, dtype=torch.int32)
+
+
 def experts_plain(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     """`F.grouped_mm` with torch operations around it."""
     topk = experts.shape[1]
-    flat = experts.flatten()
-    order = flat.argsort()
-    counts = torch.zeros(w13.shape[0], dtype=torch.int32, device=x.device)
-    counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
-    offsets = counts.cumsum(0, dtype=torch.int32)
+    order, offsets = in_expert_order(experts, w13.shape[0])
     rows = x[order // topk]
     gate, up = F.grouped_mm(rows, w13.transpose(1, 2), offs=offsets).chunk(2, dim=-1)
     out = F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=offsets)

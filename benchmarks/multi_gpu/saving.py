@@ -49,7 +49,7 @@ def save(task: Task, job: Job) -> dict[str, Any]:
     layers = job.sizes.checkpoint_layers
     num_bytes = _checkpoint_bytes(job.sizes, layers)
     _check_space(job.scratch, num_bytes)
-    source = _source(job, layers)
+    source = source_folder(job.scratch / "source", job.sizes.hub_config(layers), getattr(torch, job.sizes.dtype), job)
     engine, mesh = job.engine(task, layers)
     draw_weights(engine)
     steps = _Steps(engine, mesh, task.options["sequences"], job)
@@ -188,16 +188,20 @@ def _digest(item: StateTensor, device: torch.device) -> Tensor:
     return total
 
 
-def _source(job: Job, num_layers: int) -> Checkpoint:
-    """A Hugging Face folder of the model whose weights are a hole in a file: only its config and names are used."""
-    folder = job.scratch / "source"
-    config = job.sizes.hub_config(num_layers)
-    if job.control is None or dist.get_rank() == 0:
-        folder.mkdir(exist_ok=True)
+def source_folder(folder: Path, config: dict[str, Any], dtype: torch.dtype, job: Job) -> Checkpoint:
+    """A Hugging Face folder of a model whose weights are a hole in a file: only its config and names are used. Collective.
+
+    Args:
+        folder: made by the first rank, unless it is there.
+        config: config.json of the hub.
+        dtype: of the weights.
+        job: the ranks.
+    """
+    if (job.control is None or dist.get_rank() == 0) and not folder.exists():
+        folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(config))
         tensors = Model.from_config(family_of(config), config).tensors
-        dtype = DTYPES[getattr(torch, job.sizes.dtype)]
-        header = encode_header([(name, dtype, tensor.shape) for name, tensor in tensors.items()], {})
+        header = encode_header([(name, DTYPES[dtype], tensor.shape) for name, tensor in tensors.items()], {})
         with (folder / "model.safetensors").open("wb") as file:
             file.write(header.raw)
             file.truncate(header.file_size)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from moeconv.errors import MoeconvError
 from moeconv.families.compute import Gate
-from runtime.moe.clamped_mlp import clamped_mlp
+from runtime.moe.clamped_mlp import clamped_gate, clamped_mlp, experts_of_rows
 from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import GroupedGemm, make_gemm, resolve_backend
-from runtime.moe.low_rank import Adapters, Form, add_to_rows
+from runtime.moe.low_rank import Adapters, Form, add_to_rows, unfilled
 from runtime.moe.passes import permute, unpermute
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.quantised.weight import Weight, dense, held, numbers
@@ -34,17 +34,16 @@ class _RowsTimes(torch.autograd.Function):
         weight, ctx.quantised = held(weight_EKN)
         ctx.save_for_backward(rows_RK if ctx.needs_input_grad[1] else None, weight)
         ctx.plan, ctx.gemm = plan, gemm
-        expert_R, used_R1 = _experts_of_rows(plan)
-        out = gemm.rows_times(rows_RK, numbers(weight_EKN), plan) + bias_EN[expert_R]
-        return out.masked_fill_(~used_R1, 0)  # rows past the last expert's may hold anything
+        out = gemm.rows_times(rows_RK, numbers(weight_EKN), plan) + bias_EN[experts_of_rows(plan)]
+        return out.masked_fill_(unfilled(plan), 0)  # rows past the last expert's may hold anything
 
     @staticmethod
     def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:
         rows_RK, weight = ctx.saved_tensors
         plan, gemm = ctx.plan, ctx.gemm
-        _, used_R1 = _experts_of_rows(plan)
-        grad_RN = grad_RN.contiguous().masked_fill(~used_R1, 0)
-        grad_rows = gemm.rows_times_transposed(grad_RN, dense(weight, ctx.quantised), plan).masked_fill(~used_R1, 0)
+        empty_R1 = unfilled(plan)
+        grad_RN = grad_RN.contiguous().masked_fill(empty_R1, 0)
+        grad_rows = gemm.rows_times_transposed(grad_RN, dense(weight, ctx.quantised), plan).masked_fill(empty_R1, 0)
         grad_weight = gemm.transposed_times_rows(rows_RK, grad_RN, plan) if ctx.needs_input_grad[1] else None
         grad_bias = None
         if ctx.needs_input_grad[2]:
@@ -52,31 +51,6 @@ class _RowsTimes(torch.autograd.Function):
             ones_R8 = grad_RN.new_ones(grad_RN.shape[0], 8)
             grad_bias = gemm.transposed_times_rows(ones_R8, grad_RN, plan)[:, 0]
         return grad_rows, grad_weight, grad_bias, None, None
-
-
-def _experts_of_rows(plan: RowPlan) -> tuple[Tensor, Tensor]:
-    """[R] the expert of each row, and [R, 1] whether a choice fills it."""
-    places = torch.arange(plan.num_rows, device=plan.offsets_E.device, dtype=plan.offsets_E.dtype)
-    expert_R = torch.searchsorted(plan.offsets_E, places, right=True).clamp(max=plan.offsets_E.shape[0] - 1)
-    return expert_R, (plan.slot_of_row_R >= 0).unsqueeze(1)
-
-
-def clamped_gate(hidden_R2F: Tensor, gate: Gate) -> Tensor:
-    """The activation.
-
-    Args:
-        hidden_R2F: [R, 2F], gate and up in turns.
-        gate: steepness and bound.
-
-    Returns:
-        [R, F].
-
-    Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/gpt_oss/modeling_gpt_oss.py
-    """
-    wide = hidden_R2F if hidden_R2F.dtype == torch.float64 else hidden_R2F.float()
-    left = wide[:, ::2].clamp(max=gate.limit)
-    right = wide[:, 1::2].clamp(-gate.limit, gate.limit)
-    return ((right + 1) * left * torch.sigmoid(gate.alpha * left)).to(hidden_R2F.dtype)
 
 
 class ClampedExperts(nn.Module):
@@ -170,14 +144,16 @@ class ClampedExperts(nn.Module):
             [T, D] in the dtype of x: this rank's summand, where several share an expert.
         """
         gemm, experts = self.gemm(), self.num_local_experts
-        biases = (self.gate_up_bias.view(experts, -1), self.down_bias.view(experts, -1) / self._shares)
+        down_bias = self.down_bias.view(experts, -1)
+        biases = (self.gate_up_bias.view(experts, -1), down_bias if self._shares == 1 else down_bias / self._shares)
         if not self._forms:
             matrices = (self.gate_up, self.down)
             return clamped_mlp(x_TD, weights_TK, matrices, biases, plan, self._gate, gemm, fused=self.fused)
         rows_RD, weights_R = permute(x_TD, weights_TK, plan, fused=self.fused)
         hidden = _apply(rows_RD, self.gate_up, biases[0], plan, gemm)
         hidden = self._adapted("gate_up", hidden, rows_RD, plan, gemm)
-        act = clamped_gate(hidden, self._gate)
+        wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+        act = clamped_gate(wide, self._gate).to(hidden.dtype)
         out_RD = self._adapted("down", _apply(act, self.down, biases[1], plan, gemm), act, plan, gemm)
         return unpermute((out_RD * weights_R.unsqueeze(1)).to(out_RD.dtype), plan, fused=self.fused)
 

@@ -39,8 +39,24 @@ def experts_of_rows(plan: RowPlan) -> Tensor:
     return found.clamp(max=plan.offsets_E.shape[0] - 1)
 
 
+def clamped_gate(biased_R2F: Tensor, gate: Gate) -> Tensor:
+    """(up + 1) * gate * sigmoid(alpha * gate), gate and up clamped.
+
+    Args:
+        biased_R2F: [R, 2F], gate and up in turns.
+        gate: steepness and bound.
+
+    Returns:
+        [R, F].
+
+    Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/gpt_oss/modeling_gpt_oss.py
+    """
+    left, right = biased_R2F[:, ::2].clamp(max=gate.limit), biased_R2F[:, 1::2].clamp(-gate.limit, gate.limit)
+    return (right + 1) * left * torch.sigmoid(gate.alpha * left)
+
+
 def activate(hidden_R2F: Tensor, weights_TK: Tensor, args: Activation) -> Tensor:
-    """(up + 1) * gate * sigmoid(alpha * gate) * weight, gate and up biased and clamped.
+    """`clamped_gate` of what is biased, times the routing weight.
 
     Args:
         hidden_R2F: [R, 2F], without biases.
@@ -49,8 +65,6 @@ def activate(hidden_R2F: Tensor, weights_TK: Tensor, args: Activation) -> Tensor
 
     Returns:
         [R, F] in the dtype of hidden, computed in fp32 (fp64 for fp64).
-
-    Source: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/gpt_oss/modeling_gpt_oss.py
     """
     bias, experts, plan, gate, fused = args
     if fused and hidden_R2F.is_cuda:
@@ -58,17 +72,15 @@ def activate(hidden_R2F: Tensor, weights_TK: Tensor, args: Activation) -> Tensor
 
         beside = (plan.slot_of_row_R, plan.offsets_E, gate.alpha, gate.limit)
         return kernel(hidden_R2F, bias, experts, weights_TK, *beside)
-    left, right, weights, _ = _wide(hidden_R2F, weights_TK, args)
-    left, right = left.clamp(max=gate.limit), right.clamp(-gate.limit, gate.limit)
-    return ((right + 1) * left * torch.sigmoid(gate.alpha * left) * weights).to(hidden_R2F.dtype)
+    biased, weights = _wide(hidden_R2F, weights_TK, args)
+    return (clamped_gate(biased, gate) * weights).to(hidden_R2F.dtype)
 
 
-def _wide(hidden_R2F: Tensor, weights_TK: Tensor, args: Activation) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+def _wide(hidden_R2F: Tensor, weights_TK: Tensor, args: Activation) -> tuple[Tensor, Tensor]:
     """Gate and up with their biases, and the weight of each row, in the dtype that is computed in."""
     dtype = torch.float64 if hidden_R2F.dtype == torch.float64 else torch.float32
     biased = hidden_R2F.to(dtype) + args.bias_E2F.to(dtype)[args.expert_R]
-    weights = passes.slots_to_rows(weights_TK, args.plan).to(dtype).unsqueeze(1)
-    return biased[:, ::2], biased[:, 1::2], weights, dtype
+    return biased, passes.slots_to_rows(weights_TK, args.plan).to(dtype).unsqueeze(1)
 
 
 def activate_backward(
@@ -91,11 +103,12 @@ def activate_backward(
 
         beside = (plan.slot_of_row_R, plan.offsets_E, gate.alpha, gate.limit)
         return kernel(hidden_R2F, bias, experts, weights_TK, grad_RF, *beside)
-    left, right, weights, dtype = _wide(hidden_R2F, weights_TK, args)
+    biased, weights = _wide(hidden_R2F, weights_TK, args)
+    left, right = biased[:, ::2], biased[:, 1::2]
     bounded, linear = left.clamp(max=gate.limit), right.clamp(-gate.limit, gate.limit) + 1
     sigmoid = torch.sigmoid(gate.alpha * bounded)
     act = linear * bounded * sigmoid
-    grad = grad_RF.to(dtype)
+    grad = grad_RF.to(biased.dtype)
     grad_left = grad * weights * linear * sigmoid * (1 + gate.alpha * bounded * (1 - sigmoid)) * (left <= gate.limit)
     grad_right = grad * weights * bounded * sigmoid * (right.abs() <= gate.limit)
     grad_hidden = torch.stack([grad_left, grad_right], dim=2).flatten(1).to(hidden_R2F.dtype)

@@ -92,7 +92,7 @@ class _Products:
         return deliver(sink, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), b)
 
 
-def _unfilled(plan: RowPlan) -> Tensor:
+def unfilled(plan: RowPlan) -> Tensor:
     """[R, 1] whether no choice fills a row; such rows may hold anything."""
     return (plan.slot_of_row_R < 0).unsqueeze(1)
 
@@ -112,7 +112,7 @@ class _AddToRows(torch.autograd.Function):
     ) -> Tensor:
         products = _Products(a, b, form, plan, gemm, seed)
         reduced = products.reduce(rows)
-        out.add_(products.expand(reduced).masked_fill_(_unfilled(plan), 0))
+        out.add_(products.expand(reduced).masked_fill_(unfilled(plan), 0))
         ctx.save_for_backward(rows, reduced, a, b)
         ctx.args = form, plan, gemm, seed
         ctx.sinks = sink_of(a), sink_of(b)
@@ -122,14 +122,14 @@ class _AddToRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, reduced, a, b = ctx.saved_tensors
-        unfilled = _unfilled(ctx.args[1])
+        empty = unfilled(ctx.args[1])
         products = _Products(a, b, *ctx.args)
-        clean = grad.contiguous().masked_fill(unfilled, 0)
-        grad_reduced = products.grad_reduced(clean).masked_fill_(unfilled, 0)
+        clean = grad.contiguous().masked_fill(empty, 0)
+        grad_reduced = products.grad_reduced(clean).masked_fill_(empty, 0)
         need = ctx.needs_input_grad
         grad_b = products.grad_b(clean, reduced, b, ctx.sinks[1]) if need[3] else None
         grad_a = products.grad_a(grad_reduced, rows, a, ctx.sinks[0]) if need[2] else None
-        grad_rows = products.grad_rows(grad_reduced).masked_fill_(unfilled, 0) if need[1] else None
+        grad_rows = products.grad_rows(grad_reduced).masked_fill_(empty, 0) if need[1] else None
         return grad, grad_rows, grad_a, grad_b, None, None, None, None
 
 

@@ -71,6 +71,8 @@ class Case:
     """Flags to measure the same work with, in turns."""
     save_and_resume: str | None = None
     """Flags of another layout that takes up what is saved; None saves nothing."""
+    profile_to: str | None = None
+    """Folder for the kernels of a step; None writes none."""
 
 
 _LENGTH = "--seq-length 4096 --micro-batch-size 1 --bf16"
@@ -220,7 +222,7 @@ def measure(case: Case, scratch: Path | None) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="finetune-", dir=scratch) as folder:
         saves = case.save_and_resume is not None
-        out = launch(case, case.flags, Path(folder), save=saves)
+        out = launch(case, case.flags, Path(folder), save=saves, profile_to=case.profile_to)
         if case.beside is not None:
             other = launch(case, case.beside, Path(folder))
             out |= {"beside": other, "over": 1 - other["ms"] / out["ms"]}
@@ -279,6 +281,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     parser.add_argument("--beside", metavar="FLAGS", help="measure the same work with these, too")
     parser.add_argument("--save-and-resume", metavar="FLAGS", help="save, and take it up with these")
     parser.add_argument("--match", default="", metavar="TEXT", help="of sections only cases whose name has it")
+    parser.add_argument("--profile-to", metavar="FOLDER", help="write the kernels of a step there")
     parser.add_argument("--scratch", type=Path, help="folder on the disk that checkpoints go to")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each case")
     args = parser.parse_args(words[:cut])
@@ -289,8 +292,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
         if cut < len(words):
             parser.error("trainer's flags need --model")
         chosen = [case for name in args.sections or SECTIONS for case in SECTIONS[name] if args.match in case.name]
-        return args, chosen
-    own = {name: getattr(args, name) for name in ("model", "ranks", "layers", "steps", "beside", "save_and_resume")}
+        return args, [dataclasses.replace(case, profile_to=args.profile_to) for case in chosen]
+    own = {
+        name: getattr(args, name)
+        for name in ("model", "ranks", "layers", "steps", "beside", "save_and_resume", "profile_to")
+    }
     return args, [Case(name=args.model, flags=shlex.join(words[cut + 1 :]), **own)]
 
 

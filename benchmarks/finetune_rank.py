@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from benchmarks.multi_gpu.job import Job, draw_weights
 from benchmarks.multi_gpu.saving import digest, source_folder
 from benchmarks.multi_gpu.sizes import FULL
+from benchmarks.step_systems import write_profile
 from moeconv.checkpoint import open_checkpoint
 from moeconv.families import family_of
 from moeconv.families.base import Model
@@ -63,8 +65,8 @@ class Spec:
     """Take up what is there instead of drawing weights."""
     passes: bool = True
     """Time forward and backward passes without the update, too."""
-    more: dict[str, Any] = field(default_factory=dict)
-    """Of a section of its own."""
+    profile_to: str | None = None
+    """Folder for the kernels of a step of the first rank."""
 
 
 def read_run(spec: Spec, process: Process) -> RunConfig:
@@ -129,7 +131,21 @@ def measure(run: RunConfig, engine: Engine, mesh: ParallelMesh, job: Job, spec: 
     if spec.passes:
         alone = statistics.median(timed(lambda: engine.accumulate(batches), job, 3))
         out |= {"passes_ms": alone * 1e3, "update_share": max(0.0, 1 - alone / seconds)}
-    return out | memory(engine, job)
+    out |= memory(engine, job)
+    if spec.profile_to is not None:
+        _profile(lambda: engine.train_step(batches), Path(spec.profile_to), mesh.global_rank, seconds)
+    return out
+
+
+def _profile(step: Callable[[], object], folder: Path, rank: int, seconds: float) -> None:
+    """Let every rank do a step, and write the first one's kernels."""
+    if rank:
+        step()
+        return
+    number = len(list(folder.glob("finetune_*.txt")))
+    write_profile(
+        step, folder / f"finetune_{number}.txt", f"{shlex.join(sys.argv[1:])}: a step of {seconds * 1e3:.1f} ms"
+    )
 
 
 def memory(engine: Engine, job: Job) -> dict[str, Any]:

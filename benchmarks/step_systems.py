@@ -306,7 +306,7 @@ def write_profile(step: Step, path: Path, title: str) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as prof:
         step()
-        torch.cuda.synchronize()
+        _synchronize()
     events = [e for e in prof.key_averages() if e.device_type.name == "CUDA" and not e.key.startswith("Optimizer.")]
     events.sort(key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events)

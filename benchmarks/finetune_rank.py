@@ -38,6 +38,7 @@ from runtime.measures import host_bytes
 from runtime.model.context import TORCH_DTYPES
 from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.assemble import make_run
+from runtime.settings.capture import captures
 from runtime.settings.check import check_run
 from runtime.settings.flags import parse_flags
 from runtime.settings.run import RunConfig
@@ -211,7 +212,15 @@ def work(spec: Spec, process: Process, device: torch.device) -> dict[str, Any]:
     mesh = ParallelMesh(run.parallel, process.world_size)
     begin = time.perf_counter()
     settings = (run.parallel, run.moe, run.optim, run.recompute)
-    engine = Engine(run.model, TORCH_DTYPES[run.dtype], *settings, mesh, device, lora=run.lora)
+    engine = Engine(
+        run.model,
+        TORCH_DTYPES[run.dtype],
+        *settings,
+        mesh,
+        device,
+        lora=run.lora,
+        captures=captures(run, process.world_size, device),
+    )
     engine.set_lr(run.optim.lr)
     out: dict[str, Any] = {}
     if spec.resume:

@@ -82,8 +82,10 @@ MODELS = {
 }
 
 
-def runtime(model: Slice, layout: Layout, fp8: str | None = None, **options: Any) -> MakeStep:
-    """This project's engine: bf16, fp32 masters, moments and gradient sums."""
+def runtime(
+    model: Slice, layout: Layout, fp8: str | None = None, *, captures: bool = True, **options: Any
+) -> MakeStep:
+    """This project's engine: bf16, fp32 masters, moments and gradient sums; CUDA graphs where the trainer takes them."""
     from benchmarks.train_step import make_engine, mixtral, text_batch
     from runtime.fp8.config import Fp8Config
     from runtime.parallel.degrees import ParallelConfig
@@ -108,6 +110,7 @@ def runtime(model: Slice, layout: Layout, fp8: str | None = None, **options: Any
         lr=1e-5,
         parallel=parallel,
         on_device=True,
+        captures=captures and not several and fp8 is None,
         **options,
     )
 
@@ -255,6 +258,7 @@ def transformers(model: Slice, layout: Layout, *, compiled: bool) -> MakeStep:
 
 SYSTEMS: dict[str, Callable[[Slice, Layout], MakeStep]] = {
     "runtime": runtime,
+    "runtime, no CUDA graphs": lambda *work: runtime(*work, captures=False),
     "runtime, bf16 moments": lambda *work: runtime(*work, moments_dtype="bfloat16"),
     "runtime, FP8 tensorwise": lambda *work: runtime(*work, "tensorwise"),
     "runtime, FP8 delayed": lambda *work: runtime(*work, "delayed"),

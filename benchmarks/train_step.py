@@ -69,6 +69,7 @@ def make_engine(
     parallel: ParallelConfig | None = None,
     on_device: bool = False,
     fp8: Fp8Config | None = None,
+    captures: bool = False,
     **optim_options: Any,
 ) -> Engine:
     """Build an engine with random weights: such that depend on names alone, or quickly on the device."""
@@ -77,7 +78,8 @@ def make_engine(
     ours = fp8 is not None and device.type == "cuda"  # by itself an engine takes te for experts in FP8
     moe = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,), gemm_backend="hopper" if ours else "auto")
     optim, recompute = OptimConfig(lr=lr, **optim_options), RecomputeConfig(granularity=granularity)
-    engine = Engine(model, dtype, parallel, moe, optim, recompute, ParallelMesh(parallel), device, fp8=fp8)
+    mesh = ParallelMesh(parallel)
+    engine = Engine(model, dtype, parallel, moe, optim, recompute, mesh, device, fp8=fp8, captures=captures)
     if not on_device:
         engine.load_state(random_weights())
         return engine

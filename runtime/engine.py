@@ -31,7 +31,7 @@ from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.routing_report import RouterMetrics
 from runtime.moe.config import MoEConfig
-from runtime.moe.layer import moe_layers, set_loss_scale
+from runtime.moe.layer import moe_layers, reset_stats, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
 from runtime.ops.cross_entropy import cross_entropy
 from runtime.ops.documents import Documents
@@ -42,6 +42,7 @@ from runtime.optim.ema import WithMean
 from runtime.optim.groups import describe_groups, resolve_groups
 from runtime.optim.loss_scale import LossScale
 from runtime.optim.make import make_optimizer
+from runtime.parallel.captured import CapturedModel
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.runner import Microbatch, Runner, WholeModel
@@ -69,6 +70,7 @@ class Engine:
         trains: bool = True,
         lora: LoraConfig | None = None,
         fp8: Fp8Config | None = None,
+        captures: bool = False,
     ) -> None:
         """Build the model and the optimizer; weights are zero until `load_state`. Collective.
 
@@ -84,6 +86,7 @@ class Engine:
             trains: whether there will be steps; else there is room for weights only.
             lora: of the model's adapters; None for a model without.
             fp8: what is computed in FP8; None for nothing.
+            captures: replay micro-batches as CUDA graphs; for one GPU, and see `runtime.settings.capture.obstacle`.
         """
         _assert_combination(parallel, moe)
         mesh.share_heads(model.sizes["kv_heads"])
@@ -111,9 +114,11 @@ class Engine:
         self.optimizer = make_optimizer(optim, self.trained)
         self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
         self._metrics = RouterMetrics(self._context, self.module)
-        self._runner = self._make_runner(stages)
+        self._runner = self._make_runner(stages, captures=captures)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self._scale = torch.ones((), dtype=wide, device=device)
+        # Filled anew in each step, and never replaced: a captured micro-batch reads them.
+        self._scale, self._balancing_scale = (torch.ones((), dtype=wide, device=device) for _ in range(2))
+        set_loss_scale(self.module, self._balancing_scale)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     @property
@@ -165,9 +170,9 @@ class Engine:
         self.module.train()
         batches = [self._to_device(batch) for batch in microbatches]
         num_tokens = self._count_tokens(batches).clamp(min=1)
-        self._scale = (self.loss_scale.scale / num_tokens).to(self._scale.dtype)
+        self._scale.copy_(self.loss_scale.scale / num_tokens)
         # Balancing losses are means over a micro-batch: of these the global batch has so many.
-        set_loss_scale(self.module, self.loss_scale.scale / (len(batches) * self.mesh.size("dp")))
+        self._balancing_scale.fill_(self.loss_scale.scale / (len(batches) * self.mesh.size("dp")))
         self._reset(trains=True)
         self.store.begin(len(batches) if self._runner.counts_backwards else None)
         self._runner.run(batches, backward=True)
@@ -280,10 +285,11 @@ class Engine:
         for buffer in self._context.parameters.buffers:
             yield buffer.name, getattr(buffer.module, buffer.attribute).view(buffer.shape)
 
-    def _make_runner(self, stages: Sequence[DecoderStage]) -> Runner:
+    def _make_runner(self, stages: Sequence[DecoderStage], *, captures: bool) -> Runner:
         parallel = self._context.parallel
         if parallel.pp == 1:
-            return WholeModel(stages[0], self._loss)
+            whole = WholeModel(stages[0], self._loss)
+            return CapturedModel(whole, self.store, self.device) if captures else whole
         from runtime.parallel.pipeline import Pipeline
 
         shape, dtype = self._activation_shape, self._context.dtype
@@ -307,8 +313,7 @@ class Engine:
         self._loss_sum.zero_()
         if self._fp8 is not None:
             self._fp8.begin(trains=trains)
-        for layer in moe_layers(self.module):
-            layer.reset_stats()
+        reset_stats(moe_layers(self.module))
 
     def _activation_shape(self, batch: int, positions: int) -> tuple[int, ...]:
         shares = self.mesh.size("cp") * (self.mesh.size("tp") if self._context.sp else 1)

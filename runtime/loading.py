@@ -28,6 +28,7 @@ from runtime.model.context import TORCH_DTYPES
 from runtime.optim.config import EMA
 from runtime.parallel.mesh import ParallelMesh
 from runtime.quantised_base import ReadBlocks
+from runtime.settings.capture import captures
 from runtime.settings.flags import Given
 from runtime.settings.origin import Origin, open_at
 from runtime.settings.run import RunConfig
@@ -84,7 +85,15 @@ def make_engine(
     settings = (run.parallel, run.moe, run.optim, run.recompute)
     trains = not run.train.skip_train
     engine = Engine(
-        run.model, TORCH_DTYPES[run.dtype], *settings, mesh, device, trains=trains, lora=run.lora, fp8=run.fp8
+        run.model,
+        TORCH_DTYPES[run.dtype],
+        *settings,
+        mesh,
+        device,
+        trains=trains,
+        lora=run.lora,
+        fp8=run.fp8,
+        captures=trains and captures(run, process.world_size, device),
     )
     try:
         return engine, load(engine, run, origin)

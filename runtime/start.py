@@ -42,6 +42,7 @@ from runtime.moe.grouped_gemm import describe_backend
 from runtime.optim.config import EMA
 from runtime.optim.groups import check_states, describe_frozen, num_trained, resolve_groups
 from runtime.settings.assemble import make_run
+from runtime.settings.capture import describe_capture
 from runtime.settings.check import check_run, data_parallel_size
 from runtime.settings.flags import Given
 from runtime.settings.generation import for_generation
@@ -88,8 +89,10 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     require(tokenizer is None or tokenizer.exists(), f"--tokenizer-model {tokenizer}: no such file or folder")
     stated = [] if generates else summary(run)
     notes = [*origin.notes, *run.notes, *stated, *_groups(run, origin)]
+    device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if not run.train.skip_train:
+        notes += describe_capture(run, process.world_size, device)
     if run.moe is not None:
-        device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype], run.fp8))
     forecast = expect(run, process)
     if forecast is not None:

@@ -79,7 +79,7 @@ def our_layer(problem: Problem, backend: str) -> Run:
             config, hidden_size=hidden, ffn_hidden_size=double // 2, dtype=torch.bfloat16, gate=problem.gate
         )
     layer.router.weight = torch.nn.Parameter(problem.router.detach())
-    layer.router.reset_stats()
+    layer.reset_stats()
     flat = [bias.detach().flatten() for bias in problem.expert_biases]
     for name, tensor in zip(
         ("gate_up", "down", "gate_up_bias", "down_bias"), (problem.w13, problem.w2, *flat), strict=True

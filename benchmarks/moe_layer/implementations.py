@@ -133,7 +133,7 @@ def our_layer(problem: Problem, backend: str) -> Run:
     layer.router.weight = torch.nn.Parameter(problem.router.detach())
     layer.experts.w13 = torch.nn.Parameter(problem.w13.detach())
     layer.experts.w2 = torch.nn.Parameter(problem.w2.detach())
-    layer.router.reset_stats()
+    layer.reset_stats()
     names = ((layer.router, "weight", "router"), (layer.experts, "w13", "w13"), (layer.experts, "w2", "w2"))
 
     def run(problem: Problem) -> Tensor:

@@ -76,7 +76,7 @@ class Attention(nn.Module):
         q, kv = self._in(x, [self.q_weight, self.kv_weight], [self.q_bias, self.kv_bias])
         q, kv = adapted(q, x, self.q_adapter), adapted(kv, x, self.kv_adapter)
         if self._recompute and torch.is_grad_enabled():
-            out = checkpoint(self._core, q, kv, cos, sin, documents, use_reentrant=False)
+            out = checkpoint(self._core, q, kv, cos, sin, documents, use_reentrant=False, preserve_rng_state=False)
         else:
             out = self._core(q, kv, cos, sin, documents, past)
         out = out.flatten(-2)

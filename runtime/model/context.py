@@ -64,6 +64,11 @@ class ModelContext:
         return min((t.layer for t in trained if t.layer is not None), default=self.model.sizes["layers"])
 
     @property
+    def draws(self) -> bool:
+        """Whether a layer draws random numbers in training."""
+        return self.lora.dropout > 0 or (self.moe is not None and self.moe.input_jitter_eps > 0)
+
+    @property
     def sp(self) -> bool:
         """Whether activations between tensor-parallel regions are split over tp along the sequence."""
         return self.parallel.sp and self.parallel.tp > 1

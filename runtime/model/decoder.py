@@ -133,9 +133,21 @@ def _sum(summands: list[Tensor]) -> Tensor:
     return summands[0] if len(summands) == 1 else summands[0] + summands[1]
 
 
-def _again(function: Callable[..., tuple[Tensor, Tensor]], *args: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run a function without keeping its activations; routers in it choose once."""
-    out: tuple[Tensor, Tensor] = checkpoint(function, *args, use_reentrant=False, context_fn=RoutingTape().contexts)
+def _again(function: Callable[..., tuple[Tensor, Tensor]], *args: Tensor | None, random: bool) -> tuple[Tensor, Tensor]:
+    """Run a function without keeping its activations; routers in it choose once.
+
+    Args:
+        function: what to run.
+        *args: its arguments.
+        random: whether it draws numbers, which must be the same the second time.
+
+    Returns:
+        What it gives.
+    """
+    contexts = RoutingTape().contexts
+    out: tuple[Tensor, Tensor] = checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=random, context_fn=contexts
+    )
     return out
 
 
@@ -208,7 +220,9 @@ class DecoderStage(nn.Module):
             if torch.is_grad_enabled() and self._recomputed(place):
                 # Kept for the second run: the sum alone, not both summands.
                 with self.offload.region("layer_inputs", None):
-                    out = _again(lambda x, layer=layer: layer([x], cos, sin, documents), _sum(summands))
+                    out = _again(
+                        lambda x, layer=layer: layer([x], cos, sin, documents), _sum(summands), random=context.draws
+                    )
             else:
                 out = layer(summands, cos, sin, documents, past)
             summands = list(out)

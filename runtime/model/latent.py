@@ -75,7 +75,9 @@ class LatentAttention(nn.Module):
         normed = self.kv_norm(latent_SBL.contiguous())
         kv = adapted(linear(normed, self.kv_b_weight), normed, self.kv_b_adapter)
         if self._recompute and torch.is_grad_enabled():
-            out = checkpoint(self._core, q, kv, k_turned_SBR, cos, sin, documents, use_reentrant=False)
+            out = checkpoint(
+                self._core, q, kv, k_turned_SBR, cos, sin, documents, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             out = self._core(q, kv, k_turned_SBR, cos, sin, documents, past)
         out = out.flatten(-2)

@@ -102,6 +102,11 @@ class ClampedExperts(nn.Module):
         self._config, self._gate, self._shares = config, gate, shares
         self._gemm: tuple[torch.device, torch.dtype, GroupedGemm] | None = None
 
+    @property
+    def draws(self) -> bool:
+        """Whether dropout of adapters draws random numbers."""
+        return any(form.scaling.dropout > 0 for form in self._forms.values())
+
     def adapt(self, which: str, a: nn.Parameter, b: nn.Parameter, form: Form) -> None:
         """Add low-rank adapters.
 

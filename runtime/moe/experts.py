@@ -157,6 +157,11 @@ class Experts(nn.Module):
         setattr(self, f"b{which}", b)
         self._forms[which] = form
 
+    @property
+    def draws(self) -> bool:
+        """Whether dropout of adapters draws random numbers."""
+        return any(form.scaling.dropout > 0 for form in self._forms.values())
+
     def _adapters(self, which: str) -> Adapters | None:
         if which not in self._forms:
             return None

@@ -5,6 +5,7 @@ Legend: T tokens of this rank, D hidden size, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -24,7 +25,7 @@ from runtime.moe.routing import Routing
 from runtime.moe.statistics import RouterStats
 from runtime.parallel.collectives import gather_from, group_size, split_to
 
-__all__ = ["MoEGroups", "MoELayer", "moe_layers", "set_loss_scale"]
+__all__ = ["MoEGroups", "MoELayer", "moe_layers", "reset_stats", "set_loss_scale"]
 
 
 class ExpertSizes(NamedTuple):
@@ -115,7 +116,7 @@ class MoELayer(nn.Module):
 
     def reset_stats(self) -> None:
         """Begin a new global batch."""
-        self.router.reset_stats()
+        reset_stats([self])
 
     def finish_step(self) -> None:
         """End a global batch: move the expert bias. Every rank calls it."""
@@ -149,7 +150,9 @@ class MoELayer(nn.Module):
         routing = self.router(x_TD, sequence_T, num_sequences)
         equal = self.groups.equal_tokens and (sizes is None or len(set(sizes)) == 1)
         if self.config.recompute_layer and torch.is_grad_enabled():
-            out = cast(Tensor, checkpoint(self._run_experts, x_TD, routing, equal, use_reentrant=False))
+            run, random = self._run_experts, self.experts.draws
+            again = checkpoint(run, x_TD, routing, equal, use_reentrant=False, preserve_rng_state=random)
+            out = cast(Tensor, again)
         else:
             out = self._run_experts(x_TD, routing, equal)
         return gather_from(out, 0, tp, sizes)
@@ -171,6 +174,13 @@ def _divides(what: str, size: int, parts: int) -> None:
 def moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a model, in order."""
     return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def reset_stats(layers: Sequence[MoELayer]) -> None:
+    """Begin a new global batch in layers of one device: everything that is summed up over one starts at 0, in one launch."""
+    sums = [tensor for layer in layers for tensor in layer.router.batch_sums()]
+    for dtype in {tensor.dtype for tensor in sums}:
+        torch._foreach_zero_([tensor for tensor in sums if tensor.dtype == dtype])
 
 
 def set_loss_scale(model: nn.Module, scale: Tensor | float) -> None:

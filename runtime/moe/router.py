@@ -77,10 +77,11 @@ class Router(nn.Module):
             if self.expert_bias is not None:
                 self.expert_bias.zero_()
 
-    def reset_stats(self) -> None:
-        """Begin a new global batch: statistics and the counts of global_aux_loss start at 0."""
-        self.stats = RouterStats.zeros(self.config.num_experts, self.weight.device)
-        self._window_counts_E = None
+    def batch_sums(self) -> list[Tensor]:
+        """What is summed up over a global batch: statistics, and the counts of global_aux_loss."""
+        if self.stats.sums.device != self.weight.device:  # built on the meta device
+            self.stats = RouterStats.zeros(self.config.num_experts, self.weight.device)
+        return self.stats.tensors() + ([] if self._window_counts_E is None else [self._window_counts_E])
 
     def finish_step(self) -> None:
         """Move the expert bias by the load of the global batch, summed over tp x dp x cp."""
@@ -174,8 +175,9 @@ class Router(nn.Module):
         prob_tokens = totals[-1].clamp(min=1)
         if over_window:
             totals = _sum_over(local, self.groups.tp_dp_cp).double()
-            self._window_counts_E = totals if self._window_counts_E is None else self._window_counts_E + totals
-            totals = self._window_counts_E
+            if self._window_counts_E is None:
+                self._window_counts_E = torch.zeros_like(totals)
+            totals = self._window_counts_E.add_(totals).clone()
         return losses.load_balancing_loss(prob_sums_E, totals[:-1], prob_tokens, totals[-1].clamp(min=1), topk)
 
     def _seq_aux_loss(

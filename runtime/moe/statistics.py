@@ -16,7 +16,8 @@ class RouterStats:
 
     Sum each over the ranks with different tokens (tp x dp x cp), then divide: load_E by its mean for max over mean,
     dropped by choices for the dropped share, entropy and nonfinite by tokens, losses by the number of micro-batches
-    (their values are summands over a tp x cp group, so divide their sum over all ranks by dp).
+    (their values are summands over a tp x cp group, so divide their sum over all ranks by dp). Everything is kept in the
+    same tensors from step to step, so that a captured micro-batch adds to what is read.
     """
 
     sums: Tensor
@@ -24,10 +25,8 @@ class RouterStats:
     dropped: Tensor
     """0-dim int64 choices without a row: above an expert's capacity, or of a token that the expert did not choose."""
     losses: dict[str, Tensor] = field(default_factory=dict)
-    """Each loss without its coefficient: 1 is balanced for the auxiliary losses."""
-    num_tokens: int = 0
-    num_choices: int = 0
-    num_microbatches: int = 0
+    """Each loss without its coefficient: 1 is balanced for the auxiliary losses. One that has been added stays, at 0 after a
+    reset."""
 
     @classmethod
     def zeros(cls, num_experts: int, device: torch.device) -> RouterStats:
@@ -65,11 +64,13 @@ class RouterStats:
             wide = routing.experts_TK.shape != routing.chosen_TK.shape
             experts = routing.experts_TK.gather(1, routing.chosen_TK) if wide else routing.experts_TK
             self.dropped += (experts == num_experts).sum()
-        self.num_tokens += routing.chosen_TK.shape[0]
-        self.num_choices += routing.chosen_TK.numel()
-        self.num_microbatches += 1
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add a loss of a micro-batch, without its coefficient."""
-        value = value.detach().float()
-        self.losses[name] = self.losses[name] + value if name in self.losses else value
+        if name not in self.losses:
+            self.losses[name] = torch.zeros((), device=value.device)
+        self.losses[name] += value.detach()
+
+    def tensors(self) -> list[Tensor]:
+        """What is 0 at the beginning of a step."""
+        return [self.sums, self.dropped, *self.losses.values()]

@@ -11,8 +11,8 @@ checkpoint it is a few rectangles (`topology.blocks`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from runtime.host_memory import host_zeros
 from runtime.parallel.collectives import group_rank, group_size
-from runtime.parallel.gradient_sink import GradientSink, OpenSum, attach_sink
+from runtime.parallel.gradient_sink import GradientSink, OpenSum, attach_sink, sink_of
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.packing import BUCKET_SIZE, lay_out, on_host, pack
 from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype, zero_frozen
@@ -38,6 +38,16 @@ class _Pending:
     """Starts of the slots whose gradients are still those of the step before."""
     work: Any = None
     launched: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What a micro-batch has done to the books of a bucket."""
+
+    count: int
+    """Backward passes of parameters."""
+    touched: frozenset[int]
+    """Starts of the slots whose gradients it was the first to add to."""
 
 
 class Bucket:
@@ -140,10 +150,10 @@ class Bucket:
             total.add_(parameter.grad)
         parameter.grad = None
 
-    def arrived(self) -> None:
-        """Count a backward pass of a parameter, and start the reduction with the last."""
-        if self.pending.count is not None:
-            self.pending.count -= 1
+    def arrived(self, count: int = 1) -> None:
+        """Count backward passes of parameters, and start the reduction with the last."""
+        if self.pending.count is not None and count:
+            self.pending.count -= count
             if self.pending.count == 0:
                 self.reduce(wait=False)
 
@@ -304,6 +314,35 @@ class BucketStore:
         for bucket in self._buckets:
             for slot, parameter in zip(bucket.slots, bucket.parameters, strict=True):
                 bucket.accumulate(slot, parameter)
+
+    def books(self) -> list[_Pending]:
+        """What each bucket still waits for."""
+        return [replace(bucket.pending, untouched=set(bucket.pending.untouched)) for bucket in self._buckets]
+
+    def arrivals_since(self, before: Sequence[_Pending]) -> list[Arrivals]:
+        """What has come since `books` gave these; the passes of each parameter are counted."""
+        out = []
+        for bucket, then in zip(self._buckets, before, strict=True):
+            assert bucket.pending.count is not None
+            assert then.count is not None
+            touched = frozenset(then.untouched - bucket.pending.untouched)
+            out.append(Arrivals(then.count - bucket.pending.count, touched))
+        return out
+
+    def book(self, arrivals: Sequence[Arrivals]) -> None:
+        """Count what a replayed micro-batch adds to the sums, as its capture was counted."""
+        for bucket, item in zip(self._buckets, arrivals, strict=True):
+            bucket.pending.untouched -= item.touched
+            bucket.arrived(item.count)
+
+    def reopen(self, before: Sequence[_Pending]) -> None:
+        """Go back to the books as they were before a micro-batch that has come to nothing."""
+        for bucket, then in zip(self._buckets, before, strict=True):
+            bucket.pending = then
+            for parameter in bucket.parameters:
+                parameter.grad = None
+                if (sink := sink_of(parameter)) is not None:
+                    sink.reset()
 
     def finish(self) -> None:
         """Finish all reductions: after this `grad_shard` holds the gradients of the global batch."""

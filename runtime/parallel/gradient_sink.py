@@ -72,6 +72,10 @@ class GradientSink:
         self._closed = True
         self.bucket.arrived()
 
+    def reset(self) -> None:
+        """Forget a backward pass that was broken off."""
+        self._closed = False
+
     def collect(self, parameter: Tensor) -> None:
         """Add the gradient that autograd has left at the parameter."""
         if self._closed and parameter.grad is None:

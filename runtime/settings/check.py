@@ -17,6 +17,7 @@ from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
+from runtime.settings.capture import check_capture
 from runtime.settings.run import RunConfig
 from runtime.settings.steps import TrainConfig
 
@@ -43,6 +44,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
     check_layout(run, world_size)
     check_precision(run)
     check_adapters(run)
+    check_capture(run, world_size)
 
 
 def check_layout(run: RunConfig, world_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from runtime.errors import require
 from runtime.flag import check_fields, flag
@@ -33,6 +34,9 @@ class TrainConfig:
         shorthands={"--bf16": "bfloat16", "--fp16": "float16", "--fp32": "float32", "--fp64": "float64"},
     )
     """Type that weights and activations are computed in; by default the checkpoint's own."""
+    cuda_graph_impl: Literal["auto", "local", "none"] = flag("auto", "--cuda-graph-impl")
+    """local: capture a micro-batch's passes once and replay them as a CUDA graph, so that the host needn't launch each kernel; one GPU
+    only. auto: where nothing speaks against it, which the log says. none: never."""
     seed: int = 1234
     """Determines the order of the data, and with the iteration the random numbers of each step."""
     eval_interval: int = flag(0, at_least=0)

@@ -1,0 +1,80 @@
+"""Whether micro-batches are captured as CUDA graphs, and what speaks against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from runtime.errors import require
+from runtime.flag import flag_name
+from runtime.moe.config import MoEConfig
+from runtime.settings.run import RunConfig
+from runtime.settings.steps import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+FLAG = flag_name(TrainConfig, "cuda_graph_impl")
+
+
+def obstacle(run: RunConfig, world_size: int) -> str | None:
+    """Say why micro-batches of a run can't be replayed: the host decides or draws something in each one.
+
+    Args:
+        run: the settings.
+        world_size: number of processes.
+
+    Returns:
+        The first reason, as part of a sentence; None where there is none.
+    """
+    return next(_obstacles(run, world_size), None)
+
+
+def _obstacles(run: RunConfig, world_size: int) -> Iterator[str]:
+    if world_size > 1:
+        yield f"{world_size} GPUs exchange what no graph holds"
+    if run.fp8.format is not None:
+        yield f"--fp8-format {run.fp8.format} keeps scales of its own in each micro-batch"
+    if run.optim.on_host:
+        yield "--optimizer-cpu-offload moves what the host meanwhile computes with"
+    if run.recompute.offload:
+        yield f"--offload-activations {' '.join(run.recompute.offload)} waits for copies to the host"
+    if run.lora.dropout:
+        yield f"--lora-dropout {run.lora.dropout} draws its seeds on the host"
+    if run.moe is not None:
+        yield from _obstacles_of_experts(run.moe, run.dtype)
+
+
+def _obstacles_of_experts(moe: MoEConfig, dtype: str) -> Iterator[str]:
+    backend = moe.gemm_backend
+    if backend in ("te", "grouped_gemm", "loop") or dtype == "float64":
+        named = f"{flag_name(MoEConfig, 'gemm_backend')} {backend}" if backend != "auto" else f"--dtype {dtype}"
+        yield f"{named}: the host reads how many rows each expert has"
+    if moe.input_jitter_eps:
+        yield f"{flag_name(MoEConfig, 'input_jitter_eps')} {moe.input_jitter_eps} draws random numbers"
+
+
+def check_capture(run: RunConfig, world_size: int) -> None:
+    """Refuse graphs that are asked for by name and can't be.
+
+    Raises:
+        ConfigError: names the flag, and what speaks against it.
+    """
+    why = obstacle(run, world_size)
+    require(
+        run.train.cuda_graph_impl != "local" or why is None,
+        f"{FLAG} local: {why}; leave that out, or take {FLAG} auto",
+    )
+
+
+def captures(run: RunConfig, world_size: int, device: torch.device) -> bool:
+    """Say whether a run replays its micro-batches on a device."""
+    return device.type == "cuda" and run.train.cuda_graph_impl != "none" and obstacle(run, world_size) is None
+
+
+def describe_capture(run: RunConfig, world_size: int, device: torch.device) -> list[str]:
+    """Give a line for the log; none without a GPU, or where there are to be no graphs."""
+    if device.type != "cuda" or run.train.cuda_graph_impl == "none":
+        return []
+    why = obstacle(run, world_size)
+    return ["micro-batches are replayed as CUDA graphs" if why is None else f"no CUDA graphs: {why}"]

@@ -1,0 +1,197 @@
+"""Micro-batches replayed as CUDA graphs: the same steps as without, and who may have them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.data.batch import Batch
+from runtime.engine import Engine
+from runtime.model.lora import LoraConfig
+from runtime.model.recompute import RecomputeConfig
+from runtime.model.targets import adapt
+from runtime.moe.config import MoEConfig
+from runtime.ops.documents import Documents, Room
+from runtime.optim.config import OptimConfig
+from runtime.parallel.buckets import BucketStore
+from runtime.parallel.captured import CapturedModel
+from runtime.parallel.degrees import ParallelConfig
+from runtime.parallel.mesh import ParallelMesh
+from runtime.parity.case import initial_reader
+from tests.support.configs import tiny_config, tiny_model
+
+# Sizes that a GPU's kernels take; each config takes those that its family reads.
+WIDE = {
+    "num_hidden_layers": 3, "hidden_size": 128, "head_dim": 64, "intermediate_size": 128, "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128, "vocab_size": 256, "q_lora_rank": 64, "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32,
+}  # fmt: skip
+
+
+def make_engine(
+    *,
+    captures: bool,
+    device: str = "cuda",
+    lr: float = 1e-3,
+    granularity: Any = "none",
+    family: str = "mixtral",
+    lora: LoraConfig | None = None,
+    **moe: Any,
+) -> Engine:
+    model = tiny_model(family, **{key: value for key, value in WIDE.items() if key in tiny_config(family)})
+    model = adapt(model, lora or LoraConfig())
+    options = None
+    if model.compute.router is not None:
+        options = MoEConfig(router=model.compute.router, **{"aux_loss_coeff": (0.02,), "z_loss_coeff": 1e-3} | moe)
+    parallel, optim, recompute = ParallelConfig(), OptimConfig(lr=lr), RecomputeConfig(granularity=granularity)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    mesh = ParallelMesh(parallel)
+    engine = Engine(
+        model, dtype, parallel, options, optim, recompute, mesh, torch.device(device), lora=lora, captures=captures
+    )
+    engine.load_state(initial_reader(model))
+    return engine
+
+
+def batch(step: int) -> Batch:
+    tokens = torch.randint(32, (4, 129), generator=torch.Generator().manual_seed(step))
+    return Batch(tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous())
+
+
+def packed(step: int) -> Batch:
+    plain = batch(step)
+    begins = torch.rand(plain.tokens.shape, generator=torch.Generator().manual_seed(step)) < 0.05
+    begins[:, 0] = False
+    places = torch.arange(begins.shape[1]).expand_as(begins)
+    positions = places - torch.where(begins, places, 0).cummax(1).values
+    return replace(plain, position_ids=positions, document_ids=begins.cumsum(1, dtype=torch.int32))
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+CASES: list[dict[str, Any]] = [
+    {},
+    {"granularity": "full"},
+    {"granularity": "selective"},
+    {"recompute_layer": True},
+    {"load_balancing": ("seq_aux_loss", "global_aux_loss")},
+    {"aux_loss_mode": "hf"},
+    {"capacity_factor": 1.0},
+    {"family": "llama"},
+    {"family": "qwen3_moe", "granularity": "full"},
+    {"family": "gpt_oss"},
+    {"family": "deepseek_v3"},
+    {"lora": LoraConfig(rank=8, alpha=4.0, targets=("*self_attn*", "*experts*")), "granularity": "full"},
+]
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("make_batch", [batch, packed])
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_replayed_steps_are_those_of_passes(options: dict[str, Any], make_batch: Callable[[int], Batch]) -> None:
+    """Without an update losses are equal bit for bit; gradients, which attention sums by atomics, nearly."""
+    plain, replayed = (make_engine(captures=captures, lr=0.0, **options) for captures in (False, True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):  # of one and of three micro-batches
+            batches = [make_batch(3 * step + place) for place in range(1 if step == 3 else 3)]
+            want, got = plain.train_step(batches), replayed.train_step(batches)
+            assert got.lm_loss == want.lm_loss
+            assert got.grad_norm == pytest.approx(want.grad_norm, rel=1e-3)
+            if want.routing is not None:
+                assert got.routing is not None
+                assert torch.equal(got.routing.load_LE, want.routing.load_LE)
+                torch.testing.assert_close(got.routing.added_L, want.routing.added_L)
+            for ours, theirs in zip(replayed.gradients(), plain.gradients(), strict=True):
+                torch.testing.assert_close(ours.tensor, theirs.tensor, rtol=0.02, atol=1e-2 * float(want.grad_norm))
+    graphs = [kind.graph for kind in replayed._runner._kinds.values()]  # type: ignore[attr-defined]
+    assert sum(graph is not None for graph in graphs) >= 2
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_replay_sees_weights_and_rates_of_its_step() -> None:
+    plain, replayed = (make_engine(captures=captures) for captures in (False, True))
+    losses = []
+    for step in range(12):
+        for engine in (plain, replayed):
+            engine.set_lr(1e-2 if step < 6 else 1e-3)
+        batches = [batch(0), batch(1)][: 1 + step % 2]
+        want, got = plain.train_step(batches), replayed.train_step(batches)
+        assert got.lm_loss == pytest.approx(want.lm_loss, rel=5e-3)
+        losses.append(got.lm_loss)
+    assert losses[-1] < losses[0] - 0.5
+    assert replayed.evaluate([batch(0)]) == pytest.approx(plain.evaluate([batch(0)]), rel=5e-3)
+
+
+@pytest.mark.gpu
+@gpu
+def test_what_cannot_be_captured_runs_as_usual() -> None:
+    """The host reads the experts' rows in a loop over them, which a capture forbids."""
+    plain, replayed = (make_engine(captures=captures, gemm_backend="loop") for captures in (False, True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(4):
+            want, got = plain.train_step([batch(step)] * 2), replayed.train_step([batch(step)] * 2)
+            assert got.lm_loss == pytest.approx(want.lm_loss, rel=5e-3)
+            assert got.grad_norm == pytest.approx(want.grad_norm, rel=2e-2)
+    assert sum("can't be captured as a CUDA graph" in str(item.message) for item in caught) == 1
+
+
+def test_books_of_a_replay_are_those_of_its_capture() -> None:
+    """What two micro-batches do to the buckets' books: once by backward passes, once as the first was counted."""
+    engine = make_engine(captures=False, device="cpu")
+    store = engine.store
+    assert isinstance(store, BucketStore)
+    engine.train_step([batch(0)])
+    store.begin(2)
+    before = store.books()
+    engine._runner.run([engine._to_device(batch(0))], backward=True)
+    arrivals = store.arrivals_since(before)
+    assert all(item.count == len(bucket.slots) for item, bucket in zip(arrivals, store._buckets, strict=True))
+    once = store.books()
+    store.book([replace(item, touched=frozenset()) for item in arrivals])
+    assert all(bucket.pending.launched and bucket.pending.count == 0 for bucket in store._buckets)
+
+    store.reopen(before)
+    assert all(bucket.pending.untouched == {slot.start for slot in bucket.slots} for bucket in store._buckets)
+    store.book(arrivals)
+    assert store.books() == once
+
+
+def test_captures_are_of_whole_replicas() -> None:
+    engine = make_engine(captures=False, device="cpu")
+    CapturedModel(engine._runner, engine.store, engine.device)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="one GPU"):
+        CapturedModel(engine._runner, None, engine.device)  # type: ignore[arg-type]
+
+
+def test_documents_go_over_to_others() -> None:
+    """Tensors with room for more documents hold each batch's in turn, as new ones would, at the same place."""
+    ids = [item.document_ids for item in map(packed, range(4)) if item.document_ids is not None]
+    room = Room(64, 128)
+    kept = Documents(ids[0], torch.device("cpu"), room)
+    part = kept.part(0, 128)
+    given = part.bounds(), part.sink_places(), part.mask(None), part.mask(7)
+    for each in ids:
+        plain = Documents(each, torch.device("cpu"))
+        assert plain.room().documents <= room.documents
+        kept.take(plain)
+        fresh = plain.part(0, 128)
+        num = len(fresh.bounds().queries)
+        for ours, theirs in ((given[0], fresh.bounds()), (given[1].bounds, fresh.sink_places().bounds)):
+            assert torch.equal(ours.queries[:num], theirs.queries)
+            assert torch.equal(ours.keys[:num], theirs.keys)
+            assert ours.most_queries >= theirs.most_queries
+            assert ours.most_keys >= theirs.most_keys
+        assert bool((given[0].keys[num:] == each.numel()).all()), "what the room is kept for has no positions"
+        assert given[1].bounds.keys[num:].diff().tolist() == [1] * (64 - num), "but a sink"
+        assert torch.equal(given[1].keys, fresh.sink_places().keys)
+        assert torch.equal(given[1].sinks[: num - 1], fresh.sink_places().sinks)
+        assert torch.equal(given[2], fresh.mask(None))
+        assert torch.equal(given[3], fresh.mask(7))

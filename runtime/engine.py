@@ -331,7 +331,8 @@ class Engine:
         loss, moe = total * self._scale, self._moe
         if moe is not None and moe.aux_loss_mode == "hf" and moe.aux_losses and torch.is_grad_enabled():
             layers = moe_layers(self.module)
-            pooled = hf_load_balancing_loss([x.router_logits for x in layers if x.router_logits is not None], moe.topk)
+            logits = [layer.take_router_logits() for layer in layers]
+            pooled = hf_load_balancing_loss([item for item in logits if item is not None], moe.topk)
             for layer in layers:
                 layer.stats.add_loss("aux_loss", pooled)
             loss = attach_loss(loss, pooled * moe.aux_losses[0][1], layers[0].loss_scale)

@@ -109,10 +109,10 @@ class MoELayer(nn.Module):
     def loss_scale(self, scale: Tensor | float) -> None:
         self.router.loss_scale = scale
 
-    @property
-    def router_logits(self) -> Tensor | None:
-        """[T, E] logits of the last micro-batch, kept for aux_loss_mode hf."""
-        return self.router.logits
+    def take_router_logits(self) -> Tensor | None:
+        """Give up the last micro-batch's [T, E] logits, with aux_loss_mode hf in training: kept, they would keep its graph."""
+        logits, self.router.logits = self.router.logits, None
+        return logits
 
     def reset_stats(self) -> None:
         """Begin a new global batch."""

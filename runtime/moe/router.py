@@ -142,7 +142,8 @@ class Router(nn.Module):
             tokens = _sum_over(scored.counts_E.new_full((), logits_TE.shape[0]), self.groups.tp_cp)
             values.append(("z_loss", scored.square_sum / tokens.clamp(min=1), config.z_loss_coeff))
         if config.aux_loss_mode == "hf":
-            self.logits = logits_TE  # layers are pooled first: the loss is the model's, see hf_load_balancing_loss
+            if counting:  # layers are pooled first: the loss is the model's, see hf_load_balancing_loss
+                self.logits = logits_TE
         else:
             for kind, coeff in config.aux_losses:
                 values.append((kind, self._balance(kind, scored, logits_TE, sequence_T, num_sequences), coeff))

@@ -127,8 +127,6 @@ REFUSED: dict[str, str] = {
     "--delay-wgrad-compute": f"--pipeline-schedule zero-bubble delays weight gradients; else {_RESULTS}",
     "--moe-shared-expert-overlap": f"the shared expert is not overlapped; {_RESULTS}",
     "--moe-flex-dispatcher-backend": "there is no DeepEP dispatcher; take --moe-token-dispatcher-type alltoall",
-    "--cuda-graph-impl": f"steps are not captured in CUDA graphs; {_RESULTS}",
-    "--enable-cuda-graph": f"steps are not captured in CUDA graphs; {_RESULTS}",
     "--use-megatron-fsdp": "parameters are sharded by --fully-shard (FSDP2)",
     "--data-parallel-sharding-strategy": "give --use-distributed-optimizer (optim_grads) or --fully-shard (all of it)",
     "--num-distributed-optimizer-instances": "the optimizer is sharded over all data-parallel ranks; leave it out",

@@ -86,7 +86,7 @@ class Engine:
             trains: whether there will be steps; else there is room for weights only.
             lora: of the model's adapters; None for a model without.
             fp8: what is computed in FP8; None for nothing.
-            captures: replay micro-batches as CUDA graphs; for one GPU, and see `runtime.settings.capture.obstacle`.
+            captures: replay micro-batches as CUDA graphs, where `runtime.settings.capture.obstacle` sees none.
         """
         _assert_combination(parallel, moe)
         mesh.share_heads(model.sizes["kv_heads"])
@@ -174,7 +174,7 @@ class Engine:
         # Balancing losses are means over a micro-batch: of these the global batch has so many.
         self._balancing_scale.fill_(self.loss_scale.scale / (len(batches) * self.mesh.size("dp")))
         self._reset(trains=True)
-        self.store.begin(len(batches) if self._runner.counts_backwards else None)
+        self.store.begin(self._runner.backwards(len(batches)))
         self._runner.run(batches, backward=True)
         self.store.finish()
         return batches, num_tokens

@@ -23,7 +23,8 @@ from runtime.estimate.stage import Cost
 from runtime.estimate.step import Estimate
 from runtime.model.recompute import RecomputeConfig
 from runtime.parallel.degrees import ParallelConfig
-from runtime.settings.check import FLAGS, check_combinations
+from runtime.settings.check import check_combinations
+from runtime.settings.degrees import FLAGS
 
 MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL_STAGES = (1, 2, 3, 4)

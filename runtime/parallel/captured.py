@@ -48,22 +48,24 @@ class _Kind:
 class CapturedModel:
     """Micro-batches one after another through a whole model, replayed where one like them has been captured."""
 
-    counts_backwards = True
-
     def __init__(self, whole: WholeModel, store: Store, device: torch.device) -> None:
         """Capture nothing yet.
 
         Args:
             whole: runs a micro-batch.
             store: has the sums of its gradients.
-            device: a GPU, the only one of the run.
+            device: a GPU.
         """
-        assert isinstance(store, BucketStore), "captures are of one GPU, where nothing is sharded"
+        assert isinstance(store, BucketStore), "captures are of ranks that each have the whole model"
         self._whole, self._store, self._device = whole, store, device
         self._kinds: dict[Key, _Kind] = {}
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
         self._stopped = False
+
+    def backwards(self, num_microbatches: int) -> int | None:
+        """As of `Runner.backwards`: one more than there are, since a replay can begin no reduction; all begin at the end."""
+        return num_microbatches + 1
 
     def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step; arguments as of `Runner.run`."""

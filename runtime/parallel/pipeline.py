@@ -98,10 +98,9 @@ class Pipeline:
         self._collect = collect
         self._schedules: dict[tuple[int, int, int, bool], tuple[Schedule, list[_Stage]]] = {}
 
-    @property
-    def counts_backwards(self) -> bool:
-        """Whether each parameter sees one ordinary backward pass for each micro-batch."""
-        return self._kind != "zero-bubble"
+    def backwards(self, num_microbatches: int) -> int | None:
+        """As of `Runner.backwards`."""
+        return None if self._kind == "zero-bubble" else num_microbatches
 
     def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step; arguments as of `Runner.run`."""

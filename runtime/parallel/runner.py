@@ -26,9 +26,8 @@ class Microbatch:
 class Runner(Protocol):
     """Runs the micro-batches of a step through this rank's stages."""
 
-    @property
-    def counts_backwards(self) -> bool:
-        """Whether each parameter sees one ordinary backward pass for each micro-batch."""
+    def backwards(self, num_microbatches: int) -> int | None:
+        """Backward passes of each parameter with the last of which its reduction may begin; None where that isn't known."""
 
     def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step.
@@ -42,10 +41,12 @@ class Runner(Protocol):
 class WholeModel:
     """Micro-batches one after another through a whole model."""
 
-    counts_backwards = True
-
     def __init__(self, model: nn.Module, loss: LossFunction) -> None:
         self._model, self._loss = model, loss
+
+    def backwards(self, num_microbatches: int) -> int | None:
+        """As of `Runner.backwards`."""
+        return num_microbatches
 
     def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step; arguments as of `Runner.run`."""

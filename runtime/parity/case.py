@@ -50,6 +50,8 @@ class Case:
     """Where to compute: cpu, or cuda, which is this process's GPU."""
     documents: bool = False
     """Rows hold documents that don't see each other, whose positions begin at 0."""
+    captures: bool = False
+    """Replay micro-batches as CUDA graphs, on GPUs."""
 
     @property
     def reference(self) -> Case:
@@ -131,6 +133,7 @@ def make_engine(case: Case, **optim: Any) -> tuple[Engine, ParallelMesh]:
         mesh,
         device,
         lora=LoraConfig(**case.lora),
+        captures=case.captures and case.device == "cuda",
     )
     engine.load_state(initial_reader(model))
     return engine, mesh

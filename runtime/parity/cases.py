@@ -183,6 +183,7 @@ CASES = (
     case("tp2 sp ep2 experts of one rank are trained", 4, {"tp": 2, "ep": 2} | SP, optim=SOME_EXPERTS),
     # Adapters.
     case("tp2 adapters", 2, {"tp": 2}, **LORA),
+    case("dp2 distributed optimizer, adapters, replayed", 2, DIST, captures=True, **LORA),
     case("tp2 sp ep2 etp1 dp2 distributed optimizer, adapters", 4, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, **LORA),
     case("tp4 etp2 adapters, two kv heads", 4, {"tp": 4, "etp": 2}, **LORA),
     case("pp2 cp2 zero-bubble, adapters", 4, {"pp": 2, "cp": 2, "pp_schedule": "zero-bubble"}, **LORA),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from moeconv.families.adapted import AdaptedModel
 from runtime.errors import require
 from runtime.flag import flag_name
 from runtime.moe.config import MoEConfig
+from runtime.settings.degrees import FLAGS
 from runtime.settings.run import RunConfig
 from runtime.settings.steps import TrainConfig
 
@@ -32,7 +34,7 @@ def obstacle(run: RunConfig, world_size: int) -> str | None:
 
 def _obstacles(run: RunConfig, world_size: int) -> Iterator[str]:
     if world_size > 1:
-        yield f"{world_size} GPUs exchange what no graph holds"
+        yield from _obstacles_of_several(run, world_size)
     if run.fp8.format is not None:
         yield f"--fp8-format {run.fp8.format} keeps scales of its own in each micro-batch"
     if run.optim.on_host:
@@ -43,6 +45,18 @@ def _obstacles(run: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--lora-dropout {run.lora.dropout} draws its seeds on the host"
     if run.moe is not None:
         yield from _obstacles_of_experts(run.moe, run.dtype)
+
+
+def _obstacles_of_several(run: RunConfig, world_size: int) -> Iterator[str]:
+    parallel = run.parallel
+    split = [FLAGS[axis] for axis in ("tp", "pp", "cp", "ep", "etp") if getattr(parallel, axis) > 1]
+    split += [FLAGS["fully_shard"]] if parallel.fully_shard else []
+    if split:
+        yield f"with {split[0]} GPUs wait for each other within a micro-batch"
+    if not isinstance(run.model, AdaptedModel):
+        yield f"{world_size} GPUs sum all weights' gradients beside the last backward pass, which a replay couldn't begin"
+    if run.moe is not None and "global_aux_loss" in run.moe.load_balancing:
+        yield f"{flag_name(MoEConfig, 'load_balancing')} global_aux_loss counts over GPUs in each layer"
 
 
 def _obstacles_of_experts(moe: MoEConfig, dtype: str) -> Iterator[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import Model
-from moeconv.layout.degrees import OPTIONS, DegreesError
+from moeconv.layout.degrees import DegreesError
 from moeconv.layout.shard import divisors
 from moeconv.placement import check_degrees as check_model_degrees
 from runtime.errors import ConfigError, require
@@ -18,15 +17,10 @@ from runtime.optim.config import OptimConfig
 from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
 from runtime.settings.capture import check_capture
+from runtime.settings.degrees import FLAGS
 from runtime.settings.run import RunConfig
 from runtime.settings.steps import TrainConfig
 
-# What the trainer calls the degrees.
-FLAGS = {
-    item.name: flag_name(ParallelConfig, item.name)
-    for item in dataclasses.fields(ParallelConfig)
-    if item.name in OPTIONS.keys() | {"cp", "sp", "pp_schedule", "fully_shard"}
-}
 TP, PP, VPP, CP, EP, ETP = (FLAGS[axis] for axis in ("tp", "pp", "vpp", "cp", "ep", "etp"))
 
 

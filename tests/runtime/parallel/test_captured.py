@@ -167,7 +167,7 @@ def test_books_of_a_replay_are_those_of_its_capture() -> None:
 def test_captures_are_of_whole_replicas() -> None:
     engine = make_engine(captures=False, device="cpu")
     CapturedModel(engine._runner, engine.store, engine.device)  # type: ignore[arg-type]
-    with pytest.raises(AssertionError, match="one GPU"):
+    with pytest.raises(AssertionError, match="whole model"):
         CapturedModel(engine._runner, None, engine.device)  # type: ignore[arg-type]
 
 

@@ -28,6 +28,7 @@ from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
 from runtime.model.ends import take_positions
 from runtime.model.lora import LoraConfig
+from runtime.model.pairs import PairedMicrobatches
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.routing_report import RouterMetrics
 from runtime.moe.config import MoEConfig
@@ -283,7 +284,8 @@ class Engine:
     def _make_runner(self, stages: Sequence[DecoderStage]) -> Runner:
         parallel = self._context.parallel
         if parallel.pp == 1:
-            return WholeModel(stages[0], self._loss)
+            whole = PairedMicrobatches if parallel.overlap_exchange else WholeModel
+            return whole(stages[0], self._loss)
         from runtime.parallel.pipeline import Pipeline
 
         shape, dtype = self._activation_shape, self._context.dtype

@@ -140,10 +140,10 @@ class Bucket:
             total.add_(parameter.grad)
         parameter.grad = None
 
-    def arrived(self) -> None:
-        """Count a backward pass of a parameter, and start the reduction with the last."""
+    def arrived(self, count: int = 1) -> None:
+        """Count backward passes of a parameter, and start the reduction with the last."""
         if self.pending.count is not None:
-            self.pending.count -= 1
+            self.pending.count -= count
             if self.pending.count == 0:
                 self.reduce(wait=False)
 

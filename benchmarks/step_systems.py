@@ -82,9 +82,7 @@ MODELS = {
 }
 
 
-def runtime(
-    model: Slice, layout: Layout, fp8: str | None = None, *, overlap: bool = False, **options: Any
-) -> MakeStep:
+def runtime(model: Slice, layout: Layout, fp8: str | None = None, *, overlap: bool = False, **options: Any) -> MakeStep:
     """This project's engine: bf16, fp32 masters, moments and gradient sums; with `overlap`, exchanges of rows hidden."""
     from benchmarks.train_step import make_engine, mixtral, text_batch
     from runtime.fp8.config import Fp8Config

@@ -60,11 +60,11 @@ def _gather_kernel(
         for k in tl.static_range(TOPK):
             row = tl.load(row_of_slot + token * TOPK + k).to(tl.int64)
             tl.store(out + row * out_pitch + columns, values, mask=inside & (row >= 0))
-            if TAIL > 0:
+            if TAIL > 0:  # noqa: SIM102 - decided when the kernel is compiled
                 if tl.program_id(1) == 0:
                     places = tl.arange(0, TAIL)
                     tail = tl.where(places == 0, tl.load(weights + token * TOPK + k), 0)
-                    tl.store(tails + row * tail_pitch + places, tail, mask=(places < TAIL) & (row >= 0))
+                    tl.store(tails + row * tail_pitch + places, tail, mask=row >= 0)
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def _sum_kernel(
     for k in range(TOPK):
         row = tl.load(row_of_slot + token * TOPK + k).to(tl.int64)
         total += tl.load(rows + row * rows_pitch + columns, mask=inside & (row >= 0), other=0.0).to(ACC)
-        if TAIL > 0:
+        if TAIL > 0:  # noqa: SIM102 - likewise
             if tl.program_id(1) == 0:
                 tl.store(weights + token * TOPK + k, tl.load(tails + row * tail_pitch, mask=row >= 0, other=0.0))
     tl.store(out + token * out_pitch + columns, total.to(out.dtype.element_ty), mask=inside)

@@ -10,6 +10,7 @@ DIST = {"use_distributed_optimizer": True}
 SHARD = {"fully_shard": True}
 SP = {"sp": True}
 OVERLAP = {"overlap_exchange": True}
+SOME_LAYERS = {"granularity": "full", "method": "block", "num_layers": 3}
 QWEN2: dict[str, Any] = {"model_type": "qwen2"}
 GLM: dict[str, Any] = {
     "model_type": "glm4_moe",
@@ -162,7 +163,7 @@ CASES = (
     case("ep2 overlapped", 2, {"ep": 2} | OVERLAP, num_microbatches=6),
     case("ep2 overlapped, full recompute", 2, {"ep": 2} | OVERLAP, recompute={"granularity": "full"}),
     case("tp2 sp ep2 overlapped, selective recompute", 4, {"tp": 2, "ep": 2} | SP | OVERLAP, recompute={"granularity": "selective"}),
-    case("ep2 dp2 distributed optimizer, overlapped, shared experts, some layers recomputed", 4, {"ep": 2} | DIST | OVERLAP, model=GLM, num_microbatches=8, recompute={"granularity": "full", "num_layers": 3, "method": "block"}),
+    case("ep2 dp2 distributed optimizer, overlapped, shared experts", 4, {"ep": 2} | DIST | OVERLAP, model=GLM, num_microbatches=8, recompute=SOME_LAYERS),
     case("tp2 sp ep2 etp1 overlapped, sinks, clamped experts", 2, {"tp": 2, "ep": 2, "etp": 1} | SP | OVERLAP, model=OSS),
     # Recomputed activations.
     case("ep2 full recompute", 2, {"ep": 2}, recompute={"granularity": "full"}),

@@ -205,8 +205,7 @@ def check_overlap(run: RunConfig, world_size: int) -> None:
     require(
         most >= 2 * one_pass,
         f"{flag}: --global-batch-size {most} makes one micro-batch a step, and one is computed while the other's rows travel: give a "
-        f"multiple of {2 * one_pass}"
-        + (", or a smaller --micro-batch-size" if run.train.micro_batch_size > 1 else ""),
+        f"multiple of {2 * one_pass}" + (", or a smaller --micro-batch-size" if run.train.micro_batch_size > 1 else ""),
     )
 
 

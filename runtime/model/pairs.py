@@ -20,6 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from runtime.kernels.sharing import shared_device
 from runtime.model.decoder import DecoderLayer, DecoderStage, run_again, sum_up
 from runtime.model.mlp import MoEMLP, UnderWay
 from runtime.moe.tape import active_tape
@@ -70,8 +71,8 @@ class PairedMicrobatches(WholeModel):
         """Run the micro-batches of a step; arguments as of `Runner.run`."""
         paired = len(microbatches) // 2 * 2 if backward else 0
         for place in range(0, paired, 2):
-            losses = self._forward(microbatches[place : place + 2])
-            with together(2):
+            with shared_device(), together(2):
+                losses = self._forward(microbatches[place : place + 2])
                 torch.autograd.backward(losses)
             del losses
         super().run(microbatches[paired:], backward=backward)

@@ -83,9 +83,16 @@ MODELS = {
 
 
 def runtime(
-    model: Slice, layout: Layout, fp8: str | None = None, *, captures: bool = True, **options: Any
+    model: Slice,
+    layout: Layout,
+    fp8: str | None = None,
+    *,
+    captures: bool = True,
+    overlap: bool = False,
+    **options: Any,
 ) -> MakeStep:
-    """This project's engine: bf16, fp32 masters, moments and gradient sums; CUDA graphs where the trainer takes them."""
+    """This project's engine: bf16, fp32 masters, moments and gradient sums; CUDA graphs where the trainer takes them, and
+    with `overlap` exchanges of rows hidden."""
     from benchmarks.train_step import make_engine, mixtral, text_batch
     from runtime.fp8.config import Fp8Config
     from runtime.parallel.degrees import ParallelConfig
@@ -95,6 +102,7 @@ def runtime(
         _join()
     parallel = ParallelConfig(
         tp=layout.tp, sp=layout.tp > 1, ep=layout.ep, etp=1, use_distributed_optimizer=several,
+        overlap_exchange=overlap,
     )  # fmt: skip
 
     ours = mixtral(
@@ -142,9 +150,13 @@ def _add_in_torch() -> None:
     sys.modules["fused_weight_gradient_mlp_cuda"] = module
 
 
-def megatron(model: Slice, layout: Layout, fp8: str | None = None) -> MakeStep:
-    """Megatron-Core with Transformer Engine, every fusion on; its own DDP and distributed optimizer."""
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+def megatron(model: Slice, layout: Layout, fp8: str | None = None, *, overlap: bool = False) -> MakeStep:
+    """Megatron-Core with Transformer Engine, every fusion on; its own DDP and distributed optimizer.
+
+    With `overlap` one micro-batch's forward pass runs beside another's backward pass, as its
+    --overlap-moe-expert-parallel-comm does.
+    """
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32" if overlap else "1"
     _join()
     _add_in_torch()
     import torch.nn.functional as F
@@ -176,7 +188,7 @@ def megatron(model: Slice, layout: Layout, fp8: str | None = None) -> MakeStep:
         bias_activation_fusion=True, bias_dropout_fusion=True, apply_rope_fusion=True, cross_entropy_loss_fusion=True,
         cross_entropy_fusion_impl="te", masked_softmax_fusion=True, persist_layer_norm=True,
         tensor_model_parallel_size=layout.tp, sequence_parallel=layout.tp > 1, expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=1, **options,
+        expert_tensor_parallel_size=1, overlap_moe_expert_parallel_comm=overlap, **options,
     )  # fmt: skip
     spec = get_gpt_layer_with_transformer_engine_spec(num_experts=model.experts, moe_grouped_gemm=True)
     gpt = GPTModel(
@@ -200,6 +212,12 @@ def megatron(model: Slice, layout: Layout, fp8: str | None = None) -> MakeStep:
         batches = [torch.randint(0, model.vocab, shape, device="cuda") for _ in range(num)]
         scale = torch.tensor(1.0 / num, device="cuda")
 
+        def step_overlapped() -> object:
+            wrapped.zero_grad_buffer()
+            optimizer.zero_grad()
+            _run_overlapped(wrapped, config, batches, positions)
+            return optimizer.step()
+
         def step() -> float:
             wrapped.zero_grad_buffer()
             optimizer.zero_grad()
@@ -213,9 +231,30 @@ def megatron(model: Slice, layout: Layout, fp8: str | None = None) -> MakeStep:
             optimizer.step()
             return float(out.mean())
 
-        return step
+        return step_overlapped if overlap else step
 
     return make
+
+
+def _run_overlapped(wrapped: Any, config: Any, batches: list[torch.Tensor], positions: torch.Tensor) -> None:
+    """Megatron-Core's own schedule of a step, which is what overlaps."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    config.no_sync_func, config.finalize_model_grads_func = wrapped.no_sync, finalize_model_grads
+
+    def loss_of(out: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        return out.float().mean(), {}
+
+    def forward(data: Any, gpt: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
+        batch = next(data)
+        make = gpt.build_schedule_plan if return_schedule_plan else gpt
+        return make(batch, positions, None, labels=batch), loss_of
+
+    get_forward_backward_func()(
+        forward_step_func=forward, data_iterator=iter(batches), model=[wrapped], num_microbatches=len(batches),
+        seq_length=POSITIONS, micro_batch_size=len(positions), forward_only=False,
+    )  # fmt: skip
 
 
 def transformers(model: Slice, layout: Layout, *, compiled: bool) -> MakeStep:
@@ -259,10 +298,12 @@ def transformers(model: Slice, layout: Layout, *, compiled: bool) -> MakeStep:
 SYSTEMS: dict[str, Callable[[Slice, Layout], MakeStep]] = {
     "runtime": runtime,
     "runtime, no CUDA graphs": lambda *work: runtime(*work, captures=False),
+    "runtime, overlap": lambda *work: runtime(*work, overlap=True),
     "runtime, bf16 moments": lambda *work: runtime(*work, moments_dtype="bfloat16"),
     "runtime, FP8 tensorwise": lambda *work: runtime(*work, "tensorwise"),
     "runtime, FP8 delayed": lambda *work: runtime(*work, "delayed"),
     "Megatron-Core": megatron,
+    "Megatron-Core, overlap": lambda *work: megatron(*work, overlap=True),
     "Megatron-Core, FP8 tensorwise": lambda *work: megatron(*work, "tensorwise"),
     "Megatron-Core, FP8 delayed": lambda *work: megatron(*work, "delayed"),
     "Megatron-Core, FP8 blockwise": lambda *work: megatron(*work, "blockwise"),

@@ -28,6 +28,7 @@ from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
 from runtime.model.ends import take_positions
 from runtime.model.lora import LoraConfig
+from runtime.model.pairs import PairedMicrobatches
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.routing_report import RouterMetrics
 from runtime.moe.config import MoEConfig
@@ -288,7 +289,7 @@ class Engine:
     def _make_runner(self, stages: Sequence[DecoderStage], *, captures: bool) -> Runner:
         parallel = self._context.parallel
         if parallel.pp == 1:
-            whole = WholeModel(stages[0], self._loss)
+            whole = (PairedMicrobatches if parallel.overlap_exchange else WholeModel)(stages[0], self._loss)
             return CapturedModel(whole, self.store, self.device) if captures else whole
         from runtime.parallel.pipeline import Pipeline
 
@@ -398,6 +399,7 @@ def _assert_combination(parallel: ParallelConfig, moe: MoEConfig | None) -> None
     assert parallel.tp == 1 or parallel.ep == 1 or parallel.sp, "ep and tp need sp"
     assert not parallel.fully_shard or parallel.pp == 1 or parallel.pp_schedule != "zero-bubble", "fsdp, zero-bubble"
     assert parallel.pp > 1 or parallel.vpp == 1, "vpp needs pp"
+    assert not parallel.overlap_exchange or (parallel.pp == 1 and not parallel.fully_shard), "pairs need whole layers"
     whole = parallel.pp * parallel.tp * parallel.cp == 1
     assert whole or moe is None or moe.aux_loss_mode != "hf" or not moe.aux_losses, (
         "aux_loss_mode hf needs pp, tp, cp 1"

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.multi_gpu.job import Job, Task
-from runtime.parallel.collectives import Group, all_to_all, gather_tensor, group_size, reduce_scatter_tensor
+from runtime.parallel.collectives import Group, gather_tensor, group_size, reduce_scatter_tensor
+from runtime.parallel.exchange import all_to_all
 
 KINDS = ("SendRecv", "AllReduce", "AllGather", "ReduceScatter", "Broadcast")
 """Parts of the names of NCCL's kernels; all-to-alls and the exchanges between stages are sends and receives."""

@@ -9,9 +9,10 @@ from runtime.estimate.local import Local
 from runtime.estimate.machine import Collective, Machine
 from runtime.estimate.parameters import Sums
 from runtime.estimate.setup import ITEMSIZE, Setup
+from runtime.moe.tail import TAIL
 
 ROUTING_WEIGHT_BYTES = 4
-"""Of a row's routing weight, which travels with it."""
+"""Of a choice's routing weight, where tokens are gathered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +149,9 @@ def _moe(setup: Setup, local: Local, along: dict[str, Axis]) -> Iterator[Transfe
         return
     if local.exchanged:
         rows = local.rows / etp.ranks
-        yield Transfer(ep, "all_to_all", _sent(ep, rows * row), 2, 2, exchange=True)
-        yield Transfer(ep, "all_to_all", _sent(ep, rows * ROUTING_WEIGHT_BYTES), 1, 1)
+        # There with their weights behind them, and back without.
+        for bytes_of_row in (row + TAIL * local.item, row):
+            yield Transfer(ep, "all_to_all", _sent(ep, rows * bytes_of_row), 1, 1, exchange=True)
         yield Transfer(ep, "all_gather", _sent(ep, 8.0 * local.num_experts * ep.ranks), 1, 0)
         if etp.ranks > 1:
             size = _sent(etp, local.rows * row)

@@ -15,6 +15,7 @@ from cuda.bindings import driver
 from torch import Tensor
 
 from runtime.kernels.cuda_module import SOURCES, Kernel, checked, compile_cubin
+from runtime.kernels.sharing import loose_waves
 
 ROW_ALIGNMENT = 128
 MAX_ROWS = 65535 * ROW_ALIGNMENT  # the kernel counts tiles in 16 bits
@@ -185,8 +186,10 @@ def launch(
         scales, per_expert = _scales(bounds, gate), int(bounds.right.shape[0] > 1)
         factor = 1.0 / (torch.finfo(left.dtype).max * torch.finfo(right.dtype).max)
     boxed = kind == "nt" or bounds is not None  # whether columns of the result are rows of the right operand
+    device_index = left.device.index
+    num_blocks = _num_blocks(device_index)
     arguments = struct.pack(
-        "128s128s9P6if28x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
+        "128s128s9P6ifi24x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
         _tensor_map(left.data_ptr(), *left.shape, 64, left.element_size()),
         _tensor_map(right.data_ptr(), *right.shape, block_n // 2 if boxed else 64, right.element_size()),
         out.data_ptr(),
@@ -200,11 +203,11 @@ def launch(
         columns,
         per_expert,
         factor,
+        num_blocks // 2,
     )
-    device_index = left.device.index
     types, split = (_TYPES[left.dtype], _TYPES[right.dtype]), bounds is not None and bounds.split and gate is None
     kernel = _kernel(device_index, block_n, kind, epilogue, edges, types, split)
-    kernel.launch(_num_blocks(device_index), BLOCK_SIZE, arguments)
+    kernel.launch(num_blocks * (1 + loose_waves()), BLOCK_SIZE, arguments)
 
 
 def _beside(gate: Gate | None) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -73,14 +74,35 @@ class DecoderLayer(nn.Module):
         Returns:
             The residual, and what this layer adds to it.
         """
+        to_mlp, x_SBD = self.attend(summands_SBD, cos, sin, documents, past)
+        with self._away("mlp", self.mlp, () if self._norms_last else (x_SBD,)):
+            delta_SBD = self.mlp(to_mlp)
+        return x_SBD, self.finish(delta_SBD)
+
+    def attend(
+        self,
+        summands_SBD: list[Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents | None = None,
+        past: Past | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the first half of the layer; arguments as of `forward`.
+
+        Returns:
+            What the feed-forward part takes, and the residual.
+        """
         delta_SBD = summands_SBD.pop() if len(summands_SBD) > 1 else None
         if self._norms_last:
-            return self._with_norms_last(summands_SBD.pop(), delta_SBD, cos, sin, documents, past)
+            return self._attend_first(summands_SBD.pop(), delta_SBD, cos, sin, documents, past)
         normed, x_SBD = self.attention_norm(summands_SBD.pop(), delta_SBD)
         del delta_SBD
         normed, x_SBD = self.mlp_norm(x_SBD, self._attend(normed, x_SBD, cos, sin, documents, past))
-        with self._away("mlp", self.mlp, (x_SBD,)):
-            return x_SBD, self._scaled(self.mlp(normed))
+        return normed, x_SBD
+
+    def finish(self, delta_SBD: Tensor) -> Tensor:
+        """What the layer adds to the residual, from what the feed-forward part gives."""
+        return self._scaled(self.mlp_norm(delta_SBD)[0] if self._norms_last else delta_SBD)
 
     def _attend(
         self,
@@ -101,7 +123,7 @@ class DecoderLayer(nn.Module):
     def _scaled(self, delta_SBD: Tensor) -> Tensor:
         return delta_SBD if self._scale == 1.0 else delta_SBD * self._scale
 
-    def _with_norms_last(
+    def _attend_first(
         self,
         x_SBD: Tensor,
         delta_SBD: Tensor | None,
@@ -115,9 +137,7 @@ class DecoderLayer(nn.Module):
         with self._away("attention", self.attention, (cos, sin)):
             delta_SBD = self.attention(x_SBD, cos, sin, documents, past)
         x_SBD = x_SBD + self._scaled(self.attention_norm(delta_SBD)[0])
-        with self._away("mlp", self.mlp, ()):
-            delta_SBD = self.mlp(x_SBD)
-        return x_SBD, self._scaled(self.mlp_norm(delta_SBD)[0])
+        return x_SBD, x_SBD
 
 
 def _norm(context: ModelContext, role: str, layer: int | None = None) -> ResidualNorm | ResidualLayerNorm:
@@ -129,26 +149,9 @@ def _norm(context: ModelContext, role: str, layer: int | None = None) -> Residua
     return ResidualLayerNorm(weight, bias, context.model.compute.norm_eps)
 
 
-def _sum(summands: list[Tensor]) -> Tensor:
+def sum_up(summands: list[Tensor]) -> Tensor:
+    """The residual with what the last layer adds to it."""
     return summands[0] if len(summands) == 1 else summands[0] + summands[1]
-
-
-def _again(function: Callable[..., tuple[Tensor, Tensor]], *args: Tensor | None, random: bool) -> tuple[Tensor, Tensor]:
-    """Run a function without keeping its activations; routers in it choose once.
-
-    Args:
-        function: what to run.
-        *args: its arguments.
-        random: whether it draws numbers, which must be the same the second time.
-
-    Returns:
-        What it gives.
-    """
-    contexts = RoutingTape().contexts
-    out: tuple[Tensor, Tensor] = checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=random, context_fn=contexts
-    )
-    return out
 
 
 class DecoderStage(nn.Module):
@@ -169,7 +172,7 @@ class DecoderStage(nn.Module):
         self.embedding = Embedding(context) if self.is_first else None
         self.offload = ActivationOffload(context.recompute.offload, context.device)
         self.layers = nn.ModuleList(
-            DecoderLayer(context, layer, None if self._recomputed(place) else self.offload)
+            DecoderLayer(context, layer, None if self.recomputed(place) else self.offload)
             for place, layer in enumerate(layers)
         )
         self.norm: ResidualNorm | ResidualLayerNorm | None = None
@@ -199,6 +202,26 @@ class DecoderStage(nn.Module):
             Logits [S / cp, B, V], V with the vocabulary's padding, on the last stage, else activations. With a past the logits
             are those of the last position that it keeps, [1, B, V].
         """
+        x, cos, sin = self.begin(x, position_ids_BS, past)
+        summands = [x]
+        del x
+        self.offload.begin()
+        for place, layer in enumerate(self.layers):
+            summands = self.cut(place, summands)
+            if torch.is_grad_enabled() and self.recomputed(place):
+                # Kept for the second run: the sum alone, not both summands.
+                with self.offload.region("layer_inputs", None):
+                    out = self.run_again(lambda x, layer=layer: layer([x], cos, sin, documents), sum_up(summands))
+            else:
+                out = layer(summands, cos, sin, documents, past)
+            summands = list(out)
+            del out
+        return self.end(summands, past)
+
+    def begin(
+        self, x: Tensor, position_ids_BS: Tensor | None, past: Past | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first layer takes, and the tables of the positions; arguments as of `forward`."""
         context = self._context
         if self.embedding is not None:
             num_positions = x.shape[1]
@@ -207,31 +230,41 @@ class DecoderStage(nn.Module):
             shares = context.mesh.size("cp") * (context.mesh.size("tp") if context.sp else 1)
             num_positions = x.shape[0] * shares
         if past is None:
-            cos, sin = self.rotary(num_positions, position_ids_BS)
-        else:
-            cos, sin = self.rotary.behind(past.length, num_positions, past.length + past.count)
-        summands = [x]
-        del x
-        self.offload.begin()
-        for place, layer in enumerate(self.layers):
-            if layer.index == context.first_trained and not summands[0].requires_grad:
-                # From here on every rank has a backward pass, also one that holds nothing but frozen experts.
-                summands = [_sum(summands).detach().requires_grad_(torch.is_grad_enabled())]
-            if torch.is_grad_enabled() and self._recomputed(place):
-                # Kept for the second run: the sum alone, not both summands.
-                with self.offload.region("layer_inputs", None):
-                    out = _again(
-                        lambda x, layer=layer: layer([x], cos, sin, documents), _sum(summands), random=context.draws
-                    )
-            else:
-                out = layer(summands, cos, sin, documents, past)
-            summands = list(out)
-            del out
+            return x, *self.rotary(num_positions, position_ids_BS)
+        return x, *self.rotary.behind(past.length, num_positions, past.length + past.count)
+
+    def run_again(self, function: Callable[..., tuple[Tensor, ...]], *args: Tensor) -> tuple[Tensor, ...]:
+        """Run a function of layers without keeping its activations; routers in it choose once.
+
+        Args:
+            function: what to run.
+            *args: its arguments.
+
+        Returns:
+            What it gives.
+        """
+        random, contexts = self._context.draws, RoutingTape().contexts
+        out: tuple[Tensor, ...] = checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=random, context_fn=contexts
+        )
+        return out
+
+    def cut(self, place: int, summands: list[Tensor]) -> list[Tensor]:
+        """What a layer takes, of what the one before gives: below the first trained layer there are no gradients."""
+        layer = cast(DecoderLayer, self.layers[place])
+        if layer.index == self._context.first_trained and not summands[0].requires_grad:
+            # From here on every rank has a backward pass, also one that holds nothing but frozen experts.
+            return [sum_up(summands).detach().requires_grad_(torch.is_grad_enabled())]
+        return summands
+
+    def end(self, summands: list[Tensor], past: Past | None = None) -> Tensor:
+        """What the stage gives, of what its last layer does."""
         if self.head is not None and self.norm is not None:
             logits: Tensor = self.head(self.norm(*summands)[0], None if past is None else past.count - 1)
             return logits
-        return _sum(summands)
+        return sum_up(summands)
 
-    def _recomputed(self, place: int) -> bool:
+    def recomputed(self, place: int) -> bool:
+        """Whether a layer of the stage is computed again in the backward pass."""
         recompute = self._context.recompute
         return recompute.granularity == "full" and (recompute.num_layers == 0 or place < recompute.num_layers)

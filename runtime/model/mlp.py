@@ -5,6 +5,8 @@ Legend: S positions, B sequences, D hidden size, F inner width of this rank.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from runtime.model.adapter import adapt_experts, adapted, take_adapter
 from runtime.model.context import ModelContext
 from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.config import MoEConfig
+from runtime.moe.dispatch import Dispatch
 from runtime.moe.layer import MoEGroups, MoELayer
 from runtime.ops.linear import linear
 from runtime.ops.norm import as_tokens
@@ -115,8 +118,32 @@ class MoEMLP(nn.Module):
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
+        out: Tensor = self.moe(as_tokens(x_SBD), self._numbers(x_SBD), x_SBD.shape[1]).view_as(x_SBD)
+        return out if self.shared is None else out + self.shared(x_SBD)
+
+    def _numbers(self, x_SBD: Tensor) -> Tensor | None:
+        """[S * B] the sequence of each token, where a loss wants to know it."""
         positions, batch, _ = x_SBD.shape
         # Tokens lie position-major, so that the tp ranks' pieces of the sequence follow each other.
-        sequences = torch.arange(batch, device=x_SBD.device).repeat(positions) if self._sequences else None
-        out: Tensor = self.moe(as_tokens(x_SBD), sequences, batch).view_as(x_SBD)
-        return out if self.shared is None else out + self.shared(x_SBD)
+        return torch.arange(batch, device=x_SBD.device).repeat(positions) if self._sequences else None
+
+    def begin(self, x_SBD: Tensor) -> UnderWay:
+        """Start what `forward` does: all that needs no rows of other ranks."""
+        dispatch = self.moe.begin(as_tokens(x_SBD), self._numbers(x_SBD), x_SBD.shape[1])
+        # Behind the departure, so that in the backward pass it is computed before the rows' gradients are waited for.
+        shared = None if self.shared is None else self.shared(x_SBD)
+        return UnderWay(dispatch, x_SBD.shape, shared)
+
+
+class UnderWay(NamedTuple):
+    """A MoE layer whose rows travel."""
+
+    dispatch: Dispatch
+    """Whose steps are to be done, but for the last."""
+    shape: torch.Size
+    shared_SBD: Tensor | None
+
+    def finish(self) -> Tensor:
+        """What the layer's `forward` gives."""
+        out_SBD = self.dispatch.finish().view(self.shape)
+        return out_SBD if self.shared_SBD is None else out_SBD + self.shared_SBD

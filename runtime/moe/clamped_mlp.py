@@ -141,6 +141,7 @@ class _ClampedMLP(torch.autograd.Function):
         (first, ctx.gate_up), (last, ctx.down) = held(gate_up), held(down)
         ctx.save_for_backward(hidden, weights_TK, first, last, bias_E2F, args.expert_R, *kept.tensors)
         ctx.plan, ctx.gate, ctx.gemm, ctx.fused, ctx.source = plan, gate, gemm, fused, kept.source
+        ctx.pitch = x_TD.stride(0)
         ctx.sinks = sink_of(first), sink_of(last)
         return passes.sum_rows(out, plan, fused=fused)
 
@@ -170,7 +171,8 @@ class _ClampedMLP(torch.autograd.Function):
         grad_x = None
         if need[0]:
             matrix = dense(first, ctx.gate_up)
-            grad_x = passes.sum_rows(gemm.rows_times_transposed(grad_hidden, matrix, plan), plan, fused=fused)
+            grad_rows = gemm.rows_times_transposed(grad_hidden, matrix, plan)
+            grad_x = passes.sum_rows(grad_rows, plan, fused=fused, pitch=ctx.pitch)
         return grad_x, grad_weights, grad_gate_up, grad_bias, grad_down, None, None, None, None
 
 

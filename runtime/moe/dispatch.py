@@ -15,18 +15,19 @@ from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.experts import Experts
 from runtime.moe.groups import MoEGroups
 from runtime.moe.losses import count_choices
-from runtime.moe.passes import permute, unpermute
+from runtime.moe.packed import pack, unpack
+from runtime.moe.passes import unpermute
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.routing import Routing
 from runtime.ops.reading import Reading
 from runtime.parallel.collectives import (
     all_gather,
-    all_to_all,
     gather_tensor,
     group_rank,
     group_size,
     reduce_scatter,
 )
+from runtime.parallel.exchange import Exchange
 
 AnyExperts = Experts | ClampedExperts
 
@@ -70,55 +71,87 @@ def _plan_arrivals(blocks_N: Tensor, experts: AnyExperts, bound: int) -> RowPlan
     return experts.plan(ids.unsqueeze(1), bound)
 
 
-def run_all_to_all(x_TD: Tensor, routing: Routing, experts: AnyExperts, groups: MoEGroups) -> Tensor:
-    """Send each choice to the rank of its expert, and its result back.
+class Dispatch:
+    """A layer's rows on their way to the ranks of their experts, and their results on the way back.
 
-    What doesn't depend on the numbers of rows is launched before the host waits for them.
-
-    Args:
-        x_TD: [T, D] this rank's tokens; T may differ between ranks.
-        routing: their routing over all experts.
-        experts: this rank's experts.
-        groups: ep exchanges rows; etp gathers its ranks' rows and sums their partial results.
-
-    Returns:
-        [T, D] weighted sums.
+    Five steps in this order: making one, `start`, `compute`, `send_back`, `finish`. Between them another micro-batch's may
+    be done, so that the device computes while rows travel. What doesn't depend on the numbers of rows is launched before
+    the host waits for them, in `start`.
     """
-    num_local = experts.num_local_experts
-    num_experts = num_local * group_size(groups.ep)
-    counting = _Counts(count_choices(routing.experts_TK, num_experts), groups)
-    plan = plan_rows(routing.experts_TK, num_experts, routing.max_rows, fused=experts.fused)
-    rows, weights = permute(x_TD, routing.weights_TK, plan, fused=experts.fused)
-    etp_rank, ep_rank = group_rank(groups.etp), group_rank(groups.ep)
-    own = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
-    blocks = counting.device[:, :, own].reshape(-1)
-    # More rows than this arrive only where other ranks have more tokens than this one.
-    expected = routing.max_rows * group_size(groups.ep) * group_size(groups.etp)
-    arrivals = _plan_arrivals(blocks, experts, expected)
 
-    counts = counting.wait()
-    sent = counts[etp_rank][ep_rank]
-    input_splits = [sum(sent[start : start + num_local]) for start in range(0, num_experts, num_local)]
-    # What arrives here: for each etp rank and each ep rank, the rows of each of our experts.
-    arriving = [[row[own] for row in over_ep] for over_ep in counts]
-    output_splits = [sum(row) for row in arriving[etp_rank]]
-    etp_sizes = [sum(sum(row) for row in over_ep) for over_ep in arriving]
+    def __init__(
+        self, x_TD: Tensor, routing: Routing, experts: AnyExperts, groups: MoEGroups, *, overlapped: bool
+    ) -> None:
+        """Put each choice's row into the order of ranks and experts, with its weight.
 
-    if sum(sent) < plan.num_rows:  # some choices were dropped
-        rows, weights = rows[: sum(sent)], weights[: sum(sent)]
-    rows = all_to_all(rows, output_splits, input_splits, groups.ep)
-    weights = all_to_all(weights, output_splits, input_splits, groups.ep)
-    rows = all_gather(rows, 0, groups.etp, etp_sizes)
-    weights = all_gather(weights, 0, groups.etp, etp_sizes)
+        Args:
+            x_TD: [T, D] this rank's tokens; T may differ between ranks.
+            routing: their routing over all experts.
+            experts: this rank's experts.
+            groups: ep exchanges rows; etp gathers its ranks' rows and sums their partial results.
+            overlapped: let the device go on while rows travel.
+        """
+        self._experts, self._groups = experts, groups
+        self._num_local = experts.num_local_experts
+        self._num_experts = self._num_local * group_size(groups.ep)
+        self._counting = _Counts(count_choices(routing.experts_TK, self._num_experts), groups)
+        self._plan = plan_rows(routing.experts_TK, self._num_experts, routing.max_rows, fused=experts.fused)
+        self._weights_dtype = routing.weights_TK.dtype
+        self._there = Exchange(groups.ep, overlapped=overlapped)
+        self._back = Exchange(groups.ep, overlapped=overlapped)
+        self._there.depart(pack(x_TD, routing.weights_TK, self._plan, fused=experts.fused))
+        ep_rank = group_rank(groups.ep)
+        self._own = slice(ep_rank * self._num_local, (ep_rank + 1) * self._num_local)
+        self._blocks = self._counting.device[:, :, self._own].reshape(-1)
+        # More rows than this arrive only where other ranks have more tokens than this one.
+        self._expected = routing.max_rows * group_size(groups.ep) * group_size(groups.etp)
+        self._arrivals = _plan_arrivals(self._blocks, experts, self._expected)
 
-    arrived = sum(etp_sizes)
-    if arrived > expected:
-        arrivals = _plan_arrivals(blocks, experts, arrived)
-    out = experts(rows, weights.unsqueeze(1), arrivals.first(arrived, arrived))
+    def start(self) -> None:
+        """Wait on the host for the numbers of rows, and send the rows off."""
+        counts = self._counting.wait()
+        etp_rank, ep_rank = group_rank(self._groups.etp), group_rank(self._groups.ep)
+        sent = counts[etp_rank][ep_rank]
+        starts = range(0, self._num_experts, self._num_local)
+        self._input_splits = [sum(sent[start : start + self._num_local]) for start in starts]
+        # What arrives here: for each etp rank and each ep rank, the rows of each of our experts.
+        arriving = [[sum(row[self._own]) for row in over_ep] for over_ep in counts]
+        self._output_splits = arriving[etp_rank]
+        self._etp_sizes = [sum(over_ep) for over_ep in arriving]
+        self._there.start(self._output_splits, self._input_splits)
 
-    out = reduce_scatter(out, 0, groups.etp, etp_sizes)
-    out = all_to_all(out, input_splits, output_splits, groups.ep)
-    return unpermute(out, plan, fused=experts.fused)
+    def compute(self) -> None:
+        """Apply this rank's experts to the rows that have come."""
+        etp, sizes = self._groups.etp, self._etp_sizes
+        rows, weights = unpack(self._there.arrive(), self._weights_dtype)
+        rows = all_gather(rows, 0, etp, sizes)
+        weights = all_gather(weights, 0, etp, sizes)
+        arrived = sum(sizes)
+        if arrived > self._expected:
+            self._arrivals = _plan_arrivals(self._blocks, self._experts, arrived)
+        out = self._experts(rows, weights.unsqueeze(1), self._arrivals.first(arrived, arrived))
+        self._back.depart(reduce_scatter(out, 0, etp, sizes).contiguous())
+
+    def send_back(self) -> None:
+        """Send the results off."""
+        self._back.start(self._input_splits, self._output_splits)
+
+    def finish(self) -> Tensor:
+        """Sum up each token's results.
+
+        Returns:
+            [T, D] weighted sums.
+        """
+        return unpermute(self._back.arrive(), self._plan, fused=self._experts.fused)
+
+
+def run_all_to_all(x_TD: Tensor, routing: Routing, experts: AnyExperts, groups: MoEGroups) -> Tensor:
+    """Send each choice to the rank of its expert, and its result back; see `Dispatch`."""
+    dispatch = Dispatch(x_TD, routing, experts, groups, overlapped=False)
+    dispatch.start()
+    dispatch.compute()
+    dispatch.send_back()
+    return dispatch.finish()
 
 
 def run_all_gather(

@@ -57,6 +57,7 @@ class _GroupedMLP(torch.autograd.Function):
         kept = Kept.of(x_TD) if ctx.needs_input_grad[2] else Kept.nothing()
         ctx.save_for_backward(hidden, weights_TK, w13, w2, *kept.tensors)
         ctx.plan, ctx.gemm, ctx.fused, ctx.source = plan, gemm, fused, kept.source
+        ctx.pitch = x_TD.stride(0)
         ctx.sinks = [None if weight is None else sink_of(weight) for weight in (w13, w2)]
         return passes.sum_rows(out, plan, fused=fused)
 
@@ -80,7 +81,8 @@ class _GroupedMLP(torch.autograd.Function):
             del rows
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = passes.sum_rows(gemm.rows_times(grad_hidden, dense(w13, ctx.w13), plan), plan, fused=fused)
+            grad_rows = gemm.rows_times(grad_hidden, dense(w13, ctx.w13), plan)
+            grad_x = passes.sum_rows(grad_rows, plan, fused=fused, pitch=ctx.pitch)
         return grad_x, grad_weights, grad_w13, grad_w2, None, None, None
 
 

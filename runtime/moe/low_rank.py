@@ -195,7 +195,7 @@ class _AdaptedMLP(torch.autograd.Function):
         del act
         kept = Kept.of(x_TD) if ctx.needs_input_grad[2] or ctx.needs_input_grad[4] else Kept.nothing()
         ctx.save_for_backward(hidden, weights_TK, w13, w2, a13, b13, a2, b2, reduced, *kept.tensors)
-        ctx.source = kept.source
+        ctx.source, ctx.pitch = kept.source, x_TD.stride(0)
         ctx.sinks = [None if p is None else sink_of(p) for p in (w13, w2, a13, b13, a2, b2)]
         return passes.sum_rows(out, plan, fused=fused)
 
@@ -237,7 +237,7 @@ class _AdaptedMLP(torch.autograd.Function):
             grad_rows = gemm.rows_times(grad_hidden, dense(w13, ctx.w13), plan)
             if first is not None and grad_first is not None:
                 grad_rows.add_(first.grad_rows(grad_first))
-            grad_x = passes.sum_rows(grad_rows, plan, fused=fused)
+            grad_x = passes.sum_rows(grad_rows, plan, fused=fused, pitch=ctx.pitch)
         return grad_x, grad_weights, *grads, None, None, None, None, None
 
 

@@ -39,21 +39,29 @@ def gather_rows(x_TD: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
     return rows.masked_fill_((plan.slot_of_row_R < 0).unsqueeze(1), 0)
 
 
-def sum_rows(rows_RD: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:
+def sum_rows(rows_RD: Tensor, plan: RowPlan, *, fused: bool, pitch: int | None = None) -> Tensor:
     """Sum each token's rows in the order of its choices: the same bits in every run.
 
     Args:
         rows_RD: [R, D].
         plan: which rows belong to which token.
         fused: use the kernel on a GPU.
+        pitch: elements from one row of the result to the next, with room between them; None: D.
 
     Returns:
         [T, D] in the dtype of the rows, summed in fp32 (fp64 for fp64).
     """
+    num_tokens, width = plan.row_of_slot_TK.shape[0], rows_RD.shape[1]
+    room = None if pitch is None or pitch <= width else rows_RD.new_empty(num_tokens, pitch)[:, :width]
     if fused and rows_RD.is_cuda:
         from runtime.kernels.permute import sum_rows as kernel
 
-        return kernel(rows_RD, plan.row_of_slot_TK)
+        return kernel(rows_RD, plan.row_of_slot_TK, out_TD=room)
+    total = _sum_rows(rows_RD, plan)
+    return total if room is None else room.copy_(total)
+
+
+def _sum_rows(rows_RD: Tensor, plan: RowPlan) -> Tensor:
     num_tokens, topk = plan.row_of_slot_TK.shape
     total = rows_RD.new_zeros(num_tokens, rows_RD.shape[1], dtype=_accumulator(rows_RD.dtype))
     if rows_RD.shape[0] == 0:
@@ -142,24 +150,24 @@ def swiglu_backward(
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, fused: bool) -> tuple[Tensor, Tensor]:
-        ctx.plan, ctx.fused = plan, fused
+        ctx.plan, ctx.fused, ctx.pitch = plan, fused, x_TD.stride(0)
         return gather_rows(x_TD, plan, fused=fused), slots_to_rows(weights_TK, plan)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor, grad_weights_R: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad = sum_rows(grad_RD.contiguous(), ctx.plan, fused=ctx.fused)
+        grad = sum_rows(grad_RD.contiguous(), ctx.plan, fused=ctx.fused, pitch=ctx.pitch)
         return grad, rows_to_slots(grad_weights_R, ctx.plan), None, None
 
 
 class _PermuteTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, plan: RowPlan, fused: bool) -> Tensor:
-        ctx.plan, ctx.fused = plan, fused
+        ctx.plan, ctx.fused, ctx.pitch = plan, fused, x_TD.stride(0)
         return gather_rows(x_TD, plan, fused=fused)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        return sum_rows(grad_RD.contiguous(), ctx.plan, fused=ctx.fused), None, None
+        return sum_rows(grad_RD.contiguous(), ctx.plan, fused=ctx.fused, pitch=ctx.pitch), None, None
 
 
 class _SwiGLURows(torch.autograd.Function):

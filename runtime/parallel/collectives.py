@@ -13,10 +13,10 @@ all_gather            all-gather              reduce-scatter
 reduce_scatter        reduce-scatter          all-gather
 gather_from           all-gather              own piece
 split_to              own piece               all-gather
-all_to_all            all-to-all (rows)       the reverse all-to-all
 ====================  ======================  =======================
 
-A group of one rank (or None) makes every function the identity. All of them run on NCCL and on gloo.
+All-to-alls of rows are in `runtime.parallel.exchange`. A group of one rank (or None) makes every function the identity.
+All of them run on NCCL and on gloo.
 """
 
 from collections.abc import Sequence
@@ -122,21 +122,6 @@ def _own_piece(x: Tensor, dim: int, group: Group, sizes: Sequence[int] | None) -
     return x.narrow(dim, _offsets(sizes)[rank], sizes[rank])
 
 
-def _exchange(
-    x: Tensor, output_splits: Sequence[int] | None, input_splits: Sequence[int] | None, group: Group
-) -> Tensor:
-    rows = x.shape[0] if output_splits is None else sum(output_splits)
-    out = x.new_empty((rows, *x.shape[1:]))
-    dist.all_to_all_single(
-        out,
-        x.contiguous(),
-        None if output_splits is None else list(output_splits),
-        None if input_splits is None else list(input_splits),
-        group=group,
-    )
-    return out
-
-
 class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -184,19 +169,6 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return gather_tensor(grad, *ctx.args), None, None, None, None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, output_splits: Sequence[int] | None, input_splits: Sequence[int] | None, group: Group
-    ) -> Tensor:
-        ctx.args = (input_splits, output_splits, group)
-        return _exchange(x, output_splits, input_splits, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(grad, *ctx.args), None, None, None
 
 
 def copy_to(x: Tensor, group: Group) -> Tensor:
@@ -248,22 +220,3 @@ def split_to(x: Tensor, dim: int, group: Group, sizes: Sequence[int] | None = No
     if group_size(group) == 1:
         return x
     return cast(Tensor, _ReduceScatter.apply(x, dim, group, sizes, False))  # type: ignore[no-untyped-call]
-
-
-def all_to_all(
-    x: Tensor, output_splits: Sequence[int] | None, input_splits: Sequence[int] | None, group: Group
-) -> Tensor:
-    """Send blocks of rows to the ranks of a group and receive theirs; the gradient travels back the same way.
-
-    Args:
-        x: [N, ...] rows in the order of their destination ranks.
-        output_splits: rows to receive from each rank; None: equal blocks.
-        input_splits: rows to send to each rank; None: equal blocks.
-        group: the ranks that take part; None or one rank: identity.
-
-    Returns:
-        [sum(output_splits), ...] rows in the order of their source ranks.
-    """
-    if group_size(group) == 1:
-        return x
-    return cast(Tensor, _AllToAll.apply(x, output_splits, input_splits, group))  # type: ignore[no-untyped-call]

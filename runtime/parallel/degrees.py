@@ -37,6 +37,10 @@ class ParallelConfig:
     """Shard gradients and optimizer state over data parallel; parameters stay whole during the step."""
     fully_shard: bool = flag(False, "--fully-shard", "--use-torch-fsdp2")
     """Shard parameters over data parallel too, and gather them layer by layer."""
+    overlap_exchange: bool = flag(False, "--overlap-moe-expert-parallel-comm")
+    """Compute two micro-batches at a time, layer by layer, so that one's rows travel between the ranks of experts while the
+    other is computed. Both micro-batches' activations are alive at a time; losses and statistics are each micro-batch's own.
+    With an odd number of micro-batches a step, the last one is computed alone."""
     pp_schedule: PipelineSchedule = flag("auto", "--pipeline-schedule")
     """Order of the pipeline's passes; auto is interleaved with virtual stages, else 1f1b."""
 

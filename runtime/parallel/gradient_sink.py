@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,8 +40,22 @@ class Sums(Protocol):
     def accumulate(self, slot: Slot, parameter: Tensor) -> None:
         """Add the gradient that autograd has left at a parameter."""
 
-    def arrived(self) -> None:
-        """Count a gradient that has been added."""
+    def arrived(self, count: int = 1) -> None:
+        """Count gradients that have been added."""
+
+
+_passes = 1
+
+
+@contextmanager
+def together(count: int) -> Iterator[None]:
+    """Say that the backward pass within is that of so many micro-batches, of which autograd leaves a parameter one sum."""
+    global _passes
+    _passes, before = count, _passes
+    try:
+        yield
+    finally:
+        _passes = before
 
 
 class GradientSink:
@@ -82,7 +98,7 @@ class GradientSink:
             self._closed = False  # autograd calls its hooks for a gradient that it didn't get, too
             return
         self.bucket.accumulate(self._slot, parameter)
-        self.bucket.arrived()
+        self.bucket.arrived(_passes)
 
 
 def attach_sink(parameter: Tensor, sink: GradientSink) -> None:

@@ -8,6 +8,7 @@ are independent: an expert's ranks may lie along tp, along cp and dp, or along a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,23 +25,35 @@ JOINT_AXES = {"dp_cp": ("dp", "cp"), "tp_cp": ("cp", "tp"), "tp_dp_cp": ("dp", "
 # Axes over which gradients are reduced while the backward pass goes on.
 _REDUCTION_AXES = ("dp_cp", "edp")
 
+Lane = Literal["layers", "reductions", "exchanges"]
+
 # The default process group, and the groups made under it so far.
-_made: tuple[Group, dict[tuple[bool, tuple[int, ...]], dist.ProcessGroup]] = (None, {})
+_made: tuple[Group, dict[tuple[Lane, tuple[int, ...]], dist.ProcessGroup]] = (None, {})
 
 
-def _new_group(ranks: tuple[int, ...], *, reduction: bool) -> dist.ProcessGroup:
+def _new_group(ranks: tuple[int, ...], lane: Lane) -> dist.ProcessGroup:
     """Make a group, or give the one that the same ranks have already: axes of equal extent share a communicator.
 
-    Reductions have communicators of their own: on a shared one, the exchanges of the layers would queue behind them.
+    Reductions have communicators of their own: on a shared one, the exchanges of the layers would queue behind them. So
+    have exchanges that overlap with computation, and there the other micro-batch's collectives would queue behind them.
     """
     global _made
     world = dist.group.WORLD
     if _made[0] is not world:
         _made = (world, {})
-    key = (reduction, ranks)
+    key = (lane, ranks)
     if key not in _made[1]:
-        _made[1][key] = dist.new_group(list(ranks))
+        _made[1][key] = dist.new_group(list(ranks), pg_options=_first_in_line() if lane == "exchanges" else None)
     return _made[1][key]
+
+
+def _first_in_line() -> Any:
+    """Options by which NCCL's kernels get multiprocessors before those that compute; None on gloo."""
+    if "nccl" not in str(dist.get_backend_config()):
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    return options
 
 
 class ParallelMesh:
@@ -66,6 +79,7 @@ class ParallelMesh:
         dense_shape = (parallel.pp, self.world_size // dense, parallel.cp, parallel.tp)
         expert_shape = (parallel.pp, self.world_size // expert, parallel.ep, parallel.etp)
         ranks = np.arange(self.world_size)
+        self._exchanges_overlap = parallel.overlap_exchange
         self._groups: dict[str, Group] = {}
         self._members: dict[str, tuple[int, ...]] = {}
         for axes, shape in ((DENSE_AXES, dense_shape), (EXPERT_AXES, expert_shape)):
@@ -89,9 +103,14 @@ class ParallelMesh:
             members = tuple(row)
             # Every rank creates every group, in the same order: torch.distributed asks for that.
             connect = self._connected and len(members) > 1
-            group = _new_group(members, reduction=name in _REDUCTION_AXES) if connect else None
+            group = _new_group(members, self._lane(name)) if connect else None
             if self.global_rank in members:
                 self._members[name], self._groups[name] = members, group
+
+    def _lane(self, name: str) -> Lane:
+        if name in _REDUCTION_AXES:
+            return "reductions"
+        return "exchanges" if name == "ep" and self._exchanges_overlap else "layers"
 
     def _add_ends(self, grid: npt.NDArray[np.int64]) -> None:
         """The axis "ends": first and last stage, which both hold tied embeddings."""

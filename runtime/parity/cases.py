@@ -9,6 +9,8 @@ from runtime.parity.case import Case
 DIST = {"use_distributed_optimizer": True}
 SHARD = {"fully_shard": True}
 SP = {"sp": True}
+OVERLAP = {"overlap_exchange": True}
+SOME_LAYERS = {"granularity": "full", "method": "block", "num_layers": 3}
 QWEN2: dict[str, Any] = {"model_type": "qwen2"}
 GLM: dict[str, Any] = {
     "model_type": "glm4_moe",
@@ -157,6 +159,12 @@ CASES = (
     case("cp2 tp2 sp documents, sliding window", 4, {"cp": 2, "tp": 2} | SP, model={"sliding_window": 5}, documents=True),
     case("pp2 cp2 documents, sinks, recomputed", 4, {"pp": 2, "cp": 2}, model=OSS, recompute={"granularity": "full"}, documents=True),
     case("pp2 vpp2 zero-bubble, documents, latent attention", 2, {"pp": 2, "vpp": 2, "pp_schedule": "zero-bubble"}, model=LATENT, documents=True),
+    # Pairs of micro-batches, one of which is computed while the other's rows travel; and a last one alone.
+    case("ep2 overlapped", 2, {"ep": 2} | OVERLAP, num_microbatches=6),
+    case("ep2 overlapped, full recompute", 2, {"ep": 2} | OVERLAP, recompute={"granularity": "full"}),
+    case("tp2 sp ep2 overlapped, selective recompute", 4, {"tp": 2, "ep": 2} | SP | OVERLAP, recompute={"granularity": "selective"}),
+    case("ep2 dp2 distributed optimizer, overlapped, shared experts", 4, {"ep": 2} | DIST | OVERLAP, model=GLM, num_microbatches=8, recompute=SOME_LAYERS),
+    case("tp2 sp ep2 etp1 overlapped, sinks, clamped experts", 2, {"tp": 2, "ep": 2, "etp": 1} | SP | OVERLAP, model=OSS),
     # Recomputed activations.
     case("ep2 full recompute", 2, {"ep": 2}, recompute={"granularity": "full"}),
     case("pp2 tp2 sp one recomputed", 4, {"pp": 2, "tp": 2} | SP, recompute={"granularity": "full", "num_layers": 1}),

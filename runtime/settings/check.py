@@ -49,6 +49,7 @@ def check_layout(run: RunConfig, world_size: int) -> None:
     if run.generate is None:
         check_sequence(run.parallel, run.train)
         check_microbatches(run.parallel, run.train, world_size)
+        check_overlap(run, world_size)
     check_optimizer(run.optim, run.parallel)
     check_offload(run.recompute, run.parallel)
 
@@ -159,6 +160,49 @@ def check_microbatches(parallel: ParallelConfig, train: TrainConfig, world_size:
             f"they must be a multiple of {PP} {pp}: give a multiple of {one_pass * pp}"
             + (", --rampup-batch-size included" if train.rampup_batch_size else ""),
         )
+
+
+def check_overlap(run: RunConfig, world_size: int) -> None:
+    """Refuse to overlap exchanges of rows where micro-batches can't be computed in pairs; arguments and errors as of `check_run`."""
+    parallel, moe, recompute = run.parallel, run.moe, run.recompute
+    if not parallel.overlap_exchange or moe is None:
+        return
+    flag = flag_name(ParallelConfig, "overlap_exchange")
+    names = {name: flag_name(MoEConfig, name) for name in ("dispatcher", "recompute_layer", "aux_loss_mode")}
+    require(
+        parallel.pp == 1,
+        f"{flag} with {PP} {parallel.pp}: a pipeline's schedule has an order of its own; leave one of the two out",
+    )
+    require(
+        not parallel.fully_shard,
+        f"{flag} with {FLAGS['fully_shard']}: weights are gathered for one micro-batch at a time; take --use-distributed-optimizer",
+    )
+    require(
+        moe.dispatcher == "alltoall",
+        f"{flag} overlaps exchanges of rows, and {names['dispatcher']} {moe.dispatcher} has none; take alltoall",
+    )
+    require(
+        not moe.recompute_layer,
+        f"{flag} with {names['recompute_layer']} (or --recompute-modules moe): exchanges are then within what is computed again; take "
+        "--recompute-granularity full, whose layers are recomputed for both micro-batches at a time",
+    )
+    require(
+        not recompute.offload,
+        f"{flag} with --offload-activations {' '.join(recompute.offload)}: activations go to the host a layer at a time, and here two "
+        "are under way; leave one of the two out",
+    )
+    require(
+        moe.aux_loss_mode != "hf" or not moe.aux_losses,
+        f"{flag} with {names['aux_loss_mode']} hf, which pools the layers of one micro-batch; take {names['aux_loss_mode']} megatron",
+    )
+    dp = data_parallel_size(parallel, world_size)
+    one_pass = run.train.micro_batch_size * dp
+    most = max(run.train.batch_sizes(dp).all())
+    require(
+        most >= 2 * one_pass,
+        f"{flag}: --global-batch-size {most} makes one micro-batch a step, and one is computed while the other's rows travel: give a "
+        f"multiple of {2 * one_pass}" + (", or a smaller --micro-batch-size" if run.train.micro_batch_size > 1 else ""),
+    )
 
 
 def check_optimizer(optim: OptimConfig, parallel: ParallelConfig) -> None:

@@ -81,6 +81,7 @@ IDLE = (
         "needs --prompt, --chat or --messages",
         True,
     ),
+    Idle("parallel", ("overlap_exchange",), lambda r: r.parallel.ep > 1, "needs --expert-model-parallel-size above 1", True),
     Idle("parallel", ("sp",), lambda r: r.parallel.tp > 1, "needs --tensor-model-parallel-size above 1"),
     Idle("parallel", ("pp_schedule",), lambda r: r.parallel.pp > 1, "needs --pipeline-model-parallel-size above 1"),
 )  # fmt: skip

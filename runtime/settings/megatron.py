@@ -123,7 +123,6 @@ _PROFILE = "use an outside profiler, such as nsys or py-spy, on the command"
 REFUSED: dict[str, str] = {
     "--tp-comm-overlap": f"communication of tensor parallelism is not overlapped; {_RESULTS}",
     "--tp-comm-overlap-cfg": f"communication of tensor parallelism is not overlapped; {_RESULTS}",
-    "--overlap-moe-expert-parallel-comm": f"the exchange of tokens is not overlapped with other layers; {_RESULTS}",
     "--delay-wgrad-compute": f"--pipeline-schedule zero-bubble delays weight gradients; else {_RESULTS}",
     "--moe-shared-expert-overlap": f"the shared expert is not overlapped; {_RESULTS}",
     "--moe-flex-dispatcher-backend": "there is no DeepEP dispatcher; take --moe-token-dispatcher-type alltoall",

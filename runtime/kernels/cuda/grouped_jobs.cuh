@@ -21,11 +21,14 @@ struct Arguments {
     int num_n, depth, rows_per_expert, num_experts, columns;  // num_n tiles side by side hold the columns of the result
     int bounds_per_expert;  // 1: right_bound is [E]
     float factor;           // 1 / (largest number of the left format x that of the right)
+    int num_walkers;        // pairs of blocks that do jobs one after another; each further pair does one of the last jobs
 };
 
 static_assert(sizeof(Arguments) == 384, "as the host packs it");
 
 constexpr int STEP = 128 * 8 / BITS;  // elements of a row of 128 bytes
+
+constexpr int NO_JOB = 1 << 30;
 
 struct Job {
     int index, expert;
@@ -68,6 +71,7 @@ __device__ __forceinline__ int num_jobs_until(u32 end, int num_n) {
 // The job with this index, which is of `expert` or a later one; expert E if there is none.
 __device__ __forceinline__ Job job_at(const Arguments& args, const u32* ends, int index, int expert, u32 rank) {
     Job job;
+    if (index == NO_JOB) expert = args.num_experts;
     int num_n = args.num_n, inner, num_tiles = (args.rows_per_expert + (EDGES ? 127 : 0)) / 128;
     if (KIND == TN) {
         int per_expert = num_jobs(num_tiles / 2, num_tiles % 2, num_n);
@@ -104,3 +108,23 @@ __device__ __forceinline__ Job job_at(const Arguments& args, const u32* ends, in
     job.steps = (KIND == TN ? num_rows : args.depth) / STEP;
     return job;
 }
+
+// The jobs of a pair of blocks. What the walkers do is fixed when they start: one that starts late, because another
+// kernel has its multiprocessors, ends late. The last jobs are for pairs that begin wherever others have ended.
+struct Walk {
+    int first, stride, end;
+
+    __device__ __forceinline__ Walk(const Arguments& args, const u32* ends) {
+        int num_tiles = (args.rows_per_expert + (EDGES ? 127 : 0)) / 128;
+        int total = KIND == TN ? args.num_experts * num_jobs(num_tiles / 2, num_tiles % 2, args.num_n)
+                               : num_jobs_until(ends[args.num_experts - 1], args.num_n);
+        int pair = blockIdx.x / 2, loose = gridDim.x / 2 - args.num_walkers, walked = max(0, total - loose);
+        bool walks = pair < args.num_walkers;
+        first = walks ? pair : walked + pair - args.num_walkers;
+        stride = walks ? args.num_walkers : NO_JOB;
+        end = walks ? walked : total;
+        if (first >= end) first = NO_JOB;
+    }
+
+    __device__ __forceinline__ int after(int index) const { return index < end - stride ? index + stride : NO_JOB; }
+};

@@ -71,9 +71,10 @@ __device__ __forceinline__ void load_step(
 
 // One thread.
 __device__ __forceinline__ void load_all(const Arguments& args, Shared& shared, u32 rank) {
-    int stage = 0, num_pairs = gridDim.x / 2;
+    int stage = 0;
     u32 parity = 1;
-    Job job = job_at(args, shared.ends, blockIdx.x / 2, 0, rank);
+    Walk walk(args, shared.ends);
+    Job job = job_at(args, shared.ends, walk.first, 0, rank);
     while (job.expert < args.num_experts) {
         for (int i = 0; i < job.steps; ++i) {
             wait(shared.empty[stage], parity);
@@ -81,7 +82,7 @@ __device__ __forceinline__ void load_all(const Arguments& args, Shared& shared, 
             load_step(args, job, STEP * i, rank, shared.stages[stage], shared.ready[stage]);
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
-        job = job_at(args, shared.ends, job.index + num_pairs, job.expert, rank);
+        job = job_at(args, shared.ends, walk.after(job.index), job.expert, rank);
     }
 }
 
@@ -102,15 +103,16 @@ __device__ __forceinline__ void multiply_step(float (&acc)[WIDTH / 2], const cha
 #if !SPLIT
 // Two warpgroups, 64 rows of the tile each.
 __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shared, u32 rank, int warp, u32 lane) {
-    int stage = 0, num_pairs = gridDim.x / 2;
+    int stage = 0;
     u32 parity = 0;
     Output output{args, shared.slices[warp], lane};
-    Job job = job_at(args, shared.ends, blockIdx.x / 2, 0, rank);
+    Walk walk(args, shared.ends);
+    Job job = job_at(args, shared.ends, walk.first, 0, rank);
     while (true) {
         bool last = job.expert == args.num_experts;  // nothing to multiply, but perhaps to write
         int steps = last ? 0 : job.steps, before = 0;
         Job next = job;
-        if (steps == 0 && !last) next = job_at(args, shared.ends, job.index + num_pairs, job.expert, rank);
+        if (steps == 0 && !last) next = job_at(args, shared.ends, walk.after(job.index), job.expert, rank);
         float acc[NUM_ACC];
 #pragma unroll
         for (int i = 0; i < NUM_ACC; ++i) acc[i] = 0.f;
@@ -120,7 +122,7 @@ __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shar
                 wait(shared.ready[stage], parity);
                 const char* tiles = shared.stages[stage];
                 multiply_step<0>(acc, tiles + warp / 4 * BOX_BYTES, tiles + A_BYTES);
-                if (i == 0) next = job_at(args, shared.ends, job.index + num_pairs, job.expert, rank);
+                if (i == 0) next = job_at(args, shared.ends, walk.after(job.index), job.expert, rank);
             }
             wait_products<1>(acc);
             // The step before this one is done: its stage is free for what both blocks load. Each warp tells both.
@@ -142,10 +144,11 @@ __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shar
 #else
 // The same with sums in fp32: while one warpgroup adds, the other's products run.
 __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shared, u32 rank, int warp, u32 lane) {
-    int stage = 0, num_pairs = gridDim.x / 2;
+    int stage = 0;
     u32 parity = 0;
     Output output{args, shared.slices[warp], lane};
-    Job job = job_at(args, shared.ends, blockIdx.x / 2, 0, rank);
+    Walk walk(args, shared.ends);
+    Job job = job_at(args, shared.ends, walk.first, 0, rank);
     float part[WIDTH / 2];
     while (job.expert < args.num_experts) {
         float acc[NUM_ACC];
@@ -165,7 +168,7 @@ __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shar
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
         if (job.column < args.columns) output.take(acc, job, warp);
-        job = job_at(args, shared.ends, job.index + num_pairs, job.expert, rank);
+        job = job_at(args, shared.ends, walk.after(job.index), job.expert, rank);
     }
 }
 #endif

@@ -23,6 +23,7 @@ from runtime.log.flops import training_flops
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import MoELayer
+from runtime.moe.tail import TAIL
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from tests.runtime.estimate.test_state import draw
@@ -127,9 +128,9 @@ def test_recomputation_trades_time_for_memory() -> None:
 def test_traffic_is_what_the_collectives_send() -> None:
     setup = mixtral(world=8, ep=8)
     found = Estimate(setup, H100).traffic
-    # Two exchanges of rows there and back, and their weights, for each layer and micro-batch; 7 of 8 rows leave.
+    # Rows go there with their weights behind them and come back, twice for each layer and micro-batch; 7 of 8 rows leave.
     row, rows = 4096 * 2, 4096 * 2 * H100.imbalance
-    sent = 32 * setup.num_microbatches * (7 / 8) * rows * (4 * row + 2 * 4)
+    sent = 32 * setup.num_microbatches * (7 / 8) * rows * (4 * row + 2 * 2 * TAIL)
     counts = 32 * setup.num_microbatches * 7 * 8 * 8
     assert found["ep", "nvlink"] == pytest.approx(sent + counts)
     dense = 32 * (4096 * (2 * 4096 + 2 * 1024) + 8 * 4096 + 2 * 4096) + 2 * 32000 * 4096 + 4096

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moeconv.families.compute import Gate
+from runtime.kernels.sharing import shared_device
 from runtime.moe.clamped_mlp import clamped_mlp
 from runtime.moe.experts import grouped_mlp
 from runtime.moe.grouped_gemm import GroupedGemm, LoopGemm, make_gemm, resolve_backend
@@ -151,6 +152,21 @@ def test_weight_gradients_added_to_a_sum(backend: str, shape: tuple[int, ...], s
     overwritten = torch.full_like(before, float("nan"))
     gemm.add_transposed_times_rows(left, right, plan, overwritten, fresh=True)
     assert relative(overwritten, expected - before.double()) < bound
+
+
+@pytest.mark.skipif("hopper" not in BACKENDS, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("skew", [0.0, 3.0])
+@pytest.mark.parametrize("shape", [*SHAPES, (8192, 1024, 1024, 4, 2)])
+def test_jobs_that_are_dealt_out_late_give_the_same_bits(shape: tuple[int, ...], skew: float) -> None:
+    """Beside transfers, the last jobs of a product go to whichever multiprocessors are free."""
+    case = random_case(shape, dropped=0.2, skew=skew)
+    for waves in (1, 3, 1000):  # up to more than there are jobs
+        expected = run(case, "hopper", BF16)
+        poison()
+        with shared_device(waves):
+            found = run(case, "hopper", BF16)
+        for mine, other in zip(found, expected, strict=True):
+            assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,6 +11,7 @@ from runtime.moe import passes
 from runtime.moe.clamped_mlp import Activation, activate, activate_backward, experts_of_rows
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.sinkhorn import MAX_ITERATIONS, TOLERANCE, sinkhorn
+from runtime.moe.tail import TAIL
 from tests.runtime.moe.oracle import relative
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,6 +58,38 @@ def test_gather_and_sum(num_tokens: int, topk: int, num_experts: int, alignment:
     total = sum_rows(values, plan.row_of_slot_TK)
     expected = passes.sum_rows(values.double(), plan, fused=False)
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_tokens", "topk", "num_experts", "alignment", "hidden", "width"), SIZES)
+def test_rows_with_their_weights_behind_them(
+    num_tokens: int, topk: int, num_experts: int, alignment: int, hidden: int, width: int
+) -> None:
+    from runtime.kernels.permute import Beside, gather_rows, sum_rows
+
+    _, plan = plans(num_tokens, topk, num_experts, alignment)
+    end, slots = int(plan.offsets_E[-1]), plan.row_of_slot_TK
+
+    def packed(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All of it, the rows, and what lies behind them."""
+        whole = torch.full((rows, hidden + TAIL), float("nan"), device=DEVICE)
+        return whole, whole[:, :hidden], whole[:, hidden:]
+
+    x, weights = torch.randn(num_tokens, hidden, device=DEVICE), torch.rand(num_tokens, topk, device=DEVICE)
+    _, rows, tails = packed(plan.num_rows)
+    args = (slots, plan.slot_of_row_R, plan.offsets_E, alignment)
+    gather_rows(x, *args, out_RD=rows, beside=Beside(weights, tails))
+    assert torch.equal(rows[:end], passes.gather_rows(x, plan, fused=False)[:end])
+    filled = plan.slot_of_row_R[:end] >= 0
+    assert torch.equal(tails[:end][filled, 0], passes.slots_to_rows(weights, plan)[:end][filled])
+    assert not tails[:end][filled, 1:].any()
+    # Back, from rows that lie apart to sums that do, and the weights to their slots.
+    _, sums, beyond = packed(num_tokens)
+    back = torch.full_like(weights, float("nan"))
+    sum_rows(rows, slots, out_TD=sums, beside=Beside(back, tails))
+    torch.testing.assert_close(sums, passes.sum_rows(rows.nan_to_num(), plan, fused=False), rtol=1e-6, atol=1e-6)
+    assert torch.equal(back, torch.where(slots >= 0, weights, 0))
+    assert beyond.isnan().all()
+    assert torch.equal(gather_rows(sums, *args)[:end], passes.gather_rows(sums, plan, fused=False)[:end])
 
 
 @pytest.mark.parametrize(("num_tokens", "topk", "num_experts", "alignment", "hidden", "width"), SIZES)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.parallel import collectives
+from runtime.parallel import collectives, exchange
 from runtime.parity.ranks import RankPool
 
 SIZES = (3, 1, 4)
@@ -41,7 +41,7 @@ def shapes(kind: str, dim: int, uneven: bool) -> list[tuple[int, ...]]:
 def run_collective(kind: str, dim: int, uneven: bool) -> tuple[Tensor, Tensor]:
     rank, group = dist.get_rank(), dist.group.WORLD
     x = rank_input(rank if kind != "split_to" else 0, shapes(kind, dim, uneven)[rank])
-    function = getattr(collectives, kind)
+    function = getattr(exchange if kind == "all_to_all" else collectives, kind)
     if kind in ("copy_to", "reduce_from"):
         out = function(x, group)
     elif kind == "all_to_all":

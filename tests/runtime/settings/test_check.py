@@ -15,6 +15,7 @@ TP, PP, VPP = (
     "--num-virtual-stages-per-pipeline-rank",
 )
 EP, ETP, CP = "--expert-model-parallel-size", "--expert-tensor-parallel-size", "--context-parallel-size"
+OVERLAP = f"{EP} 2 --overlap-moe-expert-parallel-comm"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,13 @@ EP, ETP, CP = "--expert-model-parallel-size", "--expert-tensor-parallel-size", "
             f"--moe-aux-loss-mode hf .* needs {PP}, {TP} and {CP} 1, here they are 2, 1 and 1",
         ),
         (2, f"{PP} 2 --fully-shard --pipeline-schedule zero-bubble", "--fully-shard with --pipeline-schedule zero-bubble"),
+        (2, f"{OVERLAP} --global-batch-size 2", f"{OVERLAP.split()[-1]}: --global-batch-size 2 makes one micro-batch a step, .* multiple of 4"),
+        (4, f"{OVERLAP} {PP} 2", f"{OVERLAP.split()[-1]} with {PP} 2"),
+        (4, f"{OVERLAP} --fully-shard", f"{OVERLAP.split()[-1]} with --fully-shard: .* take --use-distributed-optimizer"),
+        (2, f"{OVERLAP} --moe-token-dispatcher-type allgather", "--moe-token-dispatcher-type allgather has none; take alltoall"),
+        (2, f"{OVERLAP} --moe-layer-recompute", "--moe-layer-recompute .* take --recompute-granularity full"),
+        (2, f"{OVERLAP} --offload-activations mlp", f"{OVERLAP.split()[-1]} with --offload-activations mlp"),
+        (2, f"{OVERLAP} --moe-aux-loss-mode hf --moe-aux-loss-coeff 0.01", "hf, which pools .* take --moe-aux-loss-mode megatron"),
         (1, "--fp8-format hybrid", "--fp8-format is hybrid; FP8 needs a GPU"),
     ],
 )  # fmt: skip

@@ -82,7 +82,9 @@ MODELS = {
 }
 
 
-def runtime(model: Slice, layout: Layout, fp8: str | None = None, **options: Any) -> MakeStep:
+def runtime(
+    model: Slice, layout: Layout, fp8: str | None = None, *, tp_comm_overlap: bool = False, **options: Any
+) -> MakeStep:
     """This project's engine: bf16, fp32 masters, moments and gradient sums."""
     from benchmarks.train_step import make_engine, mixtral, text_batch
     from runtime.fp8.config import Fp8Config
@@ -93,6 +95,7 @@ def runtime(model: Slice, layout: Layout, fp8: str | None = None, **options: Any
         _join()
     parallel = ParallelConfig(
         tp=layout.tp, sp=layout.tp > 1, ep=layout.ep, etp=1, use_distributed_optimizer=several,
+        tp_comm_overlap=tp_comm_overlap,
     )  # fmt: skip
 
     ours = mixtral(
@@ -253,8 +256,11 @@ def transformers(model: Slice, layout: Layout, *, compiled: bool) -> MakeStep:
     return make
 
 
+OVERLAPPED = "runtime, tp-comm-overlap"
+"""With tensor parallelism alone."""
 SYSTEMS: dict[str, Callable[[Slice, Layout], MakeStep]] = {
     "runtime": runtime,
+    OVERLAPPED: lambda *work: runtime(*work, tp_comm_overlap=True),
     "runtime, bf16 moments": lambda *work: runtime(*work, moments_dtype="bfloat16"),
     "runtime, FP8 tensorwise": lambda *work: runtime(*work, "tensorwise"),
     "runtime, FP8 delayed": lambda *work: runtime(*work, "delayed"),

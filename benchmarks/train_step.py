@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.multi_gpu.job import draw_weights
-from benchmarks.step_systems import MODELS, SYSTEMS, packages_of, version
+from benchmarks.step_systems import MODELS, OVERLAPPED, SYSTEMS, packages_of, version
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
 from moeconv.layout.rect import Rect
@@ -230,6 +230,9 @@ def compare_systems(args: argparse.Namespace, layout: str) -> None:
     if args.fp8:
         wanted = [f"{name}, FP8 {args.fp8}" for name in ("runtime", "Megatron-Core")] + (args.peers or ["runtime"])
     systems = [name for name in SYSTEMS if name in wanted]
+    if OVERLAPPED in systems and "--tp" not in layout_options(layout):
+        print(f"{OVERLAPPED} is left out: no tensor parallelism" + (f" in {layout}" if layout else ""))
+        systems.remove(OVERLAPPED)
     for name in list(systems):
         missing = [package for package in packages_of(name) if version(package) is None]
         if missing:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from runtime.parallel.collectives import Group
 from runtime.parallel.degrees import ParallelConfig
@@ -25,21 +27,28 @@ JOINT_AXES = {"dp_cp": ("dp", "cp"), "tp_cp": ("cp", "tp"), "tp_dp_cp": ("dp", "
 _REDUCTION_AXES = ("dp_cp", "edp")
 
 # The default process group, and the groups made under it so far.
-_made: tuple[Group, dict[tuple[bool, tuple[int, ...]], dist.ProcessGroup]] = (None, {})
+_made: tuple[Group, dict[tuple[bool, bool, tuple[int, ...]], dist.ProcessGroup]] = (None, {})
 
 
-def _new_group(ranks: tuple[int, ...], *, reduction: bool) -> dist.ProcessGroup:
+def _new_group(ranks: tuple[int, ...], *, reduction: bool, urgent: bool) -> dist.ProcessGroup:
     """Make a group, or give the one that the same ranks have already: axes of equal extent share a communicator.
 
     Reductions have communicators of their own: on a shared one, the exchanges of the layers would queue behind them.
+    What an urgent group does on a GPU goes before what is computed beside it: a product that fills the GPU would else
+    hold up the communication that it is to hide.
     """
     global _made
     world = dist.group.WORLD
     if _made[0] is not world:
         _made = (world, {})
-    key = (reduction, ranks)
+    key = (reduction, urgent, ranks)
     if key not in _made[1]:
-        _made[1][key] = dist.new_group(list(ranks))
+        options = None
+        if urgent and torch.cuda.is_available() and dist.is_nccl_available():
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options._timeout = default_pg_timeout
+        timeout = None if options is None else default_pg_timeout
+        _made[1][key] = dist.new_group(list(ranks), timeout=timeout, pg_options=options)
     return _made[1][key]
 
 
@@ -66,6 +75,7 @@ class ParallelMesh:
         dense_shape = (parallel.pp, self.world_size // dense, parallel.cp, parallel.tp)
         expert_shape = (parallel.pp, self.world_size // expert, parallel.ep, parallel.etp)
         ranks = np.arange(self.world_size)
+        self._urgent = parallel.tp_comm_overlap and parallel.tp > 1
         self._groups: dict[str, Group] = {}
         self._members: dict[str, tuple[int, ...]] = {}
         for axes, shape in ((DENSE_AXES, dense_shape), (EXPERT_AXES, expert_shape)):
@@ -89,7 +99,9 @@ class ParallelMesh:
             members = tuple(row)
             # Every rank creates every group, in the same order: torch.distributed asks for that.
             connect = self._connected and len(members) > 1
-            group = _new_group(members, reduction=name in _REDUCTION_AXES) if connect else None
+            reduction = name in _REDUCTION_AXES
+            urgent = self._urgent and not reduction
+            group = _new_group(members, reduction=reduction, urgent=urgent) if connect else None
             if self.global_rank in members:
                 self._members[name], self._groups[name] = members, group
 

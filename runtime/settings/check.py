@@ -24,7 +24,7 @@ from runtime.settings.steps import TrainConfig
 FLAGS = {
     item.name: flag_name(ParallelConfig, item.name)
     for item in dataclasses.fields(ParallelConfig)
-    if item.name in OPTIONS.keys() | {"cp", "sp", "pp_schedule", "fully_shard"}
+    if item.name in OPTIONS.keys() | {"cp", "sp", "tp_comm_overlap", "pp_schedule", "fully_shard"}
 }
 TP, PP, VPP, CP, EP, ETP = (FLAGS[axis] for axis in ("tp", "pp", "vpp", "cp", "ep", "etp"))
 
@@ -105,9 +105,15 @@ def check_combinations(parallel: ParallelConfig, moe: MoEConfig | None) -> None:
         ConfigError: names the flags and what would fit.
     """
     pp, vpp, schedule = parallel.pp, parallel.vpp, parallel.pp_schedule
+    tp, sp = f"{TP} {parallel.tp}", FLAGS["sp"]
     require(
         parallel.sp or parallel.tp == 1 or parallel.ep == 1,
         f"{EP} {parallel.ep} and {TP} {parallel.tp}: expert and tensor parallelism together need {FLAGS['sp']}",
+    )
+    require(
+        not parallel.tp_comm_overlap or (parallel.tp > 1 and parallel.sp),
+        f"{FLAGS['tp_comm_overlap']} with {tp} and {'' if parallel.sp else 'without '}{sp}: it overlaps the gathers and sums of "
+        f"sequence parallelism with products; give {TP} 2 or more and {sp}, or leave it out",
     )
     require(
         not parallel.fully_shard or pp == 1 or schedule != "zero-bubble",

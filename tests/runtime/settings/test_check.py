@@ -40,6 +40,8 @@ EP, ETP, CP = "--expert-model-parallel-size", "--expert-tensor-parallel-size", "
             f"{PP} 2 --moe-aux-loss-mode hf --moe-aux-loss-coeff 0.01",
             f"--moe-aux-loss-mode hf .* needs {PP}, {TP} and {CP} 1, here they are 2, 1 and 1",
         ),
+        (2, f"{TP} 2 --tp-comm-overlap", f"--tp-comm-overlap with {TP} 2 and without --sequence-parallel: .* leave it out"),
+        (2, "--sequence-parallel --tp-comm-overlap", f"{TP} 1 and --sequence-parallel: .* give {TP} 2 or more"),
         (2, f"{PP} 2 --fully-shard --pipeline-schedule zero-bubble", "--fully-shard with --pipeline-schedule zero-bubble"),
         (1, "--fp8-format hybrid", "--fp8-format is hybrid; FP8 needs a GPU"),
     ],

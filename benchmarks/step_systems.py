@@ -89,10 +89,11 @@ def runtime(
     *,
     captures: bool = True,
     overlap: bool = False,
+    tp_comm_overlap: bool = False,
     **options: Any,
 ) -> MakeStep:
     """This project's engine: bf16, fp32 masters, moments and gradient sums; CUDA graphs where the trainer takes them, and
-    with `overlap` exchanges of rows hidden."""
+    with `overlap` exchanges of rows hidden, with `tp_comm_overlap` gathers and sums of tensor parallelism."""
     from benchmarks.train_step import make_engine, mixtral, text_batch
     from runtime.fp8.config import Fp8Config
     from runtime.parallel.degrees import ParallelConfig
@@ -103,6 +104,7 @@ def runtime(
     parallel = ParallelConfig(
         tp=layout.tp, sp=layout.tp > 1, ep=layout.ep, etp=1, use_distributed_optimizer=several,
         overlap_exchange=overlap,
+        tp_comm_overlap=tp_comm_overlap,
     )  # fmt: skip
 
     ours = mixtral(
@@ -299,6 +301,7 @@ SYSTEMS: dict[str, Callable[[Slice, Layout], MakeStep]] = {
     "runtime": runtime,
     "runtime, no CUDA graphs": lambda *work: runtime(*work, captures=False),
     "runtime, overlap": lambda *work: runtime(*work, overlap=True),
+    "runtime, tp-comm-overlap": lambda *work: runtime(*work, tp_comm_overlap=True),
     "runtime, bf16 moments": lambda *work: runtime(*work, moments_dtype="bfloat16"),
     "runtime, FP8 tensorwise": lambda *work: runtime(*work, "tensorwise"),
     "runtime, FP8 delayed": lambda *work: runtime(*work, "delayed"),

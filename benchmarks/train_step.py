@@ -232,8 +232,11 @@ def compare_systems(args: argparse.Namespace, layout: str) -> None:
     if args.fp8:
         wanted = [f"{name}, FP8 {args.fp8}" for name in ("runtime", "Megatron-Core")] + (args.peers or ["runtime"])
     # One micro-batch's rows travel between ranks of experts while another is computed.
-    overlaps = "ep" in layout and max(args.numbers) > 1
-    systems = [name for name in SYSTEMS if name in wanted and (overlaps or "overlap" not in name)]
+    suits = {"overlap": "ep" in layout and max(args.numbers) > 1, "tp-comm-overlap": "tp" in layout}
+    systems = [name for name in SYSTEMS if name in wanted and suits.get(name.partition(", ")[2], True)]
+    for name in wanted:
+        if name not in systems:
+            print(f"{name} is left out: nothing to overlap in {layout or 'one GPU'} with {args.numbers} micro-batches")
     for name in list(systems):
         missing = [package for package in packages_of(name) if version(package) is None]
         if missing:

@@ -38,6 +38,7 @@ from runtime.log.metrics import MetricLog
 from runtime.log.records import Speed
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.targets import describe_adapters
+from runtime.model.tensor_maps import describe_overlap
 from runtime.moe.grouped_gemm import describe_backend
 from runtime.optim.config import EMA
 from runtime.optim.groups import check_states, describe_frozen, num_trained, resolve_groups
@@ -222,6 +223,8 @@ def run_job(
         progress("finding out which model it is", limited=False)
         one_first(process.rank == 0, lambda: saves_as.append(adapter_saves(run, origin, process)))
     engine, state = make_engine(run, origin, process, device, progress)
+    if log is not None and run.parallel.tp_comm_overlap:
+        log.note(describe_overlap(engine.module, num_stages=run.parallel.pp))
     trainer = Trainer(run, engine, engine.mesh, (saves_as or [origin.checkpoint])[0], data, log, progress)
     if state is not None:
         trainer.resume(state, own=origin.own)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from runtime.model.adapter import adapted, take_adapter
+from runtime.model.adapter import take_adapter
 from runtime.model.context import ModelContext
 from runtime.model.norm import RMSNorm, SharedRMSNorm
 from runtime.model.past import Past
+from runtime.model.tensor_maps import ColumnMaps, RowMap
 from runtime.ops.context_attention import causal_attention
 from runtime.ops.documents import Documents
 from runtime.ops.rotary import rotary, split_pairs
@@ -43,7 +44,8 @@ class Attention(nn.Module):
         self.q_norm = self._norm("attention.q_norm", layer)
         self.k_norm = self._norm("attention.k_norm", layer)
         self._recompute = context.recomputes("core_attn")
-        self._in, self._out = context.maps(self.q_weight, self.kv_weight), context.maps(self.o_weight)
+        self._in = ColumnMaps(context, "queries, keys and values", self.q_weight, self.kv_weight)
+        self._out = RowMap(context, "attention's output", self.o_weight, self.o_adapter)
 
     def _norm(self, role: str, layer: int) -> RMSNorm | SharedRMSNorm | None:
         """The norm of queries or keys: over each head, or over all heads together where its weight is as long."""
@@ -72,15 +74,13 @@ class Attention(nn.Module):
         Returns:
             As x_SBD.
         """
-        x = self._context.enter(x_SBD)
-        q, kv = self._in(x, [self.q_weight, self.kv_weight], [self.q_bias, self.kv_bias])
-        q, kv = adapted(q, x, self.q_adapter), adapted(kv, x, self.kv_adapter)
+        weights, biases = [self.q_weight, self.kv_weight], [self.q_bias, self.kv_bias]
+        q, kv = self._in(x_SBD, weights, biases, [self.q_adapter, self.kv_adapter])
         if self._recompute and torch.is_grad_enabled():
             out = checkpoint(self._core, q, kv, cos, sin, documents, use_reentrant=False, preserve_rng_state=False)
         else:
             out = self._core(q, kv, cos, sin, documents, past)
-        out = out.flatten(-2)
-        out = self._context.leave(adapted(self._out(out, [self.o_weight])[0], out, self.o_adapter))
+        out = self._out(out.flatten(-2), self.o_weight, self.o_adapter)
         return out if self.o_bias is None else out + self.o_bias
 
     def _core(

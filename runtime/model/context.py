@@ -73,6 +73,11 @@ class ModelContext:
         """Whether activations between tensor-parallel regions are split over tp along the sequence."""
         return self.parallel.sp and self.parallel.tp > 1
 
+    @property
+    def tp_comm_overlap(self) -> bool:
+        """Whether communication at the edges of tensor-parallel regions is overlapped with the products there."""
+        return self.sp and self.parallel.tp_comm_overlap
+
     def recomputes(self, module: str) -> bool:
         """Say whether a part of a layer is computed again in the backward pass."""
         return self.recompute.granularity == "selective" and module in self.recompute.modules

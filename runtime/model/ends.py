@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.model.context import ModelContext
+from runtime.model.tensor_maps import ColumnMaps
 from runtime.ops.context_attention import local_positions
 from runtime.ops.embedding import embedding
 from runtime.ops.linear import linear
@@ -65,10 +66,14 @@ class Head(nn.Module):
         self.weight = tied if tied is not None else context.parameters.take_vocabulary("head")
         has_bias = context.model.has("head.bias")
         self.bias = context.parameters.take_vocabulary("head.bias") if has_bias else None
+        self._map = ColumnMaps(context, "head", self.weight, fp8=False, dense=True)
 
     def forward(self, x_SBD: Tensor, place: int | None = None) -> Tensor:
         """[S, B, D], split over tp with sequence parallelism, to [S, B, V], V with the padding; or of one place alone."""
-        x, divisor = self._context.enter(x_SBD), self._context.model.compute.logits_divisor
-        x = x if place is None else x[place : place + 1]
-        logits = linear(x, self.weight, self.bias, sinks=not self._context.model.tied)
+        model = self._context.model
+        divisor = model.compute.logits_divisor
+        if place is None:
+            logits = self._map(x_SBD, [self.weight], [self.bias], [None], sinks=not model.tied)[0]
+        else:
+            logits = linear(self._context.enter(x_SBD)[place : place + 1], self.weight, self.bias, sinks=not model.tied)
         return logits if divisor == 1.0 else logits / divisor

@@ -16,6 +16,7 @@ from runtime.model.adapter import Adapter, adapted, take_adapter
 from runtime.model.context import ModelContext
 from runtime.model.norm import RMSNorm
 from runtime.model.past import Past
+from runtime.model.tensor_maps import ColumnMaps, RowMap
 from runtime.ops.context_attention import causal_attention
 from runtime.ops.documents import Documents
 from runtime.ops.linear import linear
@@ -61,6 +62,8 @@ class LatentAttention(nn.Module):
         self.o_adapter = adapter(self.o_weight, "attention.o")
         self.q_norm, self.kv_norm = norm("attention.q_a_norm"), norm("attention.kv_a_norm")
         self._recompute = context.recomputes("core_attn")
+        self._in = ColumnMaps(context, "latent projections", fp8=False, apart=True)
+        self._out = RowMap(context, "attention's output", self.o_weight, self.o_adapter, fp8=False)
 
     def forward(
         self, x_SBD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None, past: Past | None = None
@@ -68,9 +71,14 @@ class LatentAttention(nn.Module):
         """Attend; see `Attention`."""
         assert self.kv_a_weight is not None
         assert self.kv_norm is not None
-        x = self._context.enter(x_SBD)
-        q = self._queries(x)
-        latent = adapted(linear(x, self.kv_a_weight, self.kv_a_bias), x, self.kv_a_adapter)
+        # Queries or their latent vector, and that of keys and values.
+        q_weight, q_adapter = (
+            (self.q_weight, self.q_adapter) if self.q_weight is not None else (self.q_a_weight, self.q_a_adapter)
+        )
+        assert q_weight is not None
+        weights, biases = [q_weight, self.kv_a_weight], [self.q_a_bias, self.kv_a_bias]
+        q, latent = self._in(x_SBD, weights, biases, [q_adapter, self.kv_a_adapter])
+        q = q if self.q_weight is not None else self._queries(q)
         latent_SBL, k_turned_SBR = latent[..., : self._latent], latent[..., self._latent :]
         normed = self.kv_norm(latent_SBL.contiguous())
         kv = adapted(linear(normed, self.kv_b_weight), normed, self.kv_b_adapter)
@@ -80,17 +88,14 @@ class LatentAttention(nn.Module):
             )
         else:
             out = self._core(q, kv, k_turned_SBR, cos, sin, documents, past)
-        out = out.flatten(-2)
-        out = self._context.leave(adapted(linear(out, self.o_weight), out, self.o_adapter))
+        out = self._out(out.flatten(-2), self.o_weight, self.o_adapter)
         return out if self.o_bias is None else out + self.o_bias
 
-    def _queries(self, x: Tensor) -> Tensor:
-        if self.q_weight is not None:
-            return adapted(linear(x, self.q_weight), x, self.q_adapter)
-        assert self.q_a_weight is not None
+    def _queries(self, latent_SBL: Tensor) -> Tensor:
+        """The queries of a latent vector."""
         assert self.q_b_weight is not None
         assert self.q_norm is not None
-        latent: Tensor = self.q_norm(adapted(linear(x, self.q_a_weight, self.q_a_bias), x, self.q_a_adapter))
+        latent: Tensor = self.q_norm(latent_SBL)
         return adapted(linear(latent, self.q_b_weight), latent, self.q_b_adapter)
 
     def _core(

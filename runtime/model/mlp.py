@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.model.adapter import adapt_experts, adapted, take_adapter
+from runtime.model.adapter import adapt_experts, take_adapter
 from runtime.model.context import ModelContext
+from runtime.model.tensor_maps import ColumnMaps, RowMap
 from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.config import MoEConfig
 from runtime.moe.dispatch import Dispatch
@@ -34,21 +35,20 @@ class GatedMLP(nn.Module):
         """
         super().__init__()
         parameters = context.parameters
-        self._context = context
         self.w13 = parameters.take(f"{part}.gate", f"{part}.up", layer=layer)
         self.w2 = parameters.take(f"{part}.down", layer=layer)
         self.adapter13 = take_adapter(context, self.w13, f"{part}.gate", f"{part}.up", layer=layer)
         self.adapter2 = take_adapter(context, self.w2, f"{part}.down", layer=layer)
         self.b13 = parameters.take_optional(f"{part}.gate.bias", f"{part}.up.bias", layer=layer)
         self.b2 = parameters.take_optional(f"{part}.down.bias", layer=layer, partial=context.sp)
-        self._first, self._second = context.maps(self.w13), context.maps(self.w2)
+        name = "shared experts" if part == "shared" else "dense layers"
+        self._first = ColumnMaps(context, f"{name}' gate and up", self.w13)
+        self._second = RowMap(context, f"{name}' down", self.w2, self.adapter2)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
-        x = self._context.enter(x_SBD)
-        gate, up = adapted(self._first(x, [self.w13], [self.b13])[0], x, self.adapter13).chunk(2, dim=-1)
-        act = F.silu(gate) * up
-        out = self._context.leave(adapted(self._second(act, [self.w2])[0], act, self.adapter2))
+        gate, up = self._first(x_SBD, [self.w13], [self.b13], [self.adapter13])[0].chunk(2, dim=-1)
+        out = self._second(F.silu(gate) * up, self.w2, self.adapter2)
         return out if self.b2 is None else out + self.b2
 
 

@@ -6,7 +6,7 @@ Legend: T tokens, D input width, N output width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -70,6 +70,42 @@ def weight_gradient(left_TN: Tensor, right_TD: Tensor, sink: GradientSink | None
     return None
 
 
+def parameter_gradients(
+    grads_TN: Sequence[Tensor],
+    rows: Callable[[], Tensor],
+    biases_N: Sequence[Tensor | None],
+    sinks: Sequence[GradientSink | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Bring the gradients of the weights and biases of several maps of one input to their sums.
+
+    Args:
+        grads_TN: [T, N] gradient of each map's output.
+        rows: gives the input [T, D]; asked only if a weight wants its gradient.
+        biases_N: each map's bias, or None.
+        sinks: of the weights, then of the biases.
+        wanted: whether autograd wants a gradient of it; likewise.
+
+    Returns:
+        What a backward function gives autograd for the weights, then for the biases.
+    """
+    count = len(grads_TN)
+    left: list[Tensor | None] = [None] * count
+    if any(wanted[:count]):
+        rows_TD = rows()
+        left = [
+            weight_gradient(grad, rows_TD, sink) if want else None
+            for grad, sink, want in zip(grads_TN, sinks, wanted, strict=False)
+        ]
+    for grad, bias, sink, want in zip(grads_TN, biases_N, sinks[count:], wanted[count:], strict=True):
+        if bias is None or not want:
+            left.append(None)
+            continue
+        wide = grad.dtype if grad.dtype == torch.float64 else torch.float32
+        left.append(deliver(sink, grad.sum(0, dtype=wide), bias))
+    return left
+
+
 def _linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
     """The map's output, never as a view: what adds to it does so in place."""
     if bias_N is None:
@@ -106,20 +142,13 @@ class _Linears(torch.autograd.Function):
                 grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
             assert grad_x is not None
             grad_x = grad_x.view(ctx.shape)
-        wanted = ctx.needs_input_grad[3 : 3 + ctx.count]
-        left: list[Tensor | None] = [None] * ctx.count
-        if any(wanted):
-            rows = restore(saved, ctx.source).reshape(-1, ctx.shape[-1])
-            left = [
-                weight_gradient(grad, rows, sink) if want else None
-                for grad, sink, want in zip(flat, ctx.sinks, wanted, strict=False)
-            ]
-        for place, (grad, bias) in enumerate(zip(flat, ctx.biases, strict=True)):
-            if bias is None or not ctx.needs_input_grad[3 + ctx.count + place]:
-                left.append(None)
-                continue
-            wide = grad.dtype if grad.dtype == torch.float64 else torch.float32
-            left.append(deliver(ctx.sinks[ctx.count + place], grad.sum(0, dtype=wide), bias))
+        left = parameter_gradients(
+            flat,
+            lambda: restore(saved, ctx.source).reshape(-1, ctx.shape[-1]),
+            ctx.biases,
+            ctx.sinks,
+            ctx.needs_input_grad[3:],
+        )
         return grad_x, None, None, *left
 
 

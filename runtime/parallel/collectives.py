@@ -28,6 +28,10 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
+# Their names since torch 2.13.
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def group_size(group: Group) -> int:
     """The number of ranks in a group, 1 for None."""
@@ -42,20 +46,14 @@ def group_rank(group: Group) -> int:
 def _gather_first(x: Tensor, group: Group) -> Tensor:
     """All-gather equal pieces along dim 0."""
     out = x.new_empty((x.shape[0] * group_size(group), *x.shape[1:]))
-    if hasattr(dist, "all_gather_single"):
-        dist.all_gather_single(out, x, group=group)
-    else:  # torch before 2.13
-        dist.all_gather_into_tensor(out, x, group=group)
+    all_gather_single(out, x, group=group)
     return out
 
 
 def _reduce_scatter_first(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Sum over the group and keep this rank's piece of dim 0 (equal pieces)."""
     out = x.new_empty((x.shape[0] // group_size(group), *x.shape[1:]))
-    if hasattr(dist, "reduce_scatter_single"):
-        dist.reduce_scatter_single(out, x, op=op, group=group)
-    else:  # torch before 2.13
-        dist.reduce_scatter_tensor(out, x, op=op, group=group)
+    reduce_scatter_single(out, x, op=op, group=group)
     return out
 
 

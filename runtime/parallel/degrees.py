@@ -19,6 +19,9 @@ class ParallelConfig:
     """Tensor-parallel degree of attention, embeddings and dense layers."""
     sp: bool = flag(False, "--sequence-parallel")
     """Split activations between the tensor-parallel regions over the tensor-parallel ranks."""
+    tp_comm_overlap: bool = False
+    """Overlap the gathers before and the sums after products of tensor parallelism with these, piece by piece; needs
+    --sequence-parallel."""
     pp: int = flag(1, "--pipeline-model-parallel-size", at_least=1)
     """Stages of the pipeline."""
     vpp: int = flag(1, "--num-virtual-stages-per-pipeline-rank", at_least=1)

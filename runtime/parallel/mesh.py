@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from runtime.parallel.collectives import Group
 from runtime.parallel.degrees import ParallelConfig
@@ -28,22 +29,26 @@ _REDUCTION_AXES = ("dp_cp", "edp")
 Lane = Literal["layers", "reductions", "exchanges"]
 
 # The default process group, and the groups made under it so far.
-_made: tuple[Group, dict[tuple[Lane, tuple[int, ...]], dist.ProcessGroup]] = (None, {})
+_made: tuple[Group, dict[tuple[Lane, bool, tuple[int, ...]], dist.ProcessGroup]] = (None, {})
 
 
-def _new_group(ranks: tuple[int, ...], lane: Lane) -> dist.ProcessGroup:
+def _new_group(ranks: tuple[int, ...], lane: Lane, *, urgent: bool) -> dist.ProcessGroup:
     """Make a group, or give the one that the same ranks have already: axes of equal extent share a communicator.
 
     Reductions have communicators of their own: on a shared one, the exchanges of the layers would queue behind them. So
     have exchanges that overlap with computation, and there the other micro-batch's collectives would queue behind them.
+    What an urgent group does on a GPU goes before what is computed beside it: a product that fills the GPU would else
+    hold up the communication that it is to hide.
     """
     global _made
     world = dist.group.WORLD
     if _made[0] is not world:
         _made = (world, {})
-    key = (lane, ranks)
+    key = (lane, urgent, ranks)
     if key not in _made[1]:
-        _made[1][key] = dist.new_group(list(ranks), pg_options=_first_in_line() if lane == "exchanges" else None)
+        options = _first_in_line() if urgent else None
+        timeout = None if options is None else default_pg_timeout
+        _made[1][key] = dist.new_group(list(ranks), timeout=timeout, pg_options=options)
     return _made[1][key]
 
 
@@ -51,8 +56,8 @@ def _first_in_line() -> Any:
     """Options by which NCCL's kernels get multiprocessors before those that compute; None on gloo."""
     if "nccl" not in str(dist.get_backend_config()):
         return None
-    options = dist.ProcessGroupNCCL.Options()
-    options.is_high_priority_stream = True
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = default_pg_timeout
     return options
 
 
@@ -80,6 +85,7 @@ class ParallelMesh:
         expert_shape = (parallel.pp, self.world_size // expert, parallel.ep, parallel.etp)
         ranks = np.arange(self.world_size)
         self._exchanges_overlap = parallel.overlap_exchange
+        self._gathers_overlap = parallel.tp_comm_overlap and parallel.tp > 1
         self._groups: dict[str, Group] = {}
         self._members: dict[str, tuple[int, ...]] = {}
         for axes, shape in ((DENSE_AXES, dense_shape), (EXPERT_AXES, expert_shape)):
@@ -103,7 +109,9 @@ class ParallelMesh:
             members = tuple(row)
             # Every rank creates every group, in the same order: torch.distributed asks for that.
             connect = self._connected and len(members) > 1
-            group = _new_group(members, self._lane(name)) if connect else None
+            lane = self._lane(name)
+            urgent = lane == "exchanges" or (lane == "layers" and self._gathers_overlap)
+            group = _new_group(members, lane, urgent=urgent) if connect else None
             if self.global_rank in members:
                 self._members[name], self._groups[name] = members, group
 

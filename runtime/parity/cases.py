@@ -9,8 +9,9 @@ from runtime.parity.case import Case
 DIST = {"use_distributed_optimizer": True}
 SHARD = {"fully_shard": True}
 SP = {"sp": True}
-OVERLAP = {"overlap_exchange": True}
+EXCHANGE = {"overlap_exchange": True}
 SOME_LAYERS = {"granularity": "full", "method": "block", "num_layers": 3}
+GATHERS = SP | {"tp_comm_overlap": True}
 QWEN2: dict[str, Any] = {"model_type": "qwen2"}
 GLM: dict[str, Any] = {
     "model_type": "glm4_moe",
@@ -129,6 +130,16 @@ CASES = (
     case("cp2 tp2 sp ep2", 4, {"cp": 2, "tp": 2, "ep": 2} | SP),
     case("cp2 tp2 sp ep4 etp1 dp2", 8, {"cp": 2, "tp": 2, "ep": 4, "etp": 1} | SP | DIST),
     case("tp2 sp ep2 all-gather", 4, {"tp": 2, "ep": 2} | SP, moe={"dispatcher": "allgather"}),
+    # Communication of tensor parallelism beside its products.
+    case("tp2 sp overlapped", 2, {"tp": 2} | GATHERS),
+    case("tp4 sp overlapped, biases everywhere", 4, {"tp": 4} | GATHERS, model={"model_type": "llama", "attention_bias": True, "mlp_bias": True}),
+    case("tp2 sp ep2 etp1 overlapped, selective recompute", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS, recompute={"granularity": "selective"}),
+    case("tp2 sp ep2 etp1 overlapped, adapters", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS, **LORA),
+    case("tp4 sp overlapped, adapters, latent attention", 4, {"tp": 4, "ep": 2, "etp": 1} | GATHERS, model=LATENT, **ALL),
+    case("tp2 sp ep2 etp1 overlapped, latent attention", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS, model=LATENT),
+    case("pp2 tp2 sp overlapped, tied", 4, {"pp": 2, "tp": 2} | GATHERS, model=TIED),
+    case("pp2 tp2 sp overlapped, zero-bubble", 4, {"pp": 2, "tp": 2, "pp_schedule": "zero-bubble"} | GATHERS),
+    case("tp2 sp overlapped, fully sharded, recomputed", 4, {"tp": 2} | GATHERS | SHARD, model=GLM, recompute={"granularity": "full"}),
     # Full sharding.
     case("dp2 fully sharded", 2, SHARD),
     case("ep2 dp2 fully sharded", 4, {"ep": 2} | SHARD),
@@ -160,11 +171,11 @@ CASES = (
     case("pp2 cp2 documents, sinks, recomputed", 4, {"pp": 2, "cp": 2}, model=OSS, recompute={"granularity": "full"}, documents=True),
     case("pp2 vpp2 zero-bubble, documents, latent attention", 2, {"pp": 2, "vpp": 2, "pp_schedule": "zero-bubble"}, model=LATENT, documents=True),
     # Pairs of micro-batches, one of which is computed while the other's rows travel; and a last one alone.
-    case("ep2 overlapped", 2, {"ep": 2} | OVERLAP, num_microbatches=6),
-    case("ep2 overlapped, full recompute", 2, {"ep": 2} | OVERLAP, recompute={"granularity": "full"}),
-    case("tp2 sp ep2 overlapped, selective recompute", 4, {"tp": 2, "ep": 2} | SP | OVERLAP, recompute={"granularity": "selective"}),
-    case("ep2 dp2 distributed optimizer, overlapped, shared experts", 4, {"ep": 2} | DIST | OVERLAP, model=GLM, num_microbatches=8, recompute=SOME_LAYERS),
-    case("tp2 sp ep2 etp1 overlapped, sinks, clamped experts", 2, {"tp": 2, "ep": 2, "etp": 1} | SP | OVERLAP, model=OSS),
+    case("ep2 overlapped", 2, {"ep": 2} | EXCHANGE, num_microbatches=6),
+    case("ep2 overlapped, full recompute", 2, {"ep": 2} | EXCHANGE, recompute={"granularity": "full"}),
+    case("tp2 sp ep2 overlapped, selective recompute", 4, {"tp": 2, "ep": 2} | SP | EXCHANGE, recompute={"granularity": "selective"}),
+    case("ep2 dp2 distributed optimizer, overlapped, shared experts", 4, {"ep": 2} | DIST | EXCHANGE, model=GLM, num_microbatches=8, recompute=SOME_LAYERS),
+    case("tp2 sp ep2 etp1 overlapped, sinks, clamped experts", 2, {"tp": 2, "ep": 2, "etp": 1} | SP | EXCHANGE, model=OSS),
     # Recomputed activations.
     case("ep2 full recompute", 2, {"ep": 2}, recompute={"granularity": "full"}),
     case("pp2 tp2 sp one recomputed", 4, {"pp": 2, "tp": 2} | SP, recompute={"granularity": "full", "num_layers": 1}),

@@ -102,9 +102,15 @@ def check_combinations(parallel: ParallelConfig, moe: MoEConfig | None) -> None:
         ConfigError: names the flags and what would fit.
     """
     pp, vpp, schedule = parallel.pp, parallel.vpp, parallel.pp_schedule
+    tp, sp = f"{TP} {parallel.tp}", FLAGS["sp"]
     require(
         parallel.sp or parallel.tp == 1 or parallel.ep == 1,
         f"{EP} {parallel.ep} and {TP} {parallel.tp}: expert and tensor parallelism together need {FLAGS['sp']}",
+    )
+    require(
+        not parallel.tp_comm_overlap or (parallel.tp > 1 and parallel.sp),
+        f"{FLAGS['tp_comm_overlap']} with {tp} and {'' if parallel.sp else 'without '}{sp}: it overlaps the gathers and sums of "
+        f"sequence parallelism with products; give {TP} 2 or more and {sp}, or leave it out",
     )
     require(
         not parallel.fully_shard or pp == 1 or schedule != "zero-bubble",

@@ -11,6 +11,6 @@ from runtime.parallel.degrees import ParallelConfig
 FLAGS = {
     item.name: flag_name(ParallelConfig, item.name)
     for item in dataclasses.fields(ParallelConfig)
-    if item.name in OPTIONS.keys() | {"cp", "sp", "pp_schedule", "fully_shard"}
+    if item.name in OPTIONS.keys() | {"cp", "sp", "tp_comm_overlap", "pp_schedule", "fully_shard"}
 }
 """Degree -> its flag."""

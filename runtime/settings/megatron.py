@@ -114,6 +114,7 @@ FIXED: dict[str, Fixed] = {
     ),
 }
 
+_OVERLAP = "--tp-comm-overlap overlaps gathers and sums together, or neither: leave it out"
 _RESULTS = "leave it out: the results are the same"
 _NO_FAMILY = "no model that the runtime trains has it: leave it out"
 _CONFIG = "name a config.json that has it with --init-config; of a checkpoint it is known: leave it out"
@@ -121,8 +122,13 @@ _LAYERS = "give the layers of each stage with --pp-layers N,N,..."
 _PROFILE = "use an outside profiler, such as nsys or py-spy, on the command"
 
 REFUSED: dict[str, str] = {
-    "--tp-comm-overlap": f"communication of tensor parallelism is not overlapped; {_RESULTS}",
-    "--tp-comm-overlap-cfg": f"communication of tensor parallelism is not overlapped; {_RESULTS}",
+    "--tp-comm-overlap-cfg": "--tp-comm-overlap has one way, a piece a rank, and nothing to configure: leave it out",
+    "--disable-tp-comm-overlap-ag": _OVERLAP,
+    "--disable-tp-comm-overlap-rs": _OVERLAP,
+    "--disable-tp-comm-bulk-dgrad": _OVERLAP,
+    "--disable-tp-comm-bulk-wgrad": _OVERLAP,
+    "--tp-comm-overlap-rs-dgrad": _OVERLAP,
+    "--tp-comm-bootstrap-backend": "--tp-comm-overlap uses the job's own process groups: leave it out",
     "--delay-wgrad-compute": f"--pipeline-schedule zero-bubble delays weight gradients; else {_RESULTS}",
     "--moe-shared-expert-overlap": f"the shared expert is not overlapped; {_RESULTS}",
     "--moe-flex-dispatcher-backend": "there is no DeepEP dispatcher; take --moe-token-dispatcher-type alltoall",

@@ -41,6 +41,8 @@ OVERLAP = f"{EP} 2 --overlap-moe-expert-parallel-comm"
             f"{PP} 2 --moe-aux-loss-mode hf --moe-aux-loss-coeff 0.01",
             f"--moe-aux-loss-mode hf .* needs {PP}, {TP} and {CP} 1, here they are 2, 1 and 1",
         ),
+        (2, f"{TP} 2 --tp-comm-overlap", f"--tp-comm-overlap with {TP} 2 and without --sequence-parallel: .* leave it out"),
+        (2, "--sequence-parallel --tp-comm-overlap", f"{TP} 1 and --sequence-parallel: .* give {TP} 2 or more"),
         (2, f"{PP} 2 --fully-shard --pipeline-schedule zero-bubble", "--fully-shard with --pipeline-schedule zero-bubble"),
         (2, f"{OVERLAP} --global-batch-size 2", f"{OVERLAP.split()[-1]}: --global-batch-size 2 makes one micro-batch a step, .* multiple of 4"),
         (4, f"{OVERLAP} {PP} 2", f"{OVERLAP.split()[-1]} with {PP} 2"),

@@ -41,6 +41,9 @@ EP, ETP, CP = "--expert-model-parallel-size", "--expert-tensor-parallel-size", "
             f"--moe-aux-loss-mode hf .* needs {PP}, {TP} and {CP} 1, here they are 2, 1 and 1",
         ),
         (2, f"{PP} 2 --fully-shard --pipeline-schedule zero-bubble", "--fully-shard with --pipeline-schedule zero-bubble"),
+        (1, "--master-weights remainder --fp16", "--master-weights remainder keeps .* weights are float16; fp16 has another"),
+        (1, "--master-weights remainder --fp32", "weights are float32; these weights are their own masters: train with --bf16"),
+        (1, "--master-weights remainder --bf16 --optimizer muon", "--optimizer muon with --master-weights remainder"),
         (1, "--fp8-format hybrid", "--fp8-format is hybrid; FP8 needs a GPU"),
     ],
 )  # fmt: skip

@@ -22,6 +22,7 @@ from runtime.ops.embedding import add_gradient
 from runtime.ops.linear import add_product
 from runtime.ops.norm import add_rms_norm, rms_norm
 from runtime.ops.rotary import rotary, rotate
+from runtime.parallel.masters import split
 
 BF16 = torch.bfloat16
 POSITIONS, SEQUENCES = 4096, 2
@@ -175,9 +176,10 @@ def product_cases(sizes: Sizes) -> list[Case]:
 
 
 def optimizer_cases(size: int = 2**28) -> list[Case]:
-    """AdamW with moments in fp32 and bf16, beside torch's fused one and the copy to bf16; the gradient's norm."""
+    """AdamW with masters in fp32 and as remainders, moments in fp32 and bf16, beside torch's fused one and the copy to bf16; the
+    gradient's norm."""
     grad, master = torch.randn(size, device="cuda"), torch.randn(size, device="cuda")
-    weight = torch.empty(size, device="cuda", dtype=BF16)
+    weight, remainder = split(master)
     divisor, skip = torch.ones((), device="cuda"), torch.zeros((), dtype=torch.bool, device="cuda")
     options = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
     cases = []
@@ -200,6 +202,11 @@ def optimizer_cases(size: int = 2**28) -> list[Case]:
         name = str(dtype).removeprefix("torch.")
         moment_bytes = 2 * 2 * m.element_size()
         cases.append(Case(f"AdamW, moments in {name}", (14.0 + moment_bytes) * size, 0, fused, plain))
+
+        def halves(m: Tensor = m, v: Tensor = v) -> None:
+            adamw.adamw_step(grad, remainder, m, v, weight, divisor, skip, num_steps=9, **options)
+
+        cases.append(Case(f"AdamW with remainders, moments in {name}", (12.0 + moment_bytes) * size, 0, halves, None))
     cases.append(
         Case("gradient norm", 4.0 * size, 0, lambda: adamw.square_sum(grad), lambda: torch._foreach_norm([grad]))
     )

@@ -184,7 +184,8 @@ def memory_by_kind(engine: Engine) -> dict[str, int]:
     # A bucket keeps its gradients whole, also where it updates a shard only.
     held = [getattr(s, "grads", s.grad_shard) for s in shards]
     grads = sum(grad.numel() * grad.element_size() for grad in held)
-    moments = 2 * sum(s.master.numel() * s.master.element_size() for s in shards)
+    optimizer = engine.optimizer
+    moments = sum(optimizer.state(s, name).nbytes for s in engine.trained for name in optimizer.states(s))
     kinds = {"weights": weights, "gradients": grads, "masters": masters, "moments": moments}
     if engine.device.type == "cuda":
         kinds["activations and buffers at the peak"] = torch.cuda.max_memory_allocated() - sum(kinds.values())

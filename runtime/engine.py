@@ -109,7 +109,10 @@ class Engine:
         stages = [DecoderStage(self._context, layers) for layers in chunks]
         self.module = nn.ModuleList(stages)
         self.quantised = QuantisedBase.of(self.module, self._context)
-        self.store = make_store(self.module, stages, parallel, mesh, device, host_share=optim.on_host)
+        remainders = optim.master_weights == "remainder"
+        self.store = make_store(
+            self.module, stages, parallel, mesh, device, host_share=optim.on_host, remainders=remainders
+        )
         _allocate_buffers(self.module, device)
         self.trained = [shard for shard in self.store.shards if not shard.topology.frozen]
         self.optimizer = make_optimizer(optim, self.trained)
@@ -236,7 +239,7 @@ class Engine:
         """Give the clipped gradients of the last step, each global element on one rank, under the weights' names."""
         divisor = self.optimizer.divisor
         items = states.gradients(self.trained)
-        return [item if divisor is None else replace(item, tensor=item.tensor / divisor) for item in items]
+        return [item if divisor is None else replace(item, live=item.live / divisor) for item in items]
 
     def load_state(
         self, read: states.Read, stored: Container[str] | None = None, blocks: ReadBlocks | None = None

@@ -9,13 +9,15 @@ from torch import Tensor
 from runtime.checkpoint import rectangles as states
 from runtime.engine import Engine
 from runtime.model.decoder import DecoderStage
+from runtime.parallel.masters import pieces, read_masters
 
 
 @torch.no_grad()
 def params_norm(engine: Engine) -> float:
     """Give the L2 norm of all weights, each element counted once. Collective."""
     engine.optimizer.settle()
-    masters = [shard.master for shard in engine.store.shards if shard.counted and shard.master.numel()]
+    counted = [shard for shard in engine.store.shards if shard.counted and shard.master.numel()]
+    masters = (read_masters(shard, part) for shard in counted for part in pieces(shard))
     squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square().to(engine.device) for x in masters]
     squares += engine.quantised.squares() if engine.quantised is not None else []
     return float(_sum(engine, squares).sqrt())

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +19,17 @@ from moeconv.io.safetensors import Header, encode_header
 from moeconv.layout.rect import Rect
 
 
+class MadeBytes(Protocol):
+    """Bytes that numpy makes an array of when they are written."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """[nbytes] uint8."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
     """A rectangle to write: hub name, safetensors dtype, whole tensor's shape, rectangle, and its row-major bytes as uint8."""
@@ -27,7 +38,7 @@ class ShardEntry:
     dtype: str
     shape: tuple[int, ...]
     rect: Rect
-    data: np.ndarray[Any, np.dtype[np.uint8]]
+    data: np.ndarray[Any, np.dtype[np.uint8]] | MadeBytes
 
 
 def shard_header(tensors: Sequence[tuple[str, str, Rect]]) -> Header:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +15,13 @@ from moeconv.checkpoint import Checkpoint
 from moeconv.families.base import Model
 from moeconv.finish import finish_checkpoint
 from moeconv.io.manifest import FileRecord
-from moeconv.io.shards import ShardEntry
+from moeconv.io.shards import MadeBytes, ShardEntry
 from moeconv.placement import split_optimizer_name
 from moeconv.sweep import Bytes
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
 from runtime.checkpoint.rectangles import StateTensor
 from runtime.parallel.degrees import ParallelConfig
+from runtime.parallel.masters import join
 from runtime.parallel.mesh import ParallelMesh
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -40,23 +43,56 @@ def collect_files(
 
     Returns:
         File name -> its tensors, copied, so that training can go on; valid until `stage` is called again. Of those that
-        are `in_place` the memory itself, valid until the next step.
+        are `in_place` the memory itself, valid until the next step. Masters with remainders are put together when they are
+        written, one after another.
     """
     names = file_names(mesh)
     files: dict[str, list[ShardEntry]] = {}
     rectangles: Counter[str] = Counter()
-    copies = iter(stage([item.tensor for item in items if not item.in_place]))
+    copies = iter(stage([tensor for item in items for tensor in _copied(item)]))
     for item in items:
-        data = item.tensor.view(-1).view(torch.uint8).numpy() if item.in_place else next(copies)
+        data: Bytes | MadeBytes
+        if item.remainder is None:
+            data = item.live.view(-1).view(torch.uint8).numpy() if item.in_place else next(copies)
+        else:
+            weight = next(copies)
+            remainder = item.remainder.view(-1).view(torch.uint8).numpy() if item.in_place else next(copies)
+            data = _Master(weight, remainder)
         state, base = split_optimizer_name(item.name)
         name = ("optimizer-" if state else "") + names[model.tensors[base].expert is not None]
         # A flat shard that ends within a row is up to three rectangles; a file names a tensor once.
         part = rectangles[item.name]
         rectangles[item.name] += 1
         file = f"{name}-part{part}.safetensors" if part else f"{name}.safetensors"
-        entry = ShardEntry(item.name, DTYPES[item.tensor.dtype], item.global_shape, item.rect, data)
+        entry = ShardEntry(item.name, DTYPES[item.dtype], item.global_shape, item.rect, data)
         files.setdefault(file, []).append(entry)
     return files
+
+
+def _copied(item: StateTensor) -> list[Tensor]:
+    """What of an item is copied before it is written."""
+    if item.remainder is None:
+        return [] if item.in_place else [item.live]
+    return [item.live] if item.in_place else [item.live, item.remainder]
+
+
+@dataclass(frozen=True, slots=True)
+class _Master:
+    """fp32 masters in two halves, which become numbers where they are looked at."""
+
+    weight: Bytes
+    remainder: Bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Of the numbers."""
+        return self.weight.nbytes + self.remainder.nbytes
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Bytes:
+        """[nbytes] uint8, made anew."""
+        weight, remainder = (torch.from_numpy(half) for half in (self.weight, self.remainder))
+        out: Bytes = join(weight.view(torch.bfloat16), remainder.view(torch.int16)).view(torch.uint8).numpy()
+        return out
 
 
 def file_names(mesh: ParallelMesh) -> dict[bool, str]:

@@ -17,6 +17,7 @@ from moeconv.layout.rect import Rect
 from runtime.optim.groups import DERIVED_STATES
 from runtime.optim.protocol import Optimizer
 from runtime.parallel.collectives import group_rank, group_size
+from runtime.parallel.masters import halves, has_remainders, join, pieces, read_masters, split, to_weights
 from runtime.parallel.shards import Shard, ShardPart
 from runtime.parallel.topology import Block, blocks
 
@@ -35,11 +36,23 @@ class StateTensor:
     """As on disk: the hub's name, or `optimizer.<state>.` and the hub's name."""
     global_shape: tuple[int, ...]
     rect: Rect
-    tensor: Tensor
-    """In the shape of the rectangle; a view of live memory."""
+    live: Tensor
+    """In the shape of the rectangle; a view of live memory. Of a master that has a remainder, its bf16 weight."""
+    remainder: Tensor | None = None
+    """In the shape of the rectangle, int16; None where `live` is all."""
     in_place: bool = False
-    """Whether a save reads it where it is, in the host's memory, which has no room for a second copy: until then no step
-    may follow."""
+    """Whether a save reads it (of a master that has a remainder, that) where it is, in the host's memory, which has no room
+    for a second copy: until then no step may follow."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """The numbers: live memory, or with a remainder put together, anew at each use."""
+        return self.live if self.remainder is None else join(self.live, self.remainder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers."""
+        return self.live.dtype if self.remainder is None else torch.float32
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:
@@ -82,13 +95,17 @@ def optimizer_state(shards: Sequence[Shard], optimizer: Optimizer) -> Iterator[S
     """Master weights, where they are not the weights themselves, and the optimizer's states, each element on one rank."""
     for shard in shards:
         states = {name: optimizer.state(shard, name) for name in optimizer.states(shard)}
-        if shard.separate_master:
+        if shard.separate_master and not has_remainders(shard):
             states[MASTER] = shard.master
         for block, part in _owned(shard):
             for state, flat in states.items():
                 tensor = block.of(flat[part.range], part.begin)
                 name, in_place = f"optimizer.{state}.{block.name}", shard.offloaded and flat.device.type == "cpu"
-                yield StateTensor(name, block.global_shape, block.rect, tensor, in_place)
+                yield StateTensor(name, block.global_shape, block.rect, tensor, in_place=in_place)
+            if has_remainders(shard):
+                weight, remainder = (block.of(half[part.range], part.begin) for half in halves(shard))
+                name = f"optimizer.{MASTER}.{block.name}"
+                yield StateTensor(name, block.global_shape, block.rect, weight, remainder, shard.offloaded)
 
 
 def _owned(shard: Shard) -> Iterator[tuple[Block, ShardPart]]:
@@ -150,11 +167,11 @@ def load_weights(shards: Sequence[Shard], read: Read) -> None:
         exact = True
         for target, stored in ((target, to_tensor(found)) for target, found in read_ahead(read, targets)):
             exact = exact and target.dtype in (stored.dtype, shard.master.dtype)
-            target.copy_(stored)
+            target.copy_(to_weights(stored, target.dtype))
         if exact:
             shard.masters_from_weights()
         else:
-            _fill(shard, shard.master, read, "", frozen=True)
+            _fill(shard, halves(shard), read, "", frozen=True)
 
 
 def load_optimizer(shards: Sequence[Shard], optimizer: Optimizer, read: Read, stored: Container[str]) -> None:
@@ -171,36 +188,42 @@ def load_optimizer(shards: Sequence[Shard], optimizer: Optimizer, read: Read, st
     """
     for shard in shards:
         for name in (name for name in optimizer.states(shard) if name not in DERIVED_STATES):
-            _fill(shard, optimizer.state(shard, name), read, f"optimizer.{name}.")
+            _fill(shard, [optimizer.state(shard, name)], read, f"optimizer.{name}.")
         # A run in fp32 stores no masters: its weights, read by `load_weights`, are just as precise.
-        _fill(shard, shard.master, read, f"optimizer.{MASTER}.", stored)
+        _fill(shard, halves(shard), read, f"optimizer.{MASTER}.", stored)
 
 
 def start_derived(shards: Sequence[Shard], optimizer: Optimizer, read: Read, stored: Container[str]) -> None:
     """Fill the states that begin as the masters; arguments as of `load_optimizer`, after it."""
     for shard in shards:
         for name in (name for name in optimizer.states(shard) if name in DERIVED_STATES):
-            optimizer.state(shard, name).copy_(shard.master)
-            _fill(shard, optimizer.state(shard, name), read, f"optimizer.{name}.", stored)
+            state = optimizer.state(shard, name)
+            for part in pieces(shard):
+                state[part] = read_masters(shard, part)
+            _fill(shard, [state], read, f"optimizer.{name}.", stored)
 
 
 def _fill(
     shard: Shard,
-    flat: Tensor,
+    flats: Sequence[Tensor],
     read: Read,
     prefix: str,
     stored: Container[str] | None = None,
     *,
     frozen: bool = False,
 ) -> None:
-    """Fill a shard's range with what is on disk; where `stored` is given, what it lacks stays as it is."""
-    targets: list[tuple[Block, Tensor]] = []
+    """Fill a shard's range, or both halves of its masters, with what is on disk; where `stored` is given, what it lacks
+    stays as it is."""
+    targets: list[tuple[Block, list[Tensor]]] = []
     for part in shard.parts():
         for block in blocks(part.slot.topology, part.slot.cols, part.begin, part.end):
             if block.settings.frozen and not frozen:
                 continue
             name = prefix + block.name
             if stored is None or name in stored:
-                targets.append((replace(block, name=name), block.of(flat[part.range], part.begin)))
-    for target, found in read_ahead(read, targets):
-        target.copy_(to_tensor(found))
+                views = [block.of(flat[part.range], part.begin) for flat in flats]
+                targets.append((replace(block, name=name), views))
+    for found, array in read_ahead(read, targets):
+        values = to_tensor(array)
+        for target, value in zip(found, [values] if len(found) == 1 else split(values.float()), strict=True):
+            target.copy_(value)

@@ -98,7 +98,11 @@ def update_seconds(setup: Setup, machine: Machine, owned: Mapping[bool, float]) 
     """
     weight, wide, moment, share = ITEMSIZE[setup.dtype], setup.wide, setup.moment, setup.optim.on_host
     count = sum(owned.values())
-    update = machine.moving(count * (wide + 2 * wide + 4 * moment + (weight if weight != wide else 0)), "adamw")
+    # Masters are read and written, and the weights written; with remainders the weights are read, too.
+    masters = (
+        2 * (2 + weight) if setup.optim.master_weights == "remainder" else 2 * wide + (weight if weight != wide else 0)
+    )
+    update = machine.moving(count * (wide + masters + 4 * moment), "adamw")
     moved = share * sum(n * setup.host_bytes(expert=expert) for expert, n in owned.items())
     if setup.optim.ema_decay is not None:  # its pass brings the masters once more
         moved += share * count * setup.master

@@ -93,7 +93,9 @@ class Setup:
 
     @property
     def master(self) -> int:
-        """Bytes of an element's master, where it is kept apart from the weight."""
+        """Bytes of an element's master, where it is kept apart from the weight; of its remainder, where that is kept alone."""
+        if self.optim.master_weights == "remainder":
+            return 2
         return self.wide if ITEMSIZE[self.dtype] != self.wide else 0
 
     @property

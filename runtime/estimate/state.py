@@ -25,7 +25,7 @@ class State:
     gradients: int
     """fp32 sums; with full sharding this rank's rows, which exist from the backward pass to the update."""
     masters: int
-    """fp32; none where the weights are their own masters."""
+    """fp32, or their remainders; none where the weights are their own masters."""
     moments: int
     """And other states of the optimizer, such as the mean of the weights."""
     host: int = 0
@@ -63,8 +63,7 @@ def rank_state(parameters: Sequence[Parameter], setup: Setup) -> State:
 
 
 def _in_buckets(parameters: Sequence[Parameter], setup: Setup, *, distributed: bool) -> State:
-    weight, wide = ITEMSIZE[setup.dtype], setup.wide
-    master = wide if weight != wide else 0
+    weight, wide, master = ITEMSIZE[setup.dtype], setup.wide, setup.master
     weights = sum(quantised_bytes(setup, p) for p in parameters if is_quantised(setup, p))
     gradients = 0
     owned: list[tuple[int, int]] = []

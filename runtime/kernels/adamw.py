@@ -1,6 +1,7 @@
 """AdamW over flat ranges, and the squared norm of gradients.
 
-Floor, at memory bandwidth: gradient 4, master 8, moments 16 (8 in bf16) and bf16 weight 2 bytes a parameter; the norm 4.
+Floor, at memory bandwidth: gradient 4 (2 in bf16), master 8, moments 16 (8 in bf16) and bf16 weight 2 bytes a parameter, with
+masters as remainders 4 and the weight 4; so 30 in fp32, 28 with remainders, and 20 with moments in bf16, too. The norm 4.
 """
 
 from __future__ import annotations
@@ -38,6 +39,37 @@ def _round(values, bits, TO: tl.constexpr):
 
 
 @triton.jit
+def _off_ties(p):
+    """`runtime.parallel.masters.off_ties`."""
+    bits = p.to(tl.int32, bitcast=True)
+    return (bits - ((bits & 0x1FFFF) == 0x8000).to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_master(master, weight, index, inside):
+    """The master itself, or `runtime.parallel.masters.join`."""
+    if master.dtype.element_ty == tl.int16:
+        high = tl.load(weight + index, mask=inside, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+        low = tl.load(master + index, mask=inside, other=0).to(tl.int32)
+        return ((high << 16) + low).to(tl.float32, bitcast=True)
+    return tl.load(master + index, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_master(master, weight, index, inside, p, HAS_WEIGHT: tl.constexpr):
+    """The master and the weight rounded from it, or `runtime.parallel.masters.split`."""
+    if master.dtype.element_ty == tl.int16:
+        bits = tl.where(p == p, p.to(tl.int32, bitcast=True), 0x7FC00000)
+        high = ((bits + 0x8000) >> 16).to(tl.int16)
+        tl.store(weight + index, high.to(weight.dtype.element_ty, bitcast=True), mask=inside)
+        tl.store(master + index, bits.to(tl.int16), mask=inside)
+    else:
+        tl.store(master + index, p, mask=inside)
+        if HAS_WEIGHT:
+            tl.store(weight + index, p.to(weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _adamw_kernel(
     grad, master, exp_avg, exp_avg_sq, weight, divisor, skip, size, first, seed,
     step_size, keep, beta1, rest1, beta2, rest2, root_correction, eps,
@@ -50,16 +82,16 @@ def _adamw_kernel(
     g = tl.load(grad + index, mask=inside, other=0.0).to(tl.float32) / tl.load(divisor)
     m = tl.load(exp_avg + index, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(exp_avg_sq + index, mask=inside, other=0.0).to(tl.float32)
-    p = tl.load(master + index, mask=inside, other=0.0)
+    p = _load_master(master, weight, index, inside)
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g
     p = p * keep - step_size * m / (tl.sqrt(v) / root_correction + eps)
-    tl.store(master + index, p, mask=inside)
+    if weight.dtype.element_ty == tl.bfloat16:
+        p = _off_ties(p)
+    _store_master(master, weight, index, inside, p, HAS_WEIGHT)
     bits = _random_bits(index + first, seed)
     tl.store(exp_avg + index, _round(m, bits, exp_avg.dtype.element_ty), mask=inside)
     tl.store(exp_avg_sq + index, _round(v, bits >> 16, exp_avg_sq.dtype.element_ty), mask=inside)
-    if HAS_WEIGHT:
-        tl.store(weight + index, p.to(weight.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -95,7 +127,7 @@ def adamw_step(
 
     Args:
         grad: [N] fp32 or bf16.
-        master: [N] fp32.
+        master: [N] fp32; or int16, what bf16 weights lack of their masters (`runtime.parallel.masters`), which are read, too.
         exp_avg: [N] fp32, or bf16: rounded stochastically.
         exp_avg_sq: [N] as exp_avg.
         weight: [N] lower precision copy of the master to write; None where there is none.

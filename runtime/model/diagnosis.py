@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moeconv.errors import MoeconvError
 from runtime.model.decoder import DecoderLayer
+from runtime.parallel.masters import read_masters
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.shards import Store
 
@@ -39,7 +40,7 @@ def diagnose(
     names = {child: _public_name(module, name) for name, child in module.named_modules()}
     parts = [(shard, part) for shard in store.shards for part in shard.parts()]
     for shard, part in parts:
-        if not bool(torch.isfinite(shard.master[part.range]).all()):
+        if not bool(torch.isfinite(read_masters(shard, part.range)).all()):
             found.append((0, 0, f"weight {_weight_name(part.slot.topology.pieces, part.slot.name)}"))
     handles = [
         child.register_forward_hook(_hook(found, index, names[child]))

@@ -11,6 +11,7 @@ from torch import Tensor
 from runtime.kernels.rounding import rounding_seed
 from runtime.optim.config import OptimConfig
 from runtime.optim.staging import Staging
+from runtime.parallel.masters import join, off_ties, split
 from runtime.parallel.shards import Shard, new_state, segments
 from runtime.parallel.tensor_settings import TensorSettings
 
@@ -132,38 +133,43 @@ class AdamW:
 
         Args:
             grad: [N] their gradient.
-            state: [N] each: master, first and second moment.
+            state: [N] each: master, or what the weight lacks of it; first and second moment.
             weight: [N] their copy in the compute dtype, to be written; None where there is none.
             settings: how they are trained.
             divisor: 0-dim; the gradient is divided by it.
             skip: 0-dim bool; true leaves everything as it is.
             first: place of the first in its range.
         """
-        master, exp_avg, exp_avg_sq = state
+        kept, exp_avg, exp_avg_sq = state
         config = self._config
         decay = config.weight_decay if settings.decay else 0.0
         rate = self._rates[settings.decoupled] * settings.lr_scale
         beta1, beta2, step = config.adam_beta1, config.adam_beta2, self.num_steps + 1
-        if master.is_cuda and master.dtype == torch.float32:
+        if kept.is_cuda and kept.dtype != torch.float64:
             from runtime.kernels.adamw import adamw_step
 
             adamw_step(
-                grad, master, exp_avg, exp_avg_sq, weight, divisor.float(), skip,
+                grad, kept, exp_avg, exp_avg_sq, weight, divisor.float(), skip,
                 num_steps=step, lr=rate, beta1=beta1, beta2=beta2, eps=config.adam_eps, weight_decay=decay, first=first,
             )  # fmt: skip
             return
-        grad = grad / divisor.to(master.dtype)
+        halves = [kept] if weight is None or kept.dtype != torch.int16 else [weight, kept]
+        master = kept if len(halves) == 1 else join(*halves)
+        grad = grad.to(master.dtype) / divisor.to(master.dtype)
         mean = exp_avg.to(master.dtype).lerp(grad, 1 - beta1)
         second = exp_avg_sq.to(master.dtype).mul(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(config.adam_eps)
         updated = master * (1 - rate * decay)
         updated.addcdiv_(mean, denominator, value=-rate / (1 - beta1**step))
+        if weight is not None and weight.dtype == torch.bfloat16:
+            updated = off_ties(updated)
         if exp_avg.dtype == torch.bfloat16:
             bits = random_bits(first, mean.numel(), step, mean.device)
             mean, second = round_stochastically(mean, bits & 0xFFFF), round_stochastically(second, bits >> 16)
-        for old, new in ((exp_avg, mean), (exp_avg_sq, second), (master, updated)):
+        changed = [updated] if len(halves) == 1 else split(updated)
+        for old, new in ((exp_avg, mean), (exp_avg_sq, second), *zip(halves, changed, strict=True)):
             old.copy_(torch.where(skip, old.to(new.dtype), new))
-        if weight is not None:
+        if weight is not None and len(halves) == 1:
             weight.copy_(master)
 
 

@@ -51,6 +51,9 @@ class OptimConfig:
     """Decay of the running mean of the squared gradient."""
     adam_eps: float = flag(1e-8, above=0)
     """Added to the root of the mean squared gradient, so that the division is safe."""
+    master_weights: Literal["fp32", "remainder"] = "fp32"
+    """remainder: bf16 only, keep of each fp32 master the 16 bits that its bf16 weight lacks: 2 bytes a parameter less, and the
+    same bits in every update (as Transformer Engine's store_param_remainders). Checkpoints hold fp32 masters either way."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 halves the moments: 4 bytes a parameter less, rounded stochastically."""
     optimizer_cpu_offload: bool = False

@@ -12,9 +12,8 @@ from torch import Tensor
 from runtime.optim.config import EMA
 from runtime.optim.protocol import Optimizer
 from runtime.optim.staging import Staging
+from runtime.parallel.masters import has_remainders, join, pieces, read_masters, write_masters
 from runtime.parallel.shards import Shard, new_state
-
-_CHUNK = 1 << 24
 
 
 class WithMean:
@@ -67,19 +66,23 @@ class WithMean:
             self._staging.begin()
         for shard in self._shards:
             # A step that is left out has no weight: the mean stays as it is, and no branch waits for the device.
-            share = torch.where(skip, 0.0, 1.0 - self._decay).to(shard.master.dtype)
-            self._follow(shard, share)
+            self._follow(shard, torch.where(skip, 0.0, 1.0 - self._decay).to(self._means[id(shard)].dtype))
 
     def _follow(self, shard: Shard, share: Tensor) -> None:
         """Move the mean of a shard towards its master."""
         mean, master = self._means[id(shard)], shard.master
         if not shard.offloaded:
-            mean.lerp_(master, share)
+            for part in pieces(shard):
+                mean[part].lerp_(read_masters(shard, part), share)
             return
         assert self._staging is not None
 
         def work(piece: slice, staged: list[Tensor]) -> None:
-            staged[0].lerp_(staged[1] if shard.separate_master else master[piece], share)
+            found = staged[1] if shard.separate_master else master[piece]
+            if has_remainders(shard):
+                assert shard.rounded is not None
+                found = join(shard.rounded[piece], found)
+            staged[0].lerp_(found, share)
 
         self._staging.update([mean, master] if shard.separate_master else [mean], work, written=1)
 
@@ -109,8 +112,7 @@ class WithMean:
         self.settle()
         for shard in self._shards:
             mean = self._means[id(shard)]
-            for begin in range(0, mean.numel(), _CHUNK):
-                part = slice(begin, begin + _CHUNK)
-                kept = shard.master[part].clone()
-                shard.master[part] = mean[part]
+            for part in pieces(shard):
+                kept = read_masters(shard, part).clone()
+                write_masters(shard, part, mean[part])
                 mean[part] = kept

@@ -39,6 +39,7 @@ class Muon:
             staging: None: whole matrices stay on the device.
         """
         assert staging is None, "runtime.settings.check refuses it"
+        assert config.master_weights == "fp32", "runtime.settings.check refuses it: torch's Muon updates whole numbers"
         self._config = config
         self._matrices = [shard for shard in shards if is_of_matrices(shard)]
         self._rest = AdamW(config, [shard for shard in shards if not is_of_matrices(shard)])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from runtime.host_memory import host_zeros
 from runtime.parallel.collectives import group_rank, group_size
 from runtime.parallel.gradient_sink import GradientSink, OpenSum, attach_sink, sink_of
+from runtime.parallel.masters import has_remainders, pieces, to_weights
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.packing import BUCKET_SIZE, lay_out, on_host, pack
 from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype, zero_frozen
@@ -61,6 +62,7 @@ class Bucket:
         *,
         distributed: bool,
         offloaded: bool = False,
+        remainders: bool = False,
     ) -> None:
         """Allocate the flat tensors and move the parameters into them.
 
@@ -70,6 +72,7 @@ class Bucket:
             device: where the bucket lives.
             distributed: whether gradients and optimizer state are sharded over the data-parallel axis.
             offloaded: whether masters and optimizer state are in the host's memory.
+            remainders: whether masters of bf16 weights are kept as what these lack of them.
         """
         first = members[0][1]
         self.device, self.offloaded = device, offloaded
@@ -92,7 +95,8 @@ class Bucket:
         self.weight_shard, self.grad_shard = self.weights[own], self.grads[own]
         # In fp32 the weights are their own masters, and frozen ones need none.
         self.separate_master = first.dtype != wide
-        self.master = self._new_master(wide) if self.separate_master else self.weight_shard
+        kept = torch.int16 if remainders and first.dtype == torch.bfloat16 else wide
+        self.master = self._new_master(kept) if self.separate_master else self.weight_shard
         self.primary = self.topology.is_primary(mesh)
         self.parameters: list[nn.Parameter] = []
         self.pending = _Pending()
@@ -164,7 +168,9 @@ class Bucket:
 
     def masters_from_weights(self) -> None:
         """Take the weights as the masters: they were loaded from a checkpoint that is no more precise."""
-        if self.separate_master:
+        if has_remainders(self):
+            self.master.zero_()
+        elif self.separate_master:
             self.master.copy_(self.weight_shard)
 
     def written(self) -> Iterator[StoredRange]:
@@ -195,9 +201,10 @@ class Bucket:
         return self.weight_shard if self.separate_master else None
 
     def round_masters(self) -> None:
-        """Bring the masters into this rank's shard of the weights."""
-        if self.separate_master:
-            self.weight_shard.copy_(self.master)
+        """Bring the masters into this rank's shard of the weights; what has remainders is always there."""
+        if self.separate_master and not has_remainders(self):
+            for part in pieces(self):
+                self.weight_shard[part] = to_weights(self.master[part].to(self.device), self.weights.dtype)
 
     def publish(self) -> None:
         """Bring the weights of each data-parallel rank's shard to all."""
@@ -258,6 +265,7 @@ class BucketStore:
         *,
         distributed: bool,
         host_share: float = 0.0,
+        remainders: bool = False,
         bucket_size: int = BUCKET_SIZE,
     ) -> None:
         """Move a model's parameters into buckets, and collect gradients there from now on.
@@ -269,13 +277,21 @@ class BucketStore:
             device: where the weights go.
             distributed: whether gradients and optimizer state are sharded.
             host_share: of the elements that this rank updates, whose masters and optimizer state are in the host's memory.
+            remainders: whether masters of bf16 weights are kept as what these lack of them.
             bucket_size: elements after which a new bucket begins.
         """
         groups = list(pack(list(parameters), lambda item: alike(item[1]), lambda item: item[1].numel(), bucket_size))
         owned = [_owned(members, mesh, distributed=distributed) for members in groups]
         chosen = on_host(owned, host_share)
         buckets = [
-            Bucket(members, mesh, device, distributed=distributed, offloaded=offloaded and size > 0)
+            Bucket(
+                members,
+                mesh,
+                device,
+                distributed=distributed,
+                offloaded=offloaded and size > 0,
+                remainders=remainders,
+            )
             for members, offloaded, size in zip(groups, chosen, owned, strict=True)
         ]
         self.shards: list[Shard] = list(buckets)

@@ -109,7 +109,13 @@ class FullyShardedStore:
     """All parameters of this rank: sharded by FSDP where there are replicas, in buckets otherwise."""
 
     def __init__(
-        self, stages: Sequence[nn.Module], mesh: ParallelMesh, device: torch.device, *, host_share: float = 0.0
+        self,
+        stages: Sequence[nn.Module],
+        mesh: ParallelMesh,
+        device: torch.device,
+        *,
+        host_share: float = 0.0,
+        remainders: bool = False,
     ) -> None:
         """Shard the stages in place.
 
@@ -119,13 +125,17 @@ class FullyShardedStore:
             device: where they go.
             host_share: of the elements that this rank updates, whose optimizer state is in the host's memory. The masters
                 of what is sharded are not: FSDP gathers weights from them.
+            remainders: whether masters of bf16 weights in buckets are kept as what these lack of them. What is sharded has
+                one fp32 shard for both, as many bytes as a bf16 weight and its remainder.
         """
         named = [(f"{i}.{name}", p) for i, stage in enumerate(stages) for name, p in stage.named_parameters()]
         sharded = [(name, p) for name, p in named if mesh.size(topology_of(p).data_axis) > 1]
         chosen = {id(p) for _, p in sharded}
         left = [(name, p) for name, p in named if id(p) not in chosen]
         tags = {name: (topology_of(p), p.dtype) for name, p in sharded}
-        self._plain = BucketStore(stages, left, mesh, device, distributed=False, host_share=host_share)
+        self._plain = BucketStore(
+            stages, left, mesh, device, distributed=False, host_share=host_share, remainders=remainders
+        )
         for stage in stages:
             _shard(stage, mesh, device, chosen)
         now = {f"{i}.{name}": p for i, stage in enumerate(stages) for name, p in stage.named_parameters()}

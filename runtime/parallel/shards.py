@@ -88,7 +88,7 @@ class Shard(Protocol):
     offloaded: bool
     """Whether the optimizer's states, and masters that are kept apart, are in the host's memory."""
     master: Tensor
-    """[N] weights in fp32 (fp64 for fp64)."""
+    """[N] weights in fp32 (fp64 for fp64); or int16, what `rounded` lacks of them: `runtime.parallel.masters` gives numbers."""
     separate_master: bool
     """Whether the masters are more precise than the weights."""
 
@@ -122,7 +122,7 @@ def new_state(shard: Shard, dtype: torch.dtype | None = None) -> Tensor:
 
     Args:
         shard: a rank's.
-        dtype: of the state; None: the master's.
+        dtype: of the state; None: that of the master's numbers.
 
     Returns:
         [N] zeros.
@@ -130,7 +130,7 @@ def new_state(shard: Shard, dtype: torch.dtype | None = None) -> Tensor:
     Raises:
         HostMemoryError: the host has no room for it.
     """
-    dtype = dtype or shard.master.dtype
+    dtype = dtype or (torch.float64 if shard.master.dtype == torch.float64 else torch.float32)
     if shard.offloaded:
         return host_zeros(shard.master.numel(), dtype, shard.device)
     return torch.zeros_like(shard.master, dtype=dtype)

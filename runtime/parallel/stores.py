@@ -21,6 +21,7 @@ def make_store(
     device: torch.device,
     *,
     host_share: float,
+    remainders: bool = False,
 ) -> Store:
     """Give the parameters, so far on the meta device, their memory.
 
@@ -31,6 +32,7 @@ def make_store(
         mesh: the ranks.
         device: where weights and gradients go.
         host_share: of the elements that this rank updates, whose optimizer state goes to the host.
+        remainders: whether masters of bf16 weights are kept as what these lack of them.
 
     Returns:
         The store.
@@ -39,6 +41,8 @@ def make_store(
         # Imported where it is used: it takes seconds that other runs need not spend.
         from runtime.parallel.full_sharding import FullyShardedStore
 
-        return FullyShardedStore(stages, mesh, device, host_share=host_share)
+        return FullyShardedStore(stages, mesh, device, host_share=host_share, remainders=remainders)
     named, distributed = module.named_parameters(), parallel.use_distributed_optimizer
-    return BucketStore(stages, named, mesh, device, distributed=distributed, host_share=host_share)
+    return BucketStore(
+        stages, named, mesh, device, distributed=distributed, host_share=host_share, remainders=remainders
+    )

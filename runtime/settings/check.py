@@ -51,6 +51,7 @@ def check_layout(run: RunConfig, world_size: int) -> None:
         check_microbatches(run.parallel, run.train, world_size)
         check_overlap(run, world_size)
     check_optimizer(run.optim, run.parallel)
+    check_masters(run.optim, run.dtype)
     check_offload(run.recompute, run.parallel)
 
 
@@ -232,6 +233,32 @@ def check_optimizer(optim: OptimConfig, parallel: ParallelConfig) -> None:
         optim.optimizer != "muon" or not optim.optimizer_cpu_offload,
         "--optimizer muon with --optimizer-cpu-offload: Muon needs whole matrices on the GPU, and the optimizer's state comes "
         "there in pieces; take --optimizer adam, or leave --optimizer-cpu-offload out",
+    )
+    require(
+        optim.optimizer != "muon" or optim.master_weights == "fp32",
+        f"--optimizer muon with --master-weights {optim.master_weights}: Muon updates matrices of fp32 masters in place; take "
+        "--optimizer adam, or leave --master-weights out",
+    )
+
+
+def check_masters(optim: OptimConfig, dtype: str) -> None:
+    """Refuse remainders beside weights that are not the upper half of their masters.
+
+    Args:
+        optim: the optimizer's settings.
+        dtype: of the weights.
+
+    Raises:
+        ConfigError: names the flags and what would fit.
+    """
+    remedy = {
+        "float16": "fp16 has another exponent: train with --bf16, or leave --master-weights out",
+        "float32": "these weights are their own masters: train with --bf16, or leave --master-weights out",
+    }
+    require(
+        optim.master_weights == "fp32" or dtype == "bfloat16",
+        f"--master-weights {optim.master_weights} keeps the 16 bits that a bf16 weight lacks of its fp32 master, and the weights are "
+        f"{dtype}; {remedy.get(dtype, remedy['float32'])}",
     )
 
 

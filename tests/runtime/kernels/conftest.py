@@ -10,9 +10,8 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     new_empty, empty_like, empty = torch.Tensor.new_empty, torch.empty_like, torch.empty
 
     def filled(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(
-            float("nan") if tensor.is_floating_point() else 171 if tensor.dtype == torch.uint8 else -(10**6)
-        )
+        whole = {torch.uint8: 171, torch.int16: -30_000}
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else whole.get(tensor.dtype, -(10**6)))
 
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: filled(new_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: filled(empty_like(*a, **k)))

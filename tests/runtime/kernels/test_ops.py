@@ -301,6 +301,57 @@ def test_adamw(size: int, moments: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip((p, m, v), before, strict=True))
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 777, 5000])
+def test_adamw_with_remainders_gives_the_bits_of_fp32_masters(size: int, moments: torch.dtype) -> None:
+    from runtime.kernels.adamw import adamw_step
+    from runtime.parallel.masters import join, off_ties, split
+
+    options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    whole = [off_ties(randn(size)), *(torch.zeros(size, device=DEVICE, dtype=moments) for _ in range(2))]
+    written = torch.zeros(size, dtype=torch.bfloat16, device=DEVICE)
+    weight, remainder = split(whole[0])
+    halves = [remainder, *(x.clone() for x in whole[1:])]
+    divisor, no, yes = torch.tensor(4.0, device=DEVICE), *(torch.tensor(f, device=DEVICE) for f in (False, True))
+    for step in range(1, 6):
+        g = randn(size).bfloat16()
+        adamw_step(g, *whole, written, divisor, no, num_steps=step, **options)
+        adamw_step(g, *halves, weight, divisor, no, num_steps=step, **options)
+        assert torch.equal(join(weight, remainder), whole[0])
+        assert all(torch.equal(a, b) for a, b in zip(halves[1:], whole[1:], strict=True))
+        assert torch.equal(weight, whole[0].bfloat16())
+        if DEVICE.type == "cuda":  # Triton's interpreter cuts where a GPU rounds
+            assert torch.equal(weight, written)
+    before = [x.clone() for x in (weight, *halves)]
+    adamw_step(g * float("nan"), *halves, weight, divisor, yes, num_steps=6, **options)
+    assert all(torch.equal(a, b) for a, b in zip((weight, *halves), before, strict=True))
+
+
+def test_adamw_moves_masters_off_the_ties() -> None:
+    from runtime.kernels.adamw import adamw_step
+    from runtime.parallel.masters import join, off_ties, split
+
+    low = torch.arange(1 << 17, dtype=torch.int32)[(1 << 14) :: 1 << 8]  # every kind of rounding, both ties among them
+    bits = torch.cat([low | high for high in (0x3F800000, 0x41220000, -0x40000000, 0x7F7E0000, -0x00820000)])
+    extra = torch.tensor([0.0, float("inf"), -float("inf"), float("nan")])
+    numbers = torch.cat([bits.view(torch.float32), extra]).to(DEVICE)
+    weight, remainder = split(numbers)
+    whole, written, rest = numbers.clone(), torch.zeros_like(weight), []
+    for _ in range(2):
+        rest.append([torch.zeros_like(numbers), torch.zeros_like(numbers)])
+    options = {"lr": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "num_steps": 1}
+    one, no, g = torch.ones((), device=DEVICE), torch.tensor(False, device=DEVICE), torch.ones_like(numbers)
+    adamw_step(g, whole, *rest[0], written, one, no, **options)
+    adamw_step(g, remainder, *rest[1], weight, one, no, **options)
+    want = off_ties(numbers)
+    assert int((want != numbers).sum()) == 5 + 1  # NaN is unlike itself
+    for got in (whole, join(weight, remainder)):
+        assert torch.equal(got[:-1], want[:-1])
+        assert got[-1].isnan()
+    assert torch.equal(weight[:-1], want[:-1].bfloat16())
+    assert weight[-1].isnan()
+
+
 def test_adamw_in_pieces_is_adamw_at_once() -> None:
     from runtime.kernels.adamw import adamw_step
     from runtime.optim.adamw import random_bits, round_stochastically

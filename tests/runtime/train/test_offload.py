@@ -59,7 +59,13 @@ def test_saves_are_those_of_a_run_without_and_are_taken_up_by_it(
     assert set(copied[2:]) == {count}, "masters and moments are not copied a second time"
     train(model, tmp_path / "plain", f"--train-iters 3 {HOST}")
     train(model, tmp_path / "host", "--train-iters 3")
-    assert tensors(tmp_path / "plain" / "latest") == tensors(tmp_path / "host" / "latest")
+    last = tensors(tmp_path / "plain" / "latest")
+    assert last == tensors(tmp_path / "host" / "latest")
+    # Saves have fp32 masters where a run keeps what the weights lack of them alone.
+    train(model, tmp_path / "remainders", "--train-iters 2 --save-interval 1 --master-weights remainder")
+    assert [tensors(tmp_path / "remainders" / f"iter_000000{i}") for i in (1, 2)] == found[:2]
+    train(model, tmp_path / "remainders", f"--train-iters 3 --master-weights remainder {HOST}")
+    assert tensors(tmp_path / "remainders" / "latest") == last
 
 
 def test_a_last_save_that_fails_ends_the_run_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

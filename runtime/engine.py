@@ -47,7 +47,7 @@ from runtime.parallel.captured import CapturedModel
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.runner import Microbatch, Runner, WholeModel
-from runtime.parallel.stores import make_store
+from runtime.parallel.stores import allocate_buffers, make_store
 from runtime.quantised_base import QuantisedBase, ReadBlocks
 from runtime.step_result import StepResult
 
@@ -113,7 +113,7 @@ class Engine:
         self.store = make_store(
             self.module, stages, parallel, mesh, device, host_share=optim.on_host, remainders=remainders
         )
-        _allocate_buffers(self.module, device)
+        allocate_buffers(self.module, device)
         self.trained = [shard for shard in self.store.shards if not shard.topology.frozen]
         self.optimizer = make_optimizer(optim, self.trained)
         self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
@@ -237,8 +237,7 @@ class Engine:
 
     def gradients(self) -> list[states.StateTensor]:
         """Give the clipped gradients of the last step, each global element on one rank, under the weights' names."""
-        divisor = self.optimizer.divisor
-        items = states.gradients(self.trained)
+        divisor, items = self.optimizer.divisor, states.gradients(self.trained)
         return [item if divisor is None else replace(item, live=item.live / divisor) for item in items]
 
     def load_state(
@@ -296,9 +295,8 @@ class Engine:
             return CapturedModel(whole, self.store, self.device) if captures else whole
         from runtime.parallel.pipeline import Pipeline
 
-        shape, dtype = self._activation_shape, self._context.dtype
-        loss, collect = self._loss, self.store.collect
-        return Pipeline(stages, self.mesh, self.device, parallel.pp_schedule, shape, dtype, loss, collect)
+        taken = (self._activation_shape, self._context.dtype, self._loss, self.store.collect)
+        return Pipeline(stages, self.mesh, self.device, parallel.pp_schedule, *taken)
 
     def _to_device(self, batch: Batch) -> Microbatch:
         # Document numbers stay on the host: what attention needs of them is found out there.
@@ -388,13 +386,6 @@ class Engine:
     @torch.no_grad()
     def _again(self, batches: Sequence[Microbatch]) -> None:
         self._runner.run(batches, backward=False)
-
-
-def _allocate_buffers(module: nn.Module, device: torch.device) -> None:
-    for part in module.modules():
-        for name, buffer in list(part._buffers.items()):
-            if buffer is not None and buffer.is_meta:
-                part._buffers[name] = torch.zeros_like(buffer, device=device)
 
 
 def _assert_combination(parallel: ParallelConfig, moe: MoEConfig | None) -> None:

@@ -46,3 +46,16 @@ def make_store(
     return BucketStore(
         stages, named, mesh, device, distributed=distributed, host_share=host_share, remainders=remainders
     )
+
+
+def allocate_buffers(module: nn.Module, device: torch.device) -> None:
+    """Give the buffers, so far on the meta device, their memory, filled with zeros.
+
+    Args:
+        module: their owner, or its owner.
+        device: where they go.
+    """
+    for part in module.modules():
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                part._buffers[name] = torch.zeros_like(buffer, device=device)

@@ -131,12 +131,12 @@ CASES = (
     case("cp2 tp2 sp ep4 etp1 dp2", 8, {"cp": 2, "tp": 2, "ep": 4, "etp": 1} | SP | DIST),
     case("tp2 sp ep2 all-gather", 4, {"tp": 2, "ep": 2} | SP, moe={"dispatcher": "allgather"}),
     # Communication of tensor parallelism beside its products.
-    case("tp4 sp overlapped, biases everywhere", 4, {"tp": 4} | GATHERS, model={"model_type": "llama", "attention_bias": True, "mlp_bias": True}),
-    case("tp2 sp ep2 etp1 overlapped, selective recompute", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS, recompute={"granularity": "selective"}),
-    case("tp2 sp ep2 etp1 overlapped, adapters", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS, **LORA),
-    case("tp2 sp ep2 etp1 overlapped, latent attention", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS, model=LATENT),
-    case("pp2 tp2 sp overlapped, zero-bubble, tied", 4, {"pp": 2, "tp": 2, "pp_schedule": "zero-bubble"} | GATHERS, model=TIED),
-    case("tp2 sp overlapped, dp2 fully sharded, recomputed", 4, {"tp": 2} | GATHERS | SHARD, recompute={"granularity": "full"}),
+    case("tp4 sp gathers overlapped, biases everywhere", 4, {"tp": 4} | GATHERS, model={"model_type": "llama", "attention_bias": True, "mlp_bias": True}),
+    case("tp2 sp ep2 etp1 gathers and exchanges overlapped, selective recompute", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS | EXCHANGE, recompute={"granularity": "selective"}),
+    case("tp2 sp ep2 etp1 gathers overlapped, adapters", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS, **LORA),
+    case("tp2 sp ep2 etp1 gathers overlapped, latent attention", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS, model=LATENT),
+    case("pp2 tp2 sp gathers overlapped, zero-bubble, tied", 4, {"pp": 2, "tp": 2, "pp_schedule": "zero-bubble"} | GATHERS, model=TIED),
+    case("tp2 sp gathers overlapped, dp2 fully sharded, recomputed", 4, {"tp": 2} | GATHERS | SHARD, recompute={"granularity": "full"}),
     # Full sharding.
     case("dp2 fully sharded", 2, SHARD),
     case("ep2 dp2 fully sharded", 4, {"ep": 2} | SHARD),

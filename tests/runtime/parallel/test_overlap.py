@@ -14,7 +14,7 @@ from runtime.ops.linear import linears
 from runtime.ops.sharded_linear import gather_linears, linear_scatter
 from runtime.parallel.collectives import all_gather, reduce_scatter
 from runtime.parity.case import make_engine
-from runtime.parity.cases import ALL, LATENT, OVERLAP, QWEN2, WIDE, case
+from runtime.parity.cases import ALL, GATHERS, LATENT, QWEN2, WIDE, case
 from runtime.parity.ranks import RankPool
 
 
@@ -55,7 +55,7 @@ def test_equal_to_one_after_the_other(num_ranks: int, frozen: bool, pool: RankPo
 
 
 def described(options: dict[str, Any]) -> tuple[str, bool]:
-    engine, _ = make_engine(case("described", 2, {"tp": 2} | OVERLAP, **options))
+    engine, _ = make_engine(case("described", 2, {"tp": 2} | GATHERS, **options))
     logits = engine.module[0](torch.zeros(1, 4, dtype=torch.int64))
     return describe_overlap(engine.module, num_stages=1), type(logits.grad_fn).__name__ == "_GatherLinearsBackward"
 

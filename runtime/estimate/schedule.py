@@ -32,6 +32,8 @@ class Pipeline:
     vpp: int
     schedule: str
     num_microbatches: int
+    together: int = 1
+    """Micro-batches that are computed at a time, without stages."""
 
     def actions(self, rank: int) -> Iterator[Action]:
         """List the passes of a pipeline rank in their order."""
@@ -39,6 +41,8 @@ class Pipeline:
             return self._rounds(rank, zero_bubble=True)
         if self.vpp > 1:
             return self._rounds(rank, zero_bubble=False)
+        if self.together > 1:
+            return self._side_by_side(rank)
         warmup = min(self.num_microbatches, self.pp - rank)
         # With fewer micro-batches than stages the trainer takes GPipe's order: it is the same work.
         if self.pp > 1 and (self.schedule == "gpipe" or self.num_microbatches < self.pp):
@@ -54,6 +58,12 @@ class Pipeline:
                 left -= 1
                 if not left:
                     return
+
+    def _side_by_side(self, rank: int) -> Iterator[Action]:
+        for first in range(0, self.num_microbatches, self.together):
+            numbers = range(first, min(first + self.together, self.num_microbatches))
+            for kind in ("F", "B"):
+                yield from (Action(kind, rank, number) for number in numbers)
 
     def _one_by_one(self, rank: int, warmup: int) -> Iterator[Action]:
         for number in range(warmup):

@@ -51,7 +51,8 @@ class Estimate:
         """
         self.setup, self.machine = setup, machine
         parallel = setup.parallel
-        self.pipeline = Pipeline(parallel.pp, parallel.vpp, parallel.pp_schedule, setup.num_microbatches)
+        together = 2 if parallel.overlap_exchange else 1
+        self.pipeline = Pipeline(parallel.pp, parallel.vpp, parallel.pp_schedule, setup.num_microbatches, together)
         self._costs = Costs(setup, machine, imbalance, layers)
 
     @cached_property

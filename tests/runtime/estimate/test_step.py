@@ -125,6 +125,14 @@ def test_recomputation_trades_time_for_memory() -> None:
     assert backward[2] - backward[0] == pytest.approx(forward)
 
 
+def test_overlapped_exchanges_keep_two_micro_batches() -> None:
+    plain = mixtral(world=8, ep=8)
+    assert plain.num_microbatches > 1
+    pairs = dataclasses.replace(plain, parallel=dataclasses.replace(plain.parallel, overlap_exchange=True))
+    kept = [sum(Estimate(setup, H100).memory[0].activations.values()) for setup in (plain, pairs)]
+    assert kept[1] == pytest.approx(2 * kept[0])
+
+
 def test_traffic_is_what_the_collectives_send() -> None:
     setup = mixtral(world=8, ep=8)
     found = Estimate(setup, H100).traffic

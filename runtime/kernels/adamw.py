@@ -51,8 +51,10 @@ def _load_master(master, weight, index, inside):
     if master.dtype.element_ty == tl.int16:
         high = tl.load(weight + index, mask=inside, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
         low = tl.load(master + index, mask=inside, other=0).to(tl.int32)
-        return ((high << 16) + low).to(tl.float32, bitcast=True)
-    return tl.load(master + index, mask=inside, other=0.0)
+        value = ((high << 16) + low).to(tl.float32, bitcast=True)
+    else:
+        value = tl.load(master + index, mask=inside, other=0.0)
+    return value
 
 
 @triton.jit

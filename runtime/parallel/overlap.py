@@ -9,7 +9,8 @@ Legend: T rows of a piece, W width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -26,16 +27,13 @@ def _steps(group: dist.ProcessGroup) -> Iterator[tuple[int, int]]:
     return (((rank + step) % size, (rank - step) % size) for step in range(1, size))
 
 
-def _exchange(leaving: Tensor, to: int, arriving: Tensor, source: int, group: dist.ProcessGroup) -> list[dist.Work]:
+def _exchange(leaving: Tensor, to: int, arriving: Tensor, source: int, group: dist.ProcessGroup) -> dist.Work:
     """Send one piece and receive another, in one launch; ranks of the group."""
-    ends = (dist.get_global_rank(group, to), dist.get_global_rank(group, source))
-    operations = [dist.P2POp(dist.isend, leaving, ends[0], group), dist.P2POp(dist.irecv, arriving, ends[1], group)]
-    return dist.batch_isend_irecv(operations)
-
-
-def _wait(works: Sequence[dist.Work]) -> None:
-    for work in works:
-        work.wait()
+    # As an exchange that is empty but for them: the host takes less time over it than over a batch of two operations.
+    sent, received = [0] * group.size(), [0] * group.size()
+    sent[to], received[source] = leaving.shape[0], arriving.shape[0]
+    work = dist.all_to_all_single(arriving, leaving, received, sent, group=group, async_op=True)
+    return cast(dist.Work, work)
 
 
 class Gathering:
@@ -53,9 +51,9 @@ class Gathering:
         self._own, self._keeps = own.contiguous(), keeps
         self.whole = own.new_empty((own.shape[0] * size, *own.shape[1:]))
         """[S, ...]; holds this rank's own piece only if it is to be kept."""
-        self._parts, self._works = self.whole.chunk(size), dict[int, list[dist.Work]]()
+        self._parts, self._works = self.whole.chunk(size), dict[int, dist.Work]()
         if size == 2:  # there is one piece to wait for, and a collective puts the own one in its place, too
-            self._works[1 - self._rank] = [all_gather_single(self.whole, self._own, group=group, async_op=True)]
+            self._works[1 - self._rank] = all_gather_single(self.whole, self._own, group=group, async_op=True)
             return
         for to, source in _steps(group):
             self._works[source] = _exchange(self._own, to, self._parts[source], source, group)
@@ -72,8 +70,8 @@ class Gathering:
         yield slice(self._rank * num, (self._rank + 1) * num), own_TW
         if self._keeps and len(self._parts) > 2:
             self._parts[self._rank].copy_(self._own)
-        for source, works in self._works.items():
-            _wait(works)
+        for source, work in self._works.items():
+            work.wait()
             yield slice(source * num, (source + 1) * num), self._parts[source].view(-1, width)
 
 
@@ -95,9 +93,10 @@ def sum_pieces(make: MakePiece, shape: tuple[int, int], like: Tensor, group: dis
     for step, (to, source) in enumerate(_steps(group), start=1):
         leaving.append(like.new_empty(shape))  # kept until it has been sent
         make(slice(to * num, (to + 1) * num), leaving[-1])
-        works += _exchange(leaving[-1], to, summands[step], source, group)
+        works.append(_exchange(leaving[-1], to, summands[step], source, group))
     make(slice(rank * num, (rank + 1) * num), summands[0])
-    _wait(works)
+    for work in works:
+        work.wait()
     return summands[0] + summands[1] if size == 2 else summands.sum(0)
 
 

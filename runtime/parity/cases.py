@@ -12,7 +12,6 @@ SP = {"sp": True}
 EXCHANGE = {"overlap_exchange": True}
 SOME_LAYERS = {"granularity": "full", "method": "block", "num_layers": 3}
 GATHERS = SP | {"tp_comm_overlap": True}
-BOTH = GATHERS | EXCHANGE
 QWEN2: dict[str, Any] = {"model_type": "qwen2"}
 GLM: dict[str, Any] = {
     "model_type": "glm4_moe",
@@ -133,7 +132,12 @@ CASES = (
     case("tp2 sp ep2 all-gather", 4, {"tp": 2, "ep": 2} | SP, moe={"dispatcher": "allgather"}),
     # Communication of tensor parallelism beside its products.
     case("tp4 sp gathers overlapped, biases everywhere", 4, {"tp": 4} | GATHERS, model={"model_type": "llama", "attention_bias": True, "mlp_bias": True}),
-    case("tp2 sp ep2 etp1 gathers and exchanges overlapped, selective", 2, {"tp": 2, "ep": 2, "etp": 1} | BOTH, recompute={"granularity": "selective"}),
+    case(
+        "tp2 sp ep2 etp1 gathers and exchanges overlapped, selective recompute",
+        2,
+        {"tp": 2, "ep": 2, "etp": 1} | GATHERS | EXCHANGE,
+        recompute={"granularity": "selective"},
+    ),
     case("tp2 sp ep2 etp1 gathers overlapped, adapters", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS, **LORA),
     case("tp2 sp ep2 etp1 gathers overlapped, latent attention", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS, model=LATENT),
     case("pp2 tp2 sp gathers overlapped, zero-bubble, tied", 4, {"pp": 2, "tp": 2, "pp_schedule": "zero-bubble"} | GATHERS, model=TIED),

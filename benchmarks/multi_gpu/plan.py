@@ -57,6 +57,9 @@ def _training(world: int, ranks: int, quick: bool) -> Iterator[dict[str, Any]]:
     options: dict[str, Any] = {"sequences": sequences, "fits": world, "profile": True}
     for name, parallel in layouts(world).items():
         yield {"kind": "training", "label": name, "parallel": parallel, "options": options | {"layers": "common"}}
+        if parallel.get("ep") == world > 1:
+            hidden = {"label": f"{name}, exchanges overlapped", "parallel": parallel | {"overlap_exchange": True}}
+            yield {"kind": "training", "options": options | {"layers": "common"}} | hidden
     if world > 1:
         yield {"kind": "traffic", "label": "collectives"}
     if quick or world == 1:

@@ -108,8 +108,8 @@ def _exchange(
 ) -> dict[str, float | None] | None:
     """A layer's four exchanges of rows (there and back, forward and backward) beside four with nothing else to do.
 
-    The step's are all of NCCL's sends and receives: the routing weights' small exchanges and waits for slower ranks
-    count as well. With stages they would count what passes between these, too, so the step's are left out.
+    The step's are all of NCCL's sends and receives: waits for slower ranks count as well. With stages they would count
+    what passes between these, too, so the step's are left out.
     """
     group = mesh.group("ep")
     if group is None:

@@ -79,6 +79,7 @@ class MoEMLP(nn.Module):
         self._sequences = "seq_aux_loss" in config.load_balancing
         groups = MoEGroups(
             ep=mesh.group("ep"),
+            ep_rows=mesh.group("ep_rows") if context.parallel.overlap_exchange else None,
             etp=mesh.group("etp"),
             tp=mesh.group("tp"),
             tp_cp=mesh.group("tp_cp"),

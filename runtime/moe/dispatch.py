@@ -97,8 +97,8 @@ class Dispatch:
         self._counting = _Counts(count_choices(routing.experts_TK, self._num_experts), groups)
         self._plan = plan_rows(routing.experts_TK, self._num_experts, routing.max_rows, fused=experts.fused)
         self._weights_dtype = routing.weights_TK.dtype
-        self._there = Exchange(groups.ep, overlapped=overlapped)
-        self._back = Exchange(groups.ep, overlapped=overlapped)
+        over = groups.ep_rows if overlapped else groups.ep
+        self._there, self._back = (Exchange(over, overlapped=overlapped) for _ in range(2))
         self._there.depart(pack(x_TD, routing.weights_TK, self._plan, fused=experts.fused))
         ep_rank = group_rank(groups.ep)
         self._own = slice(ep_rank * self._num_local, (ep_rank + 1) * self._num_local)

@@ -16,6 +16,8 @@ class MoEGroups:
 
     ep: Group = None
     """Ranks that hold different experts."""
+    ep_rows: Group = None
+    """The same ranks with a communicator for rows alone, whose exchanges overlap with computation; None: they don't."""
     etp: Group = None
     """Ranks that hold pieces of the same experts."""
     tp: Group = None

@@ -36,7 +36,8 @@ def _new_group(ranks: tuple[int, ...], lane: Lane, *, urgent: bool) -> dist.Proc
     """Make a group, or give the one that the same ranks have already: axes of equal extent share a communicator.
 
     Reductions have communicators of their own: on a shared one, the exchanges of the layers would queue behind them. So
-    have exchanges that overlap with computation, and there the other micro-batch's collectives would queue behind them.
+    have exchanges that overlap with computation: on a shared one, collectives run in the order in which the host launches
+    them, and an exchange would wait for the numbers of rows of the micro-batch that it is to be hidden behind.
     What an urgent group does on a GPU goes before what is computed beside it: a product that fills the GPU would else
     hold up the communication that it is to hide.
     """
@@ -50,6 +51,12 @@ def _new_group(ranks: tuple[int, ...], lane: Lane, *, urgent: bool) -> dist.Proc
         timeout = None if options is None else default_pg_timeout
         _made[1][key] = dist.new_group(list(ranks), timeout=timeout, pg_options=options)
     return _made[1][key]
+
+
+def _lane(axis: str) -> Lane:
+    if axis in _REDUCTION_AXES:
+        return "reductions"
+    return "exchanges" if axis == "ep_rows" else "layers"
 
 
 def _first_in_line() -> Any:
@@ -84,7 +91,6 @@ class ParallelMesh:
         dense_shape = (parallel.pp, self.world_size // dense, parallel.cp, parallel.tp)
         expert_shape = (parallel.pp, self.world_size // expert, parallel.ep, parallel.etp)
         ranks = np.arange(self.world_size)
-        self._exchanges_overlap = parallel.overlap_exchange
         self._gathers_overlap = parallel.tp_comm_overlap and parallel.tp > 1
         self._groups: dict[str, Group] = {}
         self._members: dict[str, tuple[int, ...]] = {}
@@ -95,6 +101,8 @@ class ParallelMesh:
             for name, joint in JOINT_AXES.items():
                 if set(joint) <= set(axes):
                     self._add(name, grid, axes, joint)
+            if parallel.overlap_exchange and "ep" in axes:
+                self._add("ep_rows", grid, axes, ("ep",))
         self._add_ends(ranks.reshape(dense_shape))
 
     def _add(self, name: str, grid: npt.NDArray[np.int64], axes: Sequence[str], keep: Sequence[str]) -> None:
@@ -109,16 +117,11 @@ class ParallelMesh:
             members = tuple(row)
             # Every rank creates every group, in the same order: torch.distributed asks for that.
             connect = self._connected and len(members) > 1
-            lane = self._lane(name)
+            lane = _lane(name)
             urgent = lane == "exchanges" or (lane == "layers" and self._gathers_overlap)
             group = _new_group(members, lane, urgent=urgent) if connect else None
             if self.global_rank in members:
                 self._members[name], self._groups[name] = members, group
-
-    def _lane(self, name: str) -> Lane:
-        if name in _REDUCTION_AXES:
-            return "reductions"
-        return "exchanges" if name == "ep" and self._exchanges_overlap else "layers"
 
     def _add_ends(self, grid: npt.NDArray[np.int64]) -> None:
         """The axis "ends": first and last stage, which both hold tied embeddings."""
@@ -139,7 +142,10 @@ class ParallelMesh:
         self._add_rows("kv", rows)
 
     def group(self, axis: str) -> Group:
-        """The process group of this rank along an axis (tp, cp, dp, pp, ep, etp, edp, dp_cp, ...); None: one rank."""
+        """The process group of this rank along an axis (tp, cp, dp, pp, ep, etp, edp, dp_cp, ...); None: one rank.
+
+        "ep_rows" is the axis ep again where exchanges overlap, with a communicator for nothing else.
+        """
         return self._groups[axis]
 
     def size(self, axis: str) -> int:

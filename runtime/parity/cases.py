@@ -173,11 +173,11 @@ CASES = (
     case("pp2 cp2 documents, sinks, recomputed", 4, {"pp": 2, "cp": 2}, model=OSS, recompute={"granularity": "full"}, documents=True),
     case("pp2 vpp2 zero-bubble, documents, latent attention", 2, {"pp": 2, "vpp": 2, "pp_schedule": "zero-bubble"}, model=LATENT, documents=True),
     # Pairs of micro-batches, one of which is computed while the other's rows travel; and a last one alone.
-    case("ep2 overlapped", 2, {"ep": 2} | EXCHANGE, num_microbatches=6),
-    case("ep2 overlapped, full recompute", 2, {"ep": 2} | EXCHANGE, recompute={"granularity": "full"}),
-    case("tp2 sp ep2 overlapped, selective recompute", 4, {"tp": 2, "ep": 2} | SP | EXCHANGE, recompute={"granularity": "selective"}),
-    case("ep2 dp2 distributed optimizer, overlapped, shared experts", 4, {"ep": 2} | DIST | EXCHANGE, model=GLM, num_microbatches=8, recompute=SOME_LAYERS),
-    case("tp2 sp ep2 etp1 overlapped, sinks, clamped experts", 2, {"tp": 2, "ep": 2, "etp": 1} | SP | EXCHANGE, model=OSS),
+    case("ep2 in pairs", 2, {"ep": 2} | EXCHANGE, num_microbatches=6),
+    case("ep2 in pairs, full recompute", 2, {"ep": 2} | EXCHANGE, recompute={"granularity": "full"}),
+    case("tp2 sp ep2 in pairs, selective recompute", 4, {"tp": 2, "ep": 2} | SP | EXCHANGE, recompute={"granularity": "selective"}),
+    case("ep2 dp2 distributed optimizer, in pairs, shared experts", 4, {"ep": 2} | DIST | EXCHANGE, model=GLM, num_microbatches=8, recompute=SOME_LAYERS),
+    case("tp2 sp ep2 etp1 in pairs, overlapped, sinks, clamped experts", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS | EXCHANGE, model=OSS),
     # Recomputed activations.
     case("ep2 full recompute", 2, {"ep": 2}, recompute={"granularity": "full"}),
     case("pp2 tp2 sp one recomputed", 4, {"pp": 2, "tp": 2} | SP, recompute={"granularity": "full", "num_layers": 1}),

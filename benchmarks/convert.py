@@ -67,11 +67,12 @@ class Row:
         Raises:
             RuntimeError: it failed.
         """
+        os.sync()
         if self.prime is not None:
             scratch = self.prime.with_name("scratch")
             shutil.copytree(self.prime, scratch)
             shutil.rmtree(scratch)
-        os.sync()
+            os.sync()
         launched = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command]
         output = subprocess.run(
             launched, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent

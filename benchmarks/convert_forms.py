@@ -1,18 +1,25 @@
-"""Time import and export of every stored form beside `cp -r` of the same bytes: `python -m benchmarks.convert_forms [--rounds 3] [--gb 1.5]`.
+"""Time import and export of every stored form beside `cp -r`: `python -m benchmarks.convert_forms [--rounds 5] [--gb 1.5] [--only FORM ...]`.
 
 Sources of random bytes with true layer shapes and few layers: Mixtral 8x7B in bf16, Qwen3-30B-A3B's experts one by one, fused, and in FP8
-with 128x128 block scales, and gpt-oss-20b's MXFP4 stacks. Like for like: nothing waits for the disk (--no-sync, as `cp`). Processor
-seconds are those of the command and what it started, and hardly depend on what else the machine does.
+with 128x128 block scales, and gpt-oss-20b's MXFP4 stacks.
+
+Like for like: a conversion runs in turns with a `cp -r` of the very folder that it reads, first and second alternately, each into a new
+folder that is removed before the next, nothing waits for the disk (--no-sync, as `cp`), and the ratio is that of each pair, of which the
+median counts. Before each command, outside of the time: what is left to write goes to the disk, of the big files only those that it
+reads are in the page cache, and memory of their size is written and freed. Without this a copy of the same bytes takes one to three times as long,
+after how much else the page cache holds. Python's modules are compiled, as those of an installed package are. Processor seconds are
+those of the command and what it started.
 """
 
 from __future__ import annotations
 
 import argparse
-import filecmp
 import json
+import os
 import shutil
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +28,7 @@ from benchmarks.convert import MOECONV, Row, write_folder
 from moeconv.checkpoint import model_of
 from moeconv.families.base import GlobalTensor, Model
 from moeconv.forms import Names, written
+from moeconv.io.carried import CarriedFile
 from moeconv.pieces import TensorInfo
 
 _QWEN = {
@@ -83,13 +91,13 @@ def _kind(model: Model, tensor: GlobalTensor) -> str:
     return "U8" if mxfp4 else "F8_E4M3" if tensor.part.role == "weight" else "F32"
 
 
-def measure(work: Path, name: str, form: Form, gigabytes: float, rounds: int) -> dict[str, Any]:
-    """Time one source.
+def measure(work: Path, name: str, form: Form, gigabytes: float, rounds: int) -> list[dict[str, Any]]:
+    """Time one source, in both directions.
 
     Raises:
         RuntimeError: a command failed, or the exported files differ from the source's.
     """
-    source, copy, ckpt, back = (work / folder for folder in ("source", "copy", "ckpt", "back"))
+    source, ckpt, out = (work / folder for folder in ("source", "ckpt", "out"))
     layers, config, tensors = 0, dict[str, Any](), list[tuple[str, str, tuple[int, ...]]]()
     size = 0
     while size < gigabytes * 1e9:
@@ -97,59 +105,104 @@ def measure(work: Path, name: str, form: Form, gigabytes: float, rounds: int) ->
         config, tensors = stored(form, layers)
         size = sum(TensorInfo(*tensor).nbytes for tensor in tensors)
     nbytes = write_folder(source, config, tensors)
-    rows = {key: Row(f"{name}: {key}", nbytes, prime=source) for key in ("cp -r", "import-hf", "export-hf")}
-    for _ in range(rounds):
-        rows["cp -r"].run(["cp", "-r", str(source), str(copy)])
-        shutil.rmtree(copy)
-        rows["import-hf"].run([*MOECONV, "import-hf", str(source), str(ckpt), "--tp", "2", "--ep", "4", "--no-sync"])
-        rows["export-hf"].run([*MOECONV, "export-hf", str(ckpt), str(back), "--no-sync"])
-        different = [f.name for f in source.iterdir() if not filecmp.cmp(f, back / f.name, shallow=False)]
-        if different:
-            raise RuntimeError(f"{name}: export-hf gave other files than the source: {', '.join(different)}")
-        shutil.rmtree(ckpt)
-        shutil.rmtree(back)
+    expected = digests(source)
+    load = [*MOECONV, "import-hf", str(source)]
+    layout = ["--tp", "2", "--ep", "4", "--no-sync"]
+    Row(f"{name}: for the export", nbytes).run([*load, str(ckpt), *layout])
+
+    def check() -> None:
+        if digests(out) != expected:
+            raise RuntimeError(f"{name}: export-hf gave other files than the source")
+
+    only_cached(source, ckpt)
+    imported = in_turns(f"{name}: import-hf", source, out, [*load, str(out), *layout], nbytes, rounds, lambda: None)
+    only_cached(ckpt, source)
+    save = [*MOECONV, "export-hf", str(ckpt), str(out), "--no-sync"]
+    exported = in_turns(f"{name}: export-hf", ckpt, out, save, nbytes, rounds, check)
     shutil.rmtree(source)
-    base = statistics.median(rows["cp -r"].seconds)
-    out: dict[str, Any] = {
-        "form": name,
-        "gb": round(nbytes / 1e9, 2),
-        "tensors": len(tensors),
-        "cp_seconds": round(base, 2),
+    shutil.rmtree(ckpt)
+    form_of = {"form": name, "gb": round(nbytes / 1e9, 2), "tensors": len(tensors)}
+    return [form_of | {"command": c} | row for c, row in (("import-hf", imported), ("export-hf", exported))]
+
+
+def in_turns(
+    name: str, source: Path, out: Path, command: list[str], nbytes: int, rounds: int, check: Callable[[], None]
+) -> dict[str, Any]:
+    """Run a conversion and a `cp -r` of what it reads in turns.
+
+    Args:
+        name: the conversion's name, for what is printed on the way.
+        source: the folder that both read.
+        out: the folder that both write.
+        command: the conversion.
+        nbytes: the bytes of the source.
+        rounds: how often.
+        check: looks at what the conversion wrote.
+
+    Returns:
+        Medians of both, and of the ratios of each round.
+    """
+    copy, own = Row(f"{name}, cp -r", nbytes, prime=source), Row(name, nbytes, prime=source)
+    for number in range(rounds):
+        for row in (copy, own) if number % 2 == 0 else (own, copy):
+            row.run(command if row is own else ["cp", "-r", str(source), str(out)])
+            if row is own:
+                check()
+            shutil.rmtree(out)
+    ratios = [mine / theirs for mine, theirs in zip(own.seconds, copy.seconds, strict=True)]
+    return {
+        "seconds": round(statistics.median(own.seconds), 2),
+        "cp_seconds": round(statistics.median(copy.seconds), 2),
+        "ratio_to_cp": round(statistics.median(ratios), 2),
+        "ratios": [round(ratio, 2) for ratio in ratios],
+        "processor_seconds_per_gb": round(statistics.median(own.processor) / nbytes * 1e9, 2),
+        "cp_processor_seconds_per_gb": round(statistics.median(copy.processor) / nbytes * 1e9, 2),
+        "peak_mb": round(own.memory / 1e6),
     }
-    for key in ("import-hf", "export-hf"):
-        row = rows[key]
-        out[key] = {
-            "seconds": round(statistics.median(row.seconds), 2),
-            "ratio_to_cp": round(statistics.median(row.seconds) / base, 2),
-            "processor_seconds_per_gb": round(statistics.median(row.processor) / nbytes * 1e9, 2),
-            "peak_mb": round(row.memory / 1e6),
-        }
-    return out
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Give the checksum of each file of a folder, by its name."""
+    return {file.name: CarriedFile(file, file.stat().st_size).copy(lambda _: None) for file in folder.iterdir()}
+
+
+def only_cached(folder: Path, other: Path) -> None:
+    """Have the files of one folder in the page cache, read from the disk, and none of another's."""
+    os.sync()
+    for file in (*folder.iterdir(), *other.iterdir()):
+        with open(file, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    digests(folder)
 
 
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description="Time import and export of every stored form beside cp -r.")
     parser.add_argument("--folder", type=Path, help="where to build the sources; default: a new one, removed again")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each command; the median counts")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each command; the median counts")
     parser.add_argument("--gb", type=float, default=1.5, help="least size of a source")
+    parser.add_argument("--only", nargs="+", choices=FORMS, default=list(FORMS), help="some of the sources")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     flags = parser.parse_args()
+    table = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="moeconv-bench-", dir=flags.folder) as name:
-        table = [measure(Path(name), form, FORMS[form], flags.gb, flags.rounds) for form in FORMS]
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = str(Path(name) / "compiled")
+        for form in flags.only:
+            table += measure(Path(name), form, FORMS[form], flags.gb, flags.rounds)
     if flags.json:
         print(json.dumps(table, indent=2))
         return
     print(
-        f"{'source':<24} {'GB':>5} {'tensors':>8} {'command':<10} {'seconds':>8} {'to cp':>6} {'cpu s/GB':>9} {'peak MB':>8}"
+        "| source | GB | tensors | command | seconds | `cp -r` | ratio (rounds) | CPU s/GB | `cp`, CPU s/GB | peak MB |"
     )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in table:
-        for key in ("import-hf", "export-hf"):
-            cell = row[key]
-            print(
-                f"{row['form']:<24} {row['gb']:5.2f} {row['tensors']:8} {key:<10} {cell['seconds']:8.2f} {cell['ratio_to_cp']:5.2f}x "
-                f"{cell['processor_seconds_per_gb']:9.2f} {cell['peak_mb']:8}"
-            )
+        print(
+            f"| {row['form']} | {row['gb']:.2f} | {row['tensors']} | {row['command']} | {row['seconds']:.2f} | {row['cp_seconds']:.2f} "
+            f"| {row['ratio_to_cp']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f}) | {row['processor_seconds_per_gb']:.2f} "
+            f"| {row['cp_processor_seconds_per_gb']:.2f} | {row['peak_mb']} |"
+        )
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class _Layout:
         rank = at["etp"] if "etp" in at else at["tp"]
         inside = rects[0] if len(rects) == 1 else rects[rank] if rank < len(rects) else None
         rect = Rect(record.offsets, record.extent)
-        return inside is not None and (not rect.size or inside.intersect(rect) == rect)
+        return inside is not None and inside.holds(rect)
 
     def _held(self, tensor: GlobalTensor) -> list[Rect]:
         found = self._rects.get(tensor.rule)

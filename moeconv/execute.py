@@ -6,9 +6,10 @@ import os
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece
 from moeconv.plan import Job, Plan, TargetFile
 from moeconv.reading import check_sum
-from moeconv.sweep import Sweep, open_strips, piece_digest, stored_digest
+from moeconv.sweep import OpenFiles, Sweep, piece_digest, stored_digest
 
 Progress = Callable[[int], None]
 
@@ -54,47 +55,48 @@ class _Run:
         self.archives = _archives(self.plan)
         self.empty = (Crc32() if self.archives else new()).hexdigest()
 
-    def job(self, job: Job) -> None:
-        """Move one tensor, or several that are the same bytes."""
+    def job(self, job: Job, read: OpenFiles, written: OpenFiles) -> None:
+        """Move one tensor, or several that are the same bytes, between files of the source and files of the target."""
         targets = [piece for piece in job.targets if piece.file in self.left]
         sweep = Sweep(job.info, job.sources, targets)
-        with (
-            open_strips(self.root, job.sources, sweep.shape) as sources,
-            open_strips(self.staging.folder, targets, sweep.shape, lambda n: self.staging.open(n, os.O_RDWR)) as outs,
-        ):
-            hashers: dict[Rect, Any] = {}
-            for out in outs:
-                # Copies of a rectangle are hashed once; a record's bytes that are no rows of it, when they are written.
-                if out.piece.rect not in hashers and not (self.archives and out.strides):
-                    out.hasher = hashers[out.piece.rect] = Crc32() if self.archives else new()
-            for source in sources:
-                # A rectangle that goes over unchanged is hashed once, on its way out.
-                known = source.piece.rect in hashers and not self.archives and job.op is None
-                if (source.piece.file, job.info.name) in self.checksums and not known:
-                    source.hasher = new()
-            for first, last in sweep.bands():
-                if self.stop.is_set():
-                    return
-                rows = sweep.read(sources, first, last)
-                if job.op is not None:
-                    rows = job.op(rows, first)
-                sweep.write(outs, first, rows)
-                self.progress(rows.nbytes)
-            for out in outs if self.staging.sync else ():
-                start_writeback(out.fd, out.piece.begin, out.piece.nbytes)
-            for source in sources:
-                hasher = source.hasher or (hashers.get(source.piece.rect) if job.op is None else None)
-                check_sum(self.root, source.piece, self.checksums, hasher and hasher.hexdigest())
-            for piece in targets:
-                if not piece.rect.size:
-                    self.digests[piece.file, piece.tensor, piece.rect] = self.empty
-            for out in outs:
-                of_rows = hashers.get(out.piece.rect) if not (self.archives and out.strides) else None
-                digest = of_rows.hexdigest() if of_rows else stored_digest(out.fd, out.piece, Crc32())
-                self.digests[out.piece.file, out.piece.tensor, out.piece.rect] = digest
+        sources, outs = read.strips(job.sources, sweep.shape), written.strips(targets, sweep.shape)
+        hashers: dict[Rect, Any] = {}
+        for out in outs:
+            # Copies of a rectangle are hashed once; a record's bytes that are no rows of it, when they are written.
+            if out.piece.rect not in hashers and not (self.archives and out.strides):
+                out.hasher = hashers[out.piece.rect] = Crc32() if self.archives else new()
+        for source in sources:
+            # A rectangle that goes over unchanged is hashed once, on its way out.
+            known = source.piece.rect in hashers and not self.archives and job.op is None
+            if (source.piece.file, job.info.name) in self.checksums and not known:
+                source.hasher = new()
+        for first, last in sweep.bands():
+            if self.stop.is_set():
+                return
+            rows = sweep.read(sources, first, last)
+            if job.op is not None:
+                rows = job.op(rows, first)
+            sweep.write(outs, first, rows)
+            self.progress(rows.nbytes)
+        for out in outs if self.staging.sync else ():
+            start_writeback(out.fd, out.piece.begin, out.piece.nbytes)
+        for source in sources:
+            hasher = source.hasher or (hashers.get(source.piece.rect) if job.op is None else None)
+            check_sum(self.root, source.piece, self.checksums, hasher and hasher.hexdigest())
+        for piece in targets:
+            if not piece.rect.size:
+                self.digests[piece.file, piece.tensor, piece.rect] = self.empty
+        for out in outs:
+            of_rows = hashers.get(out.piece.rect) if not (self.archives and out.strides) else None
+            digest = of_rows.hexdigest() if of_rows else stored_digest(out.fd, out.piece, Crc32())
+            self.digests[out.piece.file, out.piece.tensor, out.piece.rect] = digest
+        self._count(targets)
+
+    def _count(self, moved: Sequence[Piece]) -> None:
+        """Count down what is left of the files of a tensor that was moved, and have those finished that are whole."""
         with self.lock:
             done = []
-            for file, _ in {(piece.file, piece.tensor) for piece in targets}:
+            for file, _ in {(piece.file, piece.tensor) for piece in moved}:
                 self.left[file] -= 1
                 if self.left[file] == 0:
                     done.append(file)
@@ -188,10 +190,12 @@ class _Queue:
 
 def _work(run: _Run, queue: _Queue) -> None:
     item = queue.take(None)
-    while item is not None and not run.stop.is_set():
-        group, job = item
-        run.job(job)
-        item = queue.take(group)
+    to_write = partial(run.staging.open, flags=os.O_RDWR)
+    with OpenFiles(run.root) as read, OpenFiles(run.staging.folder, to_write) as written:
+        while item is not None and not run.stop.is_set():
+            group, job = item
+            run.job(job, read, written)
+            item = queue.take(group)
 
 
 def _run_all(run: _Run, jobs: list[Job], workers: int | None) -> None:

@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -26,6 +26,7 @@ from moeconv.layout.rect import Rect
 from moeconv.pieces import Piece, TensorInfo, common_shape, seen_as
 
 BAND_BYTES = 1 << 20
+_KEPT = 16  # files that a thread keeps open
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -212,38 +213,62 @@ def _pwrite(strip: Strip, data: Bytes, position: int) -> None:
         view, position = view[count:], position + count
 
 
+class OpenFiles:
+    """A thread's open files of a folder; the last few stay open from tensor to tensor, of which a checkpoint has tens of thousands."""
+
+    def __init__(self, root: Path, open_file: Callable[[str], int] | None = None) -> None:
+        """Begin with none open.
+
+        Args:
+            root: the folder that the files are in.
+            open_file: gives a file descriptor for a name; by default files are opened for reading.
+        """
+        self._root, self._open = root, open_file
+        self._fds: dict[str, int] = {}
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._keep(0)
+
+    def strips(self, pieces: Iterable[Piece], shape: tuple[int, ...]) -> list[Strip]:
+        """Open the files of pieces; they stay open at least until the next call.
+
+        Args:
+            pieces: the pieces of one tensor.
+            shape: the tensor's shape, in which each piece is a rectangle (`Sweep.shape`).
+
+        Returns:
+            A strip for each piece that holds an element.
+
+        Raises:
+            SourceError: a file can't be opened.
+        """
+        self._keep(_KEPT)
+        opened = [(piece, self._fd(piece.file)) for piece in pieces]
+        return [Strip.of(piece, shape, fd) for piece, fd in opened if piece.rect.size]
+
+    def _fd(self, name: str) -> int:
+        fd = self._fds.pop(name, None)
+        if fd is None:
+            try:
+                fd = self._open(name) if self._open is not None else open_to_read(self._root / name)
+            except OSError as error:
+                raise SourceError(f"{self._root / name}: can't be opened: {error.strerror}") from None
+        self._fds[name] = fd  # the last one used is the last to be closed
+        return fd
+
+    def _keep(self, count: int) -> None:
+        for name in list(self._fds)[: max(0, len(self._fds) - count)]:
+            os.close(self._fds.pop(name))
+
+
 @contextmanager
-def open_strips(
-    root: Path, pieces: Any, shape: tuple[int, ...], open_file: Callable[[str], int] | None = None
-) -> Iterator[list[Strip]]:
-    """Open the files of pieces.
-
-    Args:
-        root: the folder that they are in.
-        pieces: the pieces of one tensor.
-        shape: the tensor's shape, in which each piece is a rectangle (`Sweep.shape`).
-        open_file: gives a file descriptor for a name; by default files are opened for reading.
-
-    Yields:
-        A strip for each piece that holds an element.
-
-    Raises:
-        SourceError: a file can't be opened.
-    """
-    with ExitStack() as stack:
-        strips, fds = [], {}
-        for piece in pieces:
-            if piece.file not in fds:
-                try:
-                    fds[piece.file] = (
-                        open_file(piece.file) if open_file is not None else open_to_read(root / piece.file)
-                    )
-                except OSError as error:
-                    raise SourceError(f"{root / piece.file}: can't be opened: {error.strerror}") from None
-                stack.callback(os.close, fds[piece.file])
-            if piece.rect.size:
-                strips.append(Strip.of(piece, shape, fds[piece.file]))
-        yield strips
+def open_strips(root: Path, pieces: Iterable[Piece], shape: tuple[int, ...]) -> Iterator[list[Strip]]:
+    """Open the files of one tensor's pieces for reading; see `OpenFiles.strips`."""
+    with OpenFiles(root) as files:
+        yield files.strips(pieces, shape)
 
 
 def stored_digest(fd: int, piece: Piece, hasher: Any, told: Callable[[int], object] = lambda _: None) -> str:

@@ -383,17 +383,17 @@ class Model:
             for layer in range(self.sizes["layers"]) if where == "layers" else (None,):
                 kinds = self.kinds(layer) if layer is not None else ()
                 rules = [r for r in self.rules if r.where == where and (layer is None or r.layers in kinds)]
-                for rule in rules:
-                    if EXPERT not in rule.name:
-                        yield self._tensor(rule, layer, None)
+                yield from (self._tensor(r, layer, None) for r in rules if EXPERT not in r.name)
                 for expert in range(self.sizes.get("experts", 0)) if where == "layers" else ():
-                    for rule in rules:
-                        if EXPERT in rule.name:
-                            yield self._tensor(rule, layer, expert)
+                    yield from (self._tensor(r, layer, expert) for r in rules if EXPERT in r.name)
 
     def _tensor(self, rule: TensorRule, layer: int | None, expert: int | None) -> GlobalTensor:
         units = self.sizes[rule.split.units] if rule.split and rule.split.units else None
-        return GlobalTensor(fill(rule.name, layer, expert), self.shape(rule), rule, units, layer, expert)
+        return GlobalTensor(fill(rule.name, layer, expert), self._shapes[rule.role], rule, units, layer, expert)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {rule.role: self.shape(rule) for rule in self.rules}
 
     def shape(self, rule: TensorRule) -> tuple[int, ...]:
         """Give the shape, in elements, of the tensors of a rule."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from operator import lt
+from operator import add, lt, sub
 
 from moeconv.errors import IntegrityError
 
@@ -39,13 +39,17 @@ class Rect:
     @property
     def ends(self) -> tuple[int, ...]:
         """The first index past the rectangle, in each dimension."""
-        return tuple(o + n for o, n in zip(self.offsets, self.shape, strict=True))
+        return tuple(map(add, self.offsets, self.shape))
 
     def intersect(self, other: Rect) -> Rect | None:
         """Give the part that both rectangles share, or None where they share no element."""
         begin = tuple(map(max, self.offsets, other.offsets))
-        shape = tuple(e - b for b, e in zip(begin, map(min, self.ends, other.ends), strict=True))
-        return Rect(begin, shape) if all(n > 0 for n in shape) else None
+        shape = tuple(map(sub, map(min, self.ends, other.ends), begin))
+        return Rect(begin, shape) if not shape or min(shape) > 0 else None
+
+    def holds(self, other: Rect) -> bool:
+        """Say whether every element of another rectangle is in this one."""
+        return self == other or not other.size or self.intersect(other) == other
 
     def within(self, outer: Rect) -> Rect:
         """Give this rectangle in the coordinates of a rectangle that contains it."""
@@ -76,8 +80,10 @@ def check_cover(name: str, shape: Sequence[int], parts: Iterable[tuple[Rect, str
     """
     whole = Rect.whole(shape)
     ordered = sorted(parts)
+    if len(ordered) == 1 and ordered[0][0] == whole:  # as most are
+        return
     for rect, where in ordered:
-        if not len(rect.offsets) == len(rect.shape) == len(shape) or (rect.size and rect.intersect(whole) != rect):
+        if not len(rect.offsets) == len(rect.shape) == len(shape) or not whole.holds(rect):
             held = f"offsets {list(rect.offsets)}, extent {list(rect.shape)}"
             raise IntegrityError(f"{name}: {where} holds {held}, which is outside the tensor's shape {list(shape)}")
     _check_apart(name, ordered)

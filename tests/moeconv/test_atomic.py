@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 DEGREES = Degrees(tp=2, ep=2, pp=2)
 # argv: source, output, "shards" or "hf", resume, the number of the file system call that kills (0: never)
 PROGRAM = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from pathlib import Path
 from moeconv.checkpoint import open_checkpoint
 from moeconv.convert import Options, write_hf, write_sharded
@@ -38,10 +38,16 @@ calls = 0
 
 def watch(event, args):
     global calls
-    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate") and str(args[0]).startswith(out):
+    if event == "open" and args[2] & os.O_DIRECTORY and threading.current_thread() is not threading.main_thread():
+        return  # how often a worker opens a file anew depends on who takes which tensor
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate", "write") and str(args[0]).startswith(out):
         calls += 1
         if calls == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
+
+def write(*args, pwrite=os.pwrite):
+    watch("write", (out,))
+    return pwrite(*args)
 
 def progress(total):
     return lambda count: time.sleep(0.004) if not fatal else None
@@ -49,6 +55,7 @@ def progress(total):
 checkpoint = open_checkpoint(source)
 options = Options(workers=2, resume=resume, progress=progress)
 sys.addaudithook(watch)
+os.pwrite = write
 print("begun", flush=True)
 if form == "hf":
     write_hf(checkpoint, Path(out), None, options)

@@ -75,8 +75,7 @@ def make_engine(
     """Build an engine with random weights: such that depend on names alone, or quickly on the device."""
     parallel = parallel or ParallelConfig()
     assert model.compute.router is not None
-    ours = fp8 is not None and device.type == "cuda"  # by itself an engine takes te for experts in FP8
-    moe = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,), gemm_backend="hopper" if ours else "auto")
+    moe = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,))
     optim, recompute = OptimConfig(lr=lr, **optim_options), RecomputeConfig(granularity=granularity)
     mesh = ParallelMesh(parallel)
     engine = Engine(model, dtype, parallel, moe, optim, recompute, mesh, device, fp8=fp8, captures=captures)

@@ -22,7 +22,7 @@ from moeconv.layout.rect import Rect
 from runtime.checkpoint import rectangles as states
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.fp8.config import Fp8Config
-from runtime.fp8.scaling import Scaling
+from runtime.fp8.scaling import FP8_HISTORY, Scaling
 from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
@@ -92,7 +92,9 @@ class Engine:
         _assert_combination(parallel, moe)
         mesh.share_heads(model.sizes["kv_heads"])
         self.mesh, self.device, self._optim, self._moe = mesh, device, optim, moe
-        self._fp8 = Scaling(fp8, device) if fp8 is not None and fp8.format is not None else None
+        self._fp8: Scaling | None = None
+        if fp8 is not None and fp8.format is not None:
+            self._fp8 = Scaling(fp8, device, mesh.group("tp_dp_cp"))
         self._context = ModelContext(
             model=model,
             dtype=dtype,
@@ -273,15 +275,22 @@ class Engine:
             out |= {"loss_scale": self.loss_scale.scale, "good_steps": self.loss_scale.good_steps}
         if self._moe is not None and self._moe.enable_expert_bias and not self._moe.router.bias:
             out["expert_bias"] = self._metrics.expert_bias().tolist()
+        if self._fp8 is not None and (history := self._fp8.history(self.mesh.group("pp"))):
+            out[FP8_HISTORY] = history
         return out
 
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Take back what `scalars` gave; what is missing stays as it is."""
+    def load_scalars(self, scalars: dict[str, Any]) -> list[str]:
+        """Take back what `scalars` gave; what is missing stays as it is.
+
+        Returns:
+            Lines about what begins anew.
+        """
         self.optimizer.load_scalars(scalars)
         if self._context.dtype == torch.float16 and "loss_scale" in scalars:
             self.loss_scale = LossScale(float(scalars["loss_scale"]), int(scalars.get("good_steps", 0)))
         if "expert_bias" in scalars:
             self._metrics.set_expert_bias(torch.tensor(scalars["expert_bias"]))
+        return [] if self._fp8 is None else self._fp8.load_history(scalars.get(FP8_HISTORY, {}))
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The buffers of this stage that checkpoints hold as tensors, by their names on the hub."""

@@ -94,7 +94,8 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     if not run.train.skip_train:
         notes += describe_capture(run, process.world_size, device)
     if run.moe is not None:
-        notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype], run.fp8))
+        sizes = run.model.sizes["hidden"], run.model.sizes["ffn"] // run.parallel.etp
+        notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype], run.fp8, sizes))
     forecast = expect(run, process)
     if forecast is not None:
         forecast.check()

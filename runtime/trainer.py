@@ -86,7 +86,8 @@ class Trainer:
             state: what the checkpoint's trainer.json says.
             own: whether the checkpoint is in the folder that this run saves to.
         """
-        self.engine.load_scalars(state.optimizer)
+        for line in self.engine.load_scalars(state.optimizer):
+            self._note(line)
         self.state = state
         self._saved_iteration = state.iteration if own else -1
         if own:

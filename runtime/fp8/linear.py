@@ -99,10 +99,16 @@ class _Fp8Linears(torch.autograd.Function):
 class Fp8Linears:
     """The maps of one input of a layer: their 8-bit weights, and the places of input and gradients in the scaling."""
 
-    def __init__(self, scaling: Scaling) -> None:
+    def __init__(self, scaling: Scaling, name: str = "linear") -> None:
+        """Take places.
+
+        Args:
+            scaling: the bounds of this rank.
+            name: of the first weight, in the model.
+        """
         self.scaling = scaling
         self.weights = QuantisedWeights(scaling)
-        self.x_slot, self._grad_slot = scaling.take_slot(), scaling.take_slot()
+        self.x_slot, self._grad_slot = (scaling.take_slot(f"{name}:{what}") for what in ("input", "gradient"))
 
     def __call__(
         self,

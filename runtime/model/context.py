@@ -22,6 +22,7 @@ from runtime.parallel.collectives import all_gather, copy_to, reduce_from, reduc
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.tensor_settings import TensorSettings
+from runtime.parallel.topology import topology_of
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -88,7 +89,9 @@ class ModelContext:
         if self.fp8 is None or self.fp8.config.recipe == "blockwise" or not ours:
             return linears
         sizes = [size for weight in weights_ND for size in weight.shape]
-        return Fp8Linears(self.fp8) if fits(self.device, *sizes) else linears
+        if not fits(self.device, *sizes):
+            return linears
+        return Fp8Linears(self.fp8, topology_of(weights_ND[0]).pieces[0].name)
 
     def enter(self, x_SBD: Tensor) -> Tensor:
         """Come into a tensor-parallel region: every rank of tp needs all tokens.

@@ -98,6 +98,7 @@ class MoEMLP(nn.Module):
             device=torch.device("meta"),
             gate=model.compute.gate,
             fp8=context.fp8,
+            name=f"layers.{layer}.experts",
         )
         parameters.tag_whole(self.moe.router.weight, "router", layer=layer, partial=True)
         experts = self.moe.experts

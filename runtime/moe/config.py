@@ -61,7 +61,7 @@ class MoEConfig:
     dispatcher: Dispatcher = flag("alltoall", "--moe-token-dispatcher-type")
     """How tokens reach their experts' ranks."""
     gemm_backend: GemmBackend = flag("auto", "--moe-grouped-gemm-backend")
-    """Kernel of the experts' grouped GEMMs; auto is the fastest that is installed, and te in FP8 (hopper's is experimental)."""
+    """Kernel of the experts' grouped GEMMs; auto is the fastest that is installed and takes the sizes."""
     permute_fusion: bool = flag(True, "--moe-permute-fusion")
     """Use the fused kernels for permutation, activation and combine where a GPU allows it."""
     recompute_layer: bool = flag(False, "--moe-layer-recompute")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.errors import MoeconvError
-from runtime.fp8.operands import ROW_ALIGNMENT, fits
 from runtime.fp8.scaling import Scaling
 from runtime.moe import passes
 from runtime.moe.config import MoEConfig
@@ -130,6 +129,7 @@ class Experts(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None,
         fp8: Scaling | None = None,
+        name: str = "experts",
     ) -> None:
         super().__init__()
         self.w13 = nn.Parameter(
@@ -142,7 +142,8 @@ class Experts(nn.Module):
         self.b2: nn.Parameter | None = None
         self._forms: dict[str, Form] = {}
         self.fused = config.permute_fusion
-        self._config, self._fp8 = config, fp8
+        self._config = config
+        self._fp8 = None if fp8 is None else Fp8Experts(fp8, self.w13.device, name)
         self._gemm: tuple[torch.device, torch.dtype, AnyGemm] | None = None
         self.reset_parameters()
 
@@ -188,19 +189,11 @@ class Experts(nn.Module):
         return self._gemm[2]
 
     def _make_gemm(self, device: torch.device, dtype: torch.dtype) -> AnyGemm:
-        fp8 = None if self._fp8 is None else self._fp8.config
-        name = resolve_backend(self._config, device, dtype, fp8)
+        fp8 = None if self._fp8 is None else self._fp8.scaling.config
+        name = resolve_backend(self._config, device, dtype, fp8, tuple(self.w2.shape[1:]))
         if name == "te":
             return TransformerEngineExperts(fp8, self.w13, self.w2)
-        if self._fp8 is None:
-            return make_gemm(name)
-        sizes = (*self.w13.shape[1:], *self.w2.shape[1:])
-        if not fits(device, *sizes):
-            raise MoeconvError(
-                f"--fp8-format: on a rank, experts have matrices of {sizes[0]} x {sizes[1]} and {sizes[2]} x {sizes[3]}, and the "
-                f"backend hopper takes multiples of {ROW_ALIGNMENT}: give --moe-grouped-gemm-backend te, or leave FP8 out"
-            )
-        return Fp8Experts(self._fp8, device)
+        return make_gemm(name) if self._fp8 is None else self._fp8.on(device)
 
     def plan(self, experts_TK: Tensor, max_rows: int) -> RowPlan:
         """Order choices of this rank's experts as the backend needs them; arguments as of `plan_rows`."""

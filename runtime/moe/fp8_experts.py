@@ -115,12 +115,26 @@ class _Gradients:
 class Fp8Experts:
     """The 8-bit weights of a layer's experts, and the places of their rows in the scaling."""
 
-    def __init__(self, scaling: Scaling, device: torch.device) -> None:
+    def __init__(self, scaling: Scaling, device: torch.device, name: str = "experts") -> None:
+        """Take places.
+
+        Args:
+            scaling: the bounds of this rank.
+            device: where to compute; `on` says another.
+            name: of the experts, in the model.
+        """
         self.scaling = scaling
+        self.w13, self.w2 = QuantisedWeights(scaling), QuantisedWeights(scaling)
+        self.x_slot, self.act_slot, self.grad_slot, self._hidden_slot = (
+            scaling.take_slot(f"{name}:{what}") for what in ("input", "activation", "gradient", "hidden gradient")
+        )
+        self.on(device)
+
+    def on(self, device: torch.device) -> Fp8Experts:
+        """Say where to compute."""
         self.row_alignment = ROW_ALIGNMENT if device.type == "cuda" else 1
         """Rows of an expert are padded to a multiple of it."""
-        self.w13, self.w2 = QuantisedWeights(scaling), QuantisedWeights(scaling)
-        self.x_slot, self.act_slot, self.grad_slot, self._hidden_slot = (scaling.take_slot() for _ in range(4))
+        return self
 
     def __call__(self, x_TD: Tensor, weights_TK: Tensor, w13_EGD: Tensor, w2_EDF: Tensor, plan: RowPlan) -> Tensor:
         """Each token's weighted sum over its experts; arguments as of `runtime.moe.experts.grouped_mlp`."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.fp8.config import Fp8Config
+from runtime.fp8.operands import ROW_ALIGNMENT, fits
 from runtime.moe.config import MoEConfig, MoEConfigError
 from runtime.moe.permutation import RowPlan
 from runtime.parallel.gradient_sink import GradientSink
@@ -172,31 +173,38 @@ _PACKAGES = {
 _INSTALL = "pip install 'moeconv[gpu]'"
 
 
-def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype, fp8: Fp8Config | None = None) -> str:
-    """The backend that runs: the chosen one, or for auto the fastest that is installed and knows the dtype; in FP8 te.
+Sizes = tuple[int, ...]
+"""Hidden size, and width of a rank's piece of an expert."""
+
+
+def resolve_backend(
+    config: MoEConfig, device: torch.device, dtype: torch.dtype, fp8: Fp8Config | None = None, sizes: Sizes = ()
+) -> str:
+    """The backend that runs: the chosen one, or for auto the fastest that is installed and knows the dtype and the sizes.
 
     Args:
         config: gemm_backend.
         device: where the experts live.
         dtype: their dtype.
         fp8: what is computed in FP8, by hopper or te on a GPU.
+        sizes: of the experts' matrices, which FP8 asks for.
 
     Returns:
         hopper, torch, grouped_gemm, te or loop.
 
     Raises:
-        MoEConfigError: the chosen backend is not installed, or can't run on this device or in this dtype.
+        MoEConfigError: the chosen backend is not installed, or can't run on this device, in this dtype or with these sizes.
     """
     name = config.gemm_backend
+    in_fp8 = fp8 is not None and fp8.format is not None and device.type == "cuda"
     if name == "auto":
-        if fp8 is not None and fp8.format is not None and device.type == "cuda":
-            if missing := _missing("te"):
-                suits = fp8.recipe != "blockwise" and _suits_hopper(device, dtype)
+        if fp8 is not None and in_fp8:
+            why = _against_hopper(fp8, device, dtype, sizes)
+            if why is not None and (missing := _missing("te")):
                 raise MoEConfigError(
-                    f"--fp8-format: experts in FP8 take {missing[0]}, not installed: {_INSTALL}"
-                    + ("; --moe-grouped-gemm-backend hopper does without it, and is experimental" if suits else "")
+                    f"--fp8-format: experts in FP8 take hopper, and {why}, or {missing[0]}, not installed: {_INSTALL}"
                 )
-            return "te"
+            return "hopper" if why is None else "te"
         if dtype == torch.float64:
             return "loop"
         return "hopper" if _suits_hopper(device, dtype) and not _missing("hopper") else "torch"
@@ -209,12 +217,18 @@ def resolve_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype,
             raise MoEConfigError(f"--moe-grouped-gemm-backend {name} runs on a GPU; on {device.type} use torch or loop")
         if name != "te" and dtype != torch.bfloat16:
             raise MoEConfigError(f"--moe-grouped-gemm-backend {name} computes in bfloat16, got {dtype}; use torch")
+        if in_fp8 and name == "hopper" and not fits(device, *sizes):
+            raise MoEConfigError(
+                f"--fp8-format: {_misfit(sizes)}: give --moe-grouped-gemm-backend te, or leave FP8 out"
+            )
     if name == "torch" and dtype == torch.float64:
         raise MoEConfigError("--moe-grouped-gemm-backend torch knows no float64; use loop")
     return name
 
 
-def describe_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype, fp8: Fp8Config | None = None) -> str:
+def describe_backend(
+    config: MoEConfig, device: torch.device, dtype: torch.dtype, fp8: Fp8Config | None = None, sizes: Sizes = ()
+) -> str:
     """Say which backend runs the experts, and what a faster one lacks.
 
     Args:
@@ -222,6 +236,7 @@ def describe_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype
         device: where the experts live.
         dtype: their dtype.
         fp8: what is computed in FP8.
+        sizes: as of `resolve_backend`.
 
     Returns:
         A line for the log.
@@ -229,18 +244,36 @@ def describe_backend(config: MoEConfig, device: torch.device, dtype: torch.dtype
     Raises:
         MoEConfigError: as `resolve_backend`.
     """
-    name = resolve_backend(config, device, dtype, fp8)
+    name = resolve_backend(config, device, dtype, fp8, sizes)
     line = f"grouped GEMMs of the experts: {name}"
     if fp8 is not None and fp8.format is not None and device.type == "cuda":
-        line += " in FP8" + (
-            ", experimental: no training step with it has been proven on a GPU" if name == "hopper" else ""
-        )
+        line += " in FP8"
+        if config.gemm_backend == "auto":
+            why = _against_hopper(fp8, device, dtype, sizes)
+            line += ", chosen by auto" + (f": hopper is faster, and {why}" if why is not None else "")
+        return line
     if config.gemm_backend != "auto":
         return line
     missing = _missing("hopper") if name == "torch" and _suits_hopper(device, dtype) else []
     return f"{line}, chosen by auto" + (
         f"; hopper is faster and lacks {' and '.join(missing)}: {_INSTALL}" if missing else ""
     )
+
+
+def _against_hopper(fp8: Fp8Config, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
+    """Say why experts in FP8 don't go through our own kernels; None where they do."""
+    if fp8.recipe == "blockwise":
+        return "it knows no --fp8-recipe blockwise"
+    if not _suits_hopper(device, dtype):
+        return f"it takes bfloat16 on Hopper GPUs, not {dtype} on compute capability {torch.cuda.get_device_capability(device)[0]}"
+    if not fits(device, *sizes):
+        return _misfit(sizes)
+    missing = _missing("hopper")
+    return f"it lacks {' and '.join(missing)}: {_INSTALL}" if missing else None
+
+
+def _misfit(sizes: Sizes) -> str:
+    return f"on a rank experts are {sizes[0]} x {sizes[1]}, where the backend hopper takes multiples of {ROW_ALIGNMENT} in FP8"
 
 
 def _suits_hopper(device: torch.device, dtype: torch.dtype) -> bool:

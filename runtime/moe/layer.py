@@ -57,6 +57,7 @@ class MoELayer(nn.Module):
         device: torch.device | None = None,
         gate: Gate | None = None,
         fp8: Scaling | None = None,
+        name: str = "experts",
     ) -> None:
         """Build the layer for this rank.
 
@@ -72,6 +73,7 @@ class MoELayer(nn.Module):
             device: where the parameters live.
             gate: of experts with biases and a clamped gate; None for plain SwiGLU.
             fp8: the bounds of what is computed in FP8; None for nothing.
+            name: of the experts, in the model.
 
         Raises:
             LayoutError: experts or widths don't divide over the groups.
@@ -91,7 +93,7 @@ class MoELayer(nn.Module):
         self.experts: Experts | ClampedExperts
         assert gate is None or fp8 is None, "clamped experts and FP8: `runtime.settings.check` refuses them"
         if gate is None:
-            self.experts = Experts(config, **sizes._asdict(), dtype=dtype, device=device, fp8=fp8)
+            self.experts = Experts(config, **sizes._asdict(), dtype=dtype, device=device, fp8=fp8, name=name)
         else:
             self.experts = ClampedExperts(config, gate, **sizes._asdict(), shares=etp, dtype=dtype, device=device)
 

@@ -16,6 +16,7 @@ from moeconv.layout.rect import Rect, check_cover
 from runtime.checkpoint.rectangles import StateTensor
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.engine import Engine
+from runtime.fp8.config import Fp8Config
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
@@ -42,6 +43,7 @@ class Case:
     recompute: dict[str, Any] = field(default_factory=dict)
     optim: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
+    fp8: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     num_microbatches: int = 4
     """Of the global batch, over all data-parallel ranks."""
@@ -63,6 +65,7 @@ class Case:
             moe=self.moe,
             optim=self.optim,
             lora=self.lora,
+            fp8=self.fp8,
             dtype=self.dtype,
             num_microbatches=self.num_microbatches,
             positions=self.positions,
@@ -73,7 +76,16 @@ class Case:
     @property
     def key(self) -> str:
         """Equal for cases with the same reference."""
-        parts = (self.model, self.moe, self.optim, self.lora, self.dtype, self.num_microbatches, self.positions)
+        parts = (
+            self.model,
+            self.moe,
+            self.optim,
+            self.lora,
+            self.fp8,
+            self.dtype,
+            self.num_microbatches,
+            self.positions,
+        )
         return repr((*parts, self.documents))
 
 
@@ -133,6 +145,7 @@ def make_engine(case: Case, **optim: Any) -> tuple[Engine, ParallelMesh]:
         mesh,
         device,
         lora=LoraConfig(**case.lora),
+        fp8=Fp8Config(**case.fp8),
         captures=case.captures and case.device == "cuda",
     )
     engine.load_state(initial_reader(model))

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from benchmarks.train_step import mixtral, random_weights, text_batch
+from moeconv.errors import MoeconvError
 from runtime.engine import Engine
 from runtime.fp8.config import Fp8Config
 from runtime.fp8.linear import Fp8Linears
 from runtime.fp8.operands import E4M3, eight_bits, in_fp32
-from runtime.fp8.scaling import HISTORY_STEPS, Scaling
+from runtime.fp8.scaling import FP8_HISTORY, HISTORY_STEPS, Scaling
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.moe.fp8_experts import Fp8Experts
@@ -107,9 +108,41 @@ def test_delayed_bounds_follow_the_last_steps() -> None:
     assert step(8.0) == 3.0  # what is larger saturates
     assert step(1.0, trains=False) == 3.0  # an evaluation leaves the bounds
     assert [step(1.0) for _ in range(HISTORY_STEPS)] == [8.0] * HISTORY_STEPS
+    assert step(40.0, trains=False) == 8.0  # or anything of itself
     assert step(float("inf")) == 1.0
     assert step(2.0) == 1.0  # what isn't finite is not taken for a bound
     assert float(bounds.bound(other, lambda out: out.fill_(5.0))[0]) == 5.0
+
+
+def test_a_history_is_kept_by_name() -> None:
+    bounds = scaling(recipe="delayed")
+    slots = [bounds.take_slot(name) for name in ("a", "b")]
+    bounds.begin(trains=True)
+    bounds.bound(slots[0], lambda out: out.fill_(3.0))
+    saved = bounds.history()
+    assert saved == {"a": [3.0] + [0.0] * (HISTORY_STEPS - 1)}
+    again = scaling(recipe="delayed")
+    slots = [again.take_slot(name) for name in ("b", "a")]
+    assert again.load_history(saved)[0].endswith(
+        "no largest values of earlier steps of 1 tensors (b, ...): the next step is scaled by each tensor itself"
+    )
+    again.begin(trains=True)
+    assert [float(again.bound(slot, lambda out: out.fill_(7.0))[0]) for slot in slots] == [7.0, 3.0]
+    assert scaling().load_history(saved) == []  # tensorwise needs none
+    for wrong in ([1.0], "x" * HISTORY_STEPS, [float("nan")] * HISTORY_STEPS, None):
+        with pytest.raises(MoeconvError, match=r"FP8 history of a is .* expected 16 finite numbers"):
+            again.load_history({"a": wrong})  # type: ignore[dict-item]
+
+
+def test_experts_of_an_engine_take_delayed_bounds() -> None:
+    made = engine(Fp8Config(format="hybrid", recipe="delayed"))
+    losses(made, 2)
+    history = made.scalars()[FP8_HISTORY]
+    kinds = {name.rpartition(".")[2] for name in history}
+    assert kinds >= {"experts:input", "experts:activation", "experts:gradient", "experts:hidden gradient"}
+    for name, column in history.items():
+        assert min(column[:2]) > 0, name
+        assert not any(column[2:]), name
 
 
 def engine(fp8: Fp8Config | None, granularity: str = "none") -> Engine:

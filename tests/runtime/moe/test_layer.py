@@ -10,7 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from moeconv.errors import MoeconvError
 from runtime.fp8.config import Fp8Config
-from runtime.moe.config import MoEConfigError
+from runtime.moe.config import MoEConfig, MoEConfigError
 from runtime.moe.experts import grouped_mlp
 from runtime.moe.grouped_gemm import LoopGemm, describe_backend, resolve_backend
 from runtime.moe.layer import MoELayer
@@ -256,15 +256,36 @@ def test_the_backend_that_auto_takes_is_said(monkeypatch: pytest.MonkeyPatch) ->
     assert describe_backend(moe_config(num_experts=2, gemm_backend="loop"), cpu, torch.float32).endswith(": loop")
 
 
-def test_experts_in_fp8_take_transformer_engine_unless_hopper_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_in_fp8_take_our_kernels_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     auto, hopper = moe_config(num_experts=2), moe_config(num_experts=2, gemm_backend="hopper")
     gpu, fp8 = torch.device("cuda"), Fp8Config(format="hybrid", recipe="tensorwise")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     packages = {"triton", "cuda.bindings", "transformer_engine"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
-    assert describe_backend(auto, gpu, torch.bfloat16, fp8).endswith("te in FP8, chosen by auto")
-    assert "hopper in FP8, experimental" in describe_backend(hopper, gpu, torch.bfloat16, fp8)
+    fitting, odd = (256, 384), (256, 200)
+
+    def line(config: MoEConfig = auto, fp8: Fp8Config = fp8, sizes: tuple[int, int] = fitting) -> str:
+        return describe_backend(config, gpu, torch.bfloat16, fp8, sizes)
+
+    assert line().endswith("experts: hopper in FP8, chosen by auto")
+    assert line(hopper).endswith("experts: hopper in FP8")
+    assert line(sizes=odd).endswith(
+        "te in FP8, chosen by auto: hopper is faster, and on a rank experts are 256 x 200, where the backend hopper takes "
+        "multiples of 128 in FP8"
+    )
+    assert line(fp8=Fp8Config(format="hybrid", recipe="blockwise")).endswith("and it knows no --fp8-recipe blockwise")
+    with pytest.raises(MoEConfigError, match=r"256 x 200, .* give --moe-grouped-gemm-backend te"):
+        resolve_backend(hopper, gpu, torch.bfloat16, fp8, odd)
     packages.remove("transformer_engine")
-    with pytest.raises(MoEConfigError, match="experts in FP8 take transformer_engine, not installed"):
-        resolve_backend(auto, gpu, torch.bfloat16, fp8)
-    assert resolve_backend(auto, gpu, torch.bfloat16, Fp8Config()) == "hopper"
+    assert resolve_backend(auto, gpu, torch.bfloat16, fp8, fitting) == "hopper"
+    with pytest.raises(
+        MoEConfigError, match=r"take hopper, and on a rank .* 256 x 200, .* or transformer_engine, not installed"
+    ):
+        resolve_backend(auto, gpu, torch.bfloat16, fp8, odd)
+    packages.remove("cuda.bindings")
+    with pytest.raises(MoEConfigError, match=r"take hopper, and it lacks cuda\.bindings: .* or transformer_engine"):
+        resolve_backend(auto, gpu, torch.bfloat16, fp8, fitting)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    packages |= {"transformer_engine", "cuda.bindings"}
+    assert "te in FP8, chosen by auto: hopper is faster, and it takes bfloat16 on Hopper GPUs" in line()
+    assert resolve_backend(auto, gpu, torch.bfloat16, Fp8Config()) == "torch"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ def make_store(
     *,
     host_share: float,
     remainders: bool = False,
+    bf16_grads: bool = False,
 ) -> Store:
     """Give the parameters, so far on the meta device, their memory.
 
@@ -33,19 +35,19 @@ def make_store(
         device: where weights and gradients go.
         host_share: of the elements that this rank updates, whose optimizer state goes to the host.
         remainders: whether masters of bf16 weights are kept as what these lack of them.
+        bf16_grads: whether gradients of bf16 weights are summed and reduced in bf16.
 
     Returns:
         The store.
     """
+    how: dict[str, Any] = {"host_share": host_share, "remainders": remainders, "bf16_grads": bf16_grads}
     if parallel.fully_shard:
         # Imported where it is used: it takes seconds that other runs need not spend.
         from runtime.parallel.full_sharding import FullyShardedStore
 
-        return FullyShardedStore(stages, mesh, device, host_share=host_share, remainders=remainders)
-    named, distributed = module.named_parameters(), parallel.use_distributed_optimizer
-    return BucketStore(
-        stages, named, mesh, device, distributed=distributed, host_share=host_share, remainders=remainders
-    )
+        return FullyShardedStore(stages, mesh, device, **how)
+    distributed = parallel.use_distributed_optimizer
+    return BucketStore(stages, module.named_parameters(), mesh, device, distributed=distributed, **how)
 
 
 def allocate_buffers(module: nn.Module, device: torch.device) -> None:

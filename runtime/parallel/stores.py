@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from runtime.optim.config import OptimConfig
 from runtime.parallel.buckets import BucketStore
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
@@ -18,12 +19,9 @@ def make_store(
     module: nn.Module,
     stages: Sequence[nn.Module],
     parallel: ParallelConfig,
+    optim: OptimConfig,
     mesh: ParallelMesh,
     device: torch.device,
-    *,
-    host_share: float,
-    remainders: bool = False,
-    bf16_grads: bool = False,
 ) -> Store:
     """Give the parameters, so far on the meta device, their memory.
 
@@ -31,16 +29,18 @@ def make_store(
         module: holds the stages; names are taken from it.
         stages: this rank's.
         parallel: the degrees.
+        optim: types and places of masters and gradients.
         mesh: the ranks.
         device: where weights and gradients go.
-        host_share: of the elements that this rank updates, whose optimizer state goes to the host.
-        remainders: whether masters of bf16 weights are kept as what these lack of them.
-        bf16_grads: whether gradients of bf16 weights are summed and reduced in bf16.
 
     Returns:
         The store.
     """
-    how: dict[str, Any] = {"host_share": host_share, "remainders": remainders, "bf16_grads": bf16_grads}
+    how: dict[str, Any] = {
+        "host_share": optim.on_host,
+        "remainders": optim.master_weights == "remainder",
+        "bf16_grads": optim.main_grads_dtype == "bf16",
+    }
     if parallel.fully_shard:
         # Imported where it is used: it takes seconds that other runs need not spend.
         from runtime.parallel.full_sharding import FullyShardedStore

@@ -111,10 +111,7 @@ class Engine:
         stages = [DecoderStage(self._context, layers) for layers in chunks]
         self.module = nn.ModuleList(stages)
         self.quantised = QuantisedBase.of(self.module, self._context)
-        remainders = optim.master_weights == "remainder"
-        self.store = make_store(
-            self.module, stages, parallel, mesh, device, host_share=optim.on_host, remainders=remainders
-        )
+        self.store = make_store(self.module, stages, parallel, optim, mesh, device)
         allocate_buffers(self.module, device)
         self.trained = [shard for shard in self.store.shards if not shard.topology.frozen]
         self.optimizer = make_optimizer(optim, self.trained)

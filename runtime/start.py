@@ -51,6 +51,7 @@ from runtime.settings.origin import Origin, find_origin
 from runtime.settings.override import override_router
 from runtime.settings.quantised import check_stored_blocks, with_plain_numbers
 from runtime.settings.resolved import RUN_FILE, run_file, summary
+from runtime.settings.rounding import describe_rounding
 from runtime.settings.run import RunConfig
 from runtime.trainer import Trainer
 
@@ -217,7 +218,8 @@ def run_job(
     one_first(process.rank == 0, lambda: _try_save(run, origin, process))
     log = _open_log(run, origin, process, device)
     if log is not None:
-        log.note("\n".join([*run.notes, *_remains(run), describe(run, origin, process)]))
+        rounded = describe_rounding(run, process.world_size)
+        log.note("\n".join([*run.notes, *rounded, *_remains(run), describe(run, origin, process)]))
     data = _open_data(run, origin, process, store, progress, log)
     saves_as: list[Checkpoint] = []
     if isinstance(run.model, AdaptedModel):

@@ -76,7 +76,7 @@ def ends_work(setup: Setup, local: Local, machine: Machine) -> tuple[list[Work],
     count = setup.model.sizes["layers"]
     last = range(count - 1, count)
     row = local.tokens * local.hidden * local.item
-    rows_of_sum = local.tokens * local.hidden * 2 * setup.wide
+    rows_of_sum = local.tokens * local.hidden * 2 * setup.gradient
     embedding = Work("embedding", machine.moving(2 * row, "norm"), machine.moving(row + rows_of_sum, "embedding"))
     head = next((p for p in setup.parameters.ends(last) if p.shape == (local.vocabulary, local.hidden)), None)
     vocabulary = head if head is not None else Parameter("head", (local.vocabulary, local.hidden))
@@ -102,14 +102,14 @@ def update_seconds(setup: Setup, machine: Machine, owned: Mapping[bool, float]) 
     masters = (
         2 * (2 + weight) if setup.optim.master_weights == "remainder" else 2 * wide + (weight if weight != wide else 0)
     )
-    update = machine.moving(count * (wide + masters + 4 * moment), "adamw")
+    update = machine.moving(count * (setup.reduced + masters + 4 * moment), "adamw")
     moved = share * sum(n * setup.host_bytes(expert=expert) for expert, n in owned.items())
     if setup.optim.ema_decay is not None:  # its pass brings the masters once more
         moved += share * count * setup.master
     ranks = min(setup.world_size, machine.gpus_per_node)
     # What is on the device is updated when the rest has come.
     travelling = max(machine.over_the_link(moved, ranks), share * update) + (1 - share) * update
-    return (travelling if share else update) + machine.moving(count * wide, "grad_norm")
+    return (travelling if share else update) + machine.moving(count * setup.reduced, "grad_norm")
 
 
 def _rate(setup: Setup, tflops: float) -> float:
@@ -179,7 +179,7 @@ def _experts(setup: Setup, local: Local, machine: Machine, parameters: Iterable[
         streamed = parameter.size * ITEMSIZE[setup.dtype]
         made = making_numbers(setup, machine, parameter)
         forward += machine.together(computing, streamed) + made
-        gradient = 0.0 if parameter.frozen else machine.together(computing, parameter.size * 2 * setup.wide)
+        gradient = 0.0 if parameter.frozen else machine.together(computing, parameter.size * 2 * setup.gradient)
         backward += machine.together(computing, streamed) + made + gradient
         weights += gradient
     b, rows, width = local.item, local.rows_computed, local.width

@@ -70,7 +70,7 @@ def adapters_seconds(
         # The input read; the product with B added to the output: grouped ones are written first, then added.
         forward += rows * (depth + (4 if a.expert else 2) * width)
         # The output's gradient read for A's and for B's; the input's written and added, the input read for A's.
-        own = (a.size + b.size) * 2 * setup.wide + rows * (width + depth * (2 if a.expert else 1))
+        own = (a.size + b.size) * 2 * setup.gradient + rows * (width + depth * (2 if a.expert else 1))
         backward += rows * (width + 4 * depth) + own
         weights += own
     return machine.moving(forward, "plain"), machine.moving(backward, "plain"), machine.moving(weights, "plain")

@@ -125,11 +125,11 @@ def _staged(setup: Setup, rank: int) -> float:
 
 
 def _gathered(setup: Setup, rank: int) -> float:
-    """What full sharding holds gathered: the ends of the model throughout, two layers, and gradients of one in fp32."""
+    """What full sharding holds gathered: the ends of the model throughout, two layers, and and gradients of one on their way."""
     if not setup.parallel.fully_shard:
         return 0.0
     chunks, item = setup.parameters.chunks[rank :: setup.parallel.pp], ITEMSIZE[setup.dtype]
     ends = sum(p.size for layers in chunks for p in setup.parameters.ends(layers))
     kinds = {layer for layers in chunks for layer in setup.parameters.kinds(layers)}
     largest = max(sum(p.size for p in setup.parameters.layer(layer)) for layer in kinds)
-    return ends * item + largest * (2 * item + item + setup.wide)
+    return ends * item + largest * (2 * item + item + setup.gradient)

@@ -251,7 +251,7 @@ class Search:
             out[rank] = 0.0
             for expert, count in setup.parameters.sums(rank).by_expert.items():
                 parts = setup.replicas(expert=expert)
-                whole = 0 if parallel.fully_shard and parts > 1 else item + wide
+                whole = 0 if parallel.fully_shard and parts > 1 else item + setup.gradient
                 own = stays * setup.host_bytes(expert=expert) + (2 * wide if whole == 0 else 0)
                 shared = parts if parallel.use_distributed_optimizer or parallel.fully_shard else 1
                 out[rank] += count * (whole + own / shared)

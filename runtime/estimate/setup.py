@@ -88,8 +88,18 @@ class Setup:
 
     @property
     def wide(self) -> int:
-        """Bytes of an element of masters and gradient sums."""
+        """Bytes of an element of masters and of whatever has no type of its own."""
         return 8 if self.dtype == "float64" else 4
+
+    @property
+    def gradient(self) -> int:
+        """Bytes of an element of the gradients' sums and reductions."""
+        return 2 if self.optim.main_grads_dtype == "bf16" else self.wide
+
+    @property
+    def reduced(self) -> int:
+        """Bytes of an element of the gradients that a rank updates with: what full sharding has reduced is fp32."""
+        return self.wide if self.parallel.fully_shard else self.gradient
 
     @property
     def master(self) -> int:

@@ -23,7 +23,7 @@ class State:
     weights: int
     """In the compute dtype, of a quantised base codes and scales; with full sharding none are kept."""
     gradients: int
-    """fp32 sums; with full sharding this rank's rows, which exist from the backward pass to the update."""
+    """Sums in fp32 or bf16; with full sharding this rank's rows in fp32, which exist from the backward pass to the update."""
     masters: int
     """fp32, or their remainders; none where the weights are their own masters."""
     moments: int
@@ -63,7 +63,7 @@ def rank_state(parameters: Sequence[Parameter], setup: Setup) -> State:
 
 
 def _in_buckets(parameters: Sequence[Parameter], setup: Setup, *, distributed: bool) -> State:
-    weight, wide, master = ITEMSIZE[setup.dtype], setup.wide, setup.master
+    weight, master = ITEMSIZE[setup.dtype], setup.master
     weights = sum(quantised_bytes(setup, p) for p in parameters if is_quantised(setup, p))
     gradients = 0
     owned: list[tuple[int, int]] = []
@@ -72,7 +72,7 @@ def _in_buckets(parameters: Sequence[Parameter], setup: Setup, *, distributed: b
         still = members[0].frozen
         parts = setup.replicas(expert=members[0].expert) if distributed and not still else 1
         _, count = lay_out([member.size for member in members], parts)
-        weights, gradients = weights + count * weight, gradients + (0 if still else count * wide)
+        weights, gradients = weights + count * weight, gradients + (0 if still else count * setup.gradient)
         updated = 0 if still else count // parts
         owned.append((updated, updated * setup.states(members[0].settings)))
     masters = moments = host = 0

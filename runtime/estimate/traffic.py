@@ -200,7 +200,7 @@ def gradient_traffic(setup: Setup, sums: Sums) -> tuple[list[Transfer], list[Tra
         count = sums.by_expert[expert]
         if axis.ranks == 1 or not count:
             continue
-        gradients, weights = _sent(axis, count * setup.wide), _sent(axis, count * ITEMSIZE[setup.dtype])
+        gradients, weights = _sent(axis, count * setup.gradient), _sent(axis, count * ITEMSIZE[setup.dtype])
         if sharded:
             reduce.append(Transfer(axis, "reduce_scatter", gradients, 0, 1))
             gather.append(Transfer(axis, "all_gather", weights, 1, 1 if parallel.fully_shard else 0))
@@ -222,5 +222,5 @@ def partial_traffic(setup: Setup, sums: Sums) -> list[Transfer]:
             shares = setup.replicas(expert=expert) if setup.parallel.use_distributed_optimizer else 1
             count += sums.partial.get((name, expert), 0) / shares
         if axis.ranks > 1 and count:
-            out.append(Transfer(axis, "all_reduce", 2 * _sent(axis, count * setup.wide), 0, 1))
+            out.append(Transfer(axis, "all_reduce", 2 * _sent(axis, count * setup.reduced), 0, 1))
     return out

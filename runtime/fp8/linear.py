@@ -16,7 +16,7 @@ from runtime.fp8.operands import E4M3, ROW_ALIGNMENT, Quantised, quantise, quant
 from runtime.fp8.products import rows_times_transposed, weight_gradients
 from runtime.fp8.scaling import Scaling
 from runtime.fp8.weights import QuantisedWeights
-from runtime.parallel.gradient_sink import GradientSink, deliver, sink_of
+from runtime.parallel.gradient_sink import GradientSink, deliver, deliver_to, sink_of
 
 
 @functools.lru_cache(maxsize=64)
@@ -37,7 +37,7 @@ def _weight_gradient(
         return None
     product = torch.empty(1, *weight_ND.shape, dtype=torch.float32, device=weight_ND.device)
     weight_gradients(*operands, product, add=False)
-    return deliver(sink, product[0], weight_ND)
+    return deliver_to(sink, opened, product[0], weight_ND)  # sums in bf16 take a product of their own, in fp32
 
 
 class _Fp8Linears(torch.autograd.Function):

@@ -85,15 +85,16 @@ def add_embedding_gradient(grad_TD: Tensor, tokens_T: Tensor, total_VD: Tensor) 
     Args:
         grad_TD: [T, D] contiguous.
         tokens_T: [T] integer rows; V and above: nobody's.
-        total_VD: [V, D] contiguous sum, fp32 (fp64 for fp64).
+        total_VD: [V, D] contiguous sum, fp32 (fp64 for fp64), or bf16: rounded once for all tokens.
     """
     num_tokens, width = grad_TD.shape
     if grad_TD.numel() == 0:
         return
     tokens, order = torch.sort(tokens_T.int(), stable=True)
     num_chunks = triton.cdiv(num_tokens, CHUNK)
-    accumulator = tl.float64 if total_VD.dtype == torch.float64 else tl.float32
-    parts = torch.empty(num_chunks, 2, width, dtype=total_VD.dtype, device=grad_TD.device)
+    wide = torch.float64 if total_VD.dtype == torch.float64 else torch.float32
+    accumulator = tl.float64 if wide == torch.float64 else tl.float32
+    parts = torch.empty(num_chunks, 2, width, dtype=wide, device=grad_TD.device)
     block = min(MAX_BLOCK, int(triton.next_power_of_2(width)))
     grid = (num_chunks, triton.cdiv(width, block))
     sizes = (num_tokens, total_VD.shape[0], width, CHUNK, block, accumulator)

@@ -17,7 +17,7 @@ from runtime.fp8.scaling import Scaling
 from runtime.fp8.weights import QuantisedWeights
 from runtime.moe import passes
 from runtime.moe.permutation import RowPlan
-from runtime.parallel.gradient_sink import GradientSink, deliver, sink_of
+from runtime.parallel.gradient_sink import GradientSink, deliver_to, sink_of
 
 
 def _gather(tokens: Quantised, plan: RowPlan) -> Tensor:
@@ -101,7 +101,7 @@ def _weight_gradient(
         return None
     product = torch.empty(weight_ENK.shape, dtype=torch.float32, device=weight_ENK.device)
     weight_gradients(*operands, product, add=False)
-    return deliver(sink, product, weight_ENK)
+    return deliver_to(sink, opened, product, weight_ENK)  # sums in bf16 take a product of their own, in fp32
 
 
 class _Gradients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -69,9 +70,13 @@ class HopperGemm:
     def add_transposed_times_rows(
         self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor, *, fresh: bool
     ) -> None:
-        """Add `transposed_times_rows` to an fp32 sum, unrounded, inside the product; overwrite it where it is fresh."""
+        """Add `transposed_times_rows` to a sum, or overwrite it where it is fresh: to one in fp32 unrounded, inside the product.
+
+        A fresh sum in bf16 is written by the product as well. Added to one, the product is a tensor of its own first, as large as
+        the sum, and rounded: 8 bytes of traffic an element as in fp32, one launch more, and that memory.
+        """
         num_experts, num_n, num_k = total_ENK.shape
-        if not _fits(plan, num_n, num_k):
+        if not _fits(plan, num_n, num_k) or (total_ENK.dtype != torch.float32 and not fresh):
             product = self.transposed_times_rows(left_RN, right_RK, plan)
             if fresh:
                 total_ENK.copy_(product)

@@ -20,7 +20,7 @@ def add_gradient(grad_TD: Tensor, tokens_T: Tensor, total_VD: Tensor, *, fused: 
     Args:
         grad_TD: [T, D].
         tokens_T: [T] int64; V and above: nobody's.
-        total_VD: [V, D] fp32 (fp64 for fp64).
+        total_VD: [V, D] fp32 (fp64 for fp64), or bf16: rounded once for all tokens.
         fused: use the kernel; None: on a GPU.
     """
     if total_VD.is_cuda if fused is None else fused:
@@ -29,7 +29,11 @@ def add_gradient(grad_TD: Tensor, tokens_T: Tensor, total_VD: Tensor, *, fused: 
         add_embedding_gradient(grad_TD.contiguous(), tokens_T, total_VD)
         return
     known = tokens_T < total_VD.shape[0]
-    total_VD.index_add_(0, tokens_T[known], grad_TD[known].to(total_VD.dtype))
+    low = total_VD.dtype == torch.bfloat16
+    sums_VD = torch.zeros_like(total_VD, dtype=torch.float32) if low else total_VD
+    sums_VD.index_add_(0, tokens_T[known], grad_TD[known].to(sums_VD.dtype))
+    if low:
+        total_VD += sums_VD
 
 
 class _Embedding(torch.autograd.Function):

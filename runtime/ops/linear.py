@@ -1,4 +1,4 @@
-"""Linear maps whose weight gradients are added to their fp32 sums inside the product.
+"""Linear maps whose weight gradients are added to their sums inside the product.
 
 Legend: T tokens, D input width, N output width.
 """
@@ -35,7 +35,7 @@ def add_product(total_ND: Tensor, left_TN: Tensor, right_TD: Tensor, *, fresh: b
     """Add a weight's gradient to its sum.
 
     Args:
-        total_ND: [N, D] fp32 (fp64 for fp64) sum, contiguous.
+        total_ND: [N, D] sum, contiguous: fp32, or of the rows' type, to which it is rounded once.
         left_TN: [T, N] gradient of the output.
         right_TD: [T, D] input.
         fresh: the sum holds nothing yet: overwrite it.

@@ -222,7 +222,7 @@ def squared_norm(shards: Iterable[Shard], device: torch.device) -> Tensor:
     grads = [shard.grad_shard for shard in shards if shard.counted and shard.grad_shard.numel()]
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=device)
-    if device.type == "cuda" and all(grad.dtype == torch.float32 for grad in grads):
+    if device.type == "cuda" and all(grad.dtype != torch.float64 for grad in grads):
         from runtime.kernels.adamw import square_sum
 
         return torch.stack([square_sum(grad) for grad in grads]).sum()

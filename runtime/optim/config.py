@@ -56,6 +56,11 @@ class OptimConfig:
     same bits in every update (as Transformer Engine's store_param_remainders). Checkpoints hold fp32 masters either way."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 halves the moments: 4 bytes a parameter less, rounded stochastically."""
+    main_grads_dtype: Literal["fp32", "bf16"] = flag(
+        "fp32", shorthands={"--grad-reduce-in-bf16": "bf16", "--accumulate-allreduce-grads-in-fp32": "fp32"}
+    )
+    """bf16: with --bf16, sum and reduce gradients in bf16, 2 bytes a parameter less. One micro-batch a step loses nothing by the
+    sum; each further one, and each rank of a reduction, is rounded onto it. With --fully-shard reductions alone are in bf16."""
     optimizer_cpu_offload: bool = False
     """Keep master weights and moments in page-locked memory of the host: each step brings them to the GPU in pieces, updates
     them there and takes them back, with the same bits as without. A GPU then holds weights and gradients alone (with

@@ -109,7 +109,7 @@ class Muon:
             return
         gradients = (view for shard in self._matrices for view in _gradients(shard))
         for (parameter, _, _), gradient in zip(self._members, gradients, strict=True):
-            parameter.grad = gradient / grad_divisor.to(gradient.dtype)
+            parameter.grad = gradient.to(parameter.dtype) / grad_divisor.to(parameter.dtype)
         self._muon.step()  # type: ignore[no-untyped-call]
         self._muon.zero_grad(set_to_none=True)
         for shard in self._matrices:

@@ -1,8 +1,8 @@
 """Weights and gradients in flat buckets, each reduced by one collective, and sharded for the distributed optimizer.
 
 A bucket holds the parameters that are treated alike: reduced over the same ranks, replicated over the same axes, trained
-with the same settings. A frozen one has weights only. Its gradients accumulate in fp32 over the micro-batches. When the last gradient of a bucket has
-come, its reduction starts while the backward pass goes on.
+with the same settings. A frozen one has weights only. Its gradients accumulate over the micro-batches, in fp32 unless bf16 is wanted. When the last
+gradient of a bucket has come, its reduction starts while the backward pass goes on.
 
 With a distributed optimizer each data-parallel rank owns an equal range of the flat bucket: gradients are
 reduce-scattered, the owner updates, and the new weights are all-gathered. Such a range may begin within a row; in a
@@ -63,6 +63,7 @@ class Bucket:
         distributed: bool,
         offloaded: bool = False,
         remainders: bool = False,
+        bf16_grads: bool = False,
     ) -> None:
         """Allocate the flat tensors and move the parameters into them.
 
@@ -73,6 +74,7 @@ class Bucket:
             distributed: whether gradients and optimizer state are sharded over the data-parallel axis.
             offloaded: whether masters and optimizer state are in the host's memory.
             remainders: whether masters of bf16 weights are kept as what these lack of them.
+            bf16_grads: whether gradients of bf16 weights are summed and reduced in bf16.
         """
         first = members[0][1]
         self.device, self.offloaded = device, offloaded
@@ -88,7 +90,8 @@ class Bucket:
         ]
         wide = first.dtype if self.topology.frozen else wide_dtype(first.dtype)
         self.weights = torch.zeros(self.size, dtype=first.dtype, device=device)
-        self.grads = torch.zeros(0 if self.topology.frozen else self.size, dtype=wide, device=device)
+        summed = first.dtype if bf16_grads and first.dtype == torch.bfloat16 else wide
+        self.grads = torch.zeros(0 if self.topology.frozen else self.size, dtype=summed, device=device)
         piece = self.size // parts
         self._begin = piece * (group_rank(self.group) if self.distributed else 0)
         own = slice(self._begin, self._begin + piece)
@@ -266,6 +269,7 @@ class BucketStore:
         distributed: bool,
         host_share: float = 0.0,
         remainders: bool = False,
+        bf16_grads: bool = False,
         bucket_size: int = BUCKET_SIZE,
     ) -> None:
         """Move a model's parameters into buckets, and collect gradients there from now on.
@@ -278,6 +282,7 @@ class BucketStore:
             distributed: whether gradients and optimizer state are sharded.
             host_share: of the elements that this rank updates, whose masters and optimizer state are in the host's memory.
             remainders: whether masters of bf16 weights are kept as what these lack of them.
+            bf16_grads: whether gradients of bf16 weights are summed and reduced in bf16.
             bucket_size: elements after which a new bucket begins.
         """
         groups = list(pack(list(parameters), lambda item: alike(item[1]), lambda item: item[1].numel(), bucket_size))
@@ -291,6 +296,7 @@ class BucketStore:
                 distributed=distributed,
                 offloaded=offloaded and size > 0,
                 remainders=remainders,
+                bf16_grads=bf16_grads,
             )
             for members, offloaded, size in zip(groups, chosen, owned, strict=True)
         ]

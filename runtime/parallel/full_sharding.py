@@ -1,7 +1,8 @@
 """Full sharding by FSDP2: weights are sharded over data parallel too, and gathered layer by layer.
 
 Dense parameters shard over dp x cp, experts over the expert-data-parallel axis. The shards are kept in fp32 and are the
-master weights; gathered copies have the compute dtype, gradients are summed in fp32. What has no data-parallel replica
+master weights; gathered copies have the compute dtype, gradients are reduced in fp32 unless bf16 is wanted, and added up over
+micro-batches in fp32. What has no data-parallel replica
 to shard over stays in buckets.
 """
 
@@ -116,6 +117,7 @@ class FullyShardedStore:
         *,
         host_share: float = 0.0,
         remainders: bool = False,
+        bf16_grads: bool = False,
     ) -> None:
         """Shard the stages in place.
 
@@ -127,6 +129,8 @@ class FullyShardedStore:
                 of what is sharded are not: FSDP gathers weights from them.
             remainders: whether masters of bf16 weights in buckets are kept as what these lack of them. What is sharded has
                 one fp32 shard for both, as many bytes as a bf16 weight and its remainder.
+            bf16_grads: whether gradients of bf16 weights are reduced in bf16, and in buckets summed in it. FSDP adds what it has
+                reduced to a gradient of its shard's type, fp32.
         """
         named = [(f"{i}.{name}", p) for i, stage in enumerate(stages) for name, p in stage.named_parameters()]
         sharded = [(name, p) for name, p in named if mesh.size(topology_of(p).data_axis) > 1]
@@ -134,10 +138,17 @@ class FullyShardedStore:
         left = [(name, p) for name, p in named if id(p) not in chosen]
         tags = {name: (topology_of(p), p.dtype) for name, p in sharded}
         self._plain = BucketStore(
-            stages, left, mesh, device, distributed=False, host_share=host_share, remainders=remainders
+            stages,
+            left,
+            mesh,
+            device,
+            distributed=False,
+            host_share=host_share,
+            remainders=remainders,
+            bf16_grads=bf16_grads,
         )
         for stage in stages:
-            _shard(stage, mesh, device, chosen)
+            _shard(stage, mesh, device, chosen, bf16_grads=bf16_grads)
         now = {f"{i}.{name}": p for i, stage in enumerate(stages) for name, p in stage.named_parameters()}
         self._sharded: list[ShardedParameter] = []
         for name, (topology, dtype) in tags.items():
@@ -173,7 +184,7 @@ class FullyShardedStore:
         self._plain.share_weights()
 
 
-def _shard(stage: nn.Module, mesh: ParallelMesh, device: torch.device, chosen: set[int]) -> None:
+def _shard(stage: nn.Module, mesh: ParallelMesh, device: torch.device, chosen: set[int], *, bf16_grads: bool) -> None:
     """Apply FSDP to the layers of a stage, their experts, and the rest of the stage."""
     layers = cast(nn.ModuleList, stage.get_submodule("layers"))
     units: list[tuple[nn.Module, str]] = []
@@ -185,7 +196,8 @@ def _shard(stage: nn.Module, mesh: ParallelMesh, device: torch.device, chosen: s
     dtype = next(p.dtype for p in stage.parameters())
     wide = wide_dtype(dtype)
     low = dtype if dtype != wide else None
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=wide, cast_forward_inputs=False)
+    reduced = dtype if bf16_grads and dtype == torch.bfloat16 else wide
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=reduced, cast_forward_inputs=False)
     ids = {id(p) for p in ignored}
     replaced: dict[int, nn.Parameter] = {}
     for module in stage.modules():

@@ -22,6 +22,13 @@ class OpenSum:
     fresh: bool
     """Nothing has been added in this step: the sum holds what the step before left, and is to be overwritten."""
 
+    def add(self, grad: Tensor) -> None:
+        """Add a summand in any precision; the sum is rounded to its own once."""
+        if self.fresh:
+            self.total.copy_(grad)
+        else:
+            self.total.add_(grad)
+
     def zeroed(self) -> Tensor:
         """The sum, zero where nothing has been added: for a summand that doesn't touch every element."""
         return self.total.zero_() if self.fresh else self.total
@@ -116,18 +123,19 @@ def deliver(sink: GradientSink | None, grad: Tensor, parameter: Tensor) -> Tenso
 
     Args:
         sink: the parameter's; None where it has none.
-        grad: the gradient, in the sum's precision or a lower one.
+        grad: the gradient, in any precision.
         parameter: what it is the gradient of.
 
     Returns:
         What a backward function gives autograd: None where the gradient has been added.
     """
-    opened = None if sink is None else sink.open()
+    return deliver_to(sink, None if sink is None else sink.open(), grad, parameter)
+
+
+def deliver_to(sink: GradientSink | None, opened: OpenSum | None, grad: Tensor, parameter: Tensor) -> Tensor | None:
+    """Do as `deliver` where the sink has been opened, as it is once in each backward pass; `opened` is what that gave."""
     if sink is None or opened is None:
         return grad.to(parameter.dtype)
-    if opened.fresh:
-        opened.total.copy_(grad)
-    else:
-        opened.total.add_(grad)
+    opened.add(grad)
     sink.close()
     return None

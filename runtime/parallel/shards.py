@@ -68,7 +68,7 @@ class StoredRange:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of master weights, moments and gradient sums."""
+    """Type of master weights, and unless settings say otherwise of moments and gradient sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -94,7 +94,7 @@ class Shard(Protocol):
 
     @property
     def grad_shard(self) -> Tensor:
-        """[N] as master: the gradient of the global batch."""
+        """[N] the gradient of the global batch, in fp32 (fp64 for fp64) or bf16."""
 
     @property
     def counted(self) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from runtime.optim.config import OptimConfig
 from runtime.parallel.buckets import BucketStore
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
@@ -17,11 +19,9 @@ def make_store(
     module: nn.Module,
     stages: Sequence[nn.Module],
     parallel: ParallelConfig,
+    optim: OptimConfig,
     mesh: ParallelMesh,
     device: torch.device,
-    *,
-    host_share: float,
-    remainders: bool = False,
 ) -> Store:
     """Give the parameters, so far on the meta device, their memory.
 
@@ -29,23 +29,25 @@ def make_store(
         module: holds the stages; names are taken from it.
         stages: this rank's.
         parallel: the degrees.
+        optim: types and places of masters and gradients.
         mesh: the ranks.
         device: where weights and gradients go.
-        host_share: of the elements that this rank updates, whose optimizer state goes to the host.
-        remainders: whether masters of bf16 weights are kept as what these lack of them.
 
     Returns:
         The store.
     """
+    how: dict[str, Any] = {
+        "host_share": optim.on_host,
+        "remainders": optim.master_weights == "remainder",
+        "bf16_grads": optim.main_grads_dtype == "bf16",
+    }
     if parallel.fully_shard:
         # Imported where it is used: it takes seconds that other runs need not spend.
         from runtime.parallel.full_sharding import FullyShardedStore
 
-        return FullyShardedStore(stages, mesh, device, host_share=host_share, remainders=remainders)
-    named, distributed = module.named_parameters(), parallel.use_distributed_optimizer
-    return BucketStore(
-        stages, named, mesh, device, distributed=distributed, host_share=host_share, remainders=remainders
-    )
+        return FullyShardedStore(stages, mesh, device, **how)
+    distributed = parallel.use_distributed_optimizer
+    return BucketStore(stages, module.named_parameters(), mesh, device, distributed=distributed, **how)
 
 
 def allocate_buffers(module: nn.Module, device: torch.device) -> None:

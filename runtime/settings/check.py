@@ -51,7 +51,7 @@ def check_layout(run: RunConfig, world_size: int) -> None:
         check_microbatches(run.parallel, run.train, world_size)
         check_overlap(run, world_size)
     check_optimizer(run.optim, run.parallel)
-    check_masters(run.optim, run.dtype)
+    check_types(run.optim, run.dtype)
     check_offload(run.recompute, run.parallel)
 
 
@@ -241,8 +241,8 @@ def check_optimizer(optim: OptimConfig, parallel: ParallelConfig) -> None:
     )
 
 
-def check_masters(optim: OptimConfig, dtype: str) -> None:
-    """Refuse remainders beside weights that are not the upper half of their masters.
+def check_types(optim: OptimConfig, dtype: str) -> None:
+    """Refuse types of the optimizer's state that don't go with the weights'.
 
     Args:
         optim: the optimizer's settings.
@@ -259,6 +259,10 @@ def check_masters(optim: OptimConfig, dtype: str) -> None:
         optim.master_weights == "fp32" or dtype == "bfloat16",
         f"--master-weights {optim.master_weights} keeps the 16 bits that a bf16 weight lacks of its fp32 master, and the weights are "
         f"{dtype}; {remedy.get(dtype, remedy['float32'])}",
+    )
+    require(
+        optim.main_grads_dtype == "fp32" or dtype == "bfloat16",
+        f"--main-grads-dtype {optim.main_grads_dtype} is of bf16 weights, and these are {dtype}: train with --bf16, or leave it out",
     )
 
 

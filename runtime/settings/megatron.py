@@ -28,7 +28,7 @@ class Fixed:
 
 
 _SDPA = "attention is scaled_dot_product_attention, which chooses its kernel"
-_FP32 = "gradients are accumulated and reduced in fp32"
+_SUMS = "gradients are summed, and added inside the products that give them"
 _OVERLAP = "reductions and gathers always overlap with computation"
 _FORMAT = "checkpoints have their own format, which is found out when one is read"
 _PARALLEL = "every rank always writes and reads its own part"
@@ -46,8 +46,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--no-create-attention-mask-in-dataloader": NoEffect("there are no masks in the data"),
     "--no-position-embedding": NoEffect("positions are rotary, there is no table of them"),
     "--use-rotary-position-embeddings": NoEffect("positions are rotary"),
-    "--no-gradient-accumulation-fusion": NoEffect(_FP32),
-    "--accumulate-allreduce-grads-in-fp32": NoEffect(_FP32),
+    "--no-gradient-accumulation-fusion": NoEffect(_SUMS),
     "--calculate-per-token-loss": NoEffect("the loss is always the mean over the tokens of the global batch"),
     "--no-bias-swiglu-fusion": NoEffect("there are no biases to fuse"),
     "--no-bias-gelu-fusion": NoEffect("the activation is SwiGLU"),
@@ -65,7 +64,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--no-overlap-p2p-communication": NoEffect("the pipeline's schedule decides"),
     "--ddp-num-buckets": NoEffect("buckets follow the layers", 1),
     "--ddp-bucket-size": NoEffect("buckets follow the layers", 1),
-    "--ddp-average-in-collective": NoEffect(_FP32),
+    "--ddp-average-in-collective": NoEffect(_SUMS),
     "--use-checkpoint-args": NoEffect("the architecture always comes from the checkpoint, where there is one"),
     "--override-opt_param-scheduler": NoEffect("the flags always decide; a change on a resume is logged"),
     "--make-vocab-size-divisible-by": NoEffect(
@@ -135,14 +134,14 @@ REFUSED: dict[str, str] = {
     "--use-megatron-fsdp": "parameters are sharded by --fully-shard (FSDP2)",
     "--data-parallel-sharding-strategy": "give --use-distributed-optimizer (optim_grads) or --fully-shard (all of it)",
     "--num-distributed-optimizer-instances": "the optimizer is sharded over all data-parallel ranks; leave it out",
-    "--use-precision-aware-optimizer": "each type has its own flag: --master-weights remainder, --moments-dtype bfloat16; leave it out",
+    "--use-precision-aware-optimizer": "each type has its own flag: --master-weights remainder, --moments-dtype bfloat16, --main-grads-dtype bf16; leave "
+    "it out",
     "--main-params-dtype": "masters are fp32; --master-weights remainder keeps 2 bytes of each: give that, or leave it out",
     "--exp-avg-dtype": "give both moments' type with --moments-dtype float32 or bfloat16",
     "--exp-avg-sq-dtype": "give both moments' type with --moments-dtype float32 or bfloat16",
     "--use-torch-optimizer-for-cpu-offload": "with --optimizer-cpu-offload the GPU computes the update; leave it out",
     "--no-pin-cpu-grads": "with --optimizer-cpu-offload gradients stay on the GPU; leave it out",
     "--no-pin-cpu-params": "--optimizer-cpu-offload page-locks the host's memory; leave it out",
-    "--grad-reduce-in-bf16": "gradients are reduced in fp32; leave it out",
     "--fp8-param-gather": "parameters are gathered in bf16; leave it out",
     "--first-last-layers-bf16": "FP8 is the same in all layers: leave it out",
     "--use-tp-pp-dp-mapping": "ranks are laid out with tp fastest, then cp, dp and pp; leave it out",

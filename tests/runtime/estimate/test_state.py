@@ -31,7 +31,7 @@ from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.shards import Shard
-from runtime.settings.check import check_combinations, check_degrees, check_masters, check_optimizer, check_world
+from runtime.settings.check import check_combinations, check_degrees, check_optimizer, check_types, check_world
 from tests.support.configs import tiny_model, trained_families
 
 NUM_LAYOUTS = 50
@@ -103,6 +103,7 @@ def draw(random_: random.Random) -> Setup:
             optim=OptimConfig(
                 moments_dtype=random_.choice(("float32", "bfloat16")),
                 master_weights=random_.choice(("fp32", "remainder")),
+                main_grads_dtype=random_.choice(("fp32", "fp32", "bf16")),
                 **random_.choice(TRAINED),
                 **random_.choice(HOST),
             ),
@@ -118,7 +119,7 @@ def draw(random_: random.Random) -> Setup:
             check_degrees(parallel, model)
             check_combinations(parallel, setup.moe)
             check_optimizer(setup.optim, parallel)
-            check_masters(setup.optim, setup.dtype)
+            check_types(setup.optim, setup.dtype)
             resolve_groups(setup.optim, model)
         except MoeconvError:
             continue

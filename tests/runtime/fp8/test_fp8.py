@@ -1,5 +1,7 @@
 """FP8 in plain torch: formats and scales, linear maps and experts against fp64, and training beside fp32."""
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -145,12 +147,13 @@ def test_experts_of_an_engine_take_delayed_bounds() -> None:
         assert not any(column[2:]), name
 
 
-def engine(fp8: Fp8Config | None, granularity: str = "none") -> Engine:
+def engine(fp8: Fp8Config | None, granularity: str = "none", **optim_options: Any) -> Engine:
     model = mixtral(hidden=32, layers=1, heads=2, kv_heads=1, head_dim=16, ffn=32, vocab=64, experts=2)
     assert model.compute.router is not None
     parallel, moe = ParallelConfig(), MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,))
-    optim, recompute = OptimConfig(lr=3e-3), RecomputeConfig(granularity=granularity)  # type: ignore[arg-type]
-    made = Engine(model, torch.float32, parallel, moe, optim, recompute, ParallelMesh(parallel), CPU, fp8=fp8)
+    optim, recompute = OptimConfig(lr=3e-3, **optim_options), RecomputeConfig(granularity=granularity)  # type: ignore[arg-type]
+    dtype = torch.bfloat16 if optim_options else torch.float32
+    made = Engine(model, dtype, parallel, moe, optim, recompute, ParallelMesh(parallel), CPU, fp8=fp8)
     made.load_state(random_weights())
     return made
 
@@ -168,5 +171,8 @@ def test_training_is_near_fp32_and_the_same_when_recomputed() -> None:
         assert found != exact
         assert max(abs(a - b) / b for a, b in zip(found, exact, strict=True)) < 5e-3
         assert losses(engine(config, "full"), 2) == found[:2]
+    low, wide = (losses(engine(config, main_grads_dtype=kind), 4) for kind in ("bf16", "fp32"))
+    assert low != wide
+    assert low == pytest.approx(wide, rel=2e-3), "sums in bf16, in steps of two micro-batches, begin anew in each"
     batch = text_batch(64, 2, 32, 99)
     assert made.evaluate([batch]) == pytest.approx(made.evaluate([batch]), abs=0)

@@ -20,8 +20,9 @@ REMAINDER = {"master_weights": "remainder"}
 START = Case(name="one rank", num_ranks=1, dtype="bfloat16", optim={"ema_decay": 0.7})
 CASES: dict[str, dict[str, Any]] = {
     "one rank, frozen parts": {"num_ranks": 1, "optim": {"freeze": ("*experts.1.*",)}},
-    "distributed optimizer, bf16 moments": {
-        "num_ranks": 2, "parallel": {"ep": 2, "use_distributed_optimizer": True}, "optim": {"moments_dtype": "bfloat16"},
+    "distributed optimizer, bf16 moments and gradients": {
+        "num_ranks": 2, "parallel": {"ep": 2, "use_distributed_optimizer": True},
+        "optim": {"moments_dtype": "bfloat16", "main_grads_dtype": "bf16"},
     },
     "fully sharded, experts in buckets, mean of the weights": {
         "num_ranks": 2, "parallel": {"ep": 2, "fully_shard": True}, "optim": {"ema_decay": 0.7},

@@ -53,6 +53,7 @@ OVERLAP = f"{EP} 2 --overlap-moe-expert-parallel-comm"
         (2, f"{OVERLAP} --moe-aux-loss-mode hf --moe-aux-loss-coeff 0.01", "hf, which pools .* take --moe-aux-loss-mode megatron"),
         (1, "--master-weights remainder --fp16", "--master-weights remainder keeps .* weights are float16; fp16 has another"),
         (1, "--master-weights remainder --fp32", "weights are float32; these weights are their own masters: train with --bf16"),
+        (1, "--grad-reduce-in-bf16 --fp16", "--main-grads-dtype bf16 is of bf16 weights, and these are float16"),
         (1, "--master-weights remainder --bf16 --optimizer muon", "--optimizer muon with --master-weights remainder"),
         (1, "--fp8-format hybrid", "--fp8-format is hybrid; FP8 needs a GPU"),
     ],

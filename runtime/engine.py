@@ -35,7 +35,6 @@ from runtime.moe.config import MoEConfig
 from runtime.moe.layer import moe_layers, reset_stats, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
 from runtime.ops.cross_entropy import cross_entropy
-from runtime.ops.documents import Documents
 from runtime.ops.reading import Reading
 from runtime.optim.adamw import squared_norm
 from runtime.optim.config import OptimConfig
@@ -171,7 +170,7 @@ class Engine:
             What was computed, on the device; and the tokens of the global batch, 0-dim fp64.
         """
         self.module.train()
-        batches = [self._to_device(batch) for batch in microbatches]
+        batches = [Microbatch.of(batch, self.device) for batch in microbatches]
         num_tokens = self._count_tokens(batches).clamp(min=1)
         self._scale.copy_(self.loss_scale.scale / num_tokens)
         # Balancing losses are means over a micro-batch: of these the global batch has so many.
@@ -193,7 +192,7 @@ class Engine:
             Mean cross entropy over all labels of all ranks, nats a token, the same on every rank; 0 where there are none.
         """
         self.module.eval()
-        mine = [self._to_device(batch) for batch in batches]
+        mine = [Microbatch.of(batch, self.device) for batch in batches]
         # An interleaved schedule takes its micro-batches in rounds of pp: fill up with ones that don't count.
         while len(mine) % self.mesh.size("pp"):
             mine.append(replace(mine[0], labels=torch.full_like(mine[0].labels, IGNORED_LABEL)))
@@ -303,12 +302,6 @@ class Engine:
 
         taken = (self._activation_shape, self._context.dtype, self._loss, self.store.collect)
         return Pipeline(stages, self.mesh, self.device, parallel.pp_schedule, *taken)
-
-    def _to_device(self, batch: Batch) -> Microbatch:
-        # Document numbers stay on the host: what attention needs of them is found out there.
-        moved = replace(batch, document_ids=None).to(self.device)
-        documents = Documents(batch.document_ids, self.device) if batch.document_ids is not None else None
-        return Microbatch(tokens=moved.tokens, labels=moved.labels, more=(moved.position_ids, documents))
 
     def _count_tokens(self, batches: Sequence[Microbatch]) -> Tensor:
         """Labels of the global batch that count; 0-dim fp64."""

@@ -3,6 +3,10 @@
 On a GPU the kernels run compiled, without one in Triton's interpreter.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -256,3 +260,11 @@ def test_a_kernel_that_does_not_compile_says_why() -> None:
 
     with pytest.raises(RuntimeError, match=r"(?s)does not compile for sm_90a.*undeclared_name"):
         compile_cubin('extern "C" __global__ void kernel() { undeclared_name(); }', "sm_90a")
+
+
+def test_adamw_compiles_for_hopper_in_every_pairing_of_types() -> None:
+    """The interpreter, in which its other tests run, doesn't mind what the compiler refuses."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.runtime.kernels.adamw_for_hopper"]
+    lines = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert len(set(lines)) == 8

@@ -67,6 +67,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]  # fmt: skip
         if name in UPCYCLED:
             words += ["--expert-model-parallel-size", 2, "--expert-tensor-parallel-size", 1]
+        else:
+            words.append("--tp-comm-overlap")
         if name in BIASED:
             words.append("--moe-router-enable-expert-bias")
         if name == CHANGED:

@@ -51,7 +51,7 @@ seed: 0017
         ("lr: 1\nlr: 2", "lr is given twice"),
         ("- lr", "expected a mapping"),
         ("lr: {", "no YAML"),
-        ("overlap-moe-expert-parallel-comm: true", "--overlap-moe-expert-parallel-comm: .* leave it out"),
+        ("moe-shared-expert-overlap: true", "--moe-shared-expert-overlap: .* leave it out"),
         ("bf16: true\nfp16: true", "--bf16 and --fp16 contradict"),
     ],
 )

@@ -124,7 +124,7 @@ def test_values_that_cannot_be_honoured(flags: str, message: str) -> None:
         ("--lr-decay-style cosines", "--lr-decay-style is 'cosines'; expected one of constant, linear"),
         ("--micro-batch-size two", "--micro-batch-size is 'two'; expected a whole number of at least 1"),
         ("--hidden-dropout 0.1", "--hidden-dropout is 0.1; the runtime trains without dropout: give 0"),
-        ("--overlap-moe-expert-parallel-comm", "--overlap-moe-expert-parallel-comm: .* leave it out"),
+        ("--moe-shared-expert-overlap", "--moe-shared-expert-overlap: .* leave it out"),
         ("--vocab-file a --merge-file b", "--vocab-file: .* --tokenizer-model"),
         ("--seed", "--seed: expected one argument"),
     ],

@@ -33,7 +33,7 @@ LORA = (
 )
 LAYOUT = (
     *("--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size", "2"),
-    *("--expert-tensor-parallel-size", "1", "--use-distributed-optimizer"),
+    *("--expert-tensor-parallel-size", "1", "--use-distributed-optimizer", "--tp-comm-overlap"),
 )
 
 

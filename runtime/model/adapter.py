@@ -15,7 +15,8 @@ from runtime.model.context import ModelContext
 from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.experts import Experts
 from runtime.moe.low_rank import Form
-from runtime.ops.low_rank import Part, Scaling, add_low_rank
+from runtime.ops.linear import linear
+from runtime.ops.low_rank import Part, Scaling, add_low_rank, draw_seed, drop
 from runtime.parallel.topology import topology_of
 
 
@@ -44,6 +45,11 @@ class Adapter(nn.Module):
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
         """Add to the maps' output [..., N], which is overwritten, what the adapters give for their input [..., D]."""
         return add_low_rank(out, x, self.a, self.b, self._parts, self._scaling, training=self.training)
+
+    def reduced(self, x: Tensor) -> Tensor:
+        """What B is applied to, scaled: [..., P] for the maps' input [..., D]."""
+        dropout = self._scaling.dropout if self.training else 0.0
+        return linear(drop(x, dropout, draw_seed(dropout)), self.a) * self._scaling.scale
 
 
 def take_adapter(context: ModelContext, weight: nn.Parameter | None, *roles: str, layer: int) -> Adapter | None:

@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.k_norm = self._norm("attention.k_norm", layer)
         self._recompute = context.recomputes("core_attn")
         self._in = ColumnMaps(context, "queries, keys and values", self.q_weight, self.kv_weight)
-        self._out = RowMap(context, "attention's output", self.o_weight, self.o_adapter)
+        self._out = RowMap(context, "attention's output", self.o_weight)
 
     def _norm(self, role: str, layer: int) -> RMSNorm | SharedRMSNorm | None:
         """The norm of queries or keys: over each head, or over all heads together where its weight is as long."""

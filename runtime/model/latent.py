@@ -63,7 +63,7 @@ class LatentAttention(nn.Module):
         self.q_norm, self.kv_norm = norm("attention.q_a_norm"), norm("attention.kv_a_norm")
         self._recompute = context.recomputes("core_attn")
         self._in = ColumnMaps(context, "latent projections", fp8=False, apart=True)
-        self._out = RowMap(context, "attention's output", self.o_weight, self.o_adapter, fp8=False)
+        self._out = RowMap(context, "attention's output", self.o_weight, fp8=False)
 
     def forward(
         self, x_SBD: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None = None, past: Past | None = None

@@ -43,7 +43,7 @@ class GatedMLP(nn.Module):
         self.b2 = parameters.take_optional(f"{part}.down.bias", layer=layer, partial=context.sp)
         name = "shared experts" if part == "shared" else "dense layers"
         self._first = ColumnMaps(context, f"{name}' gate and up", self.w13)
-        self._second = RowMap(context, f"{name}' down", self.w2, self.adapter2)
+        self._second = RowMap(context, f"{name}' down", self.w2)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""

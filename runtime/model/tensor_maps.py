@@ -1,7 +1,7 @@
 """The linear maps at the edges of tensor-parallel regions, with the gather before them or the sum after them.
 
-With `--tp-comm-overlap` communication and product are overlapped where the map is a plain product; one in FP8, of a
-quantised weight, or an adapter's beside the sum after it waits for its communication as without.
+With `--tp-comm-overlap` communication and product are overlapped where the map is a plain product, with an adapter or
+without; one in FP8 or of a quantised weight waits for its communication as without.
 
 Legend: S positions, B sequences, D input width, N output width of this rank.
 """
@@ -98,13 +98,10 @@ class ColumnMaps(_Edge):
 class RowMap(_Edge):
     """A map at the end of a region: the ranks of tp have summands of its output."""
 
-    def __init__(
-        self, context: ModelContext, name: str, weight_ND: Tensor, adapter: Adapter | None, *, fp8: bool = True
-    ) -> None:
+    def __init__(self, context: ModelContext, name: str, weight_ND: Tensor, *, fp8: bool = True) -> None:
         """Choose how the map is computed; arguments as of `ColumnMaps`."""
         maps = context.maps(weight_ND) if fp8 else linears
-        hindrance = _quantised(context) or (None if adapter is None else "adapters")
-        super().__init__(context, name, maps, hindrance)
+        super().__init__(context, name, maps, _quantised(context))
 
     def __call__(self, x_SBD: Tensor, weight_ND: Tensor, adapter: Adapter | None) -> Tensor:
         """Apply the map and come out of the region: [S, B, D] to [S, B, N], with sequence parallelism [S / tp, B, N]."""
@@ -112,7 +109,9 @@ class RowMap(_Edge):
             return self._context.leave(adapted(self._maps(x_SBD, [weight_ND])[0], x_SBD, adapter))
         tp = self._context.mesh.group("tp")
         assert tp is not None
-        return linear_scatter(x_SBD, weight_ND, tp)
+        if adapter is None:
+            return linear_scatter([x_SBD], [weight_ND], tp)
+        return linear_scatter([x_SBD, adapter.reduced(x_SBD)], [weight_ND, adapter.b], tp)
 
 
 def describe_overlap(module: nn.Module, *, num_stages: int) -> str:

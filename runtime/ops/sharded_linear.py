@@ -40,19 +40,15 @@ def _multiply(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, out_TN: Te
         torch.addmm(bias_N, x_TD, weight_ND.t(), out=out_TN)
 
 
-def _input_gradient(
-    grads_TN: Sequence[Tensor], weights_ND: Sequence[Tensor], more_TD: Tensor | None, out_TD: Tensor
-) -> None:
-    """Write the sum of the maps' products with the gradients of their outputs, and of what comes from elsewhere."""
-    first = True
-    for grad, weight in zip(grads_TN, weights_ND, strict=True):
-        if not first:
-            out_TD.addmm_(grad, weight)
-        elif more_TD is None:
-            torch.mm(grad, weight, out=out_TD)
+def _add_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], more: Tensor | None, out: Tensor) -> None:
+    """Write the sum of several products, and of what comes from elsewhere."""
+    for place, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        if place > 0:
+            out.addmm_(left, right)
+        elif more is None:
+            torch.mm(left, right, out=out)
         else:
-            torch.addmm(more_TD, grad, weight, out=out_TD)
-        first = False
+            torch.addmm(more, left, right, out=out)
 
 
 class _GatherLinears(torch.autograd.Function):
@@ -86,12 +82,12 @@ class _GatherLinears(torch.autograd.Function):
         wanted = ctx.needs_input_grad[5:]
         if ctx.needs_input_grad[0] and any(wanted[: ctx.count]):
             summand = flat[0].new_empty((flat[0].shape[0], width))
-            _input_gradient(flat, weights, more, summand)
+            _add_products(flat, weights, more, summand)
             scattered = ScatteredSum(summand, ctx.group)
         elif ctx.needs_input_grad[0]:
 
             def make(rows: slice, out_TD: Tensor) -> None:
-                _input_gradient([grad[rows] for grad in flat], weights, None if more is None else more[rows], out_TD)
+                _add_products([grad[rows] for grad in flat], weights, None if more is None else more[rows], out_TD)
 
             grad_x = sum_pieces(make, (flat[0].shape[0] // ctx.group.size(), width), flat[0], ctx.group)
         left = parameter_gradients(flat, lambda: kept[0].reshape(-1, width), ctx.biases, ctx.sinks, wanted)
@@ -101,31 +97,43 @@ class _GatherLinears(torch.autograd.Function):
 
 
 class _LinearScatter(torch.autograd.Function):
-    """Keeps the input, or what it was made of."""
+    """Keeps each input whose weight is trained, or what it was made of."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_ND: Tensor, group: dist.ProcessGroup) -> Tensor:
-        rows_TD = x.reshape(-1, x.shape[-1])
-        piece = (rows_TD.shape[0] // group.size(), weight_ND.shape[0])
-        out = sum_pieces(lambda rows, out: _multiply(rows_TD[rows], weight_ND, None, out), piece, x, group)
-        kept = Kept.of(x) if ctx.needs_input_grad[1] else Kept.nothing()
-        ctx.save_for_backward(weight_ND, *kept.tensors)
-        ctx.source, ctx.shape, ctx.group, ctx.sink = kept.source, x.shape, group, sink_of(weight_ND)
-        return out.view(x.shape[0] // group.size(), *x.shape[1:-1], weight_ND.shape[0])
+    def forward(ctx: Any, group: dist.ProcessGroup, count: int, *tensors: Tensor) -> Tensor:
+        xs, weights = tensors[:count], tensors[count:]
+        flat = [x.reshape(-1, x.shape[-1]) for x in xs]
+        piece = (flat[0].shape[0] // group.size(), weights[0].shape[0])
+
+        def make(rows: slice, out_TN: Tensor) -> None:
+            _add_products([x_TD[rows] for x_TD in flat], [weight.t() for weight in weights], None, out_TN)
+
+        out = sum_pieces(make, piece, xs[0], group)
+        trained = ctx.needs_input_grad[2 + count :]
+        kept = [Kept.of(x) if trains else Kept.nothing() for x, trains in zip(xs, trained, strict=True)]
+        ctx.save_for_backward(*weights, *(tensor for one in kept for tensor in one.tensors))
+        ctx.kept = [(one.count, one.source) for one in kept]
+        ctx.group, ctx.shapes, ctx.sinks = group, [x.shape for x in xs], [sink_of(weight) for weight in weights]
+        return out.view(xs[0].shape[0] // group.size(), *xs[0].shape[1:-1], weights[0].shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *saved = ctx.saved_tensors
-        gathering = Gathering(grad, ctx.group, keeps=ctx.needs_input_grad[1])
-        grad_x = grad.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
+        tensors, count = ctx.saved_tensors, len(ctx.shapes)
+        weights, saved = tensors[:count], list(tensors[count:])
+        wanted, trained = ctx.needs_input_grad[2 : 2 + count], ctx.needs_input_grad[2 + count :]
+        gathering = Gathering(grad, ctx.group, keeps=any(trained))
+        grads_x = [grad.new_empty(shape) if want else None for shape, want in zip(ctx.shapes, wanted, strict=True)]
         for rows, piece_TN in gathering.pieces():
-            if grad_x is not None:
-                torch.mm(piece_TN, weight, out=grad_x.view(-1, ctx.shape[-1])[rows])
-        left = None
-        if ctx.needs_input_grad[1]:
-            rows_TD = restore(saved, ctx.source).reshape(-1, ctx.shape[-1])
-            left = weight_gradient(gathering.whole.view(-1, grad.shape[-1]), rows_TD, ctx.sink)
-        return grad_x, left, None
+            for grad_x, weight in zip(grads_x, weights, strict=True):
+                if grad_x is not None:
+                    torch.mm(piece_TN, weight, out=grad_x.view(-1, weight.shape[1])[rows])
+        left: list[Tensor | None] = []
+        for weight, (num, source), sink, trains in zip(weights, ctx.kept, ctx.sinks, trained, strict=True):
+            mine, saved = saved[:num], saved[num:]
+            rows_TD = restore(mine, source).reshape(-1, weight.shape[1]) if trains else None
+            whole_TN = gathering.whole.view(-1, grad.shape[-1])
+            left.append(None if rows_TD is None else weight_gradient(whole_TN, rows_TD, sink))
+        return None, None, *grads_x, *left
 
 
 def gather_linears(
@@ -155,15 +163,15 @@ def gather_linears(
     return cast("tuple[Tensor, ...]", out)
 
 
-def linear_scatter(x_SBD: Tensor, weight_ND: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Apply a linear map of which each rank has some columns, and keep a piece of the sum over the ranks. Collective.
+def linear_scatter(xs_SBD: Sequence[Tensor], weights_ND: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
+    """Add up linear maps of which each rank has some columns, and keep a piece of the sum over the ranks. Collective.
 
     Args:
-        x_SBD: [S, B, D] this rank's columns of the input.
-        weight_ND: [N, D] this rank's columns of the weight.
+        xs_SBD: [S, B, D] this rank's columns of each map's input; D may differ.
+        weights_ND: [N, D] this rank's columns of each weight.
         group: the ranks.
 
     Returns:
         [S / ranks, B, N].
     """
-    return cast(Tensor, _LinearScatter.apply(x_SBD, weight_ND, group))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _LinearScatter.apply(group, len(xs_SBD), *xs_SBD, *weights_ND))  # type: ignore[no-untyped-call]

@@ -29,6 +29,7 @@ def run_region(overlapped: bool, frozen: bool) -> list[Tensor]:
     x = draw(rank, 2, 3, 5).requires_grad_()
     weights = [draw(10 + rank, 4, 5), draw(20 + rank, 7, 5)]
     bias, back, other = draw(30 + rank, 4), draw(40 + rank, 6, 11), draw(50 + rank, 5, 5).requires_grad_()
+    down = draw(70 + rank, 2, 11).requires_grad_()
     parameters = [*weights, bias, back]
     for parameter in parameters:
         parameter.requires_grad_(not frozen)
@@ -38,16 +39,21 @@ def run_region(overlapped: bool, frozen: bool) -> list[Tensor]:
         whole = all_gather(x, 0, group)
         a, b = linears(whole, weights, [bias, None])
     joined = torch.cat([a, b], dim=-1).tanh()
-    out = linear_scatter(joined, back, group) if overlapped else reduce_scatter(linears(joined, [back])[0], 0, group)
+    # Something that is as small as an adapter's product, and is trained beside frozen weights.
+    small, wide = linears(joined, [down])[0], draw(80 + rank, 6, 2).requires_grad_()
+    if overlapped:
+        out = linear_scatter([joined, small], [back, wide], group)
+    else:
+        out = reduce_scatter(linears(joined, [back])[0] + linears(small, [wide])[0], 0, group)
     ((out * draw(60 + rank, *out.shape)).sum() + ((whole @ other) ** 2).sum()).backward()
-    return [out.detach(), *(p.grad for p in (x, other, *parameters) if p.grad is not None)]
+    return [out.detach(), *(p.grad for p in (x, other, down, wide, *parameters) if p.grad is not None)]
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_equal_to_one_after_the_other(num_ranks: int, frozen: bool, pool: RankPool) -> None:
     got, want = (pool.run(num_ranks, run_region, overlapped, frozen) for overlapped in (True, False))
-    assert len(got[0]) == len(want[0]) == (3 if frozen else 7)
+    assert len(got[0]) == len(want[0]) == (5 if frozen else 9)
     for mine, theirs in zip(got, want, strict=True):
         assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(mine, theirs, strict=True))
     again = pool.run(num_ranks, run_region, True, frozen)
@@ -66,8 +72,8 @@ def described(options: dict[str, Any]) -> tuple[str, bool]:
         ({"model": QWEN2}, ("queries", "attention's output", "dense layers' gate and up", "dense layers' down"), ()),
         (
             {"model": LATENT, "lora": ALL["lora"]},
-            ("latent projections", "shared experts' gate and up"),
-            ("attention's output (adapters)", "shared experts' down (adapters)"),
+            ("latent projections", "attention's output", "shared experts' gate and up", "shared experts' down"),
+            (),
         ),
         (
             {"model": WIDE, "lora": {"rank": 2, "quantize_base": "nf4"}},

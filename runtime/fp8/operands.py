@@ -36,7 +36,7 @@ def raise_amax(x_GTD: Tensor, amax_G: Tensor) -> None:
     """Raise numbers to the largest absolute value of a matrix each.
 
     Args:
-        x_GTD: [G, T, D] contiguous.
+        x_GTD: [G, T, D].
         amax_G: [G] fp32.
     """
     if x_GTD.is_cuda:
@@ -67,7 +67,7 @@ def quantise_into(
     """Bring matrices to 8 bits.
 
     Args:
-        x_GTD: [G, T, D] contiguous.
+        x_GTD: [G, T, D], the last dim contiguous.
         bound_G: [G] fp32.
         rows: [G, P, D] in an 8-bit format, the last dim contiguous; rows from T to P become zero. None: not wanted.
         columns: [G, D, P] likewise.
@@ -100,7 +100,7 @@ def quantise(
     """Bring a matrix to 8 bits.
 
     Args:
-        x_TD: [T, D] contiguous.
+        x_TD: [T, D]; rows may lie apart.
         bound: [1] fp32.
         amax: [1] fp32, raised to the largest absolute value; None: not wanted.
         dtype: the format.

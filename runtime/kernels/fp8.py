@@ -52,6 +52,8 @@ def _quantise_kernel(
     num_rows,
     num_columns,
     padded_rows,
+    x_group,
+    x_pitch,
     rows_group,
     rows_pitch,
     columns_group,
@@ -67,7 +69,7 @@ def _quantise_kernel(
     row = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)
     column = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
     inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
-    at = (group * num_rows + row)[:, None] * num_columns + column[None, :]
+    at = group * x_group + row[:, None] * x_pitch + column[None, :]
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if AMAX:
         tl.atomic_max(amax + group, tl.max(tl.max(tl.abs(values), 1), 0))
@@ -191,7 +193,8 @@ def _limit(dtype: torch.dtype) -> float:
 
 
 def amax(x_GTD: Tensor, out_G: Tensor) -> None:
-    """Raise each number of `out_G`, fp32, to the largest absolute value of a matrix, contiguous."""
+    """Raise each number of `out_G`, fp32, to the largest absolute value of a matrix; one whose rows lie apart is copied."""
+    x_GTD = x_GTD.contiguous()
     count = x_GTD[0].numel()
     if count:
         grid = (triton.cdiv(count, AMAX_BLOCK * AMAX_BLOCKS), x_GTD.shape[0])
@@ -208,7 +211,7 @@ def quantise(
     """Bring matrices to 8 bits, saturating.
 
     Args:
-        x_GTD: [G, T, D] contiguous.
+        x_GTD: [G, T, D], the last dim contiguous.
         bounds_G: [G] fp32.
         rows: [G, P, D] in an 8-bit format, the last dim contiguous; rows from T to P become zero. None: not wanted.
         columns: [G, D, P] likewise.
@@ -222,7 +225,7 @@ def quantise(
         return
     grid = (triton.cdiv(padded, TILE_ROWS), triton.cdiv(num_columns, TILE_COLUMNS), num_groups)
     args = (x_GTD, out if rows is None else rows, out if columns is None else columns, bounds_G)
-    pitches = [0 if t is None else t.stride(dim) for t in (rows, columns) for dim in (0, 1)]
+    pitches = [0 if t is None else t.stride(dim) for t in (x_GTD, rows, columns) for dim in (0, 1)]
     sizes = (bounds_G if amax_G is None else amax_G, num_rows, num_columns, padded, *pitches)
     kinds = (_limit(out.dtype), rows is not None, columns is not None, amax_G is not None)
     _quantise_kernel[grid](*args, *sizes, *kinds, TILE_ROWS, TILE_COLUMNS, num_warps=8)

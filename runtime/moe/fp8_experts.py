@@ -53,7 +53,7 @@ class _Fp8Experts(torch.autograd.Function):
         out = rows_times_transposed(act, act_bound, w2.rows, w2.bound_G, plan.offsets_E, x_TD.dtype, exact=False)
         ctx.save_for_backward(hidden, weights_TK, w13_EGD, w2_EDF, x.rows, bound, act_bound)
         ctx.plan, ctx.state, ctx.made = plan, state, (w13, w2)
-        ctx.sinks = sink_of(w13_EGD), sink_of(w2_EDF)
+        ctx.sinks, ctx.pitch = (sink_of(w13_EGD), sink_of(w2_EDF)), x_TD.stride(0)
         return passes.sum_rows(out, plan, fused=x_TD.is_cuda)
 
     @staticmethod
@@ -79,7 +79,7 @@ class _Fp8Experts(torch.autograd.Function):
             del right
         if ctx.needs_input_grad[0]:
             product = rows_times_transposed(made.rows, made.bound, w13.columns, w13.bound_G, ends, dtype, exact=True)
-            grad_x = passes.sum_rows(product, plan, fused=product.is_cuda)
+            grad_x = passes.sum_rows(product, plan, fused=product.is_cuda, pitch=ctx.pitch)
         return grad_x, made.weights_TK, grad_w13, grad_w2, None, None
 
 
@@ -138,7 +138,8 @@ class Fp8Experts:
 
     def __call__(self, x_TD: Tensor, weights_TK: Tensor, w13_EGD: Tensor, w2_EDF: Tensor, plan: RowPlan) -> Tensor:
         """Each token's weighted sum over its experts; arguments as of `runtime.moe.experts.grouped_mlp`."""
-        args = (x_TD.contiguous(), weights_TK, w13_EGD, w2_EDF, plan, self)
+        x_TD = x_TD if x_TD.stride(-1) == 1 else x_TD.contiguous()
+        args = (x_TD, weights_TK, w13_EGD, w2_EDF, plan, self)
         return cast(Tensor, _Fp8Experts.apply(*args))  # type: ignore[no-untyped-call]
 
     def hidden_and_act(

@@ -10,6 +10,7 @@ from runtime.moe.grouped_gemm import LoopGemm
 from runtime.moe.packed import pack, unpack
 from runtime.moe.permutation import plan_rows
 from runtime.moe.tail import TAIL
+from runtime.parallel.buckets import BucketStore
 from runtime.parity.case import Case, global_batch, make_engine, own_share
 from runtime.parity.ranks import RankPool
 
@@ -52,6 +53,33 @@ def launches(case: Case) -> tuple[list[str], list[str]]:
             passed = event.name != name or backward
             (backward if passed else forward).append(OPERATORS[name])
     return forward, backward
+
+
+def reductions_before_the_end(case: Case) -> list[bool]:
+    """Of each bucket, whether its reduction began within the backward pass of a step's last micro-batches."""
+    engine, mesh = make_engine(case)
+    assert isinstance(engine.store, BucketStore)
+    begun: list[bool] = []
+    finish = engine.store.finish
+
+    def note() -> None:
+        begun.extend(bucket.pending.launched for bucket in store._buckets)
+        finish()
+
+    store = engine.store
+    store.finish = note  # type: ignore[method-assign]
+    engine.train_step(own_share(global_batch(case, 0), mesh))
+    return begun
+
+
+def test_reductions_begin_with_the_last_gradient_of_a_pair(pool: RankPool) -> None:
+    """Also of routers' weights, for which autograd leaves one sum of both micro-batches' gradients."""
+    parallel = {"ep": 2, "overlap_exchange": True, "use_distributed_optimizer": True}
+    for num_microbatches in (4, 6):  # a pair; a pair and one alone
+        case = Case(name="in pairs", num_ranks=2, parallel=parallel, num_microbatches=num_microbatches)
+        for begun in pool.run(2, reductions_before_the_end, case):
+            assert begun
+            assert all(begun)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the profiler

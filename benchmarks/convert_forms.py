@@ -1,4 +1,4 @@
-"""Time import and export of every stored form beside `cp -r`: `python -m benchmarks.convert_forms [--rounds 5] [--gb 1.5] [--only FORM ...]`.
+"""Time import and export of every stored form beside `cp -r`: `python -m benchmarks.convert_forms [--rounds 5] [--gb 2.5] [--only FORM ...]`.
 
 Sources of random bytes with true layer shapes and few layers: Mixtral 8x7B in bf16, Qwen3-30B-A3B's experts one by one, fused, and in FP8
 with 128x128 block scales, and gpt-oss-20b's MXFP4 stacks.
@@ -180,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time import and export of every stored form beside cp -r.")
     parser.add_argument("--folder", type=Path, help="where to build the sources; default: a new one, removed again")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each command; the median counts")
-    parser.add_argument("--gb", type=float, default=1.5, help="least size of a source")
+    parser.add_argument("--gb", type=float, default=2.5, help="least size of a source")
     parser.add_argument("--only", nargs="+", choices=FORMS, default=list(FORMS), help="some of the sources")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     flags = parser.parse_args()

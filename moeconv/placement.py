@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from moeconv.errors import LayoutError
-from moeconv.families.base import CARRIED, GlobalTensor, Model
+from moeconv.families.base import CARRIED, GlobalTensor, Model, TensorRule
 from moeconv.families.quantised import BlockSplitError, Part
 from moeconv.layout.degrees import Degrees, DegreesError, chunk_layers, stage_of_layers
 from moeconv.layout.rect import Rect
@@ -197,6 +197,7 @@ class Placement:
         check_degrees(model, degrees)
         self.model, self.degrees = model, degrees
         self._stages = stage_of_layers(model.sizes["layers"], degrees)
+        self._distinct: dict[TensorRule, list[tuple[int, Rect]]] = {}
 
     def stage(self, tensor: GlobalTensor) -> int:
         """Give the pipeline stage that stores a tensor."""
@@ -217,11 +218,19 @@ class Placement:
         tensor = self.model.tensors[base]
         if not tensor.size:  # a shared expert of width 0
             return [Stored(self.file(tensor, 0), Rect.whole(tensor.shape))]
-        out: dict[Rect, str] = {}
-        for rank, rect in enumerate(rank_rects(tensor, self.degrees)):
-            if rect.size and rect not in out:
-                out[rect] = ("optimizer-" if state else "") + self.file(tensor, rank)
-        return [Stored(file, rect) for rect, file in out.items()]
+        prefix = "optimizer-" if state else ""
+        return [Stored(prefix + self.file(tensor, rank), rect) for rank, rect in self._first_ranks(tensor)]
+
+    def _first_ranks(self, tensor: GlobalTensor) -> list[tuple[int, Rect]]:
+        """Give each rectangle of a tensor with the first rank that holds it; tensors of a rule are alike, so each rule is worked out once."""
+        found = self._distinct.get(tensor.rule)
+        if found is None:
+            first: dict[Rect, int] = {}
+            for rank, rect in enumerate(rank_rects(tensor, self.degrees)):
+                if rect.size:
+                    first.setdefault(rect, rank)
+            found = self._distinct[tensor.rule] = [(rank, rect) for rect, rank in first.items()]
+        return found
 
     def file(self, tensor: GlobalTensor, rank: int) -> str:
         """Name the file for rank `rank` along the tensor's own axis."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from moeconv.families.base import Model
 from runtime.estimate.machine import Machine, find_machine
 from runtime.estimate.setup import Setup
 from runtime.estimate.step import Estimate
+from runtime.fp8.config import Fp8Config, Fp8Recipe
+from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
+from runtime.model.targets import adapt
 from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
@@ -80,6 +83,10 @@ class Row:
     microbatch: int = 1
     microbatches: int = 8
     moments: str = "float32"
+    fp8: Fp8Recipe | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    graphs: bool = True
+    recompute: str = "none"
     engine: str = "now"
     """now, now on H200, before (the fused steps) or before, alone."""
     ms: float
@@ -103,10 +110,32 @@ def one_gpu() -> Iterator[Row]:
     )
     yield Row(name="Qwen3, 8", **qwen, ms=562, gb=_gib(56.8))
     yield Row(name="Qwen3, 1", **qwen, microbatches=1, ms=98.9, gb=_gib(56.8))
+    yield Row(name="Mixtral, 8, FP8 tensorwise", **mixtral, fp8="tensorwise", ms=529.6, gb=_gib(62.9))
     before: dict[str, Any] = {"engine": "before, alone"}
     yield Row(name="Mixtral, 8", **mixtral, **before, ms=822, gb=_gib(57.6))
     yield Row(name="Mixtral, 1", **mixtral, microbatches=1, **before, ms=147.6, gb=_gib(57.6))
     yield Row(name="Qwen3, 8", **qwen, **before, ms=907, gb=None)
+
+
+def adapters() -> Iterator[Row]:
+    """docs/finetuning.md, "Measured": whole models, layers recomputed, four micro-batches of one sequence."""
+    attention, experts = ("*.self_attn.*",), ("*.self_attn.*", "*.experts.*")
+    qwen: dict[str, Any] = {"config": QWEN3_30B, "layers": 48, "microbatches": 4, "recompute": "full"}
+
+    def lora(targets: tuple[str, ...], **base: Any) -> dict[str, Any]:
+        moments = "bfloat16" if targets == experts else "float32"
+        return {"lora": LoraConfig(rank=16, targets=targets, **base), "moments": moments}
+
+    nf4, double = {"quantize_base": "nf4"}, {"quantize_base": "nf4", "double_quant": True}
+    yield Row(name="attention", **qwen, **lora(attention), ms=1047.9, gb=63.6)
+    yield Row(name="attention, no graphs", **qwen, **lora(attention), graphs=False, ms=2406, gb=63.6)
+    yield Row(name="the same, another host", **qwen, **lora(attention), graphs=False, ms=3126.7, gb=63.6)
+    yield Row(name="attention and experts", **qwen, **lora(experts), ms=1485.8, gb=75.2)
+    yield Row(name="attention; nf4, scales quantised", **qwen, **lora(attention, **double), ms=1336.2, gb=20.0)
+    yield Row(name="attention and experts; nf4", **qwen, **lora(experts, **nf4), ms=1796.3, gb=33.0)
+    yield Row(name="attention; fp8", **qwen, **lora(attention, quantize_base="fp8"), ms=1383.7, gb=34.5)
+    mixtral = qwen | {"config": MIXTRAL, "layers": 32}
+    yield Row(name="Mixtral 8x7B: attention and experts; nf4", **mixtral, **lora(experts, **nf4), ms=3359.4, gb=34.5)
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -201,6 +230,7 @@ def make_setup(config: dict[str, Any], layers: int, gpus: int, parallel: dict[st
     """Put a setup together."""
     family = FAMILIES[config["model_type"]]
     model = Model.from_config(family, config | {"num_hidden_layers": layers, "max_position_embeddings": 4096})
+    model = adapt(model, sizes.get("lora", LoraConfig()))
     router = model.compute.router
     assert router is not None
     return Setup(
@@ -215,7 +245,8 @@ def predict(row: Row, machines: dict[str, Machine]) -> Estimate:
     """Plan a measured run."""
     setup = make_setup(
         row.config, row.layers, row.gpus, row.parallel, moments=row.moments, micro_batch_size=row.microbatch,
-        num_microbatches=row.microbatches,
+        num_microbatches=row.microbatches, recompute=row.recompute, lora=row.lora, graphs=row.graphs,
+        fp8=Fp8Config(format="hybrid", recipe=row.fp8) if row.fp8 else Fp8Config(),
     )  # fmt: skip
     return Estimate(setup, machines[row.engine])
 
@@ -231,10 +262,10 @@ def machines() -> dict[str, Machine]:
     return out
 
 
-def errors() -> list[dict[str, Any]]:
-    """Predicted, measured and the error of every run."""
+def errors(rows: Iterable[Row] | None = None) -> list[dict[str, Any]]:
+    """Predicted, measured and the error of every run; None: those without adapters."""
     known, out = machines(), []
-    for row in (*one_gpu(), *several_gpus()):
+    for row in (*one_gpu(), *several_gpus()) if rows is None else rows:
         found = predict(row, known)
         ms, gb = found.seconds * 1e3, found.peak / 1e9
         out.append({
@@ -266,10 +297,22 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    rows, runs = errors(), plausible()
+    rows, tuned, runs = errors(), errors(adapters()), plausible()
     if parser.parse_args().json:
-        print(json.dumps({"measured": rows, "published": runs}, indent=1))
+        print(json.dumps({"measured": rows, "adapters": tuned, "published": runs}, indent=1))
         return
+    _print_rows(rows)
+    _print_rows(tuned)
+    print("| published run | of | recomputed here | TFLOP/s a GPU: predicted | published | difference | peak, GB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for run in runs:
+        print(
+            f"| {run['run']} | {run['conditions']} | {run['recomputed']} | {run['predicted_tflops']:.0f} "
+            f"| {run['published_tflops']:.0f} | {run['error']:+.0%} | {run['peak_gb']:.0f} |"
+        )
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
     print("| GPUs | run | engine | ms: predicted | measured | error | peak, GB: predicted | measured | error |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
@@ -284,13 +327,6 @@ def main() -> None:
     peaks = [abs(row["memory_error"]) for row in rows if row["memory_error"] is not None]
     print(f"\ntime: mean error {sum(times) / len(times):.1%}, largest {max(times):.1%}; "
           f"peak: mean {sum(peaks) / len(peaks):.1%}, largest {max(peaks):.1%}\n")  # fmt: skip
-    print("| published run | of | recomputed here | TFLOP/s a GPU: predicted | published | difference | peak, GB |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for run in runs:
-        print(
-            f"| {run['run']} | {run['conditions']} | {run['recomputed']} | {run['predicted_tflops']:.0f} "
-            f"| {run['published_tflops']:.0f} | {run['error']:+.0%} | {run['peak_gb']:.0f} |"
-        )
 
 
 if __name__ == "__main__":

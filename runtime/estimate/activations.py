@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from runtime.estimate.fp8 import expert_activations, parts_in_fp8
 from runtime.estimate.local import Local
 from runtime.estimate.setup import ITEMSIZE, Setup
 
@@ -45,18 +46,20 @@ def layer_activations(setup: Setup, local: Local, layer: int) -> Kept:
     """
     model, b = setup.model, local.item
     between = local.tokens_between * local.hidden * b
+    eight = parts_in_fp8(setup, layer)
     parts = {
         "norms": 2 * (between + 4 * local.tokens_between),
-        "attention": _attention(setup, local),
+        "attention": _attention(setup, local, in_fp8="attention" in eight),
     }
     if layer in model.moe_layers and setup.moe is not None:
         experts, working = _experts(setup, local)
         parts["experts"] = experts
         parts["router"] = local.tokens_moe * local.num_experts * ROUTER_BYTES
         if model.width("shared"):
-            parts["shared"] = _gated(setup, local, "shared")
+            parts["shared"] = _gated(setup, local, "shared", in_fp8="shared" in eight)
     else:
-        parts["mlp"], working = _gated(setup, local, "mlp"), _gated_working(setup, local)
+        in_fp8 = "mlp" in eight
+        parts["mlp"], working = _gated(setup, local, "mlp", in_fp8=in_fp8), _gated_working(setup, local, in_fp8=in_fp8)
     return Kept(parts, working + 2 * between)
 
 
@@ -81,8 +84,8 @@ def layer_input(setup: Setup) -> float:
     return tokens * setup.model.sizes["hidden"] * ITEMSIZE[setup.dtype]
 
 
-def _attention(setup: Setup, local: Local) -> float:
-    """Queries, keys, values, output and the softmax's sums; with tensor parallelism the input too."""
+def _attention(setup: Setup, local: Local, *, in_fp8: bool) -> float:
+    """Queries, keys, values, output and the softmax's sums; with tensor parallelism the input too, in FP8 both inputs of products."""
     model, b, tokens = setup.model, local.item, local.tokens
     width = 2 * local.query + local.key_value
     if model.has("attention.kv_b"):
@@ -93,16 +96,21 @@ def _attention(setup: Setup, local: Local) -> float:
         width += 2 * (sizes["kv_rank"] + sizes["q_rank"]) + sizes["head_dim"] + local.key_value
     elif model.has("attention.q_norm"):  # norms of heads keep what they normalise
         width += local.query + local.key_value
-    entered = local.hidden if setup.parallel.tp > 1 else 0
+    entered = local.hidden * b if setup.parallel.tp > 1 else 0
+    if in_fp8:
+        entered = local.hidden + local.query
     cp = setup.parallel.cp
     others = (cp - 1) * local.key_value  # keys and values of the whole sequence
-    return tokens * (b * (width + entered + others) + 4 * local.heads)
+    return tokens * (b * (width + others) + entered + 4 * local.heads)
 
 
 def _experts(setup: Setup, local: Local) -> tuple[float, float]:
     """What the experts keep, and what they need beside it in the backward pass."""
     assert setup.moe is not None
     b, hidden, width = local.item, local.hidden, local.width
+    if setup.fp8.format is not None:
+        kept, working = expert_activations(setup, local)
+        return _around_experts(setup, local, kept, working)
     alone = local.gathered == local.tokens_moe  # the tokens are the norm's output, which is made again
     inputs = 0.0 if alone and (setup.sp or setup.parallel.tp == 1) else local.gathered * hidden * b
     kept = inputs + local.rows_allocated * 2 * width * b
@@ -111,20 +119,29 @@ def _experts(setup: Setup, local: Local) -> tuple[float, float]:
     if setup.model.compute.gate is not None:  # in plain torch: rows, both factors, and their output in fp32
         kept += local.rows_allocated * (hidden + width) * b + local.rows_allocated * 6 * width * 4
         working += local.rows_allocated * 4 * width * 4
+    return _around_experts(setup, local, kept, working)
+
+
+def _around_experts(setup: Setup, local: Local, kept: float, working: float) -> tuple[float, float]:
+    """Add what is sent back; or keep the layer's input alone."""
     if local.exchanged:
-        working += local.rows_sent * hidden * b
-    if setup.moe.recompute_layer:
+        working += local.rows_sent * local.hidden * local.item
+    if setup.moe is not None and setup.moe.recompute_layer:
         working += kept
-        kept = local.tokens_moe * hidden * b
+        kept = local.tokens_moe * local.hidden * local.item
     return kept, working
 
 
-def _gated(setup: Setup, local: Local, part: str) -> float:
-    """Gate and up, their activation and product; with tensor parallelism the input too."""
+def _gated(setup: Setup, local: Local, part: str, *, in_fp8: bool) -> float:
+    """Gate and up, their activation and product; with tensor parallelism the input too. In FP8 input and product in 8 bits."""
     width = setup.model.width(part) // setup.parallel.tp
+    if in_fp8:
+        return local.tokens * (3 * width * local.item + width + local.hidden)
     entered = local.hidden if setup.parallel.tp > 1 else 0
     return local.tokens * local.item * (4 * width + entered)
 
 
-def _gated_working(setup: Setup, local: Local) -> float:
-    return local.tokens * local.item * 4 * (setup.model.width("mlp") // setup.parallel.tp)
+def _gated_working(setup: Setup, local: Local, *, in_fp8: bool) -> float:
+    """Gradients of gate, up, activation and product; in FP8 of gate and up in 8 bits, in both layouts, too."""
+    width = setup.model.width("mlp") // setup.parallel.tp
+    return local.tokens * width * (4 * local.item + (4 if in_fp8 else 0))

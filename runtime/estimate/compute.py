@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from runtime.estimate.finetuned import adapters_seconds, making_numbers
+from runtime.estimate.fp8 import dense_passes, expert_passes, product_rate
 from runtime.estimate.local import Local
 from runtime.estimate.machine import Machine
 from runtime.estimate.parameters import Parameter
@@ -59,7 +60,9 @@ def layer_work(setup: Setup, local: Local, machine: Machine, layer: int, paramet
     for parameter in parameters:
         groups.setdefault(parameter.part, []).append(parameter)
     out = [_norms(setup, local, machine), _attention(setup, local, machine, layer)]
-    out.append(_dense("projections", setup, local.tokens, machine, groups.get("attention", ())))
+    projections = groups.get("attention", ())
+    out.append(_dense("projections", setup, local.tokens, machine, projections))
+    out[-1] += Work("projections", *dense_passes(setup, local, machine, "projections", projections))
     if "experts" in groups:
         out.append(_experts(setup, local, machine, groups["experts"]))
         out.append(_router(setup, local, machine, groups.get("router", ())))
@@ -123,8 +126,9 @@ def _dense(part: str, setup: Setup, tokens: float, machine: Machine, parameters:
     for parameter in parameters:
         if len(parameter.shape) < 2:
             continue
-        computing = 2 * tokens * parameter.size / rate
-        streamed = parameter.size * ITEMSIZE[setup.dtype]
+        own, item = product_rate(setup, machine, parameter, rate)
+        computing = 2 * tokens * parameter.size / own
+        streamed = parameter.size * (item or ITEMSIZE[setup.dtype])
         made = making_numbers(setup, machine, parameter)
         forward += machine.together(computing, streamed) + made
         gradient = 0.0 if parameter.frozen else machine.together(computing, parameter.size * machine.sum_bytes)
@@ -175,8 +179,9 @@ def _experts(setup: Setup, local: Local, machine: Machine, parameters: Iterable[
     for parameter in parameters:
         if len(parameter.shape) < 3:
             continue
-        computing = 2 * local.rows_computed * parameter.size / local.experts / rate
-        streamed = parameter.size * ITEMSIZE[setup.dtype]
+        own, item = product_rate(setup, machine, parameter, rate)
+        computing = 2 * local.rows_computed * parameter.size / local.experts / own
+        streamed = parameter.size * (item or ITEMSIZE[setup.dtype])
         made = making_numbers(setup, machine, parameter)
         forward += machine.together(computing, streamed) + made
         gradient = 0.0 if parameter.frozen else machine.together(computing, parameter.size * 2 * setup.gradient)
@@ -187,12 +192,16 @@ def _experts(setup: Setup, local: Local, machine: Machine, parameters: Iterable[
     gather = machine.moving(rows * local.hidden * b + tokens, "gather")
     total = machine.moving(rows * local.hidden * b + tokens, "sum")
     swiglu = machine.moving(6 * rows * width * b, "swiglu")
-    forward += gather + total
-    backward += 2 * gather + total + swiglu
+    passes = (gather, 2 * gather + swiglu)
+    in_fp8 = setup.fp8.format is not None
+    if in_fp8:
+        passes = expert_passes(setup, local, machine)
+    forward += passes[0] + total
+    backward += passes[1] + total
     if setup.model.compute.gate is not None:  # in plain torch
         forward += machine.moving(20 * rows * width * b, "plain")
         backward += machine.moving(40 * rows * width * b, "plain")
-    elif machine.row_alignment == 1:  # torch's products: the activation is a pass of its own
+    elif machine.row_alignment == 1 and not in_fp8:  # torch's products: the activation is a pass of its own
         forward += machine.moving(3 * rows * width * b, "swiglu")
     if local.exchanged:  # rows are put in the order of their ranks, and summed when they are back
         sent = local.rows_sent * local.hidden * b + local.tokens_moe * local.hidden * b
@@ -210,9 +219,10 @@ def _router(setup: Setup, local: Local, machine: Machine, parameters: Iterable[P
     return projection + Work("router", other / 2, other / 2)
 
 
-def _gated(part: str, setup: Setup, local: Local, machine: Machine, parameters: Iterable[Parameter]) -> Work:
+def _gated(part: str, setup: Setup, local: Local, machine: Machine, parameters: list[Parameter]) -> Work:
     """A gated layer that every token passes; its activation is in plain torch."""
     width = setup.model.width(part) // setup.parallel.tp
     passes = local.tokens * width * local.item
     work = _dense(part, setup, local.tokens, machine, parameters)
+    work += Work(part, *dense_passes(setup, local, machine, part, parameters))
     return work + Work(part, machine.moving(5 * passes, "plain"), machine.moving(8 * passes, "plain"))

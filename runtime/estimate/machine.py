@@ -17,7 +17,7 @@ Collective = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce",
 COLLECTIVES: tuple[Collective, ...] = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce", "send")
 PASSES = (
     *("norm", "head_norm", "rotary", "cross_entropy", "embedding", "adamw", "grad_norm"),
-    *("gather", "sum", "swiglu", "plain", "dequantise"),
+    *("gather", "sum", "swiglu", "plain", "dequantise", "quantise", "swiglu_fp8"),
 )
 LINKS = ("nvlink", "network")
 _TABLE = Path(__file__).with_name("machines.yaml")
@@ -66,6 +66,7 @@ class Machine:
     hbm_tb_s: float
     dense_tflops: float
     grouped_tflops: float
+    fp8_tflops: float
     attention_tflops: float
     attention_flash_tflops: float
     attention_window_tflops: float
@@ -75,8 +76,7 @@ class Machine:
     passes: Mapping[str, float]
     sum_bytes: float
     router_ms: float
-    host_moe_ms: float
-    host_dense_ms: float
+    launch_us: float
     collective_gap_us: float
     layer_gap_us: float
     links: Mapping[str, Link]
@@ -240,7 +240,7 @@ def _machine(values: Mapping[str, Any], where: str) -> Machine:
             require(isinstance(value, bool), f"{where}: {field.name} is {value!r}; expected true or false")
             out[field.name] = value
         else:
-            least = 0.0 if field.name.endswith(("_ms", "_us", "_gib", "memory_gb")) else None
+            least = 0.0 if field.name.endswith(("_ms", "_us", "_gib", "memory_gb", "fp8_tflops")) else None
             number = _number(value, f"{where}: {field.name}", least)
             out[field.name] = int(number) if field.type == "int" else number
     for name in ("gpus_per_node", "row_alignment"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from runtime.estimate.activations import layer_input
 from runtime.estimate.finetuned import workspace_bytes
+from runtime.estimate.fp8 import COPIES, copied_elements
 from runtime.estimate.schedule import Pipeline
 from runtime.estimate.setup import ITEMSIZE, Setup
 from runtime.estimate.stage import Cost, merge
@@ -25,7 +26,7 @@ class Memory:
     """Needed for a moment beside them."""
     buffers: float
     """For what other ranks send, activations and gradients of a pipeline and weights that full sharding gathers; for the numbers of a
-    quantised weight; and for what is on its way from and to the host."""
+    quantised weight; for weights in 8 bits beside bf16; and for what is on its way from and to the host."""
     away: float = 0.0
     """Activations in the host's memory."""
 
@@ -86,6 +87,7 @@ def rank_activations(
         _receiving(setup, pipeline, costs)
         + _gathered(setup, rank)
         + workspace_bytes(setup, rank)
+        + COPIES * copied_elements(setup, rank)
         + _staged(setup, rank)
     )
     return activations, working, buffers

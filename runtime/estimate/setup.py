@@ -16,6 +16,7 @@ from runtime.optim.config import OptimConfig
 from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.tensor_settings import DEFAULT, TensorSettings
+from runtime.settings.capture import obstacle
 from runtime.settings.run import RunConfig
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -40,6 +41,8 @@ class Setup:
     num_microbatches: int
     """Of each data-parallel rank in a step."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    graphs: bool = True
+    """Whether micro-batches are to be replayed as CUDA graphs where they can be."""
 
     @classmethod
     def of_run(cls, run: RunConfig, world_size: int) -> Setup:
@@ -59,6 +62,7 @@ class Setup:
             micro_batch_size=run.train.micro_batch_size,
             num_microbatches=run.train.batch_sizes(dp).full // (run.train.micro_batch_size * dp),
             lora=run.lora,
+            graphs=run.train.cuda_graph_impl != "none",
         )
 
     def sharing(self, parameters: RankParameters) -> Setup:
@@ -66,6 +70,11 @@ class Setup:
         out = replace(self)
         out.__dict__["parameters"] = parameters
         return out
+
+    @property
+    def captured(self) -> bool:
+        """Whether micro-batches are replayed as CUDA graphs: then the host is never the limit."""
+        return self.graphs and obstacle(self, self.world_size) is None
 
     @property
     def dp(self) -> int:

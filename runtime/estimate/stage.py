@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from runtime.estimate.activations import Kept, ends_activations, layer_activations, layer_input
 from runtime.estimate.compute import ends_work, layer_work
+from runtime.estimate.launches import ENDS, NONE, Launches, layer_launches
 from runtime.estimate.local import Local, local_sizes
 from runtime.estimate.machine import Machine
 from runtime.estimate.setup import Setup
@@ -41,6 +42,8 @@ class Cost:
     """Bytes that the layer which needs most does in its backward pass, beside what is kept."""
     head_working: float = 0.0
     """Bytes that head and loss do; after them the logits are gone."""
+    launches: Launches = NONE
+    """Kernels that the host launches."""
     transfers: list[tuple[Transfer, int]] = field(default_factory=list)
     """Collectives of a micro-batch, each with the number of layers that have it."""
 
@@ -50,6 +53,7 @@ class Cost:
         self.backward += other.backward * times
         self.weights += other.weights * times
         self.exposed += other.exposed * times
+        self.launches = self.launches.plus(other.launches, times)
         merge(self.parts, other.parts, times)
         merge(self.kept, other.kept, times)
         merge(self.away, other.away, times)
@@ -102,8 +106,13 @@ class Costs:
         for layer, again, times in counts.values():
             out.add(self.layer(layer, recomputed=again), times)
         ends = (layers.start == 0, layers.stop == setup.model.sizes["layers"])
-        if not any(ends):
-            return out
+        self._add_ends(out, ends)
+        self._wait_for_host(out)
+        return out
+
+    def _add_ends(self, out: Cost, ends: tuple[bool, bool]) -> None:
+        """Put embedding, and final norm, head and loss into a stage that has them."""
+        setup = self.setup
         works = ends_work(setup, self.local, self.machine)
         kept, traffic = ends_activations(setup, self.local), ends_traffic(setup, self.local)
         for here, work, activations, transfers in zip(ends, works, kept, traffic, strict=True):
@@ -114,8 +123,8 @@ class Costs:
                 self._communicate(cost, transfers)
                 merge(cost.kept, activations.parts)
                 cost.head_working = activations.working
+                cost.launches = Launches(ENDS.forward / 2, ENDS.backward / 2)
                 out.add(cost)
-        return out
 
     def layer(self, layer: int, *, recomputed: bool = False) -> Cost:
         """Give the cost of a layer.
@@ -137,12 +146,17 @@ class Costs:
         setup, machine, cost = self.setup, self.machine, Cost()
         for work in layer_work(setup, self.local, machine, layer, setup.parameters.layer(layer)):
             _count(cost, work.part, work.forward, work.backward, work.weights)
-        self._wait_for_host(cost, moe="experts" in cost.parts)
-        self._communicate(cost, layer_traffic(setup, self.local, layer))
+        gap = machine.layer_gap_us * 1e-6
+        if gap:
+            _count(cost, "host", gap / 3, 2 * gap / 3, 0.0)
+        transfers = layer_traffic(setup, self.local, layer)
+        self._communicate(cost, transfers)
+        cost.launches = layer_launches(setup, setup.parameters.layer(layer), transfers)
         kept = layer_activations(setup, self.local, layer)
         if recomputed:
             cost.parts["made again"] = cost.forward
             cost.backward += cost.forward
+            cost.launches = cost.launches.plus(Launches(0, cost.launches.forward))
             kept = Kept({"inputs": layer_input(setup)}, kept.working + kept.total)
         names = {part for module in setup.recompute.offload for part in _PARTS[module]}
         cost.away = {part: size for part, size in kept.parts.items() if part in names}
@@ -164,13 +178,15 @@ class Costs:
         recompute = self.setup.recompute
         return recompute.granularity == "full" and (recompute.num_layers == 0 or place < recompute.num_layers)
 
-    def _wait_for_host(self, cost: Cost, *, moe: bool) -> None:
-        """A layer takes at least as long as the host needs to launch it."""
-        machine, computing = self.machine, cost.forward + cost.backward
-        least = (machine.host_dense_ms + (machine.host_moe_ms if moe else 0)) * 1e-3
-        idle = max(0.0, least - computing) + machine.layer_gap_us * 1e-6
-        if idle:
-            _count(cost, "host", idle / 3, 2 * idle / 3, 0.0)
+    def _wait_for_host(self, cost: Cost) -> None:
+        """A micro-batch takes at least as long as the host needs to launch its kernels, but for a graph's."""
+        if self.setup.captured:
+            return
+        launches = cost.launches
+        idle = sum(launches) * self.machine.launch_us * 1e-6 - cost.forward - cost.backward
+        if idle > 0:
+            forward = idle * launches.forward / sum(launches)
+            _count(cost, "host", forward, idle - forward, 0.0)
 
     def _communicate(self, cost: Cost, transfers: list[Transfer]) -> None:
         again = 1.0 if self.setup.moe is not None and self.setup.moe.recompute_layer else 0.0

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from runtime.errors import require
 from runtime.estimate.activations import layer_input
 from runtime.estimate.compute import update_seconds
+from runtime.estimate.fp8 import copying_seconds
 from runtime.estimate.machine import Machine
 from runtime.estimate.memory import Memory, rank_memory
 from runtime.estimate.schedule import Pipeline
@@ -48,7 +50,14 @@ class Estimate:
             machine: the constants.
             imbalance: rows of the fullest expert-parallel rank, of the mean; None takes the machine's.
             layers: as `Costs` takes them.
+
+        Raises:
+            ConfigError: the machine has no FP8, which is asked for.
         """
+        require(
+            setup.fp8.format is None or machine.fp8_tflops > 0,
+            f"--fp8-format {setup.fp8.format}: {machine.gpu} computes nothing in 8 bits; leave it out, or name another --gpu",
+        )
         self.setup, self.machine = setup, machine
         parallel = setup.parallel
         together = 2 if parallel.overlap_exchange else 1
@@ -155,7 +164,7 @@ class Estimate:
             exposed = max(reducing * (1 - machine.reduce_hidden), reducing - backward)
         partial = partial_traffic(setup, sums)
         exposed += sum(t.exposed(machine) for t in partial)
-        updating = update_seconds(setup, machine, setup.owned(rank))
+        updating = update_seconds(setup, machine, setup.owned(rank)) + copying_seconds(setup, machine, rank)
         return After(exposed, updating, gathering, (*reduce, *gather, *partial))
 
     def _fully_sharded(self, rank: int, reduce: list[Transfer], gather: list[Transfer]) -> float:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 Fp8Format = Literal["e4m3", "hybrid"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
+ROW_ALIGNMENT = 128
+"""Rows of a GPU's products are padded to a multiple of it, and columns must be one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runtime.fp8.config import ROW_ALIGNMENT
+
 E4M3 = torch.float8_e4m3fn
-ROW_ALIGNMENT = 128
-"""Rows of a GPU's products are padded to a multiple of it, and columns must be one."""
 
 
 def fits(device: torch.device, *sizes: int) -> bool:

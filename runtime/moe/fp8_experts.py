@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from runtime.fp8.operands import E4M3, ROW_ALIGNMENT, Quantised, eight_bits, quantise, raise_amax
+from runtime.fp8.config import ROW_ALIGNMENT
+from runtime.fp8.operands import E4M3, Quantised, eight_bits, quantise, raise_amax
 from runtime.fp8.products import rows_times_transposed, weight_gradients
 from runtime.fp8.scaling import Scaling
 from runtime.fp8.weights import QuantisedWeights

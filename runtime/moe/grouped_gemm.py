@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.fp8.config import Fp8Config
-from runtime.fp8.operands import ROW_ALIGNMENT, fits
+from runtime.fp8.config import ROW_ALIGNMENT, Fp8Config
+from runtime.fp8.operands import fits
 from runtime.moe.config import MoEConfig, MoEConfigError
 from runtime.moe.permutation import RowPlan
 from runtime.parallel.gradient_sink import GradientSink

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from moeconv.families.adapted import AdaptedModel
+from moeconv.families.base import Model
 from runtime.errors import require
 from runtime.flag import flag_name
+from runtime.fp8.config import Fp8Config
+from runtime.model.lora import LoraConfig
+from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.optim.config import OptimConfig
+from runtime.parallel.degrees import ParallelConfig
 from runtime.settings.degrees import FLAGS
 from runtime.settings.run import RunConfig
 from runtime.settings.steps import TrainConfig
@@ -19,7 +25,28 @@ if TYPE_CHECKING:
 FLAG = flag_name(TrainConfig, "cuda_graph_impl")
 
 
-def obstacle(run: RunConfig, world_size: int) -> str | None:
+class Planned(Protocol):
+    """What of a run decides whether it can be captured."""
+
+    @property
+    def model(self) -> Model: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def moe(self) -> MoEConfig | None: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def recompute(self) -> RecomputeConfig: ...
+    @property
+    def lora(self) -> LoraConfig: ...
+    @property
+    def fp8(self) -> Fp8Config: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+def obstacle(run: Planned, world_size: int) -> str | None:
     """Say why micro-batches of a run can't be replayed: the host decides or draws something in each one.
 
     Args:
@@ -32,7 +59,7 @@ def obstacle(run: RunConfig, world_size: int) -> str | None:
     return next(_obstacles(run, world_size), None)
 
 
-def _obstacles(run: RunConfig, world_size: int) -> Iterator[str]:
+def _obstacles(run: Planned, world_size: int) -> Iterator[str]:
     if world_size > 1:
         yield from _obstacles_of_several(run, world_size)
     if run.fp8.format is not None:
@@ -47,7 +74,7 @@ def _obstacles(run: RunConfig, world_size: int) -> Iterator[str]:
         yield from _obstacles_of_experts(run.moe, run.dtype)
 
 
-def _obstacles_of_several(run: RunConfig, world_size: int) -> Iterator[str]:
+def _obstacles_of_several(run: Planned, world_size: int) -> Iterator[str]:
     parallel = run.parallel
     split = [FLAGS[axis] for axis in ("tp", "pp", "cp", "ep", "etp") if getattr(parallel, axis) > 1]
     split += [FLAGS["fully_shard"]] if parallel.fully_shard else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.plan import errors, plausible
+from benchmarks.plan import adapters, errors, plausible
 
 # 1903 ms with seven layers, 1053 with four: each further layer took a tenth longer than those before, in this layout alone.
 OUTLIER = "tp2 sp ep2 etp1, 7 layers"
@@ -14,6 +14,15 @@ def test_peak_memory_is_within_5_percent_and_time_within_10() -> None:
     for row in rows:
         assert row["memory_error"] is None or abs(row["memory_error"]) < 0.05, row
         assert abs(row["time_error"]) < (0.15 if row["run"] == OUTLIER else 0.10), row
+
+
+def test_adapters_fit_as_planned_and_take_about_as_long() -> None:
+    rows = errors(adapters())
+    for row in rows:
+        assert abs(row["memory_error"]) < 0.05, row
+        assert abs(row["time_error"]) < 0.25, row
+    graphs, none = rows[:2]
+    assert none["predicted_ms"] > 1.8 * graphs["predicted_ms"], "without graphs the host is the limit"
 
 
 def test_published_runs_of_few_nodes_are_plausible() -> None:

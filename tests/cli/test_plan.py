@@ -98,6 +98,7 @@ def test_the_flags_are_the_trainers(mixtral: Path, words: str) -> None:
         ("--gpus 8 --gpu missing.yaml", "missing.yaml: can't be read"),
         ("--gpus 9 --search --tp 3", "--tensor-model-parallel-size 3: 32 attention heads"),
         ("--gpus 9 --search --tp 2", "--tensor-model-parallel-size 2: no layout of 9 GPUs has these"),
+        ("--gpus 8 --ep 8 --gpu a100 --fp8-format hybrid", "--fp8-format hybrid: NVIDIA A100-SXM4-80GB computes nothing in 8 bits"),
         ("--gpus 16 --search --ep 3", "--expert-model-parallel-size 3: 8 experts can't be shared by 3 ranks"),
     ],
 )  # fmt: skip

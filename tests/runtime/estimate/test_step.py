@@ -12,20 +12,30 @@ import torch
 
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
+from runtime.data.batch import Batch
+from runtime.engine import Engine
+from runtime.errors import ConfigError
 from runtime.estimate.activations import layer_activations
 from runtime.estimate.describe import as_json, lines
+from runtime.estimate.fp8 import COPIES, copied_elements
+from runtime.estimate.launches import DENSE, MOE
 from runtime.estimate.local import local_sizes
 from runtime.estimate.machine import find_machine
 from runtime.estimate.scaling import scaling
 from runtime.estimate.setup import Setup
 from runtime.estimate.step import Estimate
+from runtime.fp8.config import Fp8Config
+from runtime.fp8.linear import Fp8Linears
+from runtime.fp8.scaling import Scaling
 from runtime.log.flops import training_flops
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.moe.fp8_experts import Fp8Experts
 from runtime.moe.layer import MoELayer
 from runtime.moe.tail import TAIL
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
+from runtime.parallel.mesh import ParallelMesh
 from tests.runtime.estimate.test_state import draw
 from tests.support.configs import tiny_model, trained_families
 
@@ -85,17 +95,19 @@ def test_flops_are_the_logs() -> None:
     assert estimate.tflops == pytest.approx(estimate.flops / estimate.seconds / 16 / 1e12)
 
 
-def test_the_kept_experts_are_what_the_layer_saves() -> None:
+@pytest.mark.parametrize("fp8", [Fp8Config(), Fp8Config(format="hybrid", recipe="tensorwise")], ids=["plain", "FP8"])
+def test_the_kept_experts_are_what_the_layer_saves(fp8: Fp8Config) -> None:
     """Of a MoE layer alone, bytes that autograd holds between its passes."""
     model = tiny_model()
     router = model.compute.router
     assert router is not None
     setup = Setup(
         model=model, world_size=1, parallel=ParallelConfig(), moe=MoEConfig(router=router), optim=OptimConfig(),
-        recompute=RecomputeConfig(), dtype="float32", seq_length=96, micro_batch_size=2, num_microbatches=1,
+        recompute=RecomputeConfig(), dtype="float32", seq_length=96, micro_batch_size=2, num_microbatches=1, fp8=fp8,
     )  # fmt: skip
     config = MoEConfig(router=router, gemm_backend="loop")
-    layer = MoELayer(config, hidden_size=model.sizes["hidden"], ffn_hidden_size=model.sizes["ffn"])
+    scaling = Scaling(fp8, torch.device("cpu")) if fp8.format else None
+    layer = MoELayer(config, hidden_size=model.sizes["hidden"], ffn_hidden_size=model.sizes["ffn"], fp8=scaling)
     x = torch.randn(192, model.sizes["hidden"], requires_grad=True)
     saved: dict[int, torch.Tensor] = {}
 
@@ -110,6 +122,71 @@ def test_the_kept_experts_are_what_the_layer_saves() -> None:
     machine = dataclasses.replace(H100, row_alignment=1)
     kept = layer_activations(setup, local_sizes(setup, machine), 0)
     assert sum(t.untyped_storage().nbytes() for t in wide) == kept.parts["experts"]
+
+
+def test_copies_in_8_bits_are_the_engines() -> None:
+    model = Model.from_config(
+        FAMILIES["mixtral"],
+        {
+            "model_type": "mixtral", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64,
+            "num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 64, "num_local_experts": 2,
+            "num_experts_per_tok": 2,
+        },
+    )  # fmt: skip
+    router = model.compute.router
+    assert router is not None
+    setup = Setup(
+        model=model, world_size=1, parallel=ParallelConfig(), moe=MoEConfig(router=router), optim=OptimConfig(),
+        recompute=RecomputeConfig(), dtype="float32", seq_length=8, micro_batch_size=1, num_microbatches=1,
+        fp8=Fp8Config(format="e4m3"),
+    )  # fmt: skip
+    assert setup.moe is not None
+    mesh, cpu = ParallelMesh(setup.parallel), torch.device("cpu")
+    engine = Engine(
+        model, torch.float32, setup.parallel, setup.moe, setup.optim, setup.recompute, mesh, cpu, fp8=setup.fp8
+    )
+    tokens = torch.arange(8).view(1, 8)
+    engine.train_step([Batch(tokens=tokens, labels=tokens)])
+    made = [value for part in engine.module.modules() for value in vars(part).values()]
+    held = [maps.weights for maps in made if isinstance(maps, Fp8Linears)]
+    held += [weights for experts in made if isinstance(experts, Fp8Experts) for weights in (experts.w13, experts.w2)]
+    copies = [bits for weights in held if (found := weights._made) is not None for bits in (found.rows, found.columns)]
+    assert sum(bits.nbytes for bits in copies if bits is not None) == COPIES * copied_elements(setup, 0)
+    plain = Estimate(dataclasses.replace(setup, fp8=Fp8Config()), H100)
+    more = Estimate(setup, H100).memory[0].buffers - plain.memory[0].buffers
+    assert more == COPIES * copied_elements(setup, 0)
+
+
+def test_fp8_is_faster_and_delayed_scaling_spares_passes() -> None:
+    base = mixtral(world=8, ep=8)
+    settings = [Fp8Config(), *(Fp8Config(format="hybrid", recipe=r) for r in ("tensorwise", "delayed"))]  # type: ignore[arg-type]
+    plain, tensorwise, delayed = (Estimate(dataclasses.replace(base, fp8=fp8), H100) for fp8 in settings)
+    assert delayed.seconds < tensorwise.seconds < 0.9 * plain.seconds
+    assert delayed.peak == tensorwise.peak > plain.peak
+    with pytest.raises(ConfigError, match="A100-SXM4-80GB computes nothing in 8 bits; leave it out"):
+        Estimate(dataclasses.replace(base, fp8=settings[1]), find_machine("a100"))
+
+
+def test_the_host_is_the_limit_where_layers_are_small_and_not_replayed() -> None:
+    large = dataclasses.replace(mixtral(world=1, count=4), micro_batch_size=2)
+    for setup, held_up in ((large, False), (dataclasses.replace(large, seq_length=64), True)):
+        replayed, launched = (Estimate(dataclasses.replace(setup, graphs=graphs), H100) for graphs in (True, False))
+        assert replayed.setup.captured
+        assert not launched.setup.captured
+        cost = launched.stages[0]
+        launching = sum(cost.launches) * H100.launch_us * 1e-6
+        assert (launching > replayed.stages[0].forward + replayed.stages[0].backward) == held_up
+        assert ("host" in cost.parts) == held_up
+        if held_up:
+            assert cost.forward + cost.backward == pytest.approx(launching)
+        else:
+            assert launched.seconds == replayed.seconds
+    again = dataclasses.replace(large, graphs=False, recompute=RecomputeConfig(granularity="full"))
+    once = Estimate(dataclasses.replace(large, graphs=False), H100).stages[0].launches
+    twice = Estimate(again, H100).stages[0].launches
+    assert twice.forward == once.forward
+    assert twice.backward - once.backward == 32 * (DENSE.forward + MOE.forward)
+    assert not mixtral(world=8, ep=8).captured
 
 
 def test_recomputation_trades_time_for_memory() -> None:

@@ -89,6 +89,7 @@ def rank_activations(
         + workspace_bytes(setup, rank)
         + COPIES * copied_elements(setup, rank)
         + _staged(setup, rank)
+        + _products(setup, rank)
     )
     return activations, working, buffers
 
@@ -124,6 +125,16 @@ def _staged(setup: Setup, rank: int) -> float:
     owned = sum(setup.owned(rank).values())
     states = (2 * setup.moment, setup.wide if setup.optim.ema_decay is not None else 0)
     return BUFFERS * min(PIECE, owned) * (setup.master + max(states))
+
+
+def _products(setup: Setup, rank: int) -> float:
+    """An experts' gradient by itself before it is added to a sum in bf16, which their products overwrite only; from FP8 in fp32."""
+    if setup.gradient == setup.wide or (setup.num_microbatches == 1 and setup.fp8.format is None):
+        return 0.0
+    chunks = setup.parameters.chunks[rank :: setup.parallel.pp]
+    kinds = {layer for layers in chunks for layer in setup.parameters.kinds(layers)}
+    sizes = [p.size for layer in kinds for p in setup.parameters.layer(layer) if p.expert and not p.frozen]
+    return max(sizes, default=0) * (setup.gradient if setup.fp8.format is None else setup.wide)
 
 
 def _gathered(setup: Setup, rank: int) -> float:

@@ -91,34 +91,26 @@ class Engine:
         _assert_combination(parallel, moe)
         mesh.share_heads(model.sizes["kv_heads"])
         self.mesh, self.device, self._optim, self._moe = mesh, device, optim, moe
-        self._fp8: Scaling | None = None
-        if fp8 is not None and fp8.format is not None:
-            self._fp8 = Scaling(fp8, device, mesh.group("tp_dp_cp"))
+        in_fp8 = fp8 is not None and fp8.format is not None
+        self._fp8 = Scaling(fp8, device, mesh.group("tp_dp_cp")) if fp8 is not None and in_fp8 else None
+        groups = resolve_groups(optim, model, trains=trains)
         self._context = ModelContext(
-            model=model,
-            dtype=dtype,
-            parallel=parallel,
-            moe=moe,
-            recompute=recompute,
-            mesh=mesh,
-            device=device,
-            groups=resolve_groups(optim, model, trains=trains),
-            lora=lora or LoraConfig(),
-            fp8=self._fp8,
-        )
+            model=model, dtype=dtype, parallel=parallel, moe=moe, recompute=recompute, mesh=mesh, device=device,
+            groups=groups, lora=lora or LoraConfig(), fp8=self._fp8,
+        )  # fmt: skip
         chunks = chunk_layers(model.sizes["layers"], parallel.layout)[mesh.rank("pp") :: parallel.pp]
         stages = [DecoderStage(self._context, layers) for layers in chunks]
         self.module = nn.ModuleList(stages)
         self.quantised = QuantisedBase.of(self.module, self._context)
-        self.store = make_store(self.module, stages, parallel, optim, mesh, device)
+        self.store = make_store(self.module, stages, parallel, mesh, device, **optim.storage)
         allocate_buffers(self.module, device)
         self.trained = [shard for shard in self.store.shards if not shard.topology.frozen]
         self.optimizer = make_optimizer(optim, self.trained)
         self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
         self._metrics = RouterMetrics(self._context, self.module)
         self._runner = self._make_runner(stages, captures=captures)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
         # Filled anew in each step, and never replaced: a captured micro-batch reads them.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
         self._scale, self._balancing_scale = (torch.ones((), dtype=wide, device=device) for _ in range(2))
         set_loss_scale(self.module, self._balancing_scale)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)

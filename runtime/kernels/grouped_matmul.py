@@ -208,10 +208,13 @@ def launch(
     types, split = (_TYPES[left.dtype], _TYPES[right.dtype]), bounds is not None and bounds.split and gate is None
     kernel = _kernel(device_index, block_n, kind, epilogue, edges, types, split)
     stacked = -(-rows_per_expert // 256) * num_experts if kind == "tn" else left.shape[0] // 256
-    jobs = stacked * -(-columns // block_n)  # about as many
-    # Each job that is dealt out late has a beginning and an end that nothing hides: not more than a quarter of them.
-    waves = min(loose_waves(), jobs // (2 * num_blocks))
-    kernel.launch(num_blocks * (1 + waves), BLOCK_SIZE, arguments)
+    kernel.launch(num_blocks * (1 + _late_waves(stacked * -(-columns // block_n), num_blocks)), BLOCK_SIZE, arguments)
+
+
+def _late_waves(num_jobs: int, num_blocks: int) -> int:
+    """Jobs that are dealt out late, for each pair of blocks, of about so many in all."""
+    # Each has a beginning and an end that nothing hides: not more than a quarter of them.
+    return min(loose_waves(), num_jobs // (2 * num_blocks))
 
 
 def _beside(gate: Gate | None) -> tuple[int, int, int]:

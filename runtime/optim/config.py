@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from runtime.flag import check_fields, flag
 
@@ -83,6 +83,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def storage(self) -> dict[str, Any]:
+        """Types and places of masters and gradients, as the stores of `runtime.parallel` take them."""
+        return {
+            "host_share": self.on_host,
+            "remainders": self.master_weights == "remainder",
+            "bf16_grads": self.main_grads_dtype == "bf16",
+        }
 
     @property
     def on_host(self) -> float:

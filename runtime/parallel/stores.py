@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.optim.config import OptimConfig
 from runtime.parallel.buckets import BucketStore
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
@@ -19,9 +18,9 @@ def make_store(
     module: nn.Module,
     stages: Sequence[nn.Module],
     parallel: ParallelConfig,
-    optim: OptimConfig,
     mesh: ParallelMesh,
     device: torch.device,
+    **storage: Any,
 ) -> Store:
     """Give the parameters, so far on the meta device, their memory.
 
@@ -29,25 +28,20 @@ def make_store(
         module: holds the stages; names are taken from it.
         stages: this rank's.
         parallel: the degrees.
-        optim: types and places of masters and gradients.
         mesh: the ranks.
         device: where weights and gradients go.
+        **storage: types and places of masters and gradients, as either store takes them (`OptimConfig.storage`).
 
     Returns:
         The store.
     """
-    how: dict[str, Any] = {
-        "host_share": optim.on_host,
-        "remainders": optim.master_weights == "remainder",
-        "bf16_grads": optim.main_grads_dtype == "bf16",
-    }
     if parallel.fully_shard:
         # Imported where it is used: it takes seconds that other runs need not spend.
         from runtime.parallel.full_sharding import FullyShardedStore
 
-        return FullyShardedStore(stages, mesh, device, **how)
+        return FullyShardedStore(stages, mesh, device, **storage)
     distributed = parallel.use_distributed_optimizer
-    return BucketStore(stages, module.named_parameters(), mesh, device, distributed=distributed, **how)
+    return BucketStore(stages, module.named_parameters(), mesh, device, distributed=distributed, **storage)
 
 
 def allocate_buffers(module: nn.Module, device: torch.device) -> None:

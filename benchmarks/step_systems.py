@@ -16,7 +16,7 @@ import time
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ class Slice:
     hidden: int
     ffn: int
     experts: int
+    """0: the layers are dense."""
     topk: int
+    """1 for dense layers."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -79,6 +81,8 @@ class Layout:
 MODELS = {
     "mixtral": Slice(2, 4096, 14336, 8, 2, 32, 8, 128, 32000),
     "qwen3": Slice(4, 2048, 768, 128, 8, 32, 4, 128, 151936),
+    # Llama 2's 70B, dense: with tensor parallelism its products are large enough to hide what travels.
+    "llama": Slice(2, 8192, 28672, 0, 1, 64, 8, 128, 32000),
 }
 
 
@@ -94,7 +98,7 @@ def runtime(
 ) -> MakeStep:
     """This project's engine: bf16, fp32 masters, moments and gradient sums; CUDA graphs where the trainer takes them, and
     with `overlap` exchanges of rows hidden, with `tp_comm_overlap` gathers and sums of tensor parallelism."""
-    from benchmarks.train_step import make_engine, mixtral, text_batch
+    from benchmarks.train_step import llama, make_engine, mixtral, text_batch
     from runtime.fp8.config import Fp8Config
     from runtime.parallel.degrees import ParallelConfig
 
@@ -107,10 +111,9 @@ def runtime(
         tp_comm_overlap=tp_comm_overlap,
     )  # fmt: skip
 
-    ours = mixtral(
-        hidden=model.hidden, layers=model.layers, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim,
-        ffn=model.ffn, vocab=model.vocab, experts=model.experts, topk=model.topk,
-    )  # fmt: skip
+    sizes = asdict(model)
+    experts, topk = sizes.pop("experts"), sizes.pop("topk")
+    ours = mixtral(**sizes, experts=experts, topk=topk) if experts else llama(**sizes)
     if fp8 is not None:
         options["fp8"] = Fp8Config(format="hybrid", recipe=fp8)  # type: ignore[arg-type]
     engine = make_engine(
@@ -176,23 +179,29 @@ def megatron(model: Slice, layout: Layout, fp8: str | None = None, *, overlap: b
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    options: dict[str, Any] = {} if fp8 is None else {
-        "fp8": "e4m3" if fp8 == "blockwise" else "hybrid", "fp8_recipe": fp8, "moe_router_padding_for_fp8": True,
-    }  # fmt: skip
+    options: dict[str, Any] = {}
+    if fp8 is not None:
+        options = {"fp8": "e4m3" if fp8 == "blockwise" else "hybrid", "fp8_recipe": fp8}
+    if model.experts:
+        options |= {
+            "moe_ffn_hidden_size": model.ffn, "num_moe_experts": model.experts, "moe_router_topk": model.topk,
+            "moe_grouped_gemm": True, "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01,
+            "moe_token_dispatcher_type": "alltoall", "moe_permute_fusion": True, "moe_router_fusion": fp8 is None,
+            "moe_router_padding_for_fp8": fp8 is not None,
+        }  # fmt: skip
     config = TransformerConfig(
         num_layers=model.layers, hidden_size=model.hidden, num_attention_heads=model.heads,
         num_query_groups=model.kv_heads, kv_channels=model.head_dim, ffn_hidden_size=model.ffn,
-        moe_ffn_hidden_size=model.ffn, num_moe_experts=model.experts, moe_router_topk=model.topk, moe_grouped_gemm=True,
-        moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01, moe_token_dispatcher_type="alltoall",
-        moe_permute_fusion=True, moe_router_fusion=fp8 is None, add_bias_linear=False, gated_linear_unit=True,
-        activation_func=F.silu, normalization="RMSNorm", bf16=True, params_dtype=torch.bfloat16,
+        add_bias_linear=False, gated_linear_unit=True, activation_func=F.silu, normalization="RMSNorm", bf16=True,
+        params_dtype=torch.bfloat16,
         pipeline_dtype=torch.bfloat16, hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=True,
         bias_activation_fusion=True, bias_dropout_fusion=True, apply_rope_fusion=True, cross_entropy_loss_fusion=True,
         cross_entropy_fusion_impl="te", masked_softmax_fusion=True, persist_layer_norm=True,
         tensor_model_parallel_size=layout.tp, sequence_parallel=layout.tp > 1, expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1, overlap_moe_expert_parallel_comm=overlap, **options,
     )  # fmt: skip
-    spec = get_gpt_layer_with_transformer_engine_spec(num_experts=model.experts, moe_grouped_gemm=True)
+    grouped = model.experts > 0
+    spec = get_gpt_layer_with_transformer_engine_spec(num_experts=model.experts or None, moe_grouped_gemm=grouped)
     gpt = GPTModel(
         config, spec, vocab_size=model.vocab, max_sequence_length=POSITIONS, share_embeddings_and_output_weights=False,
         position_embedding_type="rope", rotary_base=1000000,

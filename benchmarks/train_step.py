@@ -59,6 +59,15 @@ def mixtral(
     return Model.from_config(FAMILIES["mixtral"], config)
 
 
+def llama(*, hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int) -> Model:
+    """A dense Llama with these sizes."""
+    config = {
+        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": head_dim, "intermediate_size": ffn, "vocab_size": vocab,
+    }  # fmt: skip
+    return Model.from_config(FAMILIES["llama"], config)
+
+
 def make_engine(
     model: Model,
     dtype: torch.dtype,
@@ -74,8 +83,8 @@ def make_engine(
 ) -> Engine:
     """Build an engine with random weights: such that depend on names alone, or quickly on the device."""
     parallel = parallel or ParallelConfig()
-    assert model.compute.router is not None
-    moe = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,))
+    router = model.compute.router
+    moe = MoEConfig(router=router, aux_loss_coeff=(0.01,)) if router is not None else None
     optim, recompute = OptimConfig(lr=lr, **optim_options), RecomputeConfig(granularity=granularity)
     mesh = ParallelMesh(parallel)
     engine = Engine(model, dtype, parallel, moe, optim, recompute, mesh, device, fp8=fp8, captures=captures)
@@ -229,6 +238,8 @@ def compare_systems(args: argparse.Namespace, layout: str) -> None:
     if args.ranks > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks), "-m"]
     wanted = args.peers or list(SYSTEMS)
+    if not MODELS[args.model].experts:  # the others are set up for a mixture
+        wanted = [name for name in wanted if not name.startswith("transformers")]
     if args.fp8:
         wanted = [f"{name}, FP8 {args.fp8}" for name in ("runtime", "Megatron-Core")] + (args.peers or ["runtime"])
     # One micro-batch's rows travel between ranks of experts while another is computed.

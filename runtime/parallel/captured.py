@@ -26,8 +26,8 @@ from runtime.parallel.buckets import Arrivals, BucketStore
 from runtime.parallel.runner import Microbatch, WholeModel
 from runtime.parallel.shards import Store
 
-MOST_GRAPHS = 32
-"""Captures that are kept; other kinds of micro-batches run as usual."""
+MOST_GRAPHS = 16
+"""Captures that are kept, each of which takes memory of the driver's; other kinds of micro-batches run as usual."""
 
 Key = tuple[bool, torch.Size, bool, Room | None]
 """Whether it is the first of a step, its shape, whether it has positions of its own, and the room that its documents need."""
@@ -70,10 +70,23 @@ class CapturedModel:
     def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step; arguments as of `Runner.run`."""
         for place, batch in enumerate(microbatches):
-            if not backward or self._stopped:
-                self._whole.run([batch], backward=backward)
+            if not backward:
+                self._evaluate(batch)
+            elif self._stopped:
+                self._whole.run([batch], backward=True)
             else:
                 self._run(batch, first=place == 0)
+
+    def _evaluate(self, batch: Microbatch) -> None:
+        try:
+            self._whole.run([batch], backward=False)
+        except torch.OutOfMemoryError:
+            if not self._kinds:
+                raise
+            # Graphs keep the memory of a whole pass; it is made again when training goes on.
+            self._kinds.clear()
+            torch.cuda.empty_cache()
+            self._whole.run([batch], backward=False)
 
     def _run(self, batch: Microbatch, *, first: bool) -> None:
         positions, documents = batch.more

@@ -144,6 +144,26 @@ def test_what_cannot_be_captured_runs_as_usual() -> None:
     assert sum("can't be captured as a CUDA graph" in str(item.message) for item in caught) == 1
 
 
+@pytest.mark.gpu
+@gpu
+def test_an_evaluation_without_room_gets_that_of_the_graphs() -> None:
+    engine = make_engine(captures=True, lr=0.0)
+    steps = [batch(0), batch(1)]
+    for _ in range(3):
+        want = engine.train_step(steps)
+    long = [batch(2), batch(3)]
+    expected = engine.evaluate(long)
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    try:
+        assert engine.evaluate(long) == expected
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for _ in range(3):
+        assert engine.train_step(steps).lm_loss == want.lm_loss
+
+
 def test_books_of_a_replay_are_those_of_its_capture() -> None:
     """What two micro-batches do to the buckets' books: once by backward passes, once as the first was counted."""
     engine = make_engine(captures=False, device="cpu")

@@ -80,13 +80,15 @@ class CapturedModel:
     def _evaluate(self, batch: Microbatch) -> None:
         try:
             self._whole.run([batch], backward=False)
+            return
         except torch.OutOfMemoryError:
             if not self._kinds:
                 raise
-            # Graphs keep the memory of a whole pass; it is made again when training goes on.
-            self._kinds.clear()
-            torch.cuda.empty_cache()
-            self._whole.run([batch], backward=False)
+        # Graphs keep the memory of a whole pass; they are captured again when training goes on. Not while the error is
+        # handled, which keeps what the pass had by then.
+        self._kinds.clear()
+        torch.cuda.empty_cache()
+        self._whole.run([batch], backward=False)
 
     def _run(self, batch: Microbatch, *, first: bool) -> None:
         positions, documents = batch.more

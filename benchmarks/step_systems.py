@@ -11,79 +11,16 @@ import argparse
 import importlib.metadata
 import json
 import os
-import sys
 import time
-import types
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-POSITIONS = 4096
-Step = Callable[[], object]
-MakeStep = Callable[[int], Step]
-"""From a number of micro-batches to what does a step of them."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Some layers of a model."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    experts: int
-    """0: the layers are dense."""
-    topk: int
-    """1 for dense layers."""
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-
-    def flops(self, tokens: int) -> float:
-        """Forward and backward: 6 for each active weight but the embedding's, and causal attention."""
-        attention = self.heads * self.head_dim
-        layer = self.topk * 3 * self.hidden * self.ffn + 2 * self.hidden * attention + self.experts * self.hidden
-        layer += 2 * self.hidden * self.kv_heads * self.head_dim
-        weights = self.layers * layer + self.hidden * self.vocab
-        return 6.0 * weights * tokens + self.layers * 6.0 * tokens * POSITIONS * attention
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How ranks share the work; tensor parallelism is sequence-parallel, and leaves experts whole."""
-
-    tp: int = 1
-    ep: int = 1
-    sequences: int = 2
-    """Of a micro-batch."""
-
-    @property
-    def world(self) -> int:
-        """Ranks of this launch."""
-        return int(os.environ.get("WORLD_SIZE", "1"))
-
-    @property
-    def data_ranks(self) -> int:
-        """Ranks with data of their own."""
-        return self.world // self.tp
-
-    @property
-    def data_rank(self) -> int:
-        """Which of them this one is."""
-        return int(os.environ.get("RANK", "0")) // self.tp
-
-
-MODELS = {
-    "mixtral": Slice(2, 4096, 14336, 8, 2, 32, 8, 128, 32000),
-    "qwen3": Slice(4, 2048, 768, 128, 8, 32, 4, 128, 151936),
-    # Llama 2's 70B, dense: with tensor parallelism its products are large enough to hide what travels.
-    "llama": Slice(2, 8192, 28672, 0, 1, 64, 8, 128, 32000),
-}
+from benchmarks.megatron_step import megatron
+from benchmarks.step_work import MODELS, POSITIONS, Layout, MakeStep, Slice, Step, join_ranks
 
 
 def runtime(
@@ -104,7 +41,7 @@ def runtime(
 
     several = layout.world > 1
     if several:
-        _join()
+        join_ranks()
     parallel = ParallelConfig(
         tp=layout.tp, sp=layout.tp > 1, ep=layout.ep, etp=1, use_distributed_optimizer=several,
         overlap_exchange=overlap,
@@ -133,139 +70,6 @@ def runtime(
         return lambda: engine.train_step(batches)
 
     return make
-
-
-def _join() -> None:
-    """Let the ranks of a launch meet; one alone meets itself, since Megatron-Core wants process groups."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl")
-
-
-def _add_in_torch() -> None:
-    """A kernel of a package that isn't built here, which Megatron-Core wants for sums of gradients: in plain torch."""
-
-    def accumulate(x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor) -> None:
-        total.add_(grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]))
-
-    module: Any = types.ModuleType("fused_weight_gradient_mlp_cuda")
-    module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate
-    sys.modules["fused_weight_gradient_mlp_cuda"] = module
-
-
-def megatron(model: Slice, layout: Layout, fp8: str | None = None, *, overlap: bool = False) -> MakeStep:
-    """Megatron-Core with Transformer Engine, every fusion on; its own DDP and distributed optimizer.
-
-    With `overlap` one micro-batch's forward pass runs beside another's backward pass, as its
-    --overlap-moe-expert-parallel-comm does.
-    """
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32" if overlap else "1"
-    _join()
-    _add_in_torch()
-    import torch.nn.functional as F
-    from megatron.core import parallel_state, tensor_parallel
-
-    parallel_state.initialize_model_parallel(
-        layout.tp, 1, expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=1
-    )
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.transformer.module import Float16Module
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    options: dict[str, Any] = {}
-    if fp8 is not None:
-        options = {"fp8": "e4m3" if fp8 == "blockwise" else "hybrid", "fp8_recipe": fp8}
-    if model.experts:
-        options |= {
-            "moe_ffn_hidden_size": model.ffn, "num_moe_experts": model.experts, "moe_router_topk": model.topk,
-            "moe_grouped_gemm": True, "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01,
-            "moe_token_dispatcher_type": "alltoall", "moe_permute_fusion": True, "moe_router_fusion": fp8 is None,
-            "moe_router_padding_for_fp8": fp8 is not None,
-        }  # fmt: skip
-    config = TransformerConfig(
-        num_layers=model.layers, hidden_size=model.hidden, num_attention_heads=model.heads,
-        num_query_groups=model.kv_heads, kv_channels=model.head_dim, ffn_hidden_size=model.ffn,
-        add_bias_linear=False, gated_linear_unit=True, activation_func=F.silu, normalization="RMSNorm", bf16=True,
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16, hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=True,
-        bias_activation_fusion=True, bias_dropout_fusion=True, apply_rope_fusion=True, cross_entropy_loss_fusion=True,
-        cross_entropy_fusion_impl="te", masked_softmax_fusion=True, persist_layer_norm=True,
-        tensor_model_parallel_size=layout.tp, sequence_parallel=layout.tp > 1, expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=1, overlap_moe_expert_parallel_comm=overlap, **options,
-    )  # fmt: skip
-    grouped = model.experts > 0
-    spec = get_gpt_layer_with_transformer_engine_spec(num_experts=model.experts or None, moe_grouped_gemm=grouped)
-    gpt = GPTModel(
-        config, spec, vocab_size=model.vocab, max_sequence_length=POSITIONS, share_embeddings_and_output_weights=False,
-        position_embedding_type="rope", rotary_base=1000000,
-    )  # fmt: skip
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=layout.world > 1
-    )
-    wrapped = DistributedDataParallel(config, ddp, Float16Module(config, gpt.cuda().bfloat16()))
-    adam = OptimizerConfig(
-        optimizer="adam", lr=1e-5, weight_decay=0.1, bf16=True, params_dtype=torch.bfloat16,
-        use_distributed_optimizer=True, clip_grad=1.0,
-    )  # fmt: skip
-    optimizer = get_megatron_optimizer(adam, [wrapped])
-    positions = torch.arange(POSITIONS, device="cuda").expand(layout.sequences, POSITIONS)
-    torch.manual_seed(layout.data_rank)
-
-    def make(num: int) -> Step:
-        shape = (layout.sequences, POSITIONS)
-        batches = [torch.randint(0, model.vocab, shape, device="cuda") for _ in range(num)]
-        scale = torch.tensor(1.0 / num, device="cuda")
-
-        def step_overlapped() -> object:
-            wrapped.zero_grad_buffer()
-            optimizer.zero_grad()
-            _run_overlapped(wrapped, config, batches, positions)
-            return optimizer.step()
-
-        def step() -> float:
-            wrapped.zero_grad_buffer()
-            optimizer.zero_grad()
-            MoEAuxLossAutoScaler.set_loss_scale(scale)
-            for place, batch in enumerate(batches):
-                # Gradients go over the links behind the last micro-batch alone.
-                with nullcontext() if place == num - 1 else wrapped.no_sync():
-                    out = wrapped(batch, positions, None, labels=batch)
-                    (out.float().mean() / num).backward()
-            finalize_model_grads([wrapped])
-            optimizer.step()
-            return float(out.mean())
-
-        return step_overlapped if overlap else step
-
-    return make
-
-
-def _run_overlapped(wrapped: Any, config: Any, batches: list[torch.Tensor], positions: torch.Tensor) -> None:
-    """Megatron-Core's own schedule of a step, which is what overlaps."""
-    from megatron.core.distributed import finalize_model_grads
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    config.no_sync_func, config.finalize_model_grads_func = wrapped.no_sync, finalize_model_grads
-
-    def loss_of(out: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        return out.float().mean(), {}
-
-    def forward(data: Any, gpt: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
-        batch = next(data)
-        make = gpt.build_schedule_plan if return_schedule_plan else gpt
-        return make(batch, positions, None, labels=batch), loss_of
-
-    get_forward_backward_func()(
-        forward_step_func=forward, data_iterator=iter(batches), model=[wrapped], num_microbatches=len(batches),
-        seq_length=POSITIONS, micro_batch_size=len(positions), forward_only=False,
-    )  # fmt: skip
 
 
 def transformers(model: Slice, layout: Layout, *, compiled: bool) -> MakeStep:

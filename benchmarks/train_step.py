@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from benchmarks.multi_gpu.job import draw_weights
-from benchmarks.step_systems import MODELS, SYSTEMS, packages_of, version
+from benchmarks.step_systems import SYSTEMS, packages_of, version
+from benchmarks.step_work import MODELS
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
 from moeconv.layout.rect import Rect

@@ -23,6 +23,8 @@ from runtime.checkpoint import rectangles as states
 from runtime.data.batch import IGNORED_LABEL, Batch
 from runtime.fp8.config import Fp8Config
 from runtime.fp8.scaling import FP8_HISTORY, Scaling
+from runtime.model.batches import to_device
+from runtime.model.captured import CapturedModel
 from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
@@ -42,7 +44,6 @@ from runtime.optim.ema import WithMean
 from runtime.optim.groups import describe_groups, resolve_groups
 from runtime.optim.loss_scale import LossScale
 from runtime.optim.make import make_optimizer
-from runtime.parallel.captured import CapturedModel
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.runner import Microbatch, Runner, WholeModel
@@ -162,7 +163,7 @@ class Engine:
             What was computed, on the device; and the tokens of the global batch, 0-dim fp64.
         """
         self.module.train()
-        batches = [Microbatch.of(batch, self.device) for batch in microbatches]
+        batches = [to_device(batch, self.device) for batch in microbatches]
         num_tokens = self._count_tokens(batches).clamp(min=1)
         self._scale.copy_(self.loss_scale.scale / num_tokens)
         # Balancing losses are means over a micro-batch: of these the global batch has so many.
@@ -184,7 +185,7 @@ class Engine:
             Mean cross entropy over all labels of all ranks, nats a token, the same on every rank; 0 where there are none.
         """
         self.module.eval()
-        mine = [Microbatch.of(batch, self.device) for batch in batches]
+        mine = [to_device(batch, self.device) for batch in batches]
         # An interleaved schedule takes its micro-batches in rounds of pp: fill up with ones that don't count.
         while len(mine) % self.mesh.size("pp"):
             mine.append(replace(mine[0], labels=torch.full_like(mine[0].labels, IGNORED_LABEL)))

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
-
-from runtime.data.batch import Batch
-from runtime.ops.documents import Documents
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -25,14 +21,6 @@ class Microbatch:
     """[B, S] int64."""
     more: tuple[Any, ...] = ()
     """What every stage is given besides its input; every rank has it, so it is not sent."""
-
-    @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> Microbatch:
-        """Bring a batch to a device."""
-        # Document numbers stay on the host: what attention needs of them is found out there.
-        moved = replace(batch, document_ids=None).to(device)
-        documents = Documents(batch.document_ids, device) if batch.document_ids is not None else None
-        return cls(tokens=moved.tokens, labels=moved.labels, more=(moved.position_ids, documents))
 
 
 class Runner(Protocol):

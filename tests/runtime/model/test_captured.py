@@ -12,6 +12,8 @@ import torch
 
 from runtime.data.batch import Batch
 from runtime.engine import Engine
+from runtime.model.batches import to_device
+from runtime.model.captured import CapturedModel
 from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.targets import adapt
@@ -19,10 +21,8 @@ from runtime.moe.config import MoEConfig
 from runtime.ops.documents import Documents, Room
 from runtime.optim.config import OptimConfig
 from runtime.parallel.buckets import BucketStore
-from runtime.parallel.captured import CapturedModel
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
-from runtime.parallel.runner import Microbatch
 from runtime.parity.case import initial_reader
 from tests.support.configs import tiny_config, tiny_model
 
@@ -172,7 +172,7 @@ def test_books_of_a_replay_are_those_of_its_capture() -> None:
     engine.train_step([batch(0)])
     store.begin(2)
     before = store.books()
-    engine._runner.run([Microbatch.of(batch(0), engine.device)], backward=True)
+    engine._runner.run([to_device(batch(0), engine.device)], backward=True)
     arrivals = store.arrivals_since(before)
     assert all(item.count == len(bucket.slots) for item, bucket in zip(arrivals, store._buckets, strict=True))
     once = store.books()

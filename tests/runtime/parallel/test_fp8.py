@@ -15,10 +15,13 @@ from runtime.parity.ranks import RankPool
 SP = {"tp": 2, "sp": True}
 DIST = {"use_distributed_optimizer": True}
 # Each micro-batch goes whole through the same products as on one rank.
-SAME: dict[str, dict[str, Any]] = {"dp2 distributed": DIST, "dp2 sharded": {"fully_shard": True}, "pp2": {"pp": 2}}
+SAME: dict[str, dict[str, Any]] = {
+    "dp2 distributed": DIST, "dp2 sharded": {"fully_shard": True}, "pp2": {"pp": 2},
+    "pp2 zero-bubble": {"pp": 2, "pp_schedule": "zero-bubble"},
+}  # fmt: skip
 # Ranks hold parts of weights, or see some of the tokens, and scale these by themselves.
 PARTS: dict[str, dict[str, Any]] = {
-    "tp2 sp": SP, "ep2": {"ep": 2} | DIST, "tp2 sp ep2 etp1": SP | {"ep": 2, "etp": 1}
+    "tp2 sp": SP, "ep2": {"ep": 2} | DIST, "tp2 sp ep2 etp1": SP | {"ep": 2, "etp": 1}, "cp2": {"cp": 2},
 }  # fmt: skip
 LAYOUTS = SAME | PARTS
 STEPS = (0, 1, 2)

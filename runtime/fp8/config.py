@@ -24,7 +24,7 @@ class Fp8Config:
     """
 
     format: Fp8Format | None = flag(None, "--fp8-format")
-    """Compute products in FP8: e4m3, or hybrid with e5m2 gradients; on Hopper of experts, MLPs and attention's projections, elsewhere of experts, through te."""
+    """Compute products in FP8: e4m3, or hybrid with e5m2 gradients; on Hopper of experts, MLPs and attention's projections, elsewhere of experts by te."""
     recipe: Fp8Recipe = flag("delayed", "--fp8-recipe")
     """Scaling of FP8: delayed (by what earlier steps had), tensorwise (by the tensor itself) or blockwise (experts alone, through te)."""
 

@@ -29,6 +29,7 @@ from runtime.fp8.linear import Fp8Linears
 from runtime.fp8.scaling import Scaling
 from runtime.log.flops import training_flops
 from runtime.model.recompute import RecomputeConfig
+from runtime.model.tensor_maps import ColumnMaps, RowMap
 from runtime.moe.config import MoEConfig
 from runtime.moe.fp8_experts import Fp8Experts
 from runtime.moe.layer import MoELayer
@@ -148,7 +149,8 @@ def test_copies_in_8_bits_are_the_engines() -> None:
     tokens = torch.arange(8).view(1, 8)
     engine.train_step([Batch(tokens=tokens, labels=tokens)])
     made = [value for part in engine.module.modules() for value in vars(part).values()]
-    held = [maps.weights for maps in made if isinstance(maps, Fp8Linears)]
+    edges = [value._maps for value in made if isinstance(value, (ColumnMaps, RowMap))]
+    held = [maps.weights for maps in edges if isinstance(maps, Fp8Linears)]
     held += [weights for experts in made if isinstance(experts, Fp8Experts) for weights in (experts.w13, experts.w2)]
     copies = [bits for weights in held if (found := weights._made) is not None for bits in (found.rows, found.columns)]
     assert sum(bits.nbytes for bits in copies if bits is not None) == COPIES * copied_elements(setup, 0)

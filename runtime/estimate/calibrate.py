@@ -20,7 +20,7 @@ from moeconv.errors import WriteError
 from moeconv.families.compute import Router
 from runtime.estimate.compute import ATTENTION_PASSES
 from runtime.estimate.machine import COLLECTIVES, Collective, known_machines
-from runtime.job.processes import Process, connect, start
+from runtime.job.processes import Process, connect, end_groups, start
 from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import make_gemm, resolve_backend
 from runtime.moe.permutation import plan_rows
@@ -82,7 +82,7 @@ def calibrate(path: Path) -> str:
             return ""
         write(path, values)
     finally:
-        dist.destroy_process_group()
+        end_groups()
     links = "its links, too" if process.world_size > 1 else "no links: start it on several GPUs with torchrun"
     return f"{path}: {values['gpu']}, {process.world_size} ranks; {links}. Plan with --gpu {path}"
 

@@ -6,12 +6,11 @@ import sys
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from moeconv.errors import MoeconvError
 from runtime.job.failure import USER_ERROR, tell_launcher
-from runtime.job.processes import Process, connect, start
+from runtime.job.processes import Process, connect, end_groups, start
 from runtime.job.signals import StopRequest
 from runtime.job.watchdog import FAILURE_STATUS, Progress, Watchdog
 
@@ -65,5 +64,5 @@ def do_together(process: Process, hang_timeout: float, work: Work) -> int:
         sys.excepthook = lambda *_: None  # the traceback stands above already, before those of the others
         raise
     watchdog.stop()
-    dist.destroy_process_group()
+    end_groups()
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import time
@@ -100,6 +101,17 @@ def start(process: Process, store: Store, timeout: float) -> torch.device:
         device_id=device if cuda else None,
     )
     return device
+
+
+def end_groups() -> None:
+    """Take the process groups apart, and their threads, each of which ends with the last reference to its group.
+
+    A thread of gloo's that lets go of a tensor asks for Python's lock. Once Python itself is taken apart, this ends the thread in the middle
+    of a destructor, and so the process: "terminate called without an active exception".
+    Source: https://github.com/pytorch/pytorch/issues/190489.
+    """
+    dist.destroy_process_group()
+    gc.collect()  # what the work has left in cycles holds groups as well
 
 
 def one_first(first: bool, action: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +28,10 @@ JOINT_AXES = {"dp_cp": ("dp", "cp"), "tp_cp": ("cp", "tp"), "tp_dp_cp": ("dp", "
 _REDUCTION_AXES = ("dp_cp", "edp")
 
 Lane = Literal["layers", "reductions", "exchanges"]
+_Made = dict[tuple[Lane, bool, tuple[int, ...]], dist.ProcessGroup]
 
-# The default process group, and the groups made under it so far.
-_made: tuple[Group, dict[tuple[Lane, bool, tuple[int, ...]], dist.ProcessGroup]] = (None, {})
+# The groups made so far under a default process group, for as long as that one is there: a group's threads end with the last reference to it.
+_made: WeakKeyDictionary[dist.ProcessGroup, _Made] = WeakKeyDictionary()
 
 
 def _new_group(ranks: tuple[int, ...], lane: Lane, *, urgent: bool) -> dist.ProcessGroup:
@@ -41,16 +43,14 @@ def _new_group(ranks: tuple[int, ...], lane: Lane, *, urgent: bool) -> dist.Proc
     What an urgent group does on a GPU goes before what is computed beside it: a product that fills the GPU would else
     hold up the communication that it is to hide.
     """
-    global _made
     world = dist.group.WORLD
-    if _made[0] is not world:
-        _made = (world, {})
-    key = (lane, urgent, ranks)
-    if key not in _made[1]:
+    assert world is not None
+    made, key = _made.setdefault(world, {}), (lane, urgent, ranks)
+    if key not in made:
         options = _first_in_line() if urgent else None
         timeout = None if options is None else default_pg_timeout
-        _made[1][key] = dist.new_group(list(ranks), timeout=timeout, pg_options=options)
-    return _made[1][key]
+        made[key] = dist.new_group(list(ranks), timeout=timeout, pg_options=options)
+    return made[key]
 
 
 def _lane(axis: str) -> Lane:

@@ -1,8 +1,10 @@
-"""The two grids of ranks, and flat ranges as rectangles; one process, no communication."""
+"""The two grids of ranks, and flat ranges as rectangles; without communication, but for the groups' end."""
 
 from __future__ import annotations
 
+import gc
 import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from moeconv.layout.rect import Rect, check_cover
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.topology import Piece, Topology, blocks
+from runtime.parity.ranks import RankPool
 
 
 def mesh(parallel: ParallelConfig, world_size: int, rank: int) -> ParallelMesh:
@@ -99,3 +102,24 @@ def test_flat_ranges_become_rectangles_that_cover_each_element_once(
     assert position == total
     for piece in pieces:
         check_cover(piece.name, piece.rect.shape, found[piece.name])
+
+
+def gloo_threads() -> int:
+    """Count the threads of gloo's groups in this process, those that cycles of garbage keep left out."""
+    gc.collect()
+    names = (task.read_text() for task in Path("/proc/self/task").glob("*/comm"))
+    return sum(name.startswith("pt_gloo") for name in names)
+
+
+def threads_with_a_mesh() -> int:
+    made = ParallelMesh(ParallelConfig(tp=2, sp=True))
+    count = gloo_threads()
+    assert made.group("tp") is not None
+    return count
+
+
+def test_a_mesh_s_groups_and_their_threads_end_with_the_default_group(pool: RankPool) -> None:
+    """A thread that is left when Python ends can abort the process."""
+    alone = pool.run(2, gloo_threads)
+    assert all(count > before > 0 for count, before in zip(pool.run(2, threads_with_a_mesh), alone, strict=True))
+    assert pool.run(2, gloo_threads) == alone

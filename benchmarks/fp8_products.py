@@ -33,7 +33,7 @@ def _product_ms(
     gate: Gate | None,
     bounds: Bounds | None = None,
 ) -> float:
-    return _ms(lambda: launch(kind, left, right, out, ends, gate, bounds=bounds))
+    return _ms(lambda: launch(kind, left, right, out, ends, gate, add=out.dtype == torch.float32, bounds=bounds))
 
 
 def _row(name: str, flops: float, *times: float) -> None:

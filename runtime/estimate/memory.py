@@ -128,13 +128,13 @@ def _staged(setup: Setup, rank: int) -> float:
 
 
 def _products(setup: Setup, rank: int) -> float:
-    """An experts' gradient by itself before it is added to a sum in bf16, which their products overwrite only; from FP8 in fp32."""
-    if setup.gradient == setup.wide or (setup.num_microbatches == 1 and setup.fp8.format is None):
+    """The largest gradient of experts in fp32, which products of 8 bits give, before it is added to a sum in bf16."""
+    if setup.gradient == setup.wide or setup.fp8.format is None:
         return 0.0
     chunks = setup.parameters.chunks[rank :: setup.parallel.pp]
     kinds = {layer for layers in chunks for layer in setup.parameters.kinds(layers)}
     sizes = [p.size for layer in kinds for p in setup.parameters.layer(layer) if p.expert and not p.frozen]
-    return max(sizes, default=0) * (setup.gradient if setup.fp8.format is None else setup.wide)
+    return max(sizes, default=0) * setup.wide
 
 
 def _gathered(setup: Setup, rank: int) -> float:

@@ -22,7 +22,7 @@ MAX_ROWS = 65535 * ROW_ALIGNMENT  # the kernel counts tiles in 16 bits
 MAX_EXPERTS = 736  # whose ends fit into shared memory beside the stages
 
 KINDS = ("nt", "nn", "tn")
-EPILOGUES = ("store", "add", "swiglu", "store_fp32")
+EPILOGUES = ("store", "add", "swiglu", "store_fp32", "add_bf16")
 STAGES = {256: 4, 128: 6}  # by columns of a tile
 MAX_WASTE = 0.07  # of columns that a last wide tile computes for nothing; with more, narrow tiles are faster
 GROUP_PAIRS = 8  # what runs at one time is about as high as wide
@@ -42,7 +42,7 @@ def source(
     Args:
         block_n: columns of a tile, 256 or 128.
         kind: nt, nn or tn; 8-bit operands have no nn.
-        epilogue: store, add, swiglu or store_fp32.
+        epilogue: store, add, swiglu, store_fp32 or add_bf16.
         edges: sizes are multiples of 64, not of the tiles.
         types: of the left and the right operand: bf16, or e4m3 or e5m2 each.
         split: add up what the tensor cores sum over 128 elements in fp32; for 8-bit operands, not with swiglu.
@@ -158,7 +158,7 @@ def launch(
     offsets_E: Tensor,
     gate: Gate | None = None,
     *,
-    add: bool = True,
+    add: bool = False,
     bounds: Bounds | None = None,
 ) -> None:
     """Multiply each expert's rows.
@@ -171,16 +171,17 @@ def launch(
         out: [R, columns] (tn: [E * N, columns]) bf16; with tn also fp32.
         offsets_E: [E] int32 ends of the experts' rows, multiples of ROW_ALIGNMENT; sizes are multiples of 64, with a gate of 128.
         gate: with nt, where the product is pre-activations, gate then up: write their SwiGLU too.
-        add: add the product to what an fp32 `out` holds; otherwise overwrite it.
+        add: with tn, add the product to what `out` holds, one in bf16 rounded first; otherwise overwrite it.
         bounds: of 8-bit operands.
     """
     columns, num_experts = out.shape[1], offsets_E.shape[0]
     rows_per_expert = (out if kind == "tn" else right).shape[0] // num_experts  # of an expert's matrix
     block_n = _tile_columns(columns) if gate is None else 256 if columns % 256 == 0 else 128
     edges = columns % block_n != 0 or (kind == "tn" and rows_per_expert % ROW_ALIGNMENT != 0)
-    epilogue = "store" if gate is None else "swiglu"
     if out.dtype == torch.float32:
         epilogue = "add" if add else "store_fp32"
+    else:
+        epilogue = "add_bf16" if add else "store" if gate is None else "swiglu"
     scales, per_expert, factor = (0, 0, 0, 0), 0, 1.0
     if bounds is not None:
         scales, per_expert = _scales(bounds, gate), int(bounds.right.shape[0] > 1)

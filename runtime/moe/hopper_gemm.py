@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -70,13 +69,12 @@ class HopperGemm:
     def add_transposed_times_rows(
         self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor, *, fresh: bool
     ) -> None:
-        """Add `transposed_times_rows` to a sum, or overwrite it where it is fresh: to one in fp32 unrounded, inside the product.
+        """Add `transposed_times_rows` to a sum, or overwrite it where it is fresh, inside the product.
 
-        A fresh sum in bf16 is written by the product as well. Added to one, the product is a tensor of its own first, as large as
-        the sum, and rounded: 8 bytes of traffic an element as in fp32, one launch more, and that memory.
+        To a sum in fp32 it is added unrounded; to one in bf16 rounded, and the sum is rounded again.
         """
         num_experts, num_n, num_k = total_ENK.shape
-        if not _fits(plan, num_n, num_k) or (total_ENK.dtype != torch.float32 and not fresh):
+        if not _fits(plan, num_n, num_k):
             product = self.transposed_times_rows(left_RN, right_RK, plan)
             if fresh:
                 total_ENK.copy_(product)

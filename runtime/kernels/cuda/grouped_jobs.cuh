@@ -5,7 +5,7 @@
 #include "hopper.cuh"
 
 enum { NT, NN, TN };          // rows times transposed matrices; rows times matrices; transposed rows times rows
-enum { STORE, ADD, SWIGLU, STORE_FP32 };  // what becomes of a tile
+enum { STORE, ADD, SWIGLU, STORE_FP32, ADD_BF16 };  // what becomes of a tile
 
 struct Arguments {
     TensorMap left, right;

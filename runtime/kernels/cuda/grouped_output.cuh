@@ -78,6 +78,7 @@ struct Output {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (EPILOGUE == ADD) add_to_memory(reinterpret_cast<float*>(to + 4 * i * pitch), slice.line(i));
+            else if (EPILOGUE == ADD_BF16) add_bf16_to_memory(to + 4 * i * pitch, slice.line(i));
             else *reinterpret_cast<uint4*>(to + 4 * i * pitch) = slice.line(i);
         }
         __syncwarp();

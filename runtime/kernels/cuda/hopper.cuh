@@ -86,6 +86,12 @@ __device__ __forceinline__ void add_to_memory(float* to, uint4 values) {
                  : "memory");
 }
 
+__device__ __forceinline__ void add_bf16_to_memory(char* to, uint4 values) {
+    asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(values.x), "r"(values.y),
+                 "r"(values.z), "r"(values.w)
+                 : "memory");
+}
+
 // ---- 16 rows of 128 bytes in shared memory, swizzled as the tensor memory accelerator does it, for one warp
 
 struct Slice {

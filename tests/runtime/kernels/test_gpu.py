@@ -152,6 +152,15 @@ def test_weight_gradients_added_to_a_sum(backend: str, shape: tuple[int, ...], s
     overwritten = torch.full_like(before, float("nan"))
     gemm.add_transposed_times_rows(left, right, plan, overwritten, fresh=True)
     assert relative(overwritten, expected - before.double()) < bound
+    low = [before.to(BF16) for _ in range(2)]
+    for total in low:
+        gemm.add_transposed_times_rows(left, right, plan, total, fresh=False)
+    assert torch.equal(*low)
+    product = gemm.transposed_times_rows(left, right, plan)
+    torch.testing.assert_close(low[0], before.to(BF16) + product, rtol=0, atol=0)  # rounded, added, and rounded
+    written = torch.full_like(low[0], float("nan"))
+    gemm.add_transposed_times_rows(left, right, plan, written, fresh=True)
+    assert torch.equal(written, product)
 
 
 @pytest.mark.skipif("hopper" not in BACKENDS, reason="needs a Hopper GPU")

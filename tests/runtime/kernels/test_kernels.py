@@ -241,7 +241,15 @@ def test_clamped_gate(num_tokens: int, topk: int, num_experts: int, alignment: i
 @pytest.mark.parametrize("block_n", [128, 256])
 @pytest.mark.parametrize(
     ("kind", "epilogue"),
-    [("nt", "store"), ("nt", "swiglu"), ("nn", "store"), ("tn", "store"), ("tn", "add"), ("tn", "store_fp32")],
+    [
+        ("nt", "store"),
+        ("nt", "swiglu"),
+        ("nn", "store"),
+        ("tn", "store"),
+        ("tn", "add"),
+        ("tn", "store_fp32"),
+        ("tn", "add_bf16"),
+    ],
 )
 def test_grouped_products_compile_for_hopper(block_n: int, kind: str, epilogue: str, edges: bool) -> None:
     pytest.importorskip("cuda.bindings")

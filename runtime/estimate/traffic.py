@@ -9,6 +9,7 @@ from runtime.estimate.local import Local
 from runtime.estimate.machine import Collective, Machine
 from runtime.estimate.parameters import Sums
 from runtime.estimate.setup import ITEMSIZE, Setup
+from runtime.moe.sent_once import sends_once, share_saved
 from runtime.moe.tail import TAIL
 
 ROUTING_WEIGHT_BYTES = 4
@@ -148,7 +149,9 @@ def _moe(setup: Setup, local: Local, along: dict[str, Axis]) -> Iterator[Transfe
     if ep.ranks * etp.ranks == 1:
         return
     if local.exchanged:
-        rows = local.rows / etp.ranks
+        rows, topk = local.rows / etp.ranks, setup.model.sizes["top_k"]
+        if sends_once(local.num_experts, topk, ep.ranks):
+            rows *= 1 - share_saved(local.num_experts, topk, ep.ranks)
         # There with their weights behind them, and back without.
         for bytes_of_row in (row + TAIL * local.item, row):
             yield Transfer(ep, "all_to_all", _sent(ep, rows * bytes_of_row), 1, 1, exchange=True)

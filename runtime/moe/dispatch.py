@@ -16,9 +16,11 @@ from runtime.moe.experts import Experts
 from runtime.moe.groups import MoEGroups
 from runtime.moe.losses import count_choices
 from runtime.moe.packed import pack, unpack
+from runtime.moe.packed_tokens import Choices, pack_tokens, unpack_tokens
 from runtime.moe.passes import unpermute
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.routing import Routing
+from runtime.moe.sent_once import sends_once
 from runtime.ops.reading import Reading
 from runtime.parallel.collectives import (
     all_gather,
@@ -82,7 +84,7 @@ class Dispatch:
     def __init__(
         self, x_TD: Tensor, routing: Routing, experts: AnyExperts, groups: MoEGroups, *, overlapped: bool
     ) -> None:
-        """Put each choice's row into the order of ranks and experts, with its weight.
+        """Put what goes to each rank into the ranks' order.
 
         Args:
             x_TD: [T, D] this rank's tokens; T may differ between ranks.
@@ -94,43 +96,62 @@ class Dispatch:
         self._experts, self._groups = experts, groups
         self._num_local = experts.num_local_experts
         self._num_experts = self._num_local * group_size(groups.ep)
-        self._counting = _Counts(count_choices(routing.experts_TK, self._num_experts), groups)
-        self._plan = plan_rows(routing.experts_TK, self._num_experts, routing.max_rows, fused=experts.fused)
         self._weights_dtype = routing.weights_TK.dtype
         over = groups.ep_rows if overlapped else groups.ep
         self._there, self._back = (Exchange(over, overlapped=overlapped) for _ in range(2))
-        self._there.depart(pack(x_TD, routing.weights_TK, self._plan, fused=experts.fused))
         ep_rank = group_rank(groups.ep)
         self._own = slice(ep_rank * self._num_local, (ep_rank + 1) * self._num_local)
-        self._blocks = self._counting.device[:, :, self._own].reshape(-1)
+        self._counting, self._plan = self._prepare(x_TD, routing)
+
+    def _prepare(self, x_TD: Tensor, routing: Routing) -> tuple[_Counts, RowPlan]:
+        """Have each choice's row depart with its weight, in the order of experts.
+
+        Returns:
+            How many rows each rank has for each expert; and which choice is which row.
+        """
+        experts, groups = self._experts, self._groups
+        counting = _Counts(count_choices(routing.experts_TK, self._num_experts), groups)
+        plan = plan_rows(routing.experts_TK, self._num_experts, routing.max_rows, fused=experts.fused)
+        self._there.depart(pack(x_TD, routing.weights_TK, plan, fused=experts.fused))
+        self._blocks = counting.device[:, :, self._own].reshape(-1)
         # More rows than this arrive only where other ranks have more tokens than this one.
         self._expected = routing.max_rows * group_size(groups.ep) * group_size(groups.etp)
         self._arrivals = _plan_arrivals(self._blocks, experts, self._expected)
+        return counting, plan
+
+    def _sent(self, numbers: list[int]) -> list[int]:
+        """What a rank with these numbers sends to each rank."""
+        starts = range(0, self._num_experts, self._num_local)
+        return [sum(numbers[start : start + self._num_local]) for start in starts]
 
     def start(self) -> None:
         """Wait on the host for the numbers of rows, and send the rows off."""
         counts = self._counting.wait()
         etp_rank, ep_rank = group_rank(self._groups.etp), group_rank(self._groups.ep)
-        sent = counts[etp_rank][ep_rank]
-        starts = range(0, self._num_experts, self._num_local)
-        self._input_splits = [sum(sent[start : start + self._num_local]) for start in starts]
-        # What arrives here: for each etp rank and each ep rank, the rows of each of our experts.
-        arriving = [[sum(row[self._own]) for row in over_ep] for over_ep in counts]
+        self._input_splits = self._sent(counts[etp_rank][ep_rank])
+        # What arrives here from each etp rank and each ep rank, and how many choices of our experts that is.
+        arriving = [[self._sent(numbers)[ep_rank] for numbers in over_ep] for over_ep in counts]
+        self._num_choices = sum(sum(numbers[self._own]) for over_ep in counts for numbers in over_ep)
         self._output_splits = arriving[etp_rank]
         self._etp_sizes = [sum(over_ep) for over_ep in arriving]
         self._there.start(self._output_splits, self._input_splits)
 
     def compute(self) -> None:
         """Apply this rank's experts to the rows that have come."""
+        out = self._apply(self._there.arrive())
+        self._back.depart(reduce_scatter(out, 0, self._groups.etp, self._etp_sizes).contiguous())
+
+    def _apply(self, packed: Tensor) -> Tensor:
+        """The results of what has come, one for each of the rows that came over etp."""
         etp, sizes = self._groups.etp, self._etp_sizes
-        rows, weights = unpack(self._there.arrive(), self._weights_dtype)
+        rows, weights = unpack(packed, self._weights_dtype)
         rows = all_gather(rows, 0, etp, sizes)
         weights = all_gather(weights, 0, etp, sizes)
         arrived = sum(sizes)
         if arrived > self._expected:
             self._arrivals = _plan_arrivals(self._blocks, self._experts, arrived)
-        out = self._experts(rows, weights.unsqueeze(1), self._arrivals.first(arrived, arrived))
-        self._back.depart(reduce_scatter(out, 0, etp, sizes).contiguous())
+        out: Tensor = self._experts(rows, weights.unsqueeze(1), self._arrivals.first(arrived, arrived))
+        return out
 
     def send_back(self) -> None:
         """Send the results off."""
@@ -145,9 +166,60 @@ class Dispatch:
         return unpermute(self._back.arrive(), self._plan, fused=self._experts.fused)
 
 
+class TokenDispatch(Dispatch):
+    """The same where a token goes to a rank once, with all its choices of experts there, whose results come back summed.
+
+    Choices of several experts of a rank are the rule where a token has more choices than there are ranks.
+    """
+
+    def _prepare(self, x_TD: Tensor, routing: Routing) -> tuple[_Counts, RowPlan]:
+        """Have each token depart to each rank that has an expert for it.
+
+        Returns:
+            How many choices each rank has of each expert, and how many tokens for each rank; and which row goes to which rank.
+        """
+        experts, groups, num_ranks = self._experts, self._groups, group_size(self._groups.ep)
+        home_TK = (routing.experts_TK // self._num_local).clamp(max=num_ranks)
+        # A column for each rank: its own number, or none; of a dropped choice the one behind the last.
+        ranks_TR = home_TK.new_full((home_TK.shape[0], num_ranks + 1), num_ranks).scatter_(1, home_TK, home_TK)
+        ranks_TR = ranks_TR[:, :num_ranks].contiguous()
+        counts = [count_choices(routing.experts_TK, self._num_experts), count_choices(ranks_TR, num_ranks)]
+        counting = _Counts(torch.cat(counts), groups)
+        most = min(routing.max_rows, x_TD.shape[0] * min(num_ranks, routing.experts_TK.shape[1]))
+        plan = plan_rows(ranks_TR, num_ranks, most, fused=experts.fused)
+        choices = Choices(routing.experts_TK, self._num_local)
+        self._num_choices_of_token = routing.experts_TK.shape[1]
+        self._there.depart(pack_tokens(x_TD, routing.weights_TK, choices, plan, fused=experts.fused))
+        return counting, plan
+
+    def _sent(self, numbers: list[int]) -> list[int]:
+        return numbers[self._num_experts :]
+
+    def _apply(self, packed: Tensor) -> Tensor:
+        etp, sizes = self._groups.etp, self._etp_sizes
+        rows, weights_TK, experts_TK = unpack_tokens(packed, self._num_choices_of_token, self._weights_dtype)
+        rows = all_gather(rows, 0, etp, sizes)
+        weights_TK = all_gather(weights_TK, 0, etp, sizes)
+        plan = self._experts.plan(gather_tensor(experts_TK, 0, etp, sizes), self._num_choices)
+        out: Tensor = self._experts(rows, weights_TK, plan)
+        return out
+
+
+def make_dispatch(
+    x_TD: Tensor, routing: Routing, experts: AnyExperts, groups: MoEGroups, *, overlapped: bool
+) -> Dispatch:
+    """Begin to send choices to the ranks of their experts; arguments as of `Dispatch`."""
+    num_ranks, topk = group_size(groups.ep), routing.chosen_TK.shape[1]
+    num_experts = experts.num_local_experts * num_ranks
+    # Not where there is a column for each expert: what travels behind a token has room for all its columns.
+    once = routing.experts_TK.shape[1] == topk and sends_once(num_experts, topk, num_ranks)
+    kind = TokenDispatch if once else Dispatch
+    return kind(x_TD, routing, experts, groups, overlapped=overlapped)
+
+
 def run_all_to_all(x_TD: Tensor, routing: Routing, experts: AnyExperts, groups: MoEGroups) -> Tensor:
     """Send each choice to the rank of its expert, and its result back; see `Dispatch`."""
-    dispatch = Dispatch(x_TD, routing, experts, groups, overlapped=False)
+    dispatch = make_dispatch(x_TD, routing, experts, groups, overlapped=False)
     dispatch.start()
     dispatch.compute()
     dispatch.send_back()

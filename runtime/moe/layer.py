@@ -17,7 +17,7 @@ from moeconv.families.compute import Gate
 from runtime.fp8.scaling import Scaling
 from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.config import MoEConfig
-from runtime.moe.dispatch import Dispatch, run_all_gather, run_all_to_all, run_local
+from runtime.moe.dispatch import Dispatch, make_dispatch, run_all_gather, run_all_to_all, run_local
 from runtime.moe.experts import Experts
 from runtime.moe.groups import MoEGroups
 from runtime.moe.router import Router
@@ -171,7 +171,7 @@ class MoELayer(nn.Module):
             What is under way; its result is that of `forward`.
         """
         routing = self.router(x_TD, sequence_T, num_sequences)
-        return Dispatch(x_TD, routing, self.experts, self.groups, overlapped=True)
+        return make_dispatch(x_TD, routing, self.experts, self.groups, overlapped=True)
 
     def _run_experts(self, x_TD: Tensor, routing: Routing, equal_tokens: bool) -> Tensor:
         if group_size(self.groups.ep) == 1 and group_size(self.groups.etp) == 1:

@@ -70,10 +70,10 @@ class _Unpack(torch.autograd.Function):
         return packed, None
 
 
-def _with_room(rows_RD: Tensor) -> Tensor:
+def _with_room(rows_RD: Tensor, tail: int = TAIL) -> Tensor:
     """The rows with the room behind them; where there is none they move."""
     num_rows, width = rows_RD.shape
-    pitch = width + TAIL
+    pitch = width + tail
     begins = rows_RD.storage_offset() == 0 and rows_RD.stride() == (pitch, 1)
     if begins and rows_RD.untyped_storage().nbytes() >= num_rows * pitch * rows_RD.element_size():
         return rows_RD.as_strided((num_rows, pitch), (pitch, 1))

@@ -175,6 +175,7 @@ CASES = (
     # Pairs of micro-batches, one of which is computed while the other's rows travel; and a last one alone.
     case("ep2 in pairs", 2, {"ep": 2} | EXCHANGE, num_microbatches=6),
     case("ep2 in pairs, full recompute", 2, {"ep": 2} | EXCHANGE, recompute={"granularity": "full"}),
+    case("ep2 in pairs, each token once to each rank", 2, {"ep": 2} | EXCHANGE, model={"num_experts_per_tok": 4}),
     case("tp2 sp ep2 in pairs, selective recompute", 4, {"tp": 2, "ep": 2} | SP | EXCHANGE, recompute={"granularity": "selective"}),
     case("ep2 dp2 distributed optimizer, in pairs, shared experts", 4, {"ep": 2} | DIST | EXCHANGE, model=GLM, num_microbatches=8, recompute=SOME_LAYERS),
     case("tp2 sp ep2 etp1 in pairs, overlapped, sinks, clamped experts", 2, {"tp": 2, "ep": 2, "etp": 1} | GATHERS | EXCHANGE, model=OSS),

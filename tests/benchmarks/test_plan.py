@@ -29,5 +29,5 @@ def test_published_runs_of_few_nodes_are_plausible() -> None:
     found = {run["run"]: run for run in plausible()}
     for name in ("Mixtral 8x7B, 64 H100", "Mixtral 8x22B, 128 H100"):
         assert abs(found[name]["error"]) < 0.1
-    # Others exchange tokens over the network once, and beside computing; this trainer a row for each choice.
+    # Others exchange tokens over the network once, and beside computing; this trainer once for each rank.
     assert all(run["error"] < 0.1 for run in found.values())

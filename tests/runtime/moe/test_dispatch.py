@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from runtime.moe import sent_once
 from runtime.moe.groups import MoEGroups
 from runtime.moe.layer import MoELayer
 from runtime.parity.ranks import RankPool
@@ -45,6 +46,11 @@ CASES = {
     "tokens not sequence-parallel": Case(ep=2, etp=2, tokens=(10,), sequence_parallel=False),
     "every token to two experts of one rank": Case(ep=4, tokens=(4, 4, 4, 4), options={"groups": 4, "group_top_k": 1}),
     "sequence loss": Case(ep=2, tokens=(8, 8), options={"load_balancing": ("seq_aux_loss",)}),
+    "each token once to each rank": Case(ep=2, tokens=(9, 9), options={"topk": 5}),
+    "each token once to each rank, uneven, one rank without": Case(ep=4, tokens=(5, 0, 11, 1), options={"topk": 5}),
+    "each token once to each rank, ep2 etp2, recompute": Case(
+        ep=2, etp=2, tokens=(3, 8, 0, 5), options={"topk": 4, "recompute_layer": True}
+    ),
     "recompute": Case(ep=2, etp=2, tokens=(6, 6, 6, 6), options={"recompute_layer": True}),
 }
 
@@ -52,12 +58,11 @@ CASES = {
 def build(options: dict[str, Any], groups: MoEGroups | None) -> MoELayer:
     config = moe_config(
         num_experts=8,
-        topk=2,
         gemm_backend="loop",
         router_dtype="fp64",
         aux_loss_coeff=(0.3,),
         z_loss_coeff=0.1,
-        **options,
+        **({"topk": 2} | options),
     )
     return MoELayer(config, groups, hidden_size=HIDDEN, ffn_hidden_size=WIDTH, dtype=torch.float64)
 
@@ -178,3 +183,29 @@ def test_dispatchers_agree_on_dropped_choices(pool: RankPool, case: Case) -> Non
         assert exchanged["dropped"] > 0
         for key, value in gathered.items():
             assert relative(exchanged[key], value) < 1e-12, key
+
+
+def run_both(case: Case) -> list[dict[str, torch.Tensor]]:
+    """The same with tokens that go to a rank once, and with a row for each choice."""
+    least, found = sent_once.LEAST_SAVED, []
+    for sent_once.LEAST_SAVED in (0.0, 1.0):
+        found.append(run_rank(case, "alltoall"))
+    sent_once.LEAST_SAVED = least
+    return found
+
+
+def test_tokens_with_dropped_choices_go_once(pool: RankPool) -> None:
+    """Capacities are of a rank's tokens, so that one rank drops others: both ways are held against each other."""
+    case = Case(ep=4, tokens=(8, 1, 0, 8), options={"topk": 4, "capacity_factor": 0.5})
+    results = pool.run(4, run_both, case)
+    assert sum(int(once["dropped"]) for once, _ in results) > 0
+    for once, each in results:
+        for key, value in each.items():
+            assert relative(once[key], value) < 1e-12 or (not value.any() and not once[key].any()), key
+
+
+def test_what_is_saved_by_sending_tokens_once() -> None:
+    assert sent_once.share_saved(8, 2, 8) == pytest.approx(0)
+    assert sent_once.share_saved(8, 2, 4) == pytest.approx(1 / 14)  # the other choice is the same rank's with 1 in 7
+    assert sent_once.share_saved(128, 8, 4) > 0.5 > sent_once.share_saved(128, 8, 8) > sent_once.LEAST_SAVED
+    assert sent_once.share_saved(8, 8, 4) == pytest.approx(0.5)

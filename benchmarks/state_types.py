@@ -1,6 +1,6 @@
 """Loss curves by the types of masters, moments and gradient sums, beside fp32: `python -m benchmarks.state_types [options]`.
 
-A small Mixtral on the data of `benchmarks.train_step --compare`, eight sequences a step, in one micro-batch and in eight; on
+A small Mixtral on text with structure to learn, eight sequences a step, in one micro-batch and in eight; on
 the GPU where there is one. Bytes are those of weights, gradient sums, masters and moments that the engine's own tensors take.
 """
 
@@ -14,11 +14,9 @@ import torch
 from benchmarks.train_step import make_engine, memory_by_kind, mixtral, text_batch
 
 SEQUENCES, POSITIONS, VOCABULARY = 8, 64, 128
-REMAINDER, MOMENTS, GRADIENTS = (
-    {"master_weights": "remainder"},
-    {"moments_dtype": "bfloat16"},
-    {"main_grads_dtype": "bf16"},
-)
+REMAINDER = {"master_weights": "remainder"}
+MOMENTS = {"moments_dtype": "bfloat16"}
+GRADIENTS = {"main_grads_dtype": "bf16"}
 KINDS: dict[str, dict[str, Any]] = {
     "fp32 masters, moments, gradients": {},
     "masters as remainders": REMAINDER,

@@ -17,7 +17,7 @@ from moeconv.layout.rect import Rect
 from runtime.optim.groups import DERIVED_STATES
 from runtime.optim.protocol import Optimizer
 from runtime.parallel.collectives import group_rank, group_size
-from runtime.parallel.masters import halves, has_remainders, join, pieces, read_masters, split, to_weights
+from runtime.parallel.masters import halves, has_remainders, join, off_ties, pieces, read_masters, split
 from runtime.parallel.shards import Shard, ShardPart
 from runtime.parallel.topology import Block, blocks
 
@@ -167,11 +167,11 @@ def load_weights(shards: Sequence[Shard], read: Read) -> None:
         exact = True
         for target, stored in ((target, to_tensor(found)) for target, found in read_ahead(read, targets)):
             exact = exact and target.dtype in (stored.dtype, shard.master.dtype)
-            target.copy_(to_weights(stored, target.dtype))
+            target.copy_(stored)
         if exact:
             shard.masters_from_weights()
         else:
-            _fill(shard, halves(shard), read, "", frozen=True)
+            _fill(shard, halves(shard), read, "", frozen=True, masters=True)
 
 
 def load_optimizer(shards: Sequence[Shard], optimizer: Optimizer, read: Read, stored: Container[str]) -> None:
@@ -190,7 +190,7 @@ def load_optimizer(shards: Sequence[Shard], optimizer: Optimizer, read: Read, st
         for name in (name for name in optimizer.states(shard) if name not in DERIVED_STATES):
             _fill(shard, [optimizer.state(shard, name)], read, f"optimizer.{name}.")
         # A run in fp32 stores no masters: its weights, read by `load_weights`, are just as precise.
-        _fill(shard, halves(shard), read, f"optimizer.{MASTER}.", stored)
+        _fill(shard, halves(shard), read, f"optimizer.{MASTER}.", stored, masters=True)
 
 
 def start_derived(shards: Sequence[Shard], optimizer: Optimizer, read: Read, stored: Container[str]) -> None:
@@ -211,9 +211,12 @@ def _fill(
     stored: Container[str] | None = None,
     *,
     frozen: bool = False,
+    masters: bool = False,
 ) -> None:
     """Fill a shard's range, or both halves of its masters, with what is on disk; where `stored` is given, what it lacks
     stays as it is."""
+    # As an update leaves them, so that a run has the same bits whether they are cut or not.
+    settles = masters and shard.rounded is not None and shard.rounded.dtype == torch.bfloat16
     targets: list[tuple[Block, list[Tensor]]] = []
     for part in shard.parts():
         for block in blocks(part.slot.topology, part.slot.cols, part.begin, part.end):
@@ -225,5 +228,6 @@ def _fill(
                 targets.append((replace(block, name=name), views))
     for found, array in read_ahead(read, targets):
         values = to_tensor(array)
-        for target, value in zip(found, [values] if len(found) == 1 else split(values.float()), strict=True):
+        values = off_ties(values.float()) if settles else values
+        for target, value in zip(found, [values] if len(found) == 1 else split(values), strict=True):
             target.copy_(value)

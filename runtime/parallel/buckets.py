@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from runtime.host_memory import host_zeros
 from runtime.parallel.collectives import group_rank, group_size
 from runtime.parallel.gradient_sink import GradientSink, OpenSum, attach_sink, sink_of
-from runtime.parallel.masters import has_remainders, pieces, to_weights
+from runtime.parallel.masters import has_remainders
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parallel.packing import BUCKET_SIZE, lay_out, on_host, pack
 from runtime.parallel.shards import Shard, ShardPart, Slot, StoredRange, wide_dtype, zero_frozen
@@ -206,8 +206,7 @@ class Bucket:
     def round_masters(self) -> None:
         """Bring the masters into this rank's shard of the weights; what has remainders is always there."""
         if self.separate_master and not has_remainders(self):
-            for part in pieces(self):
-                self.weight_shard[part] = to_weights(self.master[part].to(self.device), self.weights.dtype)
+            self.weight_shard.copy_(self.master)
 
     def publish(self) -> None:
         """Bring the weights of each data-parallel rank's shard to all."""

@@ -1,10 +1,10 @@
 """fp32 masters as their bf16 weights and 16 bits more: what the weights, which are kept anyway, lack of them.
 
 An fp32 number is its bf16 neighbour and a signed 16-bit step from there, in units of the fp32 number's last place. Rounded
-with ties to even, 65,537 numbers have the same even neighbour, one more than 16 bits tell. So ties are rounded away from zero
-here, and nothing is lost; and since everybody else rounds to even, an update leaves no master on a tie that the two rules
-round differently, one number of 131,072: `off_ties` takes the one before it. All of that holds for masters that are kept
-whole as well, so that a run has the same bits with either.
+with ties to even, 65,537 numbers have the same even neighbour, one more than 16 bits tell. So `split` rounds ties away from zero,
+and loses nothing; and since everybody else rounds to even, no master is left on a tie that the two rules round differently,
+one number of 131,072: `off_ties` takes the one before it, in updates and of what is loaded. That holds for masters that are
+kept whole as well, so that a run has the same bits with either.
 
 Source:
     https://github.com/NVIDIA/TransformerEngine/blob/0608bde/transformer_engine/common/multi_tensor/adam.cu
@@ -63,21 +63,6 @@ def join(weight: Tensor, remainder: Tensor) -> Tensor:
     """
     bits = weight.detach().to(remainder.device).view(torch.int16).to(torch.int32) << 16
     return bits.add_(remainder).view(torch.float32)
-
-
-def to_weights(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round masters, or what weights are loaded from, to what the model computes with.
-
-    Args:
-        values: any shape and floating type.
-        dtype: of the weights; of bf16, ties go away from zero.
-
-    Returns:
-        In that type.
-    """
-    if dtype != torch.bfloat16 or values.dtype == dtype:
-        return values.to(dtype)
-    return split(values.float())[0]
 
 
 def has_remainders(shard: Shard) -> bool:

@@ -11,67 +11,12 @@ import pytest
 import torch
 
 from runtime.data.batch import Batch
-from runtime.engine import Engine
 from runtime.model.batches import to_device
 from runtime.model.captured import CapturedModel
 from runtime.model.lora import LoraConfig
-from runtime.model.recompute import RecomputeConfig
-from runtime.model.targets import adapt
-from runtime.moe.config import MoEConfig
 from runtime.ops.documents import Documents, Room
-from runtime.optim.config import OptimConfig
 from runtime.parallel.buckets import BucketStore
-from runtime.parallel.degrees import ParallelConfig
-from runtime.parallel.mesh import ParallelMesh
-from runtime.parity.case import initial_reader
-from tests.support.configs import tiny_config, tiny_model
-
-# Sizes that a GPU's kernels take; each config takes those that its family reads.
-WIDE = {
-    "num_hidden_layers": 3, "hidden_size": 128, "head_dim": 64, "intermediate_size": 128, "moe_intermediate_size": 128,
-    "shared_expert_intermediate_size": 128, "vocab_size": 256, "q_lora_rank": 64, "kv_lora_rank": 64,
-    "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32,
-}  # fmt: skip
-
-
-def make_engine(
-    *,
-    captures: bool,
-    device: str = "cuda",
-    lr: float = 1e-3,
-    granularity: Any = "none",
-    family: str = "mixtral",
-    lora: LoraConfig | None = None,
-    **moe: Any,
-) -> Engine:
-    model = tiny_model(family, **{key: value for key, value in WIDE.items() if key in tiny_config(family)})
-    model = adapt(model, lora or LoraConfig())
-    options = None
-    if model.compute.router is not None:
-        options = MoEConfig(router=model.compute.router, **{"aux_loss_coeff": (0.02,), "z_loss_coeff": 1e-3} | moe)
-    parallel, optim, recompute = ParallelConfig(), OptimConfig(lr=lr), RecomputeConfig(granularity=granularity)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    mesh = ParallelMesh(parallel)
-    engine = Engine(
-        model, dtype, parallel, options, optim, recompute, mesh, torch.device(device), lora=lora, captures=captures
-    )
-    engine.load_state(initial_reader(model))
-    return engine
-
-
-def batch(step: int) -> Batch:
-    tokens = torch.randint(32, (4, 129), generator=torch.Generator().manual_seed(step))
-    return Batch(tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous())
-
-
-def packed(step: int) -> Batch:
-    plain = batch(step)
-    begins = torch.rand(plain.tokens.shape, generator=torch.Generator().manual_seed(step)) < 0.05
-    begins[:, 0] = False
-    places = torch.arange(begins.shape[1]).expand_as(begins)
-    positions = places - torch.where(begins, places, 0).cummax(1).values
-    return replace(plain, position_ids=positions, document_ids=begins.cumsum(1, dtype=torch.int32))
-
+from tests.runtime.model.wide import batch, make_engine, packed
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CASES: list[dict[str, Any]] = [
@@ -96,7 +41,9 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_replayed_steps_are_those_of_passes(options: dict[str, Any], make_batch: Callable[[int], Batch]) -> None:
     """Without an update losses are equal bit for bit; gradients, which attention sums by atomics, nearly."""
-    plain, replayed = (make_engine(captures=captures, lr=0.0, **options) for captures in (False, True))
+    plain, replayed = (
+        make_engine("bfloat16", "cuda", captures=captures, lr=0.0, **options) for captures in (False, True)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(4):  # of one and of three micro-batches
@@ -117,7 +64,7 @@ def test_replayed_steps_are_those_of_passes(options: dict[str, Any], make_batch:
 @pytest.mark.gpu
 @gpu
 def test_a_replay_sees_weights_and_rates_of_its_step() -> None:
-    plain, replayed = (make_engine(captures=captures) for captures in (False, True))
+    plain, replayed = (make_engine("bfloat16", "cuda", captures=captures) for captures in (False, True))
     losses = []
     for step in range(12):
         for engine in (plain, replayed):
@@ -134,7 +81,9 @@ def test_a_replay_sees_weights_and_rates_of_its_step() -> None:
 @gpu
 def test_what_cannot_be_captured_runs_as_usual() -> None:
     """The host reads the experts' rows in a loop over them, which a capture forbids."""
-    plain, replayed = (make_engine(captures=captures, gemm_backend="loop") for captures in (False, True))
+    plain, replayed = (
+        make_engine("bfloat16", "cuda", captures=captures, gemm_backend="loop") for captures in (False, True)
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(4):
@@ -147,7 +96,7 @@ def test_what_cannot_be_captured_runs_as_usual() -> None:
 @pytest.mark.gpu
 @gpu
 def test_an_evaluation_without_room_gets_that_of_the_graphs() -> None:
-    engine = make_engine(captures=True, lr=0.0)
+    engine = make_engine("bfloat16", "cuda", captures=True, lr=0.0)
     steps = [batch(0), batch(1)]
     for _ in range(3):
         want = engine.train_step(steps)
@@ -166,7 +115,7 @@ def test_an_evaluation_without_room_gets_that_of_the_graphs() -> None:
 
 def test_books_of_a_replay_are_those_of_its_capture() -> None:
     """What two micro-batches do to the buckets' books: once by backward passes, once as the first was counted."""
-    engine = make_engine(captures=False, device="cpu")
+    engine = make_engine("float32", "cpu")
     store = engine.store
     assert isinstance(store, BucketStore)
     engine.train_step([batch(0)])
@@ -186,7 +135,7 @@ def test_books_of_a_replay_are_those_of_its_capture() -> None:
 
 
 def test_captures_are_of_whole_replicas() -> None:
-    engine = make_engine(captures=False, device="cpu")
+    engine = make_engine("float32", "cpu")
     CapturedModel(engine._runner, engine.store, engine.device)  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="whole model"):
         CapturedModel(engine._runner, None, engine.device)  # type: ignore[arg-type]

@@ -4,73 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from runtime.data.batch import Batch
-from runtime.engine import Engine
 from runtime.generate.stepper import Stepper
-from runtime.model.context import TORCH_DTYPES
 from runtime.model.lora import LoraConfig
-from runtime.model.recompute import RecomputeConfig
-from runtime.model.targets import adapt
-from runtime.moe.config import MoEConfig
-from runtime.optim.config import OptimConfig
-from runtime.parallel.degrees import ParallelConfig
-from runtime.parallel.mesh import ParallelMesh
-from runtime.parity.case import initial_reader
-from tests.support.configs import tiny_config, tiny_model, trained_families
+from tests.runtime.model.wide import batch, make_engine, packed
+from tests.support.configs import trained_families
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-
-
-# Sizes that a GPU's kernels take; each config takes those that its family reads.
-WIDE = {
-    "num_hidden_layers": 3, "hidden_size": 128, "head_dim": 64, "intermediate_size": 128, "moe_intermediate_size": 128,
-    "shared_expert_intermediate_size": 128, "vocab_size": 256, "q_lora_rank": 64, "kv_lora_rank": 64,
-    "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32,
-}  # fmt: skip
-
-
-def make_engine(
-    dtype: Any,
-    device: str,
-    granularity: Any = "none",
-    family: str = "mixtral",
-    lora: LoraConfig | None = None,
-    **moe: Any,
-) -> Engine:
-    model = tiny_model(family, **{key: value for key, value in WIDE.items() if key in tiny_config(family)})
-    model = adapt(model, lora or LoraConfig())
-    parallel = ParallelConfig()
-    options = None
-    if model.compute.router is not None:
-        options = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.02,), z_loss_coeff=1e-3, **moe)
-    recompute = RecomputeConfig(granularity=granularity)
-    engine = Engine(
-        model,
-        TORCH_DTYPES[dtype],
-        parallel,
-        options,
-        OptimConfig(lr=1e-3),
-        recompute,
-        ParallelMesh(parallel),
-        torch.device(device),
-        lora=lora,
-    )
-    engine.load_state(initial_reader(model))
-    return engine
-
-
-def batch(step: int) -> Batch:
-    tokens = torch.randint(32, (4, 129), generator=torch.Generator().manual_seed(step))
-    return Batch(tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous())
 
 
 def test_bf16_follows_fp32_on_the_cpu() -> None:
@@ -92,15 +39,6 @@ def test_every_family_follows_fp32_on_the_cpu(family: str) -> None:
     assert exact.grad_norm == pytest.approx(want.grad_norm, rel=1e-3)
     assert rounded.lm_loss == pytest.approx(want.lm_loss, rel=0.02)
     assert rounded.grad_norm == pytest.approx(want.grad_norm, rel=0.1)
-
-
-def packed(step: int) -> Batch:
-    plain = batch(step)
-    begins = torch.rand(plain.tokens.shape, generator=torch.Generator().manual_seed(step)) < 0.05
-    begins[:, 0] = False
-    places = torch.arange(begins.shape[1]).expand_as(begins)
-    positions = places - torch.where(begins, places, 0).cummax(1).values
-    return replace(plain, position_ids=positions, document_ids=begins.cumsum(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])

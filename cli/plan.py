@@ -162,7 +162,7 @@ def _search(
     found = Search(setup, batch, machine, free, options["imbalance"]).run(options["top"])
     lines = list(found_lines(found, time.perf_counter() - start))
     changed: dict[str, Any] = {}
-    for fields, optim in remedies(setup.optim) if not found.best else ():
+    for fields, optim in remedies(setup.optim, setup.dtype) if not found.best else ():
         other = Search(dataclasses.replace(setup, optim=optim), batch, machine, free, options["imbalance"])
         smaller = other.run(options["top"])
         if "optimizer_cpu_offload" in fields or smaller.best:

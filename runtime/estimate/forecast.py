@@ -99,7 +99,7 @@ class Forecast:
 
     def _remedy(self) -> str:
         setup = self._estimate.setup
-        smaller = [replace(setup, optim=optim) for _, optim in remedies(setup.optim)]
+        smaller = [replace(setup, optim=optim) for _, optim in remedies(setup.optim, setup.dtype)]
         for tried in (setup, *smaller):
             found = Search(tried, setup.global_batch_size, self._machine, Free()).run(1)
             if found.best:

@@ -62,7 +62,9 @@ def test_state_that_does_not_fit_is_refused_with_what_would() -> None:
     run = run_of("--expert-model-parallel-size 8 --global-batch-size 64 --use-distributed-optimizer")
     with pytest.raises(ConfigError, match=r"dp16 ep8 needs .* GB of each GPU for weights") as caught:
         Forecast(run, 16, Gpu(H100.name, 40_000_000_000, 8)).check()
-    assert "--moments-dtype bfloat16 --optimizer-cpu-offload" in str(caught.value).split("This fits: ")[1]
+    proposed = str(caught.value).split("This fits: ")[1]
+    assert "--master-weights remainder --moments-dtype bfloat16" in proposed
+    assert "--optimizer-cpu-offload" not in proposed, "what loses nothing is enough"
     with pytest.raises(ConfigError, match="No layout of 16 such GPUs fits"):
         Forecast(run, 16, Gpu(H100.name, 40_000_000_000, 8, host=50_000_000_000)).check()
     alone = run_of("--global-batch-size 64")

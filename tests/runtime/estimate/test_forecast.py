@@ -66,7 +66,9 @@ def test_state_that_does_not_fit_is_refused_with_what_would() -> None:
     assert "--master-weights remainder --moments-dtype bfloat16" in proposed
     assert "--optimizer-cpu-offload" not in proposed, "what loses nothing is enough"
     with pytest.raises(ConfigError, match="No layout of 16 such GPUs fits"):
-        Forecast(run, 16, Gpu(H100.name, 40_000_000_000, 8, host=50_000_000_000)).check()
+        Forecast(run, 16, Gpu(H100.name, 28_000_000_000, 8, host=50_000_000_000)).check()
+    with pytest.raises(ConfigError, match=r"This fits: .* --master-weights remainder .* --optimizer-cpu-offload"):
+        Forecast(run, 16, Gpu(H100.name, 28_000_000_000, 8)).check()
     alone = run_of("--global-batch-size 64")
     with pytest.raises(ConfigError) as caught:
         Forecast(alone, 64, H100).check()

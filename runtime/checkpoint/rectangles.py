@@ -171,7 +171,7 @@ def load_weights(shards: Sequence[Shard], read: Read) -> None:
         if exact:
             shard.masters_from_weights()
         else:
-            _fill(shard, halves(shard), read, "", frozen=True, masters=True)
+            _fill(shard, halves(shard), read, "", frozen=True)
 
 
 def load_optimizer(shards: Sequence[Shard], optimizer: Optimizer, read: Read, stored: Container[str]) -> None:
@@ -190,7 +190,7 @@ def load_optimizer(shards: Sequence[Shard], optimizer: Optimizer, read: Read, st
         for name in (name for name in optimizer.states(shard) if name not in DERIVED_STATES):
             _fill(shard, [optimizer.state(shard, name)], read, f"optimizer.{name}.")
         # A run in fp32 stores no masters: its weights, read by `load_weights`, are just as precise.
-        _fill(shard, halves(shard), read, f"optimizer.{MASTER}.", stored, masters=True)
+        _fill(shard, halves(shard), read, f"optimizer.{MASTER}.", stored)
 
 
 def start_derived(shards: Sequence[Shard], optimizer: Optimizer, read: Read, stored: Container[str]) -> None:
@@ -211,12 +211,9 @@ def _fill(
     stored: Container[str] | None = None,
     *,
     frozen: bool = False,
-    masters: bool = False,
 ) -> None:
     """Fill a shard's range, or both halves of its masters, with what is on disk; where `stored` is given, what it lacks
     stays as it is."""
-    # As an update leaves them, so that a run has the same bits whether they are cut or not.
-    settles = masters and shard.rounded is not None and shard.rounded.dtype == torch.bfloat16
     targets: list[tuple[Block, list[Tensor]]] = []
     for part in shard.parts():
         for block in blocks(part.slot.topology, part.slot.cols, part.begin, part.end):
@@ -228,6 +225,7 @@ def _fill(
                 targets.append((replace(block, name=name), views))
     for found, array in read_ahead(read, targets):
         values = to_tensor(array)
-        values = off_ties(values.float()) if settles else values
-        for target, value in zip(found, [values] if len(found) == 1 else split(values), strict=True):
+        # Weights that are loaded beside masters are rounded to even: so is one that is cut from its master here.
+        parts = [values] if len(found) == 1 else split(off_ties(values.float()))
+        for target, value in zip(found, parts, strict=True):
             target.copy_(value)

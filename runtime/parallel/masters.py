@@ -3,8 +3,8 @@
 An fp32 number is its bf16 neighbour and a signed 16-bit step from there, in units of the fp32 number's last place. Rounded
 with ties to even, 65,537 numbers have the same even neighbour, one more than 16 bits tell. So `split` rounds ties away from zero,
 and loses nothing; and since everybody else rounds to even, no master is left on a tie that the two rules round differently,
-one number of 131,072: `off_ties` takes the one before it, in updates and of what is loaded. That holds for masters that are
-kept whole as well, so that a run has the same bits with either.
+one number of 131,072: `off_ties` takes the one before it. An update does so with masters that are kept whole as well, so that a
+run has the same bits with either; loading does so only with those that are cut, since a source in fp32 is to stay as it is.
 
 Source:
     https://github.com/NVIDIA/TransformerEngine/blob/0608bde/transformer_engine/common/multi_tensor/adam.cu

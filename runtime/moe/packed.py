@@ -62,7 +62,7 @@ class _Unpack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor, None]:
-        packed = _with_room(grad_rows)
+        packed = with_room(grad_rows)
         tails = _weights(packed, ctx.width, ctx.dtype)
         if not packed.is_cuda:
             tails.zero_()  # for anomaly detection; nobody reads it
@@ -70,8 +70,16 @@ class _Unpack(torch.autograd.Function):
         return packed, None
 
 
-def _with_room(rows_RD: Tensor, tail: int = TAIL) -> Tensor:
-    """The rows with the room behind them; where there is none they move."""
+def with_room(rows_RD: Tensor, tail: int = TAIL) -> Tensor:
+    """The rows with the room behind them; where there is none they move.
+
+    Args:
+        rows_RD: [R, D].
+        tail: elements of the room behind a row.
+
+    Returns:
+        [R, D + tail].
+    """
     num_rows, width = rows_RD.shape
     pitch = width + tail
     begins = rows_RD.storage_offset() == 0 and rows_RD.stride() == (pitch, 1)

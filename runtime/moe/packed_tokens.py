@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.moe import passes
-from runtime.moe.packed import _with_room
+from runtime.moe.packed import with_room
 from runtime.moe.permutation import RowPlan
 from runtime.moe.tail import TAIL
 
@@ -107,7 +107,7 @@ class _UnpackTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        packed = _with_room(grad_rows, ctx.tail)
+        packed = with_room(grad_rows, ctx.tail)
         tails = packed[:, grad_rows.shape[1] :]
         if not packed.is_cuda:
             tails.zero_()  # for anomaly detection; nobody reads it

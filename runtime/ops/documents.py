@@ -114,7 +114,7 @@ class Packed:
         starts, lengths = self._documents()
         positions = self._ids_BS.shape[1]
         first = starts % positions
-        queries = (first + lengths - first.clamp(min=self._begin)).clamp(min=0).where(lengths > 0, 0)
+        queries = (first + lengths - first.clamp(min=self._begin)).clamp(min=0)
         return self._on_device(queries, lengths)
 
     def _documents(self) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from moeconv.families.compute import Gate
+from runtime.fp8.config import Fp8Config
+from runtime.fp8.scaling import Scaling
 from runtime.kernels.sharing import shared_device
 from runtime.moe.clamped_mlp import clamped_mlp
 from runtime.moe.experts import grouped_mlp
@@ -284,20 +286,21 @@ def test_layer_on_gpu_equals_layer_on_cpu(backend: str, options: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "options", "bound"),
+    ("backend", "fp8", "bound"),
     [
         ("grouped_gemm", {}, 6e-3),
         ("te", {}, 8e-3),
-        ("te", {"fp8_format": "hybrid", "fp8_recipe": "delayed"}, 0.15),
-        ("te", {"fp8_format": "hybrid", "fp8_recipe": "tensorwise"}, 0.15),
-        ("te", {"fp8_format": "e4m3", "fp8_recipe": "blockwise"}, 0.15),
+        ("te", {"format": "hybrid", "recipe": "delayed"}, 0.15),
+        ("te", {"format": "hybrid", "recipe": "tensorwise"}, 0.15),
+        ("te", {"format": "e4m3", "recipe": "blockwise"}, 0.15),
     ],
 )
-def test_other_backends_against_fp64(backend: str, options: dict, bound: float) -> None:
+def test_other_backends_against_fp64(backend: str, fp8: dict, bound: float) -> None:
     pytest.importorskip("transformer_engine" if backend == "te" else backend)
     torch.manual_seed(0)
-    config = moe_config(num_experts=4, topk=2, load_balancing=("none",), gemm_backend=backend, **options)
-    layer = MoELayer(config, hidden_size=512, ffn_hidden_size=256, dtype=BF16, device="cuda")
+    config = moe_config(num_experts=4, topk=2, load_balancing=("none",), gemm_backend=backend)
+    scaling = Scaling(Fp8Config(**fp8), torch.device("cuda")) if fp8 else None
+    layer = MoELayer(config, hidden_size=512, ffn_hidden_size=256, dtype=BF16, device="cuda", fp8=scaling)
     exact = MoELayer(
         moe_config(num_experts=4, topk=2, load_balancing=("none",), gemm_backend="loop"),
         hidden_size=512,

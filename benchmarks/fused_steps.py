@@ -22,6 +22,7 @@ from runtime.ops.embedding import add_gradient
 from runtime.ops.linear import add_product
 from runtime.ops.norm import add_rms_norm, rms_norm
 from runtime.ops.rotary import rotary, rotate
+from runtime.ops.swiglu import swiglu
 from runtime.parallel.masters import split
 
 BF16 = torch.bfloat16
@@ -94,6 +95,15 @@ def norm_cases(sizes: Sizes) -> list[Case]:
         )
     )
     return cases
+
+
+def gated_cases(sizes: Sizes) -> list[Case]:
+    """SwiGLU of a dense layer with the width of Llama 3.1 8B's."""
+    hidden = randn(POSITIONS, SEQUENCES, 2 * 14336, grad=True)
+    fused, plain = (
+        forward_backward(lambda x, fused=fused: (swiglu(x, fused=fused),), hidden) for fused in (True, False)
+    )
+    return [Case("SwiGLU of a dense layer", 8.0 * hidden.numel(), 0, fused, plain)]
 
 
 def attention_cases(sizes: Sizes) -> list[Case]:
@@ -227,7 +237,14 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     print(f"copy {bandwidth / 1e12:.2f} TB/s, dense product {rate / 1e12:.0f} TFLOP/s; times in ms")
     print("| step | floor | fused | of the floor | plain torch |\n| --- | --- | --- | --- | --- |")
-    for make in (norm_cases, attention_cases, vocabulary_cases, product_cases, lambda _: optimizer_cases()):
+    for make in (
+        norm_cases,
+        gated_cases,
+        attention_cases,
+        vocabulary_cases,
+        product_cases,
+        lambda _: optimizer_cases(),
+    ):
         for case in make(sizes):
             floor = max(case.num_bytes / bandwidth, case.flops / rate) * 1e3
             # Replayed from a graph: what the host needs to launch a step doesn't count, it is ahead of the device.

@@ -116,7 +116,7 @@ def _experts(setup: Setup, local: Local) -> tuple[float, float]:
     kept = inputs + local.rows_allocated * 2 * width * b
     # The rows of the gradient beside that of the activation; then of the input beside what is sent back.
     working = local.rows_allocated * (hidden + width) * b
-    if setup.model.compute.gate is not None:  # in plain torch: rows, both factors, and their output in fp32
+    if setup.plain_experts:  # rows, both factors, and their output in fp32
         kept += local.rows_allocated * (hidden + width) * b + local.rows_allocated * 6 * width * 4
         working += local.rows_allocated * 4 * width * 4
     return _around_experts(setup, local, kept, working)
@@ -133,15 +133,15 @@ def _around_experts(setup: Setup, local: Local, kept: float, working: float) -> 
 
 
 def _gated(setup: Setup, local: Local, part: str, *, in_fp8: bool) -> float:
-    """Gate and up, their activation and product; with tensor parallelism the input too. In FP8 input and product in 8 bits."""
+    """Gate, up and their product; with tensor parallelism the input too. In FP8 input and product in 8 bits."""
     width = setup.model.width(part) // setup.parallel.tp
     if in_fp8:
-        return local.tokens * (3 * width * local.item + width + local.hidden)
+        return local.tokens * (2 * width * local.item + width + local.hidden)
     entered = local.hidden if setup.parallel.tp > 1 else 0
-    return local.tokens * local.item * (4 * width + entered)
+    return local.tokens * local.item * (3 * width + entered)
 
 
 def _gated_working(setup: Setup, local: Local, *, in_fp8: bool) -> float:
-    """Gradients of gate, up, activation and product; in FP8 of gate and up in 8 bits, in both layouts, too."""
+    """Gradients of gate, up and product; in FP8 of gate and up in 8 bits, in both layouts, too."""
     width = setup.model.width("mlp") // setup.parallel.tp
-    return local.tokens * width * (4 * local.item + (4 if in_fp8 else 0))
+    return local.tokens * width * (3 * local.item + (4 if in_fp8 else 0))

@@ -198,10 +198,11 @@ def _experts(setup: Setup, local: Local, machine: Machine, parameters: Iterable[
         passes = expert_passes(setup, local, machine)
     forward += passes[0] + total
     backward += passes[1] + total
-    if setup.model.compute.gate is not None:  # in plain torch
+    if setup.plain_experts:
         forward += machine.moving(20 * rows * width * b, "plain")
         backward += machine.moving(40 * rows * width * b, "plain")
-    elif machine.row_alignment == 1 and not in_fp8:  # torch's products: the activation is a pass of its own
+    elif setup.model.compute.gate is not None or (machine.row_alignment == 1 and not in_fp8):
+        # With biases, or torch's products: the activation is a pass of its own.
         forward += machine.moving(3 * rows * width * b, "swiglu")
     if local.exchanged:  # rows are put in the order of their ranks, and summed when they are back
         sent = local.rows_sent * local.hidden * b + local.tokens_moe * local.hidden * b
@@ -220,9 +221,9 @@ def _router(setup: Setup, local: Local, machine: Machine, parameters: Iterable[P
 
 
 def _gated(part: str, setup: Setup, local: Local, machine: Machine, parameters: list[Parameter]) -> Work:
-    """A gated layer that every token passes; its activation is in plain torch."""
+    """A gated layer that every token passes."""
     width = setup.model.width(part) // setup.parallel.tp
     passes = local.tokens * width * local.item
     work = _dense(part, setup, local.tokens, machine, parameters)
     work += Work(part, *dense_passes(setup, local, machine, part, parameters))
-    return work + Work(part, machine.moving(5 * passes, "plain"), machine.moving(8 * passes, "plain"))
+    return work + Work(part, machine.moving(3 * passes, "swiglu"), machine.moving(5 * passes, "swiglu"))

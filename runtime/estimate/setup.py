@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from moeconv.families.adapted import AdaptedModel
+from moeconv.families.adapted import LORA_A, AdaptedModel
 from moeconv.families.base import Model
 from runtime.estimate.parameters import RankParameters
 from runtime.fp8.config import Fp8Config
@@ -75,6 +75,12 @@ class Setup:
     def captured(self) -> bool:
         """Whether micro-batches are replayed as CUDA graphs: then the host is never the limit."""
         return self.graphs and obstacle(self, self.world_size) is None
+
+    @property
+    def plain_experts(self) -> bool:
+        """Whether experts run in plain torch: those with a clamped gate that have adapters."""
+        roles = ("expert.gate_up", "expert.down")
+        return self.model.compute.gate is not None and any(self.model.has(role + LORA_A) for role in roles)
 
     @property
     def dp(self) -> int:

@@ -1,6 +1,7 @@
-"""SwiGLU with the routing weight, forward and backward, over rows in expert order.
+"""SwiGLU, forward and backward: with the routing weight over rows in expert order, and alone over every token's row.
 
-Legend: R rows, F width of an expert. Floor, at memory bandwidth: 3 F elements a row forward, 6 F backward.
+Legend: R rows, F width of an expert or of a gated layer. Floor, at memory bandwidth: 3 F elements a row forward; backward 6 F
+over experts' rows, where the output is made again, and 5 F alone.
 """
 
 from __future__ import annotations
@@ -71,6 +72,33 @@ def _backward_kernel(
     tl.store(grad_weights + slot, tl.sum(dot, 0).to(grad_weights.dtype.element_ty), mask=slot >= 0)
 
 
+@triton.jit
+def _alone_forward_kernel(hidden, out, width, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    base = hidden + row * (2 * width) + columns
+    gate = tl.load(base, mask=inside, other=0.0).to(ACC)
+    up = tl.load(base + width, mask=inside, other=0.0).to(ACC)
+    act = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * width + columns, act.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _alone_backward_kernel(hidden, grad, grad_hidden, width, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    place = row * (2 * width) + columns
+    gate = tl.load(hidden + place, mask=inside, other=0.0).to(ACC)
+    up = tl.load(hidden + width + place, mask=inside, other=0.0).to(ACC)
+    incoming = tl.load(grad + row * width + columns, mask=inside, other=0.0).to(ACC)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    grad_gate = incoming * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    tl.store(grad_hidden + place, grad_gate.to(grad_hidden.dtype.element_ty), mask=inside)
+    tl.store(grad_hidden + width + place, (incoming * gate * sigmoid).to(grad_hidden.dtype.element_ty), mask=inside)
+
+
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """What is computed in: fp64 for fp64, else fp32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
@@ -122,3 +150,40 @@ def swiglu_backward(
         # Whoever still holds the pre-activations for another backward pass must get an error, not our gradient.
         torch.autograd.graph.increment_version(hidden_R2F)
     return hidden_R2F, grad_weights, grad_RF
+
+
+def swiglu_alone_forward(hidden_R2F: Tensor) -> Tensor:
+    """silu(gate) * up, computed in fp32 (fp64 for fp64).
+
+    Args:
+        hidden_R2F: [R, 2F] contiguous, gate then up.
+
+    Returns:
+        [R, F].
+    """
+    num_rows, width = hidden_R2F.shape[0], hidden_R2F.shape[1] // 2
+    out = hidden_R2F.new_empty(num_rows, width)
+    if num_rows:
+        block = min(MAX_BLOCK, triton.next_power_of_2(width))
+        grid = (num_rows, triton.cdiv(width, block))
+        _alone_forward_kernel[grid](hidden_R2F, out, width, block, accumulator(hidden_R2F.dtype))
+    return out
+
+
+def swiglu_alone_backward(hidden_R2F: Tensor, grad_RF: Tensor) -> Tensor:
+    """The gradient of `swiglu_alone_forward`'s input.
+
+    Args:
+        hidden_R2F: [R, 2F] contiguous, the input.
+        grad_RF: [R, F] contiguous gradient of the output.
+
+    Returns:
+        [R, 2F].
+    """
+    num_rows, width = grad_RF.shape
+    grad_hidden = torch.empty_like(hidden_R2F)
+    if num_rows:
+        block = min(MAX_BLOCK, triton.next_power_of_2(width))
+        grid = (num_rows, triton.cdiv(width, block))
+        _alone_backward_kernel[grid](hidden_R2F, grad_RF, grad_hidden, width, block, accumulator(hidden_R2F.dtype))
+    return grad_hidden

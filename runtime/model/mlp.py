@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.model.adapter import adapt_experts, take_adapter
@@ -20,6 +19,7 @@ from runtime.moe.dispatch import Dispatch
 from runtime.moe.layer import MoEGroups, MoELayer
 from runtime.ops.linear import linear
 from runtime.ops.norm import as_tokens
+from runtime.ops.swiglu import swiglu
 
 
 class GatedMLP(nn.Module):
@@ -47,8 +47,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] to [S, B, D], split over tp with sequence parallelism."""
-        gate, up = self._first(x_SBD, [self.w13], [self.b13], [self.adapter13])[0].chunk(2, dim=-1)
-        out = self._second(F.silu(gate) * up, self.w2, self.adapter2)
+        hidden = self._first(x_SBD, [self.w13], [self.b13], [self.adapter13])[0]
+        out = self._second(swiglu(hidden), self.w2, self.adapter2)
         return out if self.b2 is None else out + self.b2
 
 

@@ -16,6 +16,7 @@ from runtime.moe.clamped_mlp import Activation, activate, activate_backward, exp
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.sinkhorn import MAX_ITERATIONS, TOLERANCE, sinkhorn
 from runtime.moe.tail import TAIL
+from runtime.ops.swiglu import swiglu
 from tests.runtime.moe.oracle import relative
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -210,6 +211,18 @@ def test_sinkhorn_bears_large_and_non_finite_logits() -> None:
     logits = torch.randn(20, 4, device=DEVICE)
     logits[3, 2] = float("nan")
     assert bool(sinkhorn_plan(logits, MAX_ITERATIONS, TOLERANCE, SINKHORN_PROGRAMS).isnan().any())  # and it ends
+
+
+@pytest.mark.parametrize(("shape", "width"), [((3, 2), 33), ((7,), 2500), ((0, 2), 8)])
+def test_swiglu_of_every_token(shape: tuple[int, ...], width: int) -> None:
+    leaf = torch.randn(*shape, 2 * width, device=DEVICE, requires_grad=True)
+    exact = leaf.detach().double().requires_grad_()
+    grad = torch.randn(*shape, width, device=DEVICE)
+    out, expected = swiglu(leaf, fused=True), swiglu(exact, fused=False)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    out.backward(grad)
+    expected.backward(grad.double())
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("num_tokens", "topk", "num_experts", "alignment", "hidden", "width"), SIZES)

@@ -74,7 +74,10 @@ class Trainer:
             _ = source.carried_bytes  # read now: the folder may be removed by the time of a save (--keep-last)
             group = dist.new_group(backend="gloo")
             note = log.note if log is not None else None
-            self._saver = Saver(run.checkpoint.save, group, keep_last=run.checkpoint.keep_last, note=note)
+            config = run.checkpoint
+            self._saver = Saver(
+                run.checkpoint.save, group, keep_last=config.keep_last, asynchronous=config.async_save, note=note
+            )
         self._saved_iteration = -1
         self._outcome: Outcome | None = None  # of the last save that has come to its end
         self._referee = Referee(run.train, run.checkpoint, self._note, first=mesh.global_rank == 0)
@@ -349,7 +352,7 @@ class Trainer:
 
         self._saver.save(iteration, files, commit, best=self._referee.keeps(iteration))
         self._saved_iteration = iteration
-        if any(item.in_place for item in items):  # the next step would change what is being written
+        if self._saver.synchronous:
             self._report(self._saver.wait())
 
     def _finish(self) -> None:

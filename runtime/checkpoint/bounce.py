@@ -72,7 +72,9 @@ class Bounce:
                 devices |= {part.device} if part.is_cuda else set()
                 out.append(memory)
             else:
-                out.append(part.view(-1))
+                out.append(
+                    part.as_strided((part.numel(),), (1,))
+                )  # a view leaves odd strides where there is one element
         events = []
         for device in devices:
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

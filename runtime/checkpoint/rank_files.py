@@ -37,6 +37,8 @@ def collect_files(
     mesh: ParallelMesh,
     model: Model,
     stage: Stage,
+    *,
+    waits: bool = False,
 ) -> dict[str, list[ShardEntry]]:
     """Sort what this rank owns into files, staged where it isn't read in place. Collective where the saver has a group.
 
@@ -45,6 +47,7 @@ def collect_files(
         mesh: this rank's coordinates.
         model: says which tensors are experts'.
         stage: of the saver that will write them.
+        waits: training waits for the save anyway, as it does where anything is `in_place`.
 
     Returns:
         File name -> its tensors; valid until `stage` is called again. Of what is `in_place`, and of everything where the
@@ -55,7 +58,7 @@ def collect_files(
     files: dict[str, list[ShardEntry]] = {}
     rectangles: Counter[str] = Counter()
     tensors = [tensor for item in items for tensor in _staged(item)]
-    staged = iter(stage(tensors, waits=any(item.in_place for item in items)))
+    staged = iter(stage(tensors, waits=waits or any(item.in_place for item in items)))
     for item in items:
         here = [next(staged) for _ in _staged(item)]
         parts = [part for copy in here for part in copy.tensors]

@@ -168,13 +168,13 @@ def save(run: RunConfig, engine: Engine, mesh: ParallelMesh, job: Job, spec: Spe
     """Save as the trainer does, and leave a digest of what was saved beside it."""
     folder, rank = Path(spec.folder), mesh.global_rank
     source = source_folder(folder / "source", spec.config, TORCH_DTYPES[run.dtype], job)
-    saver = Saver(folder / "saved", job.control, keep_last=1)
+    saver = Saver(folder / "saved", job.control, keep_last=1, asynchronous=run.checkpoint.async_save)
     with_optimizer = run.checkpoint.save_optim
     job.synchronize()
     begin = time.perf_counter()
     items = engine.state(with_optimizer=with_optimizer)
     files = collect_files(items, mesh, source.model, saver.stage)
-    num_bytes = sum(job.everyone(sum(item.tensor.nbytes for item in items)))
+    num_bytes = sum(job.everyone(sum(item.live.numel() * item.dtype.itemsize for item in items)))
     state = TrainerState(iteration=1, optimizer=engine.scalars())
     saver.save(1, files, lambda path, records: commit_checkpoint(path, records, source, run.parallel, state))
     stall = time.perf_counter() - begin
@@ -185,7 +185,8 @@ def save(run: RunConfig, engine: Engine, mesh: ParallelMesh, job: Job, spec: Spe
     left = {"digest": digest(engine, job, with_optimizer=with_optimizer), "optimizer": with_optimizer}
     if rank == 0:
         (folder / "expected.json").write_text(json.dumps(left))
-    return {"saved_gb": num_bytes / 1e9, "save_s": seconds, "save_stall_s": max(job.everyone(stall))}
+    out = {"saved_gb": num_bytes / 1e9, "save_s": seconds, "save_stall_s": max(job.everyone(stall))}
+    return out | {"synchronous": saver.synchronous}
 
 
 def resume(engine: Engine, job: Job, spec: Spec) -> dict[str, Any]:

@@ -18,9 +18,17 @@ from moeconv.errors import MoeconvError
 
 _THREADS = 4
 _CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("sys/fs/cgroup", "", ("memory.max", "memory.current"), "", ("file_dirty", "file_writeback")),
+    (
+        "sys/fs/cgroup/memory",
+        "memory",
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "total_",
+        ("total_dirty", "total_writeback"),
+    ),
 )
+"""Of versions 2 and 1: where they are mounted, the controller's name in /proc/self/cgroup, limit and use, how numbers of all
+groups below begin in memory.stat, and what of the page cache is not on the disk yet."""
 
 
 class HostMemoryError(MoeconvError):
@@ -109,16 +117,52 @@ def page_unlock(address: int) -> None:
         torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
-def available_memory() -> int | None:
-    """Give the bytes that this process and its neighbours may still take on this host; None where nothing tells."""
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Give the bytes that this process and its neighbours may still take on this host.
+
+    Page cache counts as available once it is on the disk, since Linux gives it up; page-locked memory never does.
+
+    Args:
+        root: where /proc and /sys are.
+
+    Returns:
+        The least that the host and each control group above this process leave; None where nothing tells.
+
+    Source:
+        https://github.com/torvalds/linux/blob/v6.12/Documentation/admin-guide/cgroup-v2.rst (memory.stat), and
+        https://github.com/torvalds/linux/blob/v6.12/Documentation/admin-guide/cgroup-v1/memory.rst.
+    """
     found = []
     with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    for limit, used in _CGROUPS:  # a container may have less than its host
-        with contextlib.suppress(OSError, ValueError):
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    for mount, controller, (limit, used), prefix, unwritten in _CGROUPS:
+        for group in _groups(root, root / mount, controller):
+            with contextlib.suppress(OSError, ValueError):
+                left = int((group / limit).read_text()) - int((group / used).read_text())
+                found.append(left + _reclaimable(group / "memory.stat", prefix, unwritten))
     return max(0, min(found)) if found else None
+
+
+def _groups(root: Path, mount: Path, controller: str) -> list[Path]:
+    """List the control group of this process and those above it; a container may see its own as the root."""
+    own = ""
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            if controller in names.split(","):
+                own = path.strip("/")
+    group = mount / own
+    return [group, *(above for above in group.parents if above.is_relative_to(mount))]
+
+
+def _reclaimable(stat: Path, prefix: str, unwritten: tuple[str, str]) -> int:
+    """Give the bytes of a group's page cache that are on the disk."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        values = {name: int(value) for name, value in (line.split() for line in stat.read_text().splitlines())}
+        cached = values[f"{prefix}inactive_file"] + values[f"{prefix}active_file"]
+        return max(0, cached - sum(values.get(name, 0) for name in unwritten))
+    return 0
 
 
 def cpus_near(device: torch.device) -> set[int]:

@@ -74,7 +74,10 @@ class Trainer:
             _ = source.carried_bytes  # read now: the folder may be removed by the time of a save (--keep-last)
             group = dist.new_group(backend="gloo")
             note = log.note if log is not None else None
-            self._saver = Saver(run.checkpoint.save, group, keep_last=run.checkpoint.keep_last, note=note)
+            config = run.checkpoint
+            self._saver = Saver(
+                run.checkpoint.save, group, keep_last=config.keep_last, asynchronous=config.async_save, note=note
+            )
         self._saved_iteration = -1
         self._outcome: Outcome | None = None  # of the last save that has come to its end
         self._referee = Referee(run.train, run.checkpoint, self._note, first=mesh.global_rank == 0)
@@ -162,7 +165,7 @@ class Trainer:
                 if due and not reason and iteration < config.num_steps:
                     reason = self._referee.judge(iteration, self.evaluate("valid"))
                 if save or self._referee.keeps(iteration):
-                    self._save()
+                    self._save(last=bool(reason) or iteration == config.num_steps)
                 elif self._saver is not None and self._saver.finished():
                     self._report(self._saver.wait())
             loader.close()
@@ -332,7 +335,8 @@ class Trainer:
             )
         )
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool) -> None:
+        """Save; `last`: the run waits for it in any case, so that a copy of what is written has no use."""
         if self._saver is None:
             return
         iteration = self.state.iteration
@@ -341,7 +345,7 @@ class Trainer:
         self.state = dataclasses.replace(self.state, optimizer=self.engine.scalars(), validation=self._referee.stored())
         with_optimizer = self.run.checkpoint.save_optim
         items = self.engine.state(with_optimizer)
-        files = collect_files(items, self.mesh, self.source.model, self._saver.stage)
+        files = collect_files(items, self.mesh, self.source.model, self._saver.stage, waits=last)
         state, source, layout, settings = self.state, self.source, self.run.parallel, {RUN_FILE: run_file(self.run)}
 
         def commit(path: Path, records: list[FileRecord]) -> None:
@@ -349,7 +353,7 @@ class Trainer:
 
         self._saver.save(iteration, files, commit, best=self._referee.keeps(iteration))
         self._saved_iteration = iteration
-        if any(item.in_place for item in items):  # the next step would change what is being written
+        if self._saver.synchronous:
             self._report(self._saver.wait())
 
     def _finish(self) -> None:
@@ -357,7 +361,7 @@ class Trainer:
         if self._saver is None:
             return
         if self._saved_iteration != self.state.iteration:
-            self._save()
+            self._save(last=True)
         self._progress("waiting for the last save", limited=False)
         self._report(self._saver.wait())
         if self._outcome is not None and self._outcome.iteration == self.state.iteration:

@@ -28,6 +28,7 @@ from runtime.checkpoint.rectangles import StateTensor
 from runtime.checkpoint.writer import Saver, check
 from runtime.engine import Engine
 from runtime.parallel.degrees import ParallelConfig
+from runtime.parallel.masters import join
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parity.case import own_share
 
@@ -170,16 +171,18 @@ def digest(engine: Engine, job: Job, *, with_optimizer: bool = True) -> int:
 
 def _digest(item: StateTensor, device: torch.device) -> Tensor:
     """Mix each element's bits with its place in the global tensor, modulo 2^64."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[item.tensor.element_size()]
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[item.dtype.itemsize]
     width = item.global_shape[1] if len(item.global_shape) > 1 else 1
-    rows = item.tensor.detach().reshape(item.rect.shape[0], -1)
+    halves = [item.live] if item.remainder is None else [item.live, item.remainder]
+    rows = [half.detach().reshape(item.rect.shape[0], -1) for half in halves]
     first_row, first_column = item.rect.offsets[0], item.rect.offsets[1] if len(item.rect.offsets) > 1 else 0
-    columns = torch.arange(first_column, first_column + rows.shape[1], device=device)
+    columns = torch.arange(first_column, first_column + rows[0].shape[1], device=device)
     salt = zlib.crc32(item.name.encode())
     total = torch.zeros((), dtype=torch.int64, device=device)
-    step = max(1, _CHUNK // max(1, rows.shape[1]))
-    for begin in range(0, rows.shape[0], step):
-        chunk = rows[begin : begin + step].to(device).contiguous().view(bits).long()
+    step = max(1, _CHUNK // max(1, rows[0].shape[1]))
+    for begin in range(0, rows[0].shape[0], step):
+        parts = [half[begin : begin + step].to(device).contiguous() for half in rows]
+        chunk = (parts[0] if len(parts) == 1 else join(*parts)).view(bits).long()
         numbers = torch.arange(first_row + begin, first_row + begin + chunk.shape[0], device=device)
         place = numbers.unsqueeze(1) * width + columns
         mixed = (chunk * 0x2545F4914F6CDD1D) ^ ((place + 1) * 0x1B873593CC9E2D51 + salt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,21 +13,24 @@ import numpy as np
 
 from moeconv.dtypes import dtype
 from moeconv.errors import WriteError
+from moeconv.io import checksum as checksums
 from moeconv.io.checksum import checksum
 from moeconv.io.manifest import FileRecord, TensorRecord
 from moeconv.io.safetensors import Header, encode_header
 from moeconv.layout.rect import Rect
 
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-class MadeBytes(Protocol):
-    """Bytes that numpy makes an array of when they are written."""
+
+class PiecedBytes(Protocol):
+    """Bytes that come piece by piece when they are written."""
 
     @property
     def nbytes(self) -> int:
         """How many."""
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """[nbytes] uint8."""
+    def pieces(self) -> Iterator[Bytes]:
+        """[N] uint8 each, in order; a piece is valid until the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class ShardEntry:
     dtype: str
     shape: tuple[int, ...]
     rect: Rect
-    data: np.ndarray[Any, np.dtype[np.uint8]] | MadeBytes
+    data: Bytes | PiecedBytes
 
 
 def shard_header(tensors: Sequence[tuple[str, str, Rect]]) -> Header:
@@ -82,14 +85,16 @@ def write_shard_file(folder: Path, name: str, entries: Sequence[ShardEntry]) -> 
             file.write(header.raw)
             for stored in header.entries:
                 entry = by_name[stored.name]
-                assert entry.data.nbytes == stored.end - stored.begin, (
-                    f"{entry.name}: {entry.data.nbytes} bytes for {entry.rect}"
-                )
-                data = np.ascontiguousarray(entry.data).reshape(-1).data
-                file.write(data)
+                size = stored.end - stored.begin
+                assert entry.data.nbytes == size, f"{entry.name}: {entry.data.nbytes} bytes for {entry.rect}"
+                running, end = checksums.new(), file.tell() + size
+                for piece in _pieces(entry.data):
+                    file.write(piece)
+                    running.update(piece)
+                assert file.tell() == end, f"{entry.name}: {file.tell() - end + size} bytes came, not {size}"
                 records.append(
                     TensorRecord(
-                        entry.name, entry.dtype, entry.shape, entry.rect.offsets, entry.rect.shape, checksum(data)
+                        entry.name, entry.dtype, entry.shape, entry.rect.offsets, entry.rect.shape, running.hexdigest()
                     )
                 )
             file.flush()
@@ -98,3 +103,11 @@ def write_shard_file(folder: Path, name: str, entries: Sequence[ShardEntry]) -> 
     except OSError as error:
         raise WriteError(f"{path}: can't be written: {error.strerror or error}") from error
     return FileRecord(name, header.file_size, checksum(header.raw), tuple(records))
+
+
+def _pieces(data: Bytes | PiecedBytes) -> Iterator[memoryview]:
+    if isinstance(data, np.ndarray):
+        yield np.ascontiguousarray(data).reshape(-1).data
+    else:
+        for piece in data.pieces():
+            yield piece.data

@@ -40,6 +40,10 @@ class CheckpointConfig:
     save_optim: bool = flag(True, off="--no-save-optim")
     """Save the optimizer's state; --no-save-optim saves weights only, and no run can go on exactly from that."""
 
+    async_save: bool = flag(True, "--async-save")
+    """Train on while a save is written, from a copy in the host's memory (a save that has no room for it waits and says so);
+    with --no-async-save training waits for every save, which takes at most 64 MiB of a rank's host for it."""
+
     def __post_init__(self) -> None:
         check_fields(self)
         if self.finetune:

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from moeconv.errors import WriteError
 from moeconv.sweep import Bytes
-from runtime.host_memory import HostMemoryError, allocate, page_lock, page_unlock
+from runtime.host_memory import allocate, page_lock, page_unlock
 
 ALIGNMENT = 64
 
@@ -44,11 +43,11 @@ class HostBuffer:
             [nbytes] uint8 of each, row-major; views of the buffer, valid until the next call.
 
         Raises:
-            WriteError: there is not enough memory.
+            HostMemoryError: there is not enough memory.
         """
-        places, total = _places(tensors)
+        places, _ = _places(tensors)
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-        self.reserve(total, page_locked=bool(devices))
+        self.reserve_for(tensors)
         for tensor, place in zip(tensors, places, strict=True):
             # Viewed through torch: numpy has no bfloat16.
             copy = self.memory[place].view(tensor.dtype).view(tensor.shape)
@@ -58,6 +57,21 @@ class HostBuffer:
         memory: Bytes = self.memory.numpy()
         return [memory[place] for place in places]
 
+    def missing(self, tensors: Sequence[Tensor]) -> int:
+        """Give the bytes that `stage` would take beyond what the buffer has."""
+        return max(0, _places(tensors)[1] - self.memory.nbytes)
+
+    def reserve_for(self, tensors: Sequence[Tensor]) -> None:
+        """Make room for `stage`; what was staged is lost if the buffer must grow.
+
+        Args:
+            tensors: any dtypes, strides and devices.
+
+        Raises:
+            HostMemoryError: there is not enough memory.
+        """
+        self.reserve(_places(tensors)[1], page_locked=any(tensor.is_cuda for tensor in tensors))
+
     def reserve(self, num_bytes: int, *, page_locked: bool) -> None:
         """Make room; what was staged is lost if the buffer must grow.
 
@@ -66,16 +80,11 @@ class HostBuffer:
             page_locked: whether a GPU will copy to it.
 
         Raises:
-            WriteError: there is not enough memory.
+            HostMemoryError: there is not enough memory.
         """
         if num_bytes > self.memory.nbytes:
             self.close()  # first: the old and the new block needn't fit together
-            try:
-                self.memory = allocate(num_bytes)
-            except HostMemoryError as error:
-                raise WriteError(
-                    f"a save: {error}; take more ranks, or save without the optimizer (--no-save-optim)"
-                ) from None
+            self.memory = allocate(num_bytes)
         if not page_locked or not self._lockable or self._unlock is not None or not self.memory.nbytes:
             return
         failure = page_lock(self.memory)

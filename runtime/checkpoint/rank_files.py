@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,49 +14,57 @@ from moeconv.checkpoint import Checkpoint
 from moeconv.families.base import Model
 from moeconv.finish import finish_checkpoint
 from moeconv.io.manifest import FileRecord
-from moeconv.io.shards import MadeBytes, ShardEntry
+from moeconv.io.shards import ShardEntry
 from moeconv.placement import split_optimizer_name
-from moeconv.sweep import Bytes
+from runtime.checkpoint.bounce import Bounce, Staged
 from runtime.checkpoint.position import TRAINER_FILE, TrainerState
 from runtime.checkpoint.rectangles import StateTensor
 from runtime.parallel.degrees import ParallelConfig
-from runtime.parallel.masters import join
 from runtime.parallel.mesh import ParallelMesh
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class Stage(Protocol):
+    """Makes tensors ready to be written, as the saver that will write them does it."""
+
+    def __call__(self, tensors: Sequence[Tensor], *, waits: bool = False) -> list[Staged]:
+        """`waits`: training waits for this save in any case."""
 
 
 def collect_files(
     items: Sequence[StateTensor],
     mesh: ParallelMesh,
     model: Model,
-    stage: Callable[[Sequence[Tensor]], list[Bytes]],
+    stage: Stage,
+    *,
+    waits: bool = False,
 ) -> dict[str, list[ShardEntry]]:
-    """Copy what this rank owns to the host, where it isn't read in place, sorted into files.
+    """Sort what this rank owns into files, staged where it isn't read in place. Collective where the saver has a group.
 
     Args:
         items: the rectangles that this rank writes; of each global byte, one rank has it.
         mesh: this rank's coordinates.
         model: says which tensors are experts'.
-        stage: copies tensors to the host, as the saver that will write them does it.
+        stage: of the saver that will write them.
+        waits: training waits for the save anyway, as it does where anything is `in_place`.
 
     Returns:
-        File name -> its tensors, copied, so that training can go on; valid until `stage` is called again. Of those that
-        are `in_place` the memory itself, valid until the next step. Masters with remainders are put together when they are
-        written, one after another.
+        File name -> its tensors; valid until `stage` is called again. Of what is `in_place`, and of everything where the
+        saver is synchronous, live memory, valid until the next step. Masters with remainders are put together when they
+        are written, piece by piece.
     """
     names = file_names(mesh)
     files: dict[str, list[ShardEntry]] = {}
     rectangles: Counter[str] = Counter()
-    copies = iter(stage([tensor for item in items for tensor in _copied(item)]))
+    tensors = [tensor for item in items for tensor in _staged(item)]
+    staged = iter(stage(tensors, waits=waits or any(item.in_place for item in items)))
     for item in items:
-        data: Bytes | MadeBytes
-        if item.remainder is None:
-            data = item.live.view(-1).view(torch.uint8).numpy() if item.in_place else next(copies)
-        else:
-            weight = next(copies)
-            remainder = item.remainder.view(-1).view(torch.uint8).numpy() if item.in_place else next(copies)
-            data = _Master(weight, remainder)
+        here = [next(staged) for _ in _staged(item)]
+        parts = [part for copy in here for part in copy.tensors]
+        if item.in_place:
+            parts.append(item.live if item.remainder is None else item.remainder)
+        data = Staged(tuple(parts), here[0].bounce if here else Bounce())
         state, base = split_optimizer_name(item.name)
         name = ("optimizer-" if state else "") + names[model.tensors[base].expert is not None]
         # A flat shard that ends within a row is up to three rectangles; a file names a tensor once.
@@ -69,30 +76,11 @@ def collect_files(
     return files
 
 
-def _copied(item: StateTensor) -> list[Tensor]:
-    """What of an item is copied before it is written."""
+def _staged(item: StateTensor) -> list[Tensor]:
+    """What of an item isn't read in place."""
     if item.remainder is None:
         return [] if item.in_place else [item.live]
     return [item.live] if item.in_place else [item.live, item.remainder]
-
-
-@dataclass(frozen=True, slots=True)
-class _Master:
-    """fp32 masters in two halves, which become numbers where they are looked at."""
-
-    weight: Bytes
-    remainder: Bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Of the numbers."""
-        return self.weight.nbytes + self.remainder.nbytes
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Bytes:
-        """[nbytes] uint8, made anew."""
-        weight, remainder = (torch.from_numpy(half) for half in (self.weight, self.remainder))
-        out: Bytes = join(weight.view(torch.bfloat16), remainder.view(torch.int16)).view(torch.uint8).numpy()
-        return out
 
 
 def file_names(mesh: ParallelMesh) -> dict[bool, str]:

@@ -128,10 +128,20 @@ def lines(estimate: Estimate) -> Iterator[str]:
     size, saving = estimate.checkpoint
     disks = -(-setup.world_size // machine.gpus_per_node)
     where = "the machine's own disk" if disks == 1 else f"{disks} machines' own disks"
-    yield f"a training checkpoint: {size / GB:.1f} GB, {saving:.0f} s to {where} (beside training)"
+    yield f"a training checkpoint: {size / GB:.1f} GB, {saving:.0f} s to {where}, {_meanwhile(setup, size / disks)}"
     yield from (f"note: {note}" for note in notes(estimate))
     yield ""
     yield f"flags: {shlex.join(trainer_flags(setup))}"
+
+
+def _meanwhile(setup: Setup, copy: float) -> str:
+    """Say what a save takes of a machine's memory; `copy`: bytes of the copy that lets training go on."""
+    if setup.optim.on_host:  # what is read where it lies can't be changed meanwhile
+        return "for which training waits; the save takes no more of the machine's memory"
+    return (
+        f"beside training, with {copy / GB:.1f} GB more of a machine's memory; where that is short, or with "
+        "--no-async-save, training waits and the save takes none"
+    )
 
 
 def _memory(estimate: Estimate) -> Iterator[str]:

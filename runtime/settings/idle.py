@@ -25,7 +25,7 @@ class Idle:
 
 
 IDLE = (
-    Idle("checkpoint", ("save_interval", "keep_last", "keep_best", "save_optim"), lambda r: r.checkpoint.save is not None, "needs --save", True),
+    Idle("checkpoint", ("save_interval", "keep_last", "keep_best", "save_optim", "async_save"), lambda r: r.checkpoint.save is not None, "needs --save", True),
     Idle(
         "init",
         ("init_config", "init_method_std", "embedding_init_method_std", "use_scaled_init_method"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -27,6 +29,43 @@ def test_what_is_free_is_known() -> None:
     free = available_memory()
     assert free is not None
     assert 0 < free < 2**50
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    """What Linux shows in /proc and /sys of a machine with 900 MB available."""
+    for name, text in ({"proc/meminfo": "MemTotal: 2000000 kB\nMemAvailable: 900000 kB\n"} | files).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
+
+
+def test_limits_above_a_process_count_and_clean_page_cache_does_not(tmp_path: Path) -> None:
+    assert available_memory(tmp_path / "nothing") is None
+    assert available_memory(tree(tmp_path / "none", {})) == 900_000 * 1024
+    two = {
+        "proc/self/cgroup": "0::/job/step",
+        "sys/fs/cgroup/job/step/memory.max": "max",
+        "sys/fs/cgroup/job/step/memory.current": "1000",
+        "sys/fs/cgroup/job/memory.max": "50000",
+        "sys/fs/cgroup/job/memory.current": "48000",
+        "sys/fs/cgroup/job/memory.stat": "anon 30000\ninactive_file 9000\nactive_file 4000\nfile_dirty 700\nfile_writeback 300",
+    }
+    assert available_memory(tree(tmp_path / "two", two)) == 2000 + 12000
+    one = {
+        "proc/self/cgroup": "5:cpu,cpuacct:/elsewhere\n4:memory:/job\n0::/",
+        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "70000",
+        "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "60000",
+        "sys/fs/cgroup/memory/job/memory.stat": "inactive_file 1\ntotal_inactive_file 5000\ntotal_active_file 0\ntotal_dirty 6000",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096),
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "60000",
+    }
+    assert available_memory(tree(tmp_path / "one", one)) == 10000
+    inside = {  # a container that sees its own group as the root, under the host's name of it
+        "proc/self/cgroup": "0::/kubepods/pod7",
+        "sys/fs/cgroup/memory.max": "8000",
+        "sys/fs/cgroup/memory.current": "9000",
+    }
+    assert available_memory(tree(tmp_path / "inside", inside)) == 0
 
 
 def test_processors_are_read_as_linux_lists_them() -> None:

@@ -90,6 +90,14 @@ def test_every_layout_is_planned(seed: int) -> None:
     assert 0 <= estimate.bubble < 1
 
 
+def test_what_a_save_takes_of_a_machine_is_said() -> None:
+    setup = mixtral(ep=8)
+    copy = f"{14 * sum(t.size for t in MIXTRAL.tensors.values()) / 2 / 1e9:.1f} GB more of a machine's memory"  # bf16, masters, two moments; of two
+    assert any(copy in line and "--no-async-save" in line for line in lines(Estimate(setup, H100)))
+    away = dataclasses.replace(setup, optim=OptimConfig(optimizer_cpu_offload=True))
+    assert any("training waits; the save takes no more" in line for line in lines(Estimate(away, H100)))
+
+
 def test_flops_are_the_logs() -> None:
     estimate = Estimate(mixtral(ep=8), H100)
     assert estimate.flops == training_flops(MIXTRAL, 4096) * 16 * 16 * 4096

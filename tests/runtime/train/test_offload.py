@@ -49,7 +49,9 @@ def test_saves_are_those_of_a_run_without_and_are_taken_up_by_it(
     model = make_checkpoint(tmp_path / "tiny")
     copied: list[int] = []
     stage = writer.Saver.stage
-    monkeypatch.setattr(writer.Saver, "stage", lambda self, found: copied.append(len(found)) or stage(self, found))
+    monkeypatch.setattr(
+        writer.Saver, "stage", lambda self, found, **how: copied.append(len(found)) or stage(self, found, **how)
+    )
     train(model, tmp_path / "plain", "--train-iters 2 --save-interval 1")
     train(model, tmp_path / "host", f"--train-iters 2 --save-interval 1 {HOST}")
     found = [tensors(tmp_path / name / f"iter_000000{i}") for name in ("plain", "host") for i in (1, 2)]

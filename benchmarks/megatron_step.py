@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.step_work import POSITIONS, Layout, MakeStep, Slice, Step, join_ranks
+from benchmarks.step_work import Layout, MakeStep, Slice, Step, join_ranks
 
 
 def _add_in_torch() -> None:
@@ -72,7 +72,7 @@ def megatron(model: Slice, layout: Layout, fp8: str | None = None, *, overlap: b
     grouped = model.experts > 0
     spec = get_gpt_layer_with_transformer_engine_spec(num_experts=model.experts or None, moe_grouped_gemm=grouped)
     gpt = GPTModel(
-        config, spec, vocab_size=model.vocab, max_sequence_length=POSITIONS, share_embeddings_and_output_weights=False,
+        config, spec, vocab_size=model.vocab, max_sequence_length=model.positions, share_embeddings_and_output_weights=False,
         position_embedding_type="rope", rotary_base=1000000,
     )  # fmt: skip
     ddp = DistributedDataParallelConfig(
@@ -84,11 +84,11 @@ def megatron(model: Slice, layout: Layout, fp8: str | None = None, *, overlap: b
         use_distributed_optimizer=True, clip_grad=1.0,
     )  # fmt: skip
     optimizer = get_megatron_optimizer(adam, [wrapped])
-    positions = torch.arange(POSITIONS, device="cuda").expand(layout.sequences, POSITIONS)
+    positions = torch.arange(model.positions, device="cuda").expand(layout.sequences, model.positions)
     torch.manual_seed(layout.data_rank)
 
     def make(num: int) -> Step:
-        shape = (layout.sequences, POSITIONS)
+        shape = (layout.sequences, model.positions)
         batches = [torch.randint(0, model.vocab, shape, device="cuda") for _ in range(num)]
         scale = torch.tensor(1.0 / num, device="cuda")
 
@@ -133,5 +133,5 @@ def _run_overlapped(wrapped: Any, config: Any, batches: list[torch.Tensor], posi
 
     get_forward_backward_func()(
         forward_step_func=forward, data_iterator=iter(batches), model=[wrapped], num_microbatches=len(batches),
-        seq_length=POSITIONS, micro_batch_size=len(positions), forward_only=False,
+        seq_length=positions.shape[1], micro_batch_size=len(positions), forward_only=False,
     )  # fmt: skip

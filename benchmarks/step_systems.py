@@ -1,8 +1,9 @@
 """The systems that `benchmarks.train_step --peers` sets beside each other, with the same work on the same GPUs.
 
 The work: a slice of a model with random weights, AdamW, gradients clipped, a balancing loss; several micro-batches of
-sequences of 4096. `python -m benchmarks.step_systems SYSTEM MODEL NUM...` measures one system in this process, for one
-or several numbers of micro-batches, and prints a line of JSON for each; under torchrun, ranks in a layout do it together.
+sequences of 4096, other ones on each data-parallel rank. `python -m benchmarks.step_systems SYSTEM MODEL NUM...` measures one
+system in this process, for one or several numbers of micro-batches, and prints a line of JSON for each; under torchrun, ranks
+in a layout do it together.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.megatron_step import megatron
-from benchmarks.step_work import MODELS, POSITIONS, Layout, MakeStep, Slice, Step, join_ranks
+from benchmarks.step_profile import by_kind, kernels_of, synchronize, write_kernels
+from benchmarks.step_work import MODELS, Layout, MakeStep, Slice, Step, Work, device_of_rank, join_ranks
+from benchmarks.transformers_step import transformers
 
 
 def runtime(
@@ -39,7 +42,7 @@ def runtime(
     from runtime.fp8.config import Fp8Config
     from runtime.parallel.degrees import ParallelConfig
 
-    several = layout.world > 1
+    several, device = layout.world > 1, device_of_rank()
     if several:
         join_ranks()
     parallel = ParallelConfig(
@@ -49,89 +52,101 @@ def runtime(
     )  # fmt: skip
 
     sizes = asdict(model)
-    experts, topk = sizes.pop("experts"), sizes.pop("topk")
+    positions, experts, topk = (sizes.pop(name) for name in ("positions", "experts", "topk"))
     ours = mixtral(**sizes, experts=experts, topk=topk) if experts else llama(**sizes)
     if fp8 is not None:
         options["fp8"] = Fp8Config(format="hybrid", recipe=fp8)  # type: ignore[arg-type]
     engine = make_engine(
         ours,
         torch.bfloat16,
-        torch.device("cuda", torch.cuda.current_device()),
+        device,
         lr=1e-5,
         parallel=parallel,
         on_device=True,
-        captures=captures and not several and fp8 is None,
+        captures=captures and not several and fp8 is None and device.type == "cuda",
         **options,
     )
 
     def make(num: int) -> Step:
         seeds = range(layout.data_rank, num * layout.data_ranks, layout.data_ranks)
-        batches = [text_batch(model.vocab, layout.sequences, POSITIONS, seed) for seed in seeds]
+        batches = [text_batch(model.vocab, layout.sequences, positions, seed) for seed in seeds]
         return lambda: engine.train_step(batches)
 
     return make
 
 
-def transformers(model: Slice, layout: Layout, *, compiled: bool) -> MakeStep:
-    """transformers on one GPU, in pure bf16: no masters, moments and gradients in bf16; fused AdamW, grouped_mm experts."""
-    from transformers import MixtralConfig, MixtralForCausalLM
+@dataclass(frozen=True, kw_only=True, slots=True)
+class System:
+    """One of the systems."""
 
-    config = MixtralConfig(
-        num_hidden_layers=model.layers, hidden_size=model.hidden, intermediate_size=model.ffn,
-        num_attention_heads=model.heads, num_key_value_heads=model.kv_heads, head_dim=model.head_dim,
-        num_local_experts=model.experts, num_experts_per_tok=model.topk, vocab_size=model.vocab,
-        max_position_embeddings=POSITIONS, output_router_logits=True, router_aux_loss_coef=0.01,
-    )  # fmt: skip
-    config._attn_implementation, config._experts_implementation = "sdpa", "grouped_mm"
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        net = MixtralForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
-    forward: Any = torch.compile(net) if compiled else net
-
-    def make(num: int) -> Step:
-        shape = (layout.sequences, POSITIONS)
-        batches = [torch.randint(0, model.vocab, shape, device="cuda") for _ in range(num)]
-
-        def step() -> float:
-            for batch in batches:
-                loss = forward(input_ids=batch, labels=batch, use_cache=False).loss
-                (loss / num).backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return float(loss)
-
-        return step
-
-    return make
+    make: Callable[[Slice, Layout], MakeStep]
+    packages: tuple[str, ...] = ()
+    """What it needs besides torch."""
+    unfit: Callable[[Work], str | None] = lambda _: None
+    """Why it has no place in a comparison, if it has none."""
 
 
-SYSTEMS: dict[str, Callable[[Slice, Layout], MakeStep]] = {
-    "runtime": runtime,
-    "runtime, no CUDA graphs": lambda *work: runtime(*work, captures=False),
-    "runtime, overlap": lambda *work: runtime(*work, overlap=True),
-    "runtime, tp-comm-overlap": lambda *work: runtime(*work, tp_comm_overlap=True),
-    "runtime, bf16 moments": lambda *work: runtime(*work, moments_dtype="bfloat16"),
-    "runtime, FP8 tensorwise": lambda *work: runtime(*work, "tensorwise"),
-    "runtime, FP8 delayed": lambda *work: runtime(*work, "delayed"),
-    "Megatron-Core": megatron,
-    "Megatron-Core, overlap": lambda *work: megatron(*work, overlap=True),
-    "Megatron-Core, FP8 tensorwise": lambda *work: megatron(*work, "tensorwise"),
-    "Megatron-Core, FP8 delayed": lambda *work: megatron(*work, "delayed"),
-    "Megatron-Core, FP8 blockwise": lambda *work: megatron(*work, "blockwise"),
-    "transformers, compiled, pure bf16": lambda *work: transformers(*work, compiled=True),
-    "transformers, pure bf16": lambda *work: transformers(*work, compiled=False),
+def _exchanges(work: Work) -> str | None:
+    if work.ep == 1:
+        return "without expert parallelism there are no exchanges to overlap"
+    return "one micro-batch has none beside it to overlap with" if max(work.numbers) == 1 else None
+
+
+def _tensor(work: Work) -> str | None:
+    return "without tensor parallelism there is nothing to overlap" if work.tp == 1 else None
+
+
+def _one_rank(work: Work) -> str | None:
+    return "on several GPUs nothing is captured" if work.ranks > 1 else None
+
+
+def _alone(work: Work) -> str | None:
+    if not work.slice.experts:
+        return "set up for a mixture"
+    return "on several GPUs its systems are those with EP in their name" if work.ranks > 1 else None
+
+
+def _spread(work: Work) -> str | None:
+    if not work.slice.experts:
+        return "set up for a mixture"
+    return "expert parallelism needs ep of 2 or more" if work.ep == 1 else None
+
+
+def _one_batch(work: Work) -> str | None:
+    whole = work.ep == work.ranks and work.tp == 1
+    return _spread(work) or (None if whole else "all ranks see one batch, so experts lie on all of them: ep alone")
+
+
+_MEGATRON, _TRANSFORMERS = ("megatron-core", "transformer-engine"), ("transformers",)
+
+
+def _megatron(*options: str, unfit: Callable[[Work], str | None] = lambda _: None, **more: Any) -> System:
+    return System(make=lambda *work: megatron(*work, *options, **more), packages=_MEGATRON, unfit=unfit)
+
+
+def _transformers(unfit: Callable[[Work], str | None], **options: Any) -> System:
+    return System(make=lambda *work: transformers(*work, **options), packages=_TRANSFORMERS, unfit=unfit)
+
+
+SYSTEMS: dict[str, System] = {
+    "runtime": System(make=runtime),
+    "runtime, no CUDA graphs": System(make=lambda *work: runtime(*work, captures=False), unfit=_one_rank),
+    "runtime, overlap": System(make=lambda *work: runtime(*work, overlap=True), unfit=_exchanges),
+    "runtime, tp-comm-overlap": System(make=lambda *work: runtime(*work, tp_comm_overlap=True), unfit=_tensor),
+    "runtime, bf16 moments": System(make=lambda *work: runtime(*work, moments_dtype="bfloat16")),
+    "runtime, FP8 tensorwise": System(make=lambda *work: runtime(*work, "tensorwise")),
+    "runtime, FP8 delayed": System(make=lambda *work: runtime(*work, "delayed")),
+    "Megatron-Core": _megatron(),
+    "Megatron-Core, overlap": _megatron(overlap=True, unfit=_exchanges),
+    "Megatron-Core, FP8 tensorwise": _megatron("tensorwise"),
+    "Megatron-Core, FP8 delayed": _megatron("delayed"),
+    "Megatron-Core, FP8 blockwise": _megatron("blockwise"),
+    "transformers, compiled, pure bf16": _transformers(_alone, compiled=True),
+    "transformers, pure bf16": _transformers(_alone, compiled=False),
+    "transformers, EP and FSDP, compiled, pure bf16": _transformers(_spread, compiled=True, spread="batches"),
+    "transformers, EP and FSDP, pure bf16": _transformers(_spread, compiled=False, spread="batches"),
+    "transformers, EP on one batch, pure bf16": _transformers(_one_batch, compiled=False, spread="one batch"),
 }
-PACKAGES = {"Megatron-Core": ("megatron-core", "transformer-engine"), "transformers": ("transformers",)}
-
-
-def packages_of(system: str) -> list[str]:
-    """What a system needs besides torch."""
-    return [name for key, names in PACKAGES.items() if system.startswith(key) for name in names]
 
 
 def version(package: str) -> str | None:
@@ -142,40 +157,16 @@ def version(package: str) -> str | None:
         return None
 
 
-def _synchronize() -> None:
-    """Wait for the device, and for all ranks."""
-    torch.cuda.synchronize()
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.cuda.synchronize()
-
-
 def seconds_of(step: Step, repeats: int) -> float:
     """Mean time of a step in a row of them, as training runs them, after three that aren't counted."""
     for _ in range(3):
         step()
-    _synchronize()
+    synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
         step()
-    _synchronize()
+    synchronize()
     return (time.perf_counter() - start) / repeats
-
-
-def write_profile(step: Step, path: Path, title: str) -> None:
-    """Write where the device's time of a step goes, by kernel."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as prof:
-        step()
-        _synchronize()
-    events = [e for e in prof.key_averages() if e.device_type.name == "CUDA" and not e.key.startswith("Optimizer.")]
-    events.sort(key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in events)
-    lines = [f"{title}: {total / 1e3:.1f} ms of kernels"]
-    for e in events[:60]:
-        time_us = e.self_device_time_total
-        lines.append(f"{time_us / 1e3:8.2f} ms {time_us / total:6.1%} {e.count:5} x {e.key[:110]}")
-    path.write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
@@ -184,32 +175,45 @@ def main() -> None:
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("numbers", type=int, nargs="+", help="micro-batches of a step")
-    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write the kernels of a step there")
+    parser.add_argument("--kinds", action="store_true", help="tell where the device's time of a step goes, too")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write the kernels of a step there, too")
     for name, default in {"tp": 1, "ep": 1, "sequences": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--layers", type=int, help="default: the model's slice")
     args = parser.parse_args()
     model, layout = MODELS[args.model], Layout(args.tp, args.ep, args.sequences)
     model = replace(model, layers=args.layers or model.layers)
-    make = SYSTEMS[args.system](model, layout)
-    state = torch.cuda.memory_allocated()
+    cuda = torch.cuda.is_available()
+    make = SYSTEMS[args.system].make(model, layout)
+    state = torch.cuda.memory_allocated() if cuda else 0
     for num in args.numbers:
         step = make(num)
-        torch.cuda.reset_peak_memory_stats()
-        tokens = num * layout.sequences * layout.data_ranks * POSITIONS
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        tokens = num * layout.sequences * layout.data_ranks * model.positions
         seconds = seconds_of(step, 20 if num == 1 else 5)
-        peak = torch.cuda.max_memory_allocated()
-        line = {
+        peak = torch.cuda.max_memory_allocated() if cuda else 0
+        line: dict[str, Any] = {
             "system": args.system, "microbatches": num, "ms": seconds * 1e3, "tokens_per_second": tokens / seconds,
             "tflops": model.flops(tokens) / seconds / 1e12 / layout.world, "peak_gib": peak / 2**30,
             "above_start_gib": (peak - state) / 2**30,
         }  # fmt: skip
-        if int(os.environ.get("RANK", "0")):
-            continue  # all ranks take as long, and the first one tells
+        tell(line)  # before the profile, which may fail
+        if cuda and (args.kinds or args.profile is not None):
+            kernels = kernels_of(step)
+            tell({"system": args.system, "microbatches": num, "kinds": by_kind(kernels)})
+            if args.profile is not None and layout.rank == 0:
+                name = "".join(c if c.isalnum() else "_" for c in args.system)
+                path = args.profile / f"{name}_{args.model}_{layout.world}_{num}.txt"
+                write_kernels(kernels, path, f"{args.system}, {num} micro-batches")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def tell(line: dict[str, Any]) -> None:
+    """Print a line of JSON; all ranks take as long, and the first one tells."""
+    if os.environ.get("RANK", "0") == "0":
         print(json.dumps(line), flush=True)
-        if args.profile is not None and layout.world == 1:
-            name = "".join(c if c.isalnum() else "_" for c in args.system)
-            write_profile(step, args.profile / f"{name}_{args.model}_{num}.txt", f"{args.system}, {num} micro-batches")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-POSITIONS = 4096
 Step = Callable[[], object]
 MakeStep = Callable[[int], Step]
 """From a number of micro-batches to what does a step of them."""
@@ -29,6 +29,8 @@ class Slice:
     kv_heads: int
     head_dim: int
     vocab: int
+    positions: int = 4096
+    """Tokens of a sequence."""
 
     def flops(self, tokens: int) -> float:
         """Forward and backward: 6 for each active weight but the embedding's, and causal attention."""
@@ -36,7 +38,7 @@ class Slice:
         layer = self.topk * 3 * self.hidden * self.ffn + 2 * self.hidden * attention + self.experts * self.hidden
         layer += 2 * self.hidden * self.kv_heads * self.head_dim
         weights = self.layers * layer + self.hidden * self.vocab
-        return 6.0 * weights * tokens + self.layers * 6.0 * tokens * POSITIONS * attention
+        return 6.0 * weights * tokens + self.layers * 6.0 * tokens * self.positions * attention
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Layout:
         return int(os.environ.get("WORLD_SIZE", "1"))
 
     @property
+    def rank(self) -> int:
+        """This process's."""
+        return int(os.environ.get("RANK", "0"))
+
+    @property
     def data_ranks(self) -> int:
         """Ranks with data of their own."""
         return self.world // self.tp
@@ -61,7 +68,7 @@ class Layout:
     @property
     def data_rank(self) -> int:
         """Which of them this one is."""
-        return int(os.environ.get("RANK", "0")) // self.tp
+        return self.rank // self.tp
 
 
 MODELS = {
@@ -69,7 +76,71 @@ MODELS = {
     "qwen3": Slice(4, 2048, 768, 128, 8, 32, 4, 128, 151936),
     # Llama 2's 70B, dense: with tensor parallelism its products are large enough to hide what travels.
     "llama": Slice(2, 8192, 28672, 0, 1, 64, 8, 128, 32000),
+    # To try a command out where there is no GPU; no figure of it says anything.
+    "tiny": Slice(2, 64, 96, 4, 2, 4, 2, 16, 512, positions=64),
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What the systems are compared in."""
+
+    model: str
+    """Key of `MODELS`."""
+    layers: int
+    ranks: int
+    tp: int
+    ep: int
+    sequences: int
+    """Of a micro-batch."""
+    numbers: tuple[int, ...]
+    """Of micro-batches of a step: each is measured."""
+
+    @classmethod
+    def of(
+        cls, model: str, layers: int | None, ranks: int, layout: str, sequences: int, numbers: Sequence[int]
+    ) -> Work:
+        """Read a layout such as `tp2 ep2`; dp is what it leaves of the ranks.
+
+        Raises:
+            SystemExit: it is none, or not one of so many ranks.
+        """
+        degrees = {"tp": 1, "ep": 1, "dp": 0}
+        for part in layout.split():
+            found = re.fullmatch(r"(tp|ep|dp)([1-9]\d*)", part)
+            if found is None:
+                raise SystemExit(f"--layout is {layout!r}; expected degrees such as 'ep4', 'tp2 ep2' or 'dp4'")
+            degrees[found[1]] = int(found[2])
+        tp, ep, dp = degrees.values()
+        if ranks % tp or ranks % ep or dp not in (0, ranks // tp):
+            raise SystemExit(f"--layout is {layout!r}, which is none of --ranks {ranks}")
+        layers = layers or MODELS[model].layers
+        return cls(model=model, layers=layers, ranks=ranks, tp=tp, ep=ep, sequences=sequences, numbers=tuple(numbers))
+
+    @property
+    def slice(self) -> Slice:
+        """The model's layers."""
+        return replace(MODELS[self.model], layers=self.layers)
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line of `benchmarks.step_systems` behind the system's name."""
+        options = {"layers": self.layers, "tp": self.tp, "ep": self.ep, "sequences": self.sequences}
+        named = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [self.model, *map(str, self.numbers), *named]
+
+    def __str__(self) -> str:
+        shares = {"tp": self.tp, "ep": self.ep, "dp": self.ranks // self.tp}
+        layout = " ".join(f"{axis}{degree}" for axis, degree in shares.items() if degree > 1)
+        work = f"{self.layers} layers of {self.model}, micro-batches of {self.sequences} x {self.slice.positions}"
+        return work + (f", {layout}" if layout else "")
+
+
+def device_of_rank() -> torch.device:
+    """The GPU of this rank; where there is none, the CPU, on which the systems are tested."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def join_ranks() -> None:
@@ -77,5 +148,7 @@ def join_ranks() -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")

@@ -7,20 +7,17 @@ curves in bf16 and FP8 on the device beside fp32 on the CPU, of a smaller model 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.multi_gpu.job import draw_weights
-from benchmarks.step_systems import SYSTEMS, packages_of, version
+from benchmarks.step_systems import SYSTEMS
 from benchmarks.step_work import MODELS
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
@@ -220,72 +217,19 @@ def profile(engine: Engine, batches: list[Batch], cuda: bool) -> None:
         print(f"{time_us / 1e3:8.2f} ms {time_us / total:6.1%} {event.count:5} x  {event.key[:100]}")
 
 
-def layout_options(layout: str) -> list[str]:
-    """The options of `benchmarks.step_systems` for a layout such as `tp2 ep2`."""
-    options = []
-    for part in layout.split():
-        found = re.fullmatch(r"(tp|ep|dp)(\d+)", part)
-        if found is None:
-            raise SystemExit(f"--layout is {layout!r}; expected degrees such as 'ep4', 'tp2 ep2' or 'dp4'")
-        if found[1] != "dp":  # which is what is left of the ranks
-            options += [f"--{found[1]}", found[2]]
-    return options
+def compare_systems(args: argparse.Namespace) -> None:
+    """Set systems beside each other, in one layout after another."""
+    from benchmarks.peers import compare
+    from benchmarks.step_work import Work
 
-
-def compare_systems(args: argparse.Namespace, layout: str) -> None:
-    """Measure this project's step and those of its peers that are installed, each in a process of its own, in turns."""
-    results: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    start = [sys.executable, "-m"]
-    if args.ranks > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks), "-m"]
-    wanted = args.peers or list(SYSTEMS)
-    if not MODELS[args.model].experts:  # the others are set up for a mixture
-        wanted = [name for name in wanted if not name.startswith("transformers")]
-    if args.fp8:
-        wanted = [f"{name}, FP8 {args.fp8}" for name in ("runtime", "Megatron-Core")] + (args.peers or ["runtime"])
-    # One micro-batch's rows travel between ranks of experts while another is computed.
-    suits = {"overlap": "ep" in layout and max(args.numbers) > 1, "tp-comm-overlap": "tp" in layout}
-    systems = [name for name in SYSTEMS if name in wanted and suits.get(name.partition(", ")[2], True)]
-    for name in wanted:
-        if name not in systems:
-            print(f"{name} is left out: nothing to overlap in {layout or 'one GPU'} with {args.numbers} micro-batches")
-    for name in list(systems):
-        missing = [package for package in packages_of(name) if version(package) is None]
-        if missing:
-            print(f"{name} is left out: {', '.join(missing)} not installed")
-            systems.remove(name)
-    for place in range(args.rounds):
-        for name in systems:
-            command = [*start, "benchmarks.step_systems", name, args.model, *map(str, args.numbers)]
-            command += ["--sequences", str(args.sequences), *layout_options(layout)]
-            command += ["--layers", str(args.layers)] if args.layers else []
-            if args.profile_to is not None and place == 0:
-                command += ["--profile", str(args.profile_to)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            for line in done.stdout.splitlines():
-                if line.startswith("{"):
-                    found = json.loads(line)
-                    results.setdefault((name, found["microbatches"]), []).append(found)
-                    print(f"round {place + 1}: {line}", flush=True)
-            if done.returncode:
-                print(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
-    names = ["torch", "triton", *sorted({package for name in systems for package in packages_of(name)})]
-    where = f"{args.ranks} x " if args.ranks > 1 else ""
-    work = f"{args.model}, micro-batches of {args.sequences} x 4096" + (f", {layout}" if layout else "")
-    print(f"{work}: {where}{torch.cuda.get_device_name()}; {', '.join(f'{name} {version(name)}' for name in names)}")
-    print(
-        "| micro-batches | system | ms | TFLOP/s | peak GiB | runtime is faster by |\n| --- | --- | --- | --- | --- | --- |"
-    )
-    for num in args.numbers:
-        for name in systems:
-            rounds, alike = results.get((name, num), []), f"runtime, FP8 {name.rpartition('FP8 ')[2]}"
-            ours = [found["ms"] for found in results.get((alike if alike in systems else "runtime", num), [])]
-            if rounds:
-                # The median of the rounds' ratios: the card's temperature is alike within a round.
-                ratio = statistics.median(a["ms"] / b for a, b in zip(rounds, ours, strict=False)) if ours else 0.0
-                ms, tflops = (statistics.median(found[key] for found in rounds) for key in ("ms", "tflops"))
-                peak = max(found["peak_gib"] for found in rounds)
-                print(f"| {num} | {name} | {ms:.1f} | {tflops:.0f} | {peak:.1f} | {ratio:.3f} |")
+    for layout in args.layout:
+        work = Work.of(args.model, args.layers, args.ranks, layout, args.sequences, args.numbers)
+        systems = args.peers or None
+        if args.fp8:
+            both = [f"{name}, FP8 {args.fp8}" for name in ("runtime", "Megatron-Core")]
+            systems = [*(args.peers or ["runtime"]), *both]
+        text, _ = compare(work, systems, args.rounds, args.profile_to)
+        print(text, flush=True)
 
 
 def main() -> None:
@@ -306,14 +250,15 @@ def main() -> None:
     parser.add_argument("--model", default="mixtral", choices=MODELS, help="with --peers: layers of which model")
     parser.add_argument("--rounds", type=int, default=3, help="with --peers")
     parser.add_argument("--numbers", type=int, nargs="+", default=[8, 1], help="with --peers: micro-batches of a step")
-    parser.add_argument("--profile-to", metavar="FOLDER", help="with --peers: write the kernels of a step there")
+    parser.add_argument(
+        "--profile-to", type=Path, metavar="FOLDER", help="with --peers: write the kernels of a step there"
+    )
     parser.add_argument("--ranks", type=int, default=1, help="with --peers: GPUs")
     parser.add_argument("--layout", nargs="+", default=[""], help="with --ranks: such as 'ep4' 'tp2 ep2' 'dp4'")
     parser.add_argument("--sequences", type=int, default=2, help="with --peers: of a micro-batch")
     args = parser.parse_args()
     if args.peers is not None:
-        for layout in args.layout:
-            compare_systems(args, layout)
+        compare_systems(args)
         return
     args.layers = args.layers or 6
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,10 +2,14 @@
 
     python -m benchmarks.multi_gpu [--ranks N] [--only SECTION ...] [--match TEXT] [--out DIR] [--scratch DIR] [--quick]
     torchrun --nproc-per-node N -m benchmarks.multi_gpu [...]
+    python -m benchmarks.multi_gpu --peers [SYSTEM ...] [--ranks N] [--rounds 3] [--out DIR] [--quick]
 
 Sections: parity of every layout with one GPU over NCCL, in fp32 and bf16; training of a Mixtral that fills the GPUs,
 with memory, hidden communication and exchanges beside the links' speed; scaling from 1 GPU to N; checkpoints saved and
 taken up under other layouts. --quick does all of it with tiny sizes, also on CPU ranks (gloo).
+
+With --peers instead: a training step beside Megatron-Core's and transformers' on 2, 4 and 8 GPUs up to N, each system in
+processes of its own and in turns, and where the device's time of a step goes.
 
 Each number of ranks is a launch of its own by torchrun, the largest first. A measurement that fails (out of memory, a
 hang) becomes a line of its table, and the launch goes on behind it. Started by torchrun, the first rank does this.
@@ -23,9 +27,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.multi_gpu.beside import compare_peers
 from benchmarks.multi_gpu.job import Task
 from benchmarks.multi_gpu.plan import SECTIONS, make_plan
 from benchmarks.multi_gpu.tables import Record, report
+from benchmarks.step_systems import SYSTEMS
 
 ROOT = Path(__file__).parents[2]
 _LAUNCHER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
@@ -41,6 +47,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, default=None, help="folder on the disk that checkpoints go to")
     parser.add_argument("--fill", type=float, default=0.85, help="share of a GPU's memory to plan models for")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few cases")
+    parser.add_argument("--peers", nargs="*", choices=SYSTEMS, help="set systems beside each other; none named: all")
+    parser.add_argument("--rounds", type=int, default=3, help="with --peers: runs of each system; the median counts")
     args = parser.parse_args(arguments)
     if args.ranks is None:
         args.ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or _count_gpus()
@@ -145,11 +153,14 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the command line without the program's name; None takes the process's own.
 
     Returns:
-        0 if every measurement was made, and every layout trains and resumes as it must.
+        0 if every measurement was made, and every layout trains and resumes as it must; with --peers, if every one of this
+        project's systems was measured.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return 0  # torchrun's other ranks: the first one launches what is measured
     args = parse(arguments)
+    if args.peers is not None:
+        return compare_peers(args.ranks, args.peers or None, args.rounds, args.out, quick=args.quick)
     if args.scratch is not None:
         args.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="multi-gpu-", dir=args.scratch) as scratch:

@@ -107,10 +107,13 @@ def _single(
 ) -> tuple[dict[str, Any], list[str]]:
     """Plan one layout."""
     from runtime.estimate.describe import as_json, lines
+    from runtime.estimate.split import settle, states_layers
     from runtime.estimate.step import Estimate
 
     estimate = Estimate(make_setup(source, given, world), machine, options["imbalance"])
-    return _with_more(as_json(estimate), list(lines(estimate)), estimate, options)
+    estimate, note = settle(estimate, stated=states_layers(estimate.setup.parallel))
+    noted = [f"note: {note}"] if note is not None else []
+    return _with_more(as_json(estimate), [*noted, *lines(estimate)], estimate, options)
 
 
 def _with_more(

@@ -25,6 +25,7 @@ from runtime.data.show import print_sample
 from runtime.data.summary import describe_data, document_lengths
 from runtime.errors import require
 from runtime.estimate.forecast import Forecast, Gpu, Measured
+from runtime.estimate.stages import level_stages, same_stages
 from runtime.host_memory import available_memory
 from runtime.job.failure import USER_ERROR, end_with
 from runtime.job.meeting import do_together
@@ -81,6 +82,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     run = make_run(given, origin.checkpoint.model, origin.path, drawn=origin.drawn, generates=generates)
     run = with_adapters(run, origin, given)
     check_run(run, process.world_size)
+    run = level_stages(run, process.world_size, _gpu(run, process), origin.state.degrees if origin.own else None)
     check_stored_blocks(run, origin)
     if run.data.chat_template is not None:
         # Whoever talks to the trained model needs the template that it was trained with.
@@ -112,12 +114,15 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
 
 def expect(run: RunConfig, process: Process) -> Forecast | None:
     """Give the run's own plan; None where it trains on no GPU."""
+    return None if (gpu := _gpu(run, process)) is None else Forecast(run, process.world_size, gpu)
+
+
+def _gpu(run: RunConfig, process: Process) -> Gpu | None:
+    """What this process trains on; None where that is no GPU."""
     if run.train.skip_train or not torch.cuda.is_available() or process.local_rank >= torch.cuda.device_count():
         return None
-    found = torch.cuda.get_device_properties(process.local_rank)
-    per_node = min(process.world_size, torch.cuda.device_count())
-    gpu = Gpu(found.name, found.total_memory, per_node, available_memory())
-    return Forecast(run, process.world_size, gpu)
+    found, count = torch.cuda.get_device_properties(process.local_rank), torch.cuda.device_count()
+    return Gpu(found.name, found.total_memory, min(process.world_size, count), available_memory())
 
 
 def _groups(run: RunConfig, origin: Origin) -> list[str]:
@@ -212,6 +217,7 @@ def run_job(
     Raises:
         MoeconvError: data or checkpoint can't be used, a loss is not finite, or the last save failed.
     """
+    run = same_stages(run, process, store)
     progress("trying the --save folder", limited=False)
     claims: list[folders.Claim] = []
     one_first(process.rank == 0, lambda: _claim(run, origin, process, claims))

@@ -55,7 +55,7 @@ class Forecast:
             gpu: what each of them has.
         """
         self._gpu = gpu
-        self._machine, self._known = _machine(gpu)
+        self._machine, self._known = machine_of(gpu)
         self._estimate = Estimate(Setup.of_run(run, world_size), self._machine)
 
     def check(self) -> None:
@@ -144,8 +144,8 @@ def _off(expected: float, measured: float) -> str:
     return f"{expected / measured - 1:+.1%}" if measured else "-"
 
 
-def _machine(gpu: Gpu) -> tuple[Machine, bool]:
-    """The constants for a GPU with its own memory, and whether they are of this kind of GPU."""
+def machine_of(gpu: Gpu) -> tuple[Machine, bool]:
+    """Give the constants for a GPU with its own memory, and whether they are of this kind of GPU."""
     words = gpu.name.replace("-", " ").lower().split()
     found = next((name for name in known_machines() if name in words), None)
     machine = find_machine(found or "h100", gpus_per_node=max(1, gpu.per_node))

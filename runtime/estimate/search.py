@@ -19,6 +19,7 @@ from runtime.estimate.machine import Machine
 from runtime.estimate.memory import rank_activations
 from runtime.estimate.parameters import RankParameters
 from runtime.estimate.setup import ITEMSIZE, Setup
+from runtime.estimate.split import settle
 from runtime.estimate.stage import Cost
 from runtime.estimate.step import Estimate
 from runtime.model.recompute import RecomputeConfig
@@ -107,7 +108,8 @@ class Search:
                 ranked.append((_formula(estimate), len(ranked), estimate))
         ranked.sort(key=lambda item: item[:2])
         chosen = [estimate for _, _, estimate in ranked[: _SIMULATED * -(-count // 10)]]
-        chosen = sorted((e for e in chosen if e.fits), key=lambda estimate: estimate.seconds)
+        chosen = [self._leveled(estimate) for estimate in chosen if estimate.fits]
+        chosen.sort(key=lambda estimate: estimate.seconds)
         self.found.best = chosen[:count]
         self._reason("slower", len(ranked) - len(self.found.best))
         given = " ".join(f"{FLAGS.get(name, name)} {value}" for name, value in self._free.fixed.items())
@@ -266,6 +268,11 @@ class Search:
         return max(
             states[rank] + sum(kept.values()) + working + buffers for rank, (kept, working, buffers) in needed.items()
         )
+
+    def _leveled(self, estimate: Estimate) -> Estimate:
+        """Level the stages as a run would, unless it is given how many layers they have."""
+        stated = bool({"pp_layers", "layers_per_virtual_stage"} & self._free.fixed.keys())
+        return settle(estimate, stated=stated)[0]
 
     def _reason(self, text: str, count: int) -> None:
         if count:

@@ -112,19 +112,25 @@ class Costs:
 
     def _add_ends(self, out: Cost, ends: tuple[bool, bool]) -> None:
         """Put embedding, and final norm, head and loss into a stage that has them."""
-        setup = self.setup
+        for here, cost in zip(ends, self.ends(), strict=True):
+            if here:
+                out.add(cost)
+
+    def ends(self) -> tuple[Cost, Cost]:
+        """Give the costs of the embedding, and of final norm, head and loss."""
+        setup, costs = self.setup, []
         works = ends_work(setup, self.local, self.machine)
         kept, traffic = ends_activations(setup, self.local), ends_traffic(setup, self.local)
-        for here, work, activations, transfers in zip(ends, works, kept, traffic, strict=True):
-            if here:
-                cost = Cost()
-                for part in work:
-                    _count(cost, part.part, part.forward, part.backward, part.weights)
-                self._communicate(cost, transfers)
-                merge(cost.kept, activations.parts)
-                cost.head_working = activations.working
-                cost.launches = Launches(ENDS.forward / 2, ENDS.backward / 2)
-                out.add(cost)
+        for work, activations, transfers in zip(works, kept, traffic, strict=True):
+            cost = Cost()
+            for part in work:
+                _count(cost, part.part, part.forward, part.backward, part.weights)
+            self._communicate(cost, transfers)
+            merge(cost.kept, activations.parts)
+            cost.head_working = activations.working
+            cost.launches = Launches(ENDS.forward / 2, ENDS.backward / 2)
+            costs.append(cost)
+        return costs[0], costs[1]
 
     def layer(self, layer: int, *, recomputed: bool = False) -> Cost:
         """Give the cost of a layer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from runtime.errors import require
@@ -58,11 +58,18 @@ class Estimate:
             setup.fp8.format is None or machine.fp8_tflops > 0,
             f"--fp8-format {setup.fp8.format}: {machine.gpu} computes nothing in 8 bits; leave it out, or name another --gpu",
         )
-        self.setup, self.machine = setup, machine
+        self.setup, self.machine, self._imbalance = setup, machine, imbalance
+        self._layers: dict[object, Cost] = {} if layers is None else layers
         parallel = setup.parallel
         together = 2 if parallel.overlap_exchange else 1
         self.pipeline = Pipeline(parallel.pp, parallel.vpp, parallel.pp_schedule, setup.num_microbatches, together)
-        self._costs = Costs(setup, machine, imbalance, layers)
+        self.costs = Costs(setup, machine, imbalance, self._layers)
+
+    def split(self, counts: tuple[int, ...] | None) -> Estimate:
+        """Give the estimate of the same setup with other numbers of layers on the (virtual) stages; None: equally many."""
+        parallel = replace(self.setup.parallel, pp_layers=counts)
+        setup = replace(self.setup, parallel=parallel)
+        return Estimate(setup, self.machine, self._imbalance, self._layers)
 
     @cached_property
     def stages(self) -> dict[int, Cost]:
@@ -74,7 +81,7 @@ class Estimate:
             if self.setup.model.sizes["layers"] > 1 and 0 < number < len(self.setup.parameters.chunks) - 1:
                 key = tuple((self.setup.parameters.kind(n), self.setup.model.compute.windows[n]) for n in layers)
             if key not in seen:
-                seen[key] = self._costs.stage(layers)
+                seen[key] = self.costs.stage(layers)
             out[number] = seen[key]
         return out
 

@@ -29,7 +29,8 @@ class ParallelConfig:
     layers_per_virtual_stage: int | None = flag(None, "--num-layers-per-virtual-pipeline-stage", at_least=1)
     """Layers of a virtual stage, instead of how many such stages a rank has."""
     pp_layers: tuple[int, ...] | None = flag(None, at_least=1, metavar="N,N,...")
-    """Layers of each of the stages (those of virtual ones too), in the order of the model; without it, evenly many."""
+    """Layers of each of the stages (those of virtual ones too), in the order of the model; without it, evenly many, or so many
+    that the head's stage takes no longer than the others, where that is known to pay."""
     ep: int = flag(1, "--expert-model-parallel-size", at_least=1)
     """Expert-parallel degree: contiguous blocks of experts."""
     etp: int = flag(0, "--expert-tensor-parallel-size", at_least=0)

@@ -155,6 +155,7 @@ CASES = (
     case("pp2 cp2 dp2", 8, {"pp": 2, "cp": 2} | DIST),
     case("pp4", 4, {"pp": 4}),
     case("pp2 uneven", 2, {"pp": 2, "pp_layers": (3, 1)}),
+    case("pp2 vpp2 uneven", 2, {"pp": 2, "vpp": 2, "pp_layers": (2, 2, 3, 1), "pp_schedule": "interleaved"}, model={"num_hidden_layers": 8}),
     case("pp2 a stage without MoE", 4, {"pp": 2, "ep": 2}, model={"model_type": "qwen3_moe", "mlp_only_layers": [0, 1]}),
     case("pp4 fewer micro-batches than stages", 4, {"pp": 4}, num_microbatches=2),
     case("pp4 gpipe", 4, {"pp": 4, "pp_schedule": "gpipe"}),

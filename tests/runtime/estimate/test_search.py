@@ -16,6 +16,7 @@ from runtime.estimate.machine import Machine, find_machine
 from runtime.estimate.remedies import remedies
 from runtime.estimate.search import Free, Search, deal_layers
 from runtime.estimate.setup import Setup
+from runtime.estimate.split import settle
 from runtime.estimate.state import rank_state
 from runtime.estimate.step import Estimate
 from runtime.model.recompute import RecomputeConfig
@@ -66,7 +67,7 @@ def every_layout(base: Setup) -> Iterator[Setup]:
 
 def test_the_best_is_found(machine: Machine) -> None:
     base = setup_of(WORLD)
-    every = [Estimate(setup, machine) for setup in every_layout(base)]
+    every = [settle(Estimate(setup, machine), stated=False)[0] for setup in every_layout(base)]
     fitting = [estimate for estimate in every if estimate.fits]
     assert 5 < len(fitting) < len(every)
     best = min(fitting, key=lambda estimate: estimate.seconds)

@@ -1,89 +1,40 @@
-"""Time the conversions beside `cp -r` of the same files: `python benchmarks/convert.py [--rounds 3] [--scale 10] [--json]`.
+"""Time the conversions beside `cp -r` of what they read: `python -m benchmarks.convert [--rounds 3] [--scale 10] [--json]`.
 
 Builds a Mixtral of 2.9 GB (random bytes) and runs import-hf, reshard, export-hf and verify, and export-megatron and
-import-megatron of both formats, as a user would, each as its own process, round after round in turn with `cp -r`, with the
-source in the page cache and nothing left to write back. `cp -r` returns before its bytes are on disk, and so do the
-conversions with --no-sync; by default they wait for the disk, as `cp -r; sync` does. Prints the median seconds, and the highest
-resident memory of any process that ran. The exported files are compared with the source's, and what came back from Megatron's
-formats tensor by tensor.
+import-megatron of both formats, as a user would, each as its own process in turns with `cp -r`, as `benchmarks/timing.py` tells:
+with --no-sync beside `cp -r`, which returns before its bytes are on disk, and by default, where a conversion waits for the disk,
+beside `cp -r; sync`. Prints median seconds, the median ratio of the rounds, and the highest resident memory of any process that
+ran. The exported files are compared with the source's, and what came back from Megatron's formats tensor by tensor.
 """
 
 from __future__ import annotations
 
 import argparse
-import filecmp
 import json
 import os
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.timing import MOECONV, Row, compiled_modules, digests, in_turns, only_cached
 from moeconv.io.safetensors import encode_header
 from moeconv.pieces import TensorInfo
 
 MAX_FILE_BYTES = 500_000_000
-MOECONV = [sys.executable, "-m", "cli"]
 TRANSFORMERS = """
 import sys
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(sys.argv[2])
 """
-
-
-# A process's peak begins with that of the process that started it, so a small one stands between. It measures as GNU time
-# does: the highest of the command and of the processes that it waited for.
-LAUNCHER = """
-import resource, subprocess, sys, time
-begin = time.perf_counter()
-code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
-seconds = time.perf_counter() - begin
-used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(code, seconds, used.ru_utime + used.ru_stime, used.ru_maxrss)
-"""
-
-
-@dataclass
-class Row:
-    """What was measured of one command: seconds of each run, by the clock and of processors, and the highest resident memory in bytes."""
-
-    name: str
-    nbytes: int
-    seconds: list[float] = field(default_factory=list)
-    processor: list[float] = field(default_factory=list)
-    memory: int = 0
-    prime: Path | None = None
-    """A folder to copy and delete first: memory that was just freed is faster to fill, and so each command finds as much."""
-
-    def run(self, command: list[str]) -> None:
-        """Run a command and add what it took.
-
-        Raises:
-            RuntimeError: it failed.
-        """
-        os.sync()
-        if self.prime is not None:
-            scratch = self.prime.with_name("scratch")
-            shutil.copytree(self.prime, scratch)
-            shutil.rmtree(scratch)
-            os.sync()
-        launched = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command]
-        output = subprocess.run(
-            launched, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent
-        ).stdout
-        code, seconds, processor, kib = output.split()
-        if code != "0":
-            raise RuntimeError(f"{' '.join(command)} failed with exit code {code}")
-        self.seconds.append(float(seconds))
-        self.processor.append(float(processor))
-        self.memory = max(self.memory, int(kib) * 1024)
-        print(f"{self.name}: {float(seconds):.2f} s", file=sys.stderr, flush=True)
+LAYOUT = ("--tp", "2", "--ep", "4")
+FORMATS = ("torch", "torch_dist")
+COMMANDS = ("import-hf", "reshard", "export-hf", "verify", "export-megatron", "import-megatron")
 
 
 def mixtral_config(scale: int) -> dict[str, Any]:
@@ -176,124 +127,150 @@ def write_folder(
     return total
 
 
-def measure(work: Path, rounds: int, *, transformers: bool) -> list[Row]:
-    """Build the model and time each command, round after round.
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A conversion, and what is prepared for it."""
 
-    Raises:
-        RuntimeError: a command failed, or the exported files differ from the source's.
-    """
-    source, copy, ckpt, other, back = (work / name for name in ("source", "copy", "ckpt", "resharded", "exported"))
-    nbytes = build(source, mixtral_config(1), sparse=False)
-    commands = ["import-hf", "reshard", "export-hf"]
-    commands += [f"{way}-megatron {fmt}" for fmt in ("torch", "torch_dist") for way in ("export", "import")]
-    names = ["cp -r", *(f"{command} --no-sync" for command in commands), "cp -r; sync", *commands, "verify"]
-    rows = {name: Row(name, nbytes, prime=source) for name in names}
-    for _ in range(rounds):
-        rows["cp -r"].run(["cp", "-r", str(source), str(copy)])
-        shutil.rmtree(copy)
-        rows["cp -r; sync"].run(["sh", "-c", f"cp -r '{source}' '{copy}' && sync -f '{copy}'"])
-        shutil.rmtree(copy)
-        for how in (" --no-sync", ""):
-            flags = how.split()
-            rows[f"import-hf{how}"].run(
-                [*MOECONV, "import-hf", str(source), str(ckpt), "--tp", "2", "--ep", "4", *flags]
-            )
-            rows[f"reshard{how}"].run(
-                [*MOECONV, "reshard", str(ckpt), str(other), "--tp", "4", "--ep", "2", "--pp", "2", *flags]
-            )
-            shutil.rmtree(ckpt)
-            rows[f"export-hf{how}"].run([*MOECONV, "export-hf", str(other), str(back), *flags])
-            different = [f.name for f in source.iterdir() if not filecmp.cmp(f, back / f.name, shallow=False)]
-            if different:
-                raise RuntimeError(f"export-hf gave other files than the source: {', '.join(different)}")
-            shutil.rmtree(back)
-            if not how:
-                rows["verify"].run([*MOECONV, "verify", str(other)])
-            shutil.rmtree(other)
-            for fmt in ("torch", "torch_dist"):
-                measure_megatron(source, work, fmt, rows, how)
-    if transformers:
-        row = rows["transformers"] = Row("transformers load, save", nbytes)
-        row.run([sys.executable, "-c", TRANSFORMERS, str(source), str(copy)])
-    return list(rows.values())
+    name: str
+    reads: Path
+    words: list[str]
+    """With the folder that it writes as `{out}`."""
+    check: Callable[[Path], None] = lambda _: None
+    """Looks at what it wrote."""
+    waits: bool = True
+    """Whether it can wait for the disk, or not."""
 
 
-def measure_megatron(source: Path, work: Path, fmt: str, rows: dict[str, Row], how: str) -> None:
-    """Export a model to one of Megatron's formats and import it again.
+class Bench:
+    """Times the commands of a folder."""
 
-    Raises:
-        RuntimeError: a command failed, or a tensor came back with other bytes.
-    """
-    megatron, ckpt = work / "megatron", work / "ckpt"
-    layout = ("--tp", "2", "--ep", "4")
-    rows[f"export-megatron {fmt}{how}"].run(
-        [*MOECONV, "export-megatron", str(source), str(megatron), "--format", fmt, *layout, *how.split()]
-    )
-    rows[f"import-megatron {fmt}{how}"].run([*MOECONV, "import-megatron", str(megatron), str(ckpt), *how.split()])
-    shutil.rmtree(megatron)
-    Row("compare", rows["cp -r"].nbytes).run([*MOECONV, "verify", str(ckpt), "--against", str(source)])
-    shutil.rmtree(ckpt)
+    def __init__(self, work: Path, rounds: int) -> None:
+        """Build the model, and what is made of it once."""
+        self.work, self.rounds = work, rounds
+        self.source, self.ckpt, self.other, self.out = (work / n for n in ("source", "ckpt", "resharded", "out"))
+        self.nbytes = build(self.source, mixtral_config(1), sparse=False)
+        self.expected = digests(self.source)
+        self._once("import-hf", str(self.source), str(self.ckpt), *LAYOUT)
+        self._once("reshard", str(self.ckpt), str(self.other), "--tp", "4", "--ep", "2", "--pp", "2")
+
+    def commands(self) -> Iterator[Command]:
+        """List the conversions; those of Megatron's formats read what is made when it is their turn."""
+        yield Command("import-hf", self.source, ["import-hf", str(self.source), "{out}", *LAYOUT])
+        words = ["reshard", str(self.ckpt), "{out}", "--tp", "4", "--ep", "2", "--pp", "2"]
+        yield Command("reshard", self.ckpt, words)
+        yield Command("export-hf", self.other, ["export-hf", str(self.other), "{out}"], self._same_files)
+        yield Command("verify", self.other, ["verify", str(self.other)], waits=False)
+        for fmt in FORMATS:
+            words = ["export-megatron", str(self.source), "{out}", "--format", fmt, *LAYOUT]
+            yield Command(f"export-megatron {fmt}", self.source, words)
+            megatron = self.work / "megatron"
+            self._once("export-megatron", str(self.source), str(megatron), "--format", fmt, *LAYOUT)
+            words = ["import-megatron", str(megatron), "{out}"]
+            yield Command(f"import-megatron {fmt}", megatron, words, self._same_tensors)
+            shutil.rmtree(megatron)
+
+    def measure(self, command: Command) -> dict[str, Any]:
+        """Time a conversion without and with the wait for the disk, each in turns with a copy of what it reads."""
+        row: dict[str, Any] = {"command": command.name}
+        for how, flags, synced in (("no_sync", ["--no-sync"], False), ("default", [], True)):
+            if not command.waits and synced:
+                continue
+            words = [word.format(out=self.out) for word in command.words] + (flags if command.waits else [])
+            self._cache(command)
+            row[how] = in_turns(
+                f"{command.name} {' '.join(flags)}".strip(), command.reads, self.out, [*MOECONV, *words], self.nbytes,
+                self.rounds, lambda: self._check(command), synced=synced,
+            )  # fmt: skip
+        return row
+
+    def transformers(self) -> dict[str, Any]:
+        """Time transformers' load and save once."""
+        only_cached(self.source, self.ckpt, self.other)
+        words = [sys.executable, "-c", TRANSFORMERS, str(self.source), str(self.out)]
+        return {
+            "command": "transformers load, save",
+            "no_sync": in_turns("transformers", self.source, self.out, words, self.nbytes, 1),
+        }
+
+    def _once(self, *words: str) -> None:
+        Row(f"{words[0]}: to begin with", self.nbytes).run([*MOECONV, *words])
+
+    def _cache(self, command: Command) -> None:
+        folders = (self.source, self.ckpt, self.other, self.work / "megatron")
+        only_cached(command.reads, *(folder for folder in folders if folder != command.reads))
+
+    def _check(self, command: Command) -> None:
+        command.check(self.out)
+        self._cache(command)
+
+    def _same_files(self, out: Path) -> None:
+        found = digests(out)
+        if found != self.expected:
+            different = [name for name in self.expected if found.get(name) != self.expected[name]]
+            raise RuntimeError(f"export-hf gave other files than the source: {', '.join(different)}")
+
+    def _same_tensors(self, out: Path) -> None:
+        Row("compare", self.nbytes).run([*MOECONV, "verify", str(out), "--against", str(self.source)])
 
 
-def measure_large(work: Path, scale: int) -> Row:
+def measure_large(work: Path, scale: int) -> dict[str, Any]:
     """Import a sparse model of `scale` times the bytes, to show that memory stays."""
     nbytes = build(work / "large", mixtral_config(scale), sparse=True)
     row = Row(f"import-hf, {scale} times", nbytes)
-    row.run([*MOECONV, "import-hf", str(work / "large"), str(work / "large-ckpt"), "--tp", "2", "--ep", "4"])
-    return row
+    row.run([*MOECONV, "import-hf", str(work / "large"), str(work / "large-ckpt"), *LAYOUT])
+    return {"command": row.name, "default": {"seconds": round(row.seconds[0], 2), "peak_mb": round(row.memory / 1e6)}}
 
 
-def report(rows: list[Row]) -> list[dict[str, Any]]:
-    """Give a row for each command, its time a byte as a ratio to that of `cp -r` and of `cp -r; sync`."""
-    base, synced = (
-        next(statistics.median(r.seconds) / r.nbytes for r in rows if r.name == name)
-        for name in ("cp -r", "cp -r; sync")
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a table in Markdown."""
+    print(
+        "| command | `--no-sync`, s | `cp -r` of what it reads, s | ratio (rounds) | default, s | `cp -r; sync`, s | ratio (rounds) "
+        "| peak MB |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
-    return [
-        {
-            "command": row.name,
-            "seconds": round(statistics.median(row.seconds), 2),
-            "gb_per_s": round(row.nbytes / statistics.median(row.seconds) / 1e9, 2),
-            "ratio_to_cp": round(statistics.median(row.seconds) / row.nbytes / base, 2),
-            "ratio_to_cp_sync": round(statistics.median(row.seconds) / row.nbytes / synced, 2),
-            "peak_mb": round(row.memory / 1e6),
-            "runs": [round(s, 2) for s in row.seconds],
-        }
-        for row in rows
-    ]
+    for row in rows:
+        cells = [cell for how in ("no_sync", "default") for cell in _cells(row.get(how))]
+        peak = max(row[how]["peak_mb"] for how in ("no_sync", "default") if how in row)
+        print(f"| {row['command']} | {' | '.join(cells)} | {peak} |")
 
 
-def show(table: list[dict[str, Any]]) -> None:
-    """Print the rows of a report."""
-    print(f"{'command':<38} {'seconds':>8} {'GB/s':>6} {'to cp':>7} {'to cp; sync':>12} {'peak MB':>8}  runs")
-    for row in table:
-        print(
-            f"{row['command']:<38} {row['seconds']:8.2f} {row['gb_per_s']:6.2f} {row['ratio_to_cp']:6.2f}x "
-            f"{row['ratio_to_cp_sync']:11.2f}x {row['peak_mb']:8}  {' '.join(map(str, row['runs']))}"
-        )
+def _cells(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return ["", "", ""]
+    if "ratios" not in found:
+        return [f"{found['seconds']:.2f}", "", ""]
+    ratios = found["ratios"]
+    ratio = f"{found['ratio_to_cp']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return [f"{found['seconds']:.2f}", f"{found['cp_seconds']:.2f}", ratio]
 
 
 def main() -> None:
     """Parse the command line, measure, print and clean up."""
-    parser = argparse.ArgumentParser(description="Time moeconv's conversions beside cp -r of the same files.")
+    parser = argparse.ArgumentParser(description="Time moeconv's conversions beside cp -r of what they read.")
     parser.add_argument(
-        "--folder", type=Path, help="where to build the models (12 GB, removed again); default: a new one"
+        "--folder", type=Path, help="where to build the models (16 GB, removed again); default: a new one"
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each command; the median counts")
     parser.add_argument("--scale", type=int, default=1, help="10 also imports a sparse model ten times larger (30 GB)")
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=COMMANDS, help="some of the commands")
     parser.add_argument("--no-transformers", action="store_true", help="leave out transformers' load and save")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     flags = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="moeconv-bench-", dir=flags.folder) as name:
-        rows = measure(Path(name), flags.rounds, transformers=not flags.no_transformers)
+    with (
+        tempfile.TemporaryDirectory(prefix="moeconv-bench-", dir=flags.folder) as name,
+        compiled_modules(Path(name)),
+    ):
+        bench = Bench(Path(name), flags.rounds)
+        wanted = (c for c in bench.commands() if c.name.split()[0] in flags.only)
+        rows = [bench.measure(command) for command in wanted]
+        if not flags.no_transformers:
+            rows.append(bench.transformers())
         if flags.scale > 1:
             rows.append(measure_large(Path(name), flags.scale))
-    table = report(rows)
     if flags.json:
-        print(json.dumps({"bytes": rows[0].nbytes, "cores": os.cpu_count(), "rows": table}, indent=2))
+        print(json.dumps({"bytes": bench.nbytes, "cores": os.cpu_count(), "rows": rows}, indent=2))
         return
-    print(f"{rows[0].nbytes / 1e9:.2f} GB, {os.cpu_count()} cores, median of {flags.rounds}")
-    show(table)
+    print(f"{bench.nbytes / 1e9:.2f} GB, {os.cpu_count()} cores, median of {flags.rounds}\n")
+    show(rows)
 
 
 if __name__ == "__main__":

@@ -3,32 +3,24 @@
 Sources of random bytes with true layer shapes and few layers: Mixtral 8x7B in bf16, Qwen3-30B-A3B's experts one by one, fused, and in FP8
 with 128x128 block scales, and gpt-oss-20b's MXFP4 stacks.
 
-Like for like: a conversion runs in turns with a `cp -r` of the very folder that it reads, first and second alternately, each into a new
-folder that is removed before the next, nothing waits for the disk (--no-sync, as `cp`), and the ratio is that of each pair, of which the
-median counts. Before each command, outside of the time: what is left to write goes to the disk, of the big files only those that it
-reads are in the page cache, and memory of their size is written and freed. Without this a copy of the same bytes takes one to three times as long,
-after how much else the page cache holds. Python's modules are compiled, as those of an installed package are. Processor seconds are
-those of the command and what it started.
+Each beside a `cp -r` of what it reads, as `benchmarks/timing.py` tells; nothing waits for the disk (--no-sync, as `cp`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import statistics
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convert import MOECONV, Row, write_folder
+from benchmarks.convert import write_folder
+from benchmarks.timing import MOECONV, Row, compiled_modules, digests, in_turns, only_cached
 from moeconv.checkpoint import model_of
 from moeconv.families.base import GlobalTensor, Model
 from moeconv.forms import Names, written
-from moeconv.io.carried import CarriedFile
 from moeconv.pieces import TensorInfo
 
 _QWEN = {
@@ -115,7 +107,7 @@ def measure(work: Path, name: str, form: Form, gigabytes: float, rounds: int) ->
             raise RuntimeError(f"{name}: export-hf gave other files than the source")
 
     only_cached(source, ckpt)
-    imported = in_turns(f"{name}: import-hf", source, out, [*load, str(out), *layout], nbytes, rounds, lambda: None)
+    imported = in_turns(f"{name}: import-hf", source, out, [*load, str(out), *layout], nbytes, rounds)
     only_cached(ckpt, source)
     save = [*MOECONV, "export-hf", str(ckpt), str(out), "--no-sync"]
     exported = in_turns(f"{name}: export-hf", ckpt, out, save, nbytes, rounds, check)
@@ -123,56 +115,6 @@ def measure(work: Path, name: str, form: Form, gigabytes: float, rounds: int) ->
     shutil.rmtree(ckpt)
     form_of = {"form": name, "gb": round(nbytes / 1e9, 2), "tensors": len(tensors)}
     return [form_of | {"command": c} | row for c, row in (("import-hf", imported), ("export-hf", exported))]
-
-
-def in_turns(
-    name: str, source: Path, out: Path, command: list[str], nbytes: int, rounds: int, check: Callable[[], None]
-) -> dict[str, Any]:
-    """Run a conversion and a `cp -r` of what it reads in turns.
-
-    Args:
-        name: the conversion's name, for what is printed on the way.
-        source: the folder that both read.
-        out: the folder that both write.
-        command: the conversion.
-        nbytes: the bytes of the source.
-        rounds: how often.
-        check: looks at what the conversion wrote.
-
-    Returns:
-        Medians of both, and of the ratios of each round.
-    """
-    copy, own = Row(f"{name}, cp -r", nbytes, prime=source), Row(name, nbytes, prime=source)
-    for number in range(rounds):
-        for row in (copy, own) if number % 2 == 0 else (own, copy):
-            row.run(command if row is own else ["cp", "-r", str(source), str(out)])
-            if row is own:
-                check()
-            shutil.rmtree(out)
-    ratios = [mine / theirs for mine, theirs in zip(own.seconds, copy.seconds, strict=True)]
-    return {
-        "seconds": round(statistics.median(own.seconds), 2),
-        "cp_seconds": round(statistics.median(copy.seconds), 2),
-        "ratio_to_cp": round(statistics.median(ratios), 2),
-        "ratios": [round(ratio, 2) for ratio in ratios],
-        "processor_seconds_per_gb": round(statistics.median(own.processor) / nbytes * 1e9, 2),
-        "cp_processor_seconds_per_gb": round(statistics.median(copy.processor) / nbytes * 1e9, 2),
-        "peak_mb": round(own.memory / 1e6),
-    }
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Give the checksum of each file of a folder, by its name."""
-    return {file.name: CarriedFile(file, file.stat().st_size).copy(lambda _: None) for file in folder.iterdir()}
-
-
-def only_cached(folder: Path, other: Path) -> None:
-    """Have the files of one folder in the page cache, read from the disk, and none of another's."""
-    os.sync()
-    for file in (*folder.iterdir(), *other.iterdir()):
-        with open(file, "rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    digests(folder)
 
 
 def main() -> None:
@@ -185,9 +127,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     flags = parser.parse_args()
     table = list[dict[str, Any]]()
-    with tempfile.TemporaryDirectory(prefix="moeconv-bench-", dir=flags.folder) as name:
-        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        os.environ["PYTHONPYCACHEPREFIX"] = str(Path(name) / "compiled")
+    with (
+        tempfile.TemporaryDirectory(prefix="moeconv-bench-", dir=flags.folder) as name,
+        compiled_modules(Path(name)),
+    ):
         for form in flags.only:
             table += measure(Path(name), form, FORMS[form], flags.gb, flags.rounds)
     if flags.json:

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from benchmarks.convert import MOECONV, Row, report, show
+from benchmarks.timing import MOECONV, Row
 from moeconv.io.safetensors import encode_header
 
 CONFIG: dict[str, Any] = {
@@ -94,6 +95,36 @@ def measure(work: Path, rounds: int) -> list[Row]:
                     shutil.rmtree(copied)
             shutil.rmtree(out)
     return [rows.pop("cp -r"), rows.pop("cp -r; sync"), *rows.values()]
+
+
+def report(rows: list[Row]) -> list[dict[str, Any]]:
+    """Give a row for each command, its time a byte as a ratio to that of `cp -r` and of `cp -r; sync`."""
+    base, synced = (
+        next(statistics.median(r.seconds) / r.nbytes for r in rows if r.name == name)
+        for name in ("cp -r", "cp -r; sync")
+    )
+    return [
+        {
+            "command": row.name,
+            "seconds": round(statistics.median(row.seconds), 2),
+            "gb_per_s": round(row.nbytes / statistics.median(row.seconds) / 1e9, 2),
+            "ratio_to_cp": round(statistics.median(row.seconds) / row.nbytes / base, 2),
+            "ratio_to_cp_sync": round(statistics.median(row.seconds) / row.nbytes / synced, 2),
+            "peak_mb": round(row.memory / 1e6),
+            "runs": [round(s, 2) for s in row.seconds],
+        }
+        for row in rows
+    ]
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    """Print the rows of a report."""
+    print(f"{'command':<38} {'seconds':>8} {'GB/s':>6} {'to cp':>7} {'to cp; sync':>12} {'peak MB':>8}  runs")
+    for row in table:
+        print(
+            f"{row['command']:<38} {row['seconds']:8.2f} {row['gb_per_s']:6.2f} {row['ratio_to_cp']:6.2f}x "
+            f"{row['ratio_to_cp_sync']:11.2f}x {row['peak_mb']:8}  {' '.join(map(str, row['runs']))}"
+        )
 
 
 def main() -> None:

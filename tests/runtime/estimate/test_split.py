@@ -17,6 +17,7 @@ from cli.main import main
 from moeconv.families import FAMILIES
 from moeconv.families.base import Model
 from moeconv.layout.degrees import Degrees
+from runtime import start
 from runtime.estimate.forecast import Forecast, Gpu
 from runtime.estimate.split import LEAST_GAIN, balance
 from runtime.estimate.stages import level_stages, same_stages
@@ -24,6 +25,7 @@ from runtime.job.processes import Process
 from runtime.settings.assemble import make_run
 from runtime.settings.check import check_run
 from runtime.settings.flags import parse_flags
+from runtime.settings.resolved import run_file
 from runtime.settings.run import RunConfig
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 85_000_000_000, 8)
@@ -140,6 +142,21 @@ def test_memory_comes_first() -> None:
     assert more > estimate.peak, "the first stage is the fullest, and has one more"
     full = replace(H100, memory=int(1.01 * more + estimate.machine.reserve_gib * 2**30))
     assert stages_of(level_stages(run, WORLD, full, None)) is None
+
+
+def test_a_start_on_gpus_takes_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line on: the log, the file that starts the run again, and the forecast have it."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 6}))
+    words = (
+        f"--init-config {tmp_path / 'config.json'} --mock-data --tokenizer-type NullTokenizer --train-iters 12 --bf16"
+    )
+    words += " --seq-length 4096 --micro-batch-size 2 --global-batch-size 32 --pipeline-model-parallel-size 2"
+    monkeypatch.setattr(start, "_gpu", lambda run, process: H100)
+    run, _ = start.prepare(parse_flags(words.split()), Process(rank=1, local_rank=1, world_size=2))
+    assert stages_of(run) == (4, 2)
+    assert any(note.startswith("--pp-layers 4,2 is taken, about") for note in run.notes)
+    assert any(note.startswith("plan: ") for note in run.notes)
+    assert "pp-layers: [4, 2]" in run_file(run)
 
 
 def test_all_ranks_take_the_first_ones_split() -> None:

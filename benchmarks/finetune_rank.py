@@ -23,7 +23,7 @@ import torch.distributed as dist
 from benchmarks.multi_gpu.job import Job, draw_weights
 from benchmarks.multi_gpu.saving import digest, source_folder
 from benchmarks.multi_gpu.sizes import FULL
-from benchmarks.step_systems import write_profile
+from benchmarks.step_profile import write_profile
 from moeconv.checkpoint import open_checkpoint
 from moeconv.families import family_of
 from moeconv.families.base import Model

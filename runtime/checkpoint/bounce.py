@@ -12,8 +12,9 @@ from moeconv.sweep import Bytes
 from runtime.checkpoint.host_buffer import ALIGNMENT, HostBuffer
 from runtime.parallel.masters import join
 
-PIECE = 1 << 24
-"""Bytes of a piece at most. A rank has room for two; masters that are put together take two more while that is done."""
+PIECE = 1 << 22
+"""Bytes of a piece at most, small enough for a processor's cache between copying, hashing and writing it. A rank has room for
+two; masters that are put together take two more while that is done."""
 
 Pieces = tuple[list[Tensor], list[torch.cuda.Event]]
 

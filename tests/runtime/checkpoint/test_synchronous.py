@@ -208,3 +208,32 @@ def test_tensors_of_a_gpu_come_through_two_pieces(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bounce, "PIECE", 96)
     for tensor in make_tensors("cuda"):
         assert b"".join(piece.tobytes() for piece in Staged((tensor,), Bounce()).pieces()) == expected(tensor)
+
+
+SECOND_GPU = """
+import sys
+from pathlib import Path
+import torch
+from moeconv.io.manifest import MANIFEST
+from moeconv.io.shards import ShardEntry
+from moeconv.layout.rect import Rect
+from runtime.checkpoint.writer import Saver, check
+
+torch.cuda.set_device(1)
+tensor = torch.arange(1 << 22, device="cuda", dtype=torch.int32)
+saver = Saver(Path(sys.argv[1]), None, keep_last=1, asynchronous=False)
+entry = ShardEntry("w", "I32", (1 << 22,), Rect((0,), (1 << 22,)), *saver.stage([tensor]))
+saver.save(1, {"w.safetensors": [entry]}, lambda folder, _: (folder / MANIFEST).write_text("{}"))
+check(saver.wait())
+print([torch._C._cuda_hasPrimaryContext(number) for number in (0, 1)])
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_rank_saves_without_touching_the_first_gpu(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", SECOND_GPU, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[False, True]", done.stderr
+    stored = load_file(tmp_path / "latest" / "w.safetensors")["w"]
+    assert torch.equal(stored, torch.arange(1 << 22, dtype=torch.int32))

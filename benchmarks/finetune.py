@@ -249,7 +249,8 @@ def lines(case: Case, found: dict[str, Any]) -> Iterator[str]:
     if "save_s" in found:
         yield (
             f"  saved {found['saved_gb']:.1f} GB in {found['save_s']:.1f} s, training waits {found['save_stall_s']:.1f} s "
-            "before it goes on"
+            f"before it goes on; at most {found['save_host_gb']:.2f} GB more of the host and {found['save_gpu_gb']:.2f} GB of the "
+            "GPU a rank"
         )
     if "resumed" in found:
         again = found["resumed"]

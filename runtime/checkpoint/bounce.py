@@ -12,8 +12,9 @@ from moeconv.sweep import Bytes
 from runtime.checkpoint.host_buffer import ALIGNMENT, HostBuffer
 from runtime.parallel.masters import join
 
-PIECE = 1 << 24
-"""Bytes of a piece at most. A rank has room for two; masters that are put together take two more while that is done."""
+PIECE = 1 << 22
+"""Bytes of a piece at most, small enough for a processor's cache between copying, hashing and writing it. A rank has room for
+two; masters that are put together take two more while that is done."""
 
 Pieces = tuple[list[Tensor], list[torch.cuda.Event]]
 
@@ -38,7 +39,7 @@ class Bounce:
         """Bring tensors of one shape to the host, the same elements of each at a time, in row-major order.
 
         Args:
-            tensors: any dtypes, strides and devices; nothing may be about to write to them on another stream.
+            tensors: one or two of any dtypes, strides and devices; nothing may be about to write to them on another stream.
 
         Yields:
             [N] of each, at most `PIECE` bytes together, of the host; valid until the next one.
@@ -61,7 +62,7 @@ class Bounce:
 
     def _fetch(self, parts: Sequence[Tensor], half: int) -> Pieces:
         """Begin to copy a piece; what is contiguous on the host stays where it is."""
-        size = PIECE + len(parts) * ALIGNMENT
+        size = PIECE + 2 * ALIGNMENT  # never more than two tensors; another size would be other memory
         out, end, devices = [], half * size, set[torch.device]()
         for part in parts:
             if part.is_cuda or not part.is_contiguous():
@@ -72,9 +73,8 @@ class Bounce:
                 devices |= {part.device} if part.is_cuda else set()
                 out.append(memory)
             else:
-                out.append(
-                    part.as_strided((part.numel(),), (1,))
-                )  # a view leaves odd strides where there is one element
+                # No view: that leaves odd strides where there is one element.
+                out.append(part.as_strided((part.numel(),), (1,)))
         events = []
         for device in devices:
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

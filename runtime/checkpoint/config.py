@@ -42,7 +42,7 @@ class CheckpointConfig:
 
     async_save: bool = flag(True, "--async-save")
     """Train on while a save is written, from a copy in the host's memory (a save that has no room for it waits and says so);
-    with --no-async-save training waits for every save, which takes at most 64 MiB of a rank's host for it."""
+    with --no-async-save training waits for every save, which then takes at most 32 MiB of the host a rank."""
 
     def __post_init__(self) -> None:
         check_fields(self)

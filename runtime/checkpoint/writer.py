@@ -78,6 +78,7 @@ class Saver:
         self._buffer, self._bounce = HostBuffer(note), Bounce(note)
         self.synchronous = not asynchronous
         """Whether training has to wait for what `stage` was last called for: `save` returns when it is at its end."""
+        self._device: torch.device | None = None
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
 
@@ -102,8 +103,8 @@ class Saver:
             tensors = [copy.view(t.dtype).view(t.shape) for copy, t in zip(copies, tensors, strict=True)]
         else:
             self._buffer.close()
-            for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-                torch.cuda.current_stream(device).synchronize()  # the thread that reads them has another stream
+            for self._device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+                torch.cuda.current_stream(self._device).synchronize()  # the thread that reads them may have another one
         return [Staged((tensor,), self._bounce) for tensor in tensors]
 
     def save(
@@ -167,6 +168,8 @@ class Saver:
         start = time.monotonic()
         path, error = None, None
         try:
+            if self._device is not None:  # else a new thread takes the first GPU, and memory of it for a context
+                torch.cuda.set_device(self._device)
             path, error = self._write(iteration, files, commit, best)
         except Exception as failure:  # whatever it is, it must reach the log and not die with the thread
             error = _describe(failure)

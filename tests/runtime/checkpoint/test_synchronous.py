@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
+from moeconv.checking import verify
 from moeconv.checkpoint import open_checkpoint
 from moeconv.io.manifest import MANIFEST
+from runtime import trainer
 from runtime.checkpoint import bounce, host_buffer, writer
 from runtime.checkpoint.bounce import Bounce, Staged
+from runtime.host_memory import available_memory
 from runtime.job.processes import Process
 from runtime.parallel.masters import join, split
 from runtime.settings.flags import parse_flags
@@ -99,9 +103,10 @@ def test_files_are_those_of_asynchronous_saves(model: Path, tmp_path: Path, monk
     taken.clear()
     train(model, tmp_path / "flag", f"{steps} --no-async-save")
     train(model, tmp_path / "host", f"{steps} {HOST}")
-    monkeypatch.setattr(
-        writer.Saver.__init__, "__kwdefaults__", writer.Saver.__init__.__kwdefaults__ | {"available": lambda: 0}
-    )
+    (tmp_path / "machine/proc").mkdir(parents=True)
+    (tmp_path / "machine/proc/meminfo").write_text("MemTotal: 24684084 kB\nMemAvailable: 70 kB\n")
+    available = partial(available_memory, tmp_path / "machine")
+    monkeypatch.setattr(trainer, "Saver", partial(writer.Saver, available=available))
     printed = train(model, tmp_path / "short", steps)
     assert not taken
     for i in (1, 2, 3):
@@ -109,10 +114,11 @@ def test_files_are_those_of_asynchronous_saves(model: Path, tmp_path: Path, monk
         assert all(files(tmp_path / name / f"iter_000000{i}") == want for name in ("flag", "host", "short"))
     notes = [line for line in printed if "this save is synchronous" in line]
     assert len(notes) == 2, "the run waits for its last save in any case"
-    assert "0.00 GB available" in notes[0]
+    assert "which has 0.00 GB available" in notes[0]
     last = tmp_path / "flag" / "latest"
     found = {name: tensor for file in last.glob("*.safetensors") for name, tensor in load_file(file).items()}
     ours = open_checkpoint(last)
+    assert verify(ours) > 0
     state = {name: torch.zeros_like(tensor) for name, tensor in found.items()}
     load(state, storage_reader=HuggingFaceStorageReader(str(last)), no_dist=True)
     assert any(name.startswith("optimizer.master.") for name in found)
@@ -167,7 +173,7 @@ def test_a_process_without_the_memory_saves_all_the_same(tmp_path: Path) -> None
     first, second, third = found["errors"]
     assert first is third is None
     assert "File too large" in second
-    assert found["grown"] < 64 << 20, "two pieces, and not the tensor's 128 MiB"
+    assert found["grown"] < 32 << 20, "two pieces, and not the tensor's 128 MiB"
     assert len(found["notes"]) == 2
     assert "0.1 GB of host memory are needed here: Cannot allocate memory" in found["notes"][0]
     assert found["latest"] == "iter_0000001"
@@ -182,7 +188,7 @@ def test_a_process_without_the_memory_saves_all_the_same(tmp_path: Path) -> None
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_tensors_of_a_gpu_come_through_two_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     own = Bounce()
-    large = torch.arange(5 << 20, device="cuda") * 3  # two and a half pieces
+    large = torch.arange(5 << 20, device="cuda") * 3
     masters = torch.randn(3 << 22, device="cuda")
     weight, remainder = split(masters)
     torch.cuda.synchronize()
@@ -192,9 +198,9 @@ def test_tensors_of_a_gpu_come_through_two_pieces(monkeypatch: pytest.MonkeyPatc
         pieces = [piece.tobytes() for piece in Staged(tensors, own).pieces()]
         want = expected(large if len(tensors) == 1 else masters)
         assert b"".join(pieces) == want
-        assert len(pieces) == 3
+        assert len(pieces) == -(-len(want) // bounce.PIECE) > 4
     assert torch.cuda.max_memory_allocated() == before
-    assert own.nbytes < 33 << 20
+    assert own.nbytes < 2.01 * bounce.PIECE
     assert own._buffer.memory.is_pinned()
     reading = own.read([large])
     next(reading)  # broken off, as by a full disk
@@ -202,3 +208,32 @@ def test_tensors_of_a_gpu_come_through_two_pieces(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bounce, "PIECE", 96)
     for tensor in make_tensors("cuda"):
         assert b"".join(piece.tobytes() for piece in Staged((tensor,), Bounce()).pieces()) == expected(tensor)
+
+
+SECOND_GPU = """
+import sys
+from pathlib import Path
+import torch
+from moeconv.io.manifest import MANIFEST
+from moeconv.io.shards import ShardEntry
+from moeconv.layout.rect import Rect
+from runtime.checkpoint.writer import Saver, check
+
+torch.cuda.set_device(1)
+tensor = torch.arange(1 << 22, device="cuda", dtype=torch.int32)
+saver = Saver(Path(sys.argv[1]), None, keep_last=1, asynchronous=False)
+entry = ShardEntry("w", "I32", (1 << 22,), Rect((0,), (1 << 22,)), *saver.stage([tensor]))
+saver.save(1, {"w.safetensors": [entry]}, lambda folder, _: (folder / MANIFEST).write_text("{}"))
+check(saver.wait())
+print([torch._C._cuda_hasPrimaryContext(number) for number in (0, 1)])
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_rank_saves_without_touching_the_first_gpu(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", SECOND_GPU, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[False, True]", done.stderr
+    stored = load_file(tmp_path / "latest" / "w.safetensors")["w"]
+    assert torch.equal(stored, torch.arange(1 << 22, dtype=torch.int32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from moeconv.layout.rect import Rect
 from runtime.checkpoint.room import Need, shortage
 from runtime.checkpoint.writer import Saver
 from runtime.parity.ranks import RankPool
+from tests.runtime.jobs import Job, run_jobs
+from tests.runtime.tiny import make_checkpoint
 
 ELEMENTS = 1 << 16
 
@@ -86,3 +89,22 @@ def test_ranks_of_a_machine_share_its_memory() -> None:
     assert shortage(roomy) is None
     assert "of 2 ranks" in str(shortage([Need("a", 40, 100), Need("a", 51, 100), Need("b", 0, 0)]))
     assert shortage([Need("a", 0, 0)]) is None
+
+
+def test_ranks_of_a_run_write_the_same_files_with_and_without_copies(pool: RankPool, tmp_path: Path) -> None:
+    words = (
+        f"--load {make_checkpoint(tmp_path / 'tiny')} --train-iters 2 --save-interval 1 --seq-length 16 --mock-data --bf16 "
+        "--num-workers 0 --micro-batch-size 1 --lr 3e-3 --master-weights remainder --expert-model-parallel-size 2 "
+        "--use-distributed-optimizer"
+    ).split()
+    ways = {"with": (), "without": ("--no-async-save",), "host": ("--optimizer-cpu-offload",)}
+    run_jobs([Job(2, (*words, "--save", str(tmp_path / name), *more)) for name, more in ways.items()], pool)
+    for iteration in ("iter_0000001", "iter_0000002"):
+        found = [
+            {file.name: file.read_bytes() for file in (tmp_path / name / iteration).glob("*.safetensors")}
+            for name in ways
+        ]
+        assert found[0] == found[1] == found[2]
+        assert len(found[0]) >= 4
+        records = [json.loads((tmp_path / name / iteration / MANIFEST).read_text())["files"] for name in ways]
+        assert records[0] == records[1] == records[2]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -27,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.launching import launch_environment
+
 ROOT = Path(__file__).parents[1]
-_LAUNCHER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
 
 # config.json of the hub, as far as shapes and the computation go.
 MODELS: dict[str, dict[str, Any]] = {
@@ -200,10 +200,7 @@ def launch(case: Case, flags: str, folder: Path, **more: Any) -> dict[str, Any]:
     spec = {"config": config_of(case), "flags": shlex.split(flags), "steps": case.steps, "folder": str(folder)} | more
     program = ["-m", "benchmarks.finetune_rank", json.dumps(spec)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER)}
-    environment.setdefault("OMP_NUM_THREADS", "8" if case.model != "tiny" else "1")
-    # NVLink multicast can leave GPUs that others share unusable, so it takes the user's word to turn it on.
-    environment |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    environment = launch_environment(8 if case.model != "tiny" else 1)
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     command = [sys.executable, *(torchrun if case.ranks > 1 else []), *program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -6,7 +6,6 @@ rank prints one line of JSON.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shlex
@@ -140,7 +139,7 @@ def measure(run: RunConfig, engine: Engine, mesh: ParallelMesh, job: Job, spec: 
 
 
 def _profile(step: Callable[[], object], folder: Path, rank: int, seconds: float) -> None:
-    """Record a step, and write the first rank's kernels."""
+    """Let every rank do two steps, and write the first one's kernels of the second."""
     kernels = kernels_of(step)
     if rank == 0:
         number = len(list(folder.glob("finetune_*.txt")))
@@ -170,12 +169,6 @@ def save(run: RunConfig, engine: Engine, mesh: ParallelMesh, job: Job, spec: Spe
     saver = Saver(folder / "saved", job.control, keep_last=1, asynchronous=run.checkpoint.async_save)
     with_optimizer = run.checkpoint.save_optim
     job.synchronize()
-    host = _host_memory("VmRSS")
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    gpu = torch.cuda.memory_allocated() if job.device.type == "cuda" else 0
-    if job.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     items = engine.state(with_optimizer=with_optimizer)
     files = collect_files(items, mesh, source.model, saver.stage)
@@ -187,23 +180,11 @@ def save(run: RunConfig, engine: Engine, mesh: ParallelMesh, job: Job, spec: Spe
     assert outcome is not None
     check(outcome)
     seconds = max(job.everyone(time.perf_counter() - begin))
-    took = {"save_host_gb": _host_memory("VmHWM") - host, "save_gpu_gb": 0}
-    if job.device.type == "cuda":
-        took["save_gpu_gb"] = torch.cuda.max_memory_allocated() - gpu
     left = {"digest": digest(engine, job, with_optimizer=with_optimizer), "optimizer": with_optimizer}
     if rank == 0:
         (folder / "expected.json").write_text(json.dumps(left))
     out = {"saved_gb": num_bytes / 1e9, "save_s": seconds, "save_stall_s": max(job.everyone(stall))}
-    more = {name: max(job.everyone(value)) / 1e9 for name, value in took.items()}
-    return out | more | {"synchronous": saver.synchronous}
-
-
-def _host_memory(kind: str) -> int:
-    """Bytes of this process that are in the host's memory: VmRSS now, VmHWM at the peak; 0 where the system doesn't say."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
-    return 0
+    return out | {"synchronous": saver.synchronous}
 
 
 def resume(engine: Engine, job: Job, spec: Spec) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.launching import launch_environment
 from benchmarks.step_profile import KINDS
 from benchmarks.step_systems import SYSTEMS, version
 from benchmarks.step_work import Work
@@ -77,7 +78,8 @@ def _measure(name: str, work: Work, options: list[str], results: dict[tuple[str,
     if work.ranks > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(work.ranks), "-m"]
     command = [*start, "benchmarks.step_systems", name, *work.arguments, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
+    environment = launch_environment(8 if torch.cuda.is_available() else 1)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT, env=environment)
     for line in done.stdout.splitlines():
         if not line.startswith("{"):
             continue

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,21 +50,25 @@ def kernels_of(step: Step) -> list[Kernel]:
     Returns:
         The kernels of this rank, those that take longest first. Communication includes the wait for other ranks.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    # Of the device alone: what ranges of the host's code (FSDP's, collectives', compiled graphs') span there is no kernel.
+    activities = [torch.profiler.ProfilerActivity.CUDA]
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule) as prof:
         step()
         synchronize()
         prof.step()
         step()
-        torch.cuda.synchronize()
-    events = [
-        e
-        for e in prof.key_averages()
-        if e.device_type.name == "CUDA" and not e.key.startswith(("Optimizer.", "ProfilerStep"))
-    ]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    events = [e for e in prof.key_averages() if e.device_type.name == "CUDA" and not _is_range(e)]
     kernels = [Kernel(e.key, e.count, e.self_device_time_total / 1e3) for e in events]
     return sorted(kernels, key=lambda kernel: -kernel.ms)
+
+
+def _is_range(event: Any) -> bool:
+    """Whether an event is a named range and no kernel; not every version of torch marks them."""
+    marked = bool(getattr(event, "is_user_annotation", False))
+    return marked or event.key.startswith(("Optimizer.", "ProfilerStep", "nccl:", "FSDP::", "## ", "Torch-Compiled"))
 
 
 def kind_of(name: str) -> str:

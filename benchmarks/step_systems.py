@@ -206,8 +206,6 @@ def main() -> None:
                 name = "".join(c if c.isalnum() else "_" for c in args.system)
                 path = args.profile / f"{name}_{args.model}_{layout.world}_{num}.txt"
                 write_kernels(kernels, path, f"{args.system}, {num} micro-batches")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def tell(line: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.launching import launch_environment
 from benchmarks.multi_gpu.beside import compare_peers
 from benchmarks.multi_gpu.job import Task
 from benchmarks.multi_gpu.plan import SECTIONS, make_plan
@@ -34,7 +35,6 @@ from benchmarks.multi_gpu.tables import Record, report
 from benchmarks.step_systems import SYSTEMS
 
 ROOT = Path(__file__).parents[2]
-_LAUNCHER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -122,8 +122,7 @@ class Launcher:
         print(f"{num_ranks} ranks, {len(tasks)} measurements", flush=True)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
         command = [*torchrun, "-m", "benchmarks.multi_gpu.worker", str(plan)]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER)}
-        environment.setdefault("OMP_NUM_THREADS", "1" if self._args.quick else "8")
+        environment = launch_environment(1 if self._args.quick else 8)
         with (self._out / "ranks.log").open("a") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
             try:

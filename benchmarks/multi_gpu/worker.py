@@ -36,9 +36,6 @@ PATIENCE = 15.0
 
 def main() -> int:
     """Run the plan that the command line names; errors go beside it."""
-    # NVLink multicast can leave GPUs that others share unusable, so it takes the user's word to turn it on.
-    for name, value in {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}.items():
-        os.environ.setdefault(name, value)
     path = Path(sys.argv[1])
     plan = json.loads(path.read_text())
     process = Process.from_environment()

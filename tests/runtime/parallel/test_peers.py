@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.peers import choose, error_of
+from benchmarks.peers import Result, choose, error_of, table
 from benchmarks.step_profile import by_kind, kind_of
 from benchmarks.step_work import Layout, Slice, Work
 from runtime.parity.ranks import RankPool
@@ -67,6 +67,22 @@ def test_the_error_of_a_rank_is_named_not_its_launchers() -> None:
     )
     assert error_of(stderr) == "torch.OutOfMemoryError: CUDA out of memory."
     assert error_of("killed\n") == "killed"
+
+
+def test_a_table_has_a_row_for_what_failed() -> None:
+    work = Work.of("mixtral", 2, 2, "ep2", 1, [8])
+
+    def result(*times: float) -> Result:
+        return Result([{"ms": ms, "tokens_per_second": 1e6 / ms, "tflops": 500.0, "peak_gib": 30.0} for ms in times])
+
+    kinds = {"communication": 1.0, "attention": 2.0, "products": 3.0, "optimizer": 4.0, "other": 5.0}
+    results = {("runtime", 8): result(100, 110, 400), ("Megatron-Core", 8): result(150, 220, 500)}
+    results["Megatron-Core", 8].kinds = kinds
+    results["transformers, EP and FSDP, pure bf16", 8] = Result(failed="RuntimeError: a | b")
+    rows = table(work, [name for name, _ in results], results)
+    assert "| 8 | Megatron-Core | 220.0 (150.0 to 500.0) | 4,545 | 500 | 30.0 | 1.500 |" in rows
+    assert "| 8 | transformers, EP and FSDP, pure bf16 | failed: RuntimeError: a / b | | | | |" in rows
+    assert rows[-1] == "| 8 | Megatron-Core | 1.0 | 2.0 | 3.0 | 4.0 | 5.0 |"
 
 
 def test_kernels_are_sorted_by_what_they_do() -> None:

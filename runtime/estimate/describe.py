@@ -102,7 +102,7 @@ def notes(estimate: Estimate) -> list[str]:
     if setup.parallel.pp > 1 and setup.parallel.pp_schedule == "zero-bubble":
         out.append("zero-bubble has not been measured: what torch computes twice in it is left out")
     if setup.uses_host:
-        out.append("the way to the host's memory has not been measured: its rates are assumed")
+        out.append("the way to the host's memory has been measured with one and two GPUs")
     if isinstance(setup.model, AdaptedModel):
         out.append(
             "steps with adapters have been measured to take 0.8 to 1.3 times the planned time, by host and graphs; their memory is as planned"

@@ -2,7 +2,7 @@
 
 The update of a piece runs on the device while the next ones come and the one before goes back, so that a step takes what the
 link takes: with masters in fp32 and moments in bf16, 8 bytes an element each way, at once in both directions. Over PCIe 5 x16
-(about 55 GB/s each way) that is 0.15 s for each G elements of a rank, and 0.22 s with moments in fp32. The host's memory
+(50 GB/s each way, measured) that is 0.16 s for each G elements of a rank, and 0.24 s with moments in fp32. The host's memory
 moves as many bytes: 16 an element. Computed on the host instead, gradients would go over the link and weights come back (4
 and 2 bytes, half the time), but every element would pass through the host's memory several times: gradient written and read,
 master and moments read and written, weight written and read, 28 bytes. With four ranks on a host whose memory moves 600 GB/s

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -42,7 +41,7 @@ from runtime.model.targets import describe_adapters
 from runtime.model.tensor_maps import describe_overlap
 from runtime.moe.grouped_gemm import describe_backend
 from runtime.optim.config import EMA
-from runtime.optim.groups import check_states, describe_frozen, num_trained, resolve_groups
+from runtime.optim.groups import check_states, describe_frozen, resolve_groups
 from runtime.settings.assemble import make_run
 from runtime.settings.capture import describe_capture
 from runtime.settings.check import check_run, data_parallel_size
@@ -54,6 +53,7 @@ from runtime.settings.quantised import check_stored_blocks, with_plain_numbers
 from runtime.settings.resolved import RUN_FILE, run_file, summary
 from runtime.settings.rounding import describe_rounding
 from runtime.settings.run import RunConfig
+from runtime.sizes import num_parameters, saved_bytes
 from runtime.trainer import Trainer
 
 
@@ -313,15 +313,7 @@ def _try_save(run: RunConfig, origin: Origin, process: Process) -> None:
     save = run.checkpoint.save
     if save is None or run.train.skip_train:
         return
-    # Master weights and two moments of what is trained, each in fp32, or fp64 where the weights are.
-    weight, state = TORCH_DTYPES[run.dtype].itemsize, 8 if run.dtype == "float64" else 4
-    trained = num_trained(resolve_groups(run.optim, run.model), run.model) if run.checkpoint.save_optim else 0
-    count, model = 3 if run.optim.ema_decay is None else 4, run.model
-    if isinstance(model, AdaptedModel):
-        size = sum(model.tensors[name].size for name in model.own)
-    else:
-        size = num_parameters(origin.checkpoint)
-    folders.try_writing(save, size * weight + trained * count * state)
+    folders.try_writing(save, saved_bytes(run, origin.checkpoint, process.world_size))
     if process.rank == 0:
         (save / RUN_FILE).write_text(run_file(run), encoding="utf8")
 
@@ -348,11 +340,6 @@ def describe(run: RunConfig, origin: Origin, process: Process) -> str:
         f"{f'{process.world_size} ranks: {shares}' if shares else '1 rank'} | "
         f"{last if first == last else f'{first} to {last}'} sequences of {train.seq_length} tokens a step"
     )
-
-
-def num_parameters(checkpoint: Checkpoint) -> int:
-    """Count the weights of a checkpoint, without the optimizer's state."""
-    return sum(math.prod(t.shape) for t in checkpoint.tensors.values() if not t.name.startswith("optimizer."))
 
 
 def describe_run_data(run: RunConfig, data: DataSource, dp: int) -> str:

@@ -95,11 +95,6 @@ def describe_frozen(groups: Mapping[str, TensorSettings], model: Model) -> list[
     return [f"frozen: {len(frozen)} of {len(groups)} tensors, {count / 1e6:.1f} M of {total / 1e6:.1f} M parameters"]
 
 
-def num_trained(groups: Mapping[str, TensorSettings], model: Model) -> int:
-    """Count the parameters that the optimizer updates."""
-    return sum(model.tensors[name].size for name, settings in groups.items() if not settings.frozen)
-
-
 def check_states(groups: Mapping[str, TensorSettings], stored: Iterable[str], where: object) -> None:
     """Refuse to go on with the optimizer of a run that had frozen what is trained now, or had another optimizer.
 

@@ -19,6 +19,7 @@ from runtime.checkpoint.folder import try_writing
 from runtime.errors import ConfigError
 from runtime.job.processes import Process
 from runtime.settings.flags import parse_flags
+from runtime.sizes import num_parameters, saved_bytes
 from runtime.start import prepare
 from tests.runtime.launch import ROOT, steps
 from tests.runtime.launch import run as torchrun
@@ -122,6 +123,26 @@ def test_a_save_folder_is_tried_before_training(place: Place, tmp_path: Path) ->
     assert sum(line.startswith("error: --save") for line in output.splitlines()) == 1, output
     # torchrun's report ends with what is wrong.
     assert "error: --save" in output.splitlines()[-2 if output.splitlines()[-1].startswith("=") else -3], output
+
+
+@pytest.mark.parametrize(
+    ("words", "a_parameter"),
+    [
+        ([], 12),
+        (["--no-save-optim"], 4),
+        (["--bf16", "--moments-dtype", "bfloat16"], 10),
+        (["--bf16", "--ema-decay", "0.9"], 18),
+    ],
+)
+def test_the_room_that_is_asked_for_is_what_a_save_takes(place: Place, words: list[str], a_parameter: int) -> None:
+    given = parse_flags([*words, *FLAGS.split(), "--load", str(place.tiny), "--save", "x", "--train-iters", "9"])
+    run, origin = prepare(given, Process())
+    found = saved_bytes(run, origin.checkpoint, 1)
+    assert found == num_parameters(origin.checkpoint) * a_parameter
+    if not words:
+        folder = place.save / "iter_0000005"
+        tensors = [load_file(path) for path in folder.glob("*.safetensors")]
+        assert found == sum(tensor.nbytes for file in tensors for tensor in file.values())
 
 
 def test_an_unknown_flag_is_one_line_from_one_rank_and_the_last(place: Place) -> None:

@@ -104,6 +104,12 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def _tiles(num_rows: int, width: int) -> tuple[tuple[int, int], int]:
+    """The programs, one for each row and some of its columns, and how many columns."""
+    block = min(MAX_BLOCK, triton.next_power_of_2(width))
+    return (num_rows, triton.cdiv(width, block)), block
+
+
 def swiglu_forward(hidden_R2F: Tensor, weights_TK: Tensor, slot_of_row_R: Tensor, offsets_E: Tensor) -> Tensor:
     """silu(gate) * up * weight, computed in fp32 (fp64 for fp64).
 
@@ -119,8 +125,7 @@ def swiglu_forward(hidden_R2F: Tensor, weights_TK: Tensor, slot_of_row_R: Tensor
     num_rows, width = hidden_R2F.shape[0], hidden_R2F.shape[1] // 2
     out = hidden_R2F.new_empty(num_rows, width)
     if num_rows:
-        block = min(MAX_BLOCK, triton.next_power_of_2(width))
-        grid = (num_rows, triton.cdiv(width, block))
+        grid, block = _tiles(num_rows, width)
         args = (hidden_R2F, weights_TK, slot_of_row_R, out, offsets_E, width, offsets_E.shape[0])
         _forward_kernel[grid](*args, block, accumulator(hidden_R2F.dtype))
     return out
@@ -164,8 +169,7 @@ def swiglu_alone_forward(hidden_R2F: Tensor) -> Tensor:
     num_rows, width = hidden_R2F.shape[0], hidden_R2F.shape[1] // 2
     out = hidden_R2F.new_empty(num_rows, width)
     if num_rows:
-        block = min(MAX_BLOCK, triton.next_power_of_2(width))
-        grid = (num_rows, triton.cdiv(width, block))
+        grid, block = _tiles(num_rows, width)
         _alone_forward_kernel[grid](hidden_R2F, out, width, block, accumulator(hidden_R2F.dtype))
     return out
 
@@ -183,7 +187,6 @@ def swiglu_alone_backward(hidden_R2F: Tensor, grad_RF: Tensor) -> Tensor:
     num_rows, width = grad_RF.shape
     grad_hidden = torch.empty_like(hidden_R2F)
     if num_rows:
-        block = min(MAX_BLOCK, triton.next_power_of_2(width))
-        grid = (num_rows, triton.cdiv(width, block))
+        grid, block = _tiles(num_rows, width)
         _alone_backward_kernel[grid](hidden_R2F, grad_RF, grad_hidden, width, block, accumulator(hidden_R2F.dtype))
     return grad_hidden

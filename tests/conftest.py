@@ -1,9 +1,61 @@
-"""Before any test module is imported: without a GPU, Triton's kernels run in its interpreter, which it decides when it is first imported."""
+"""For all tests: one pool of ranks, and Triton's interpreter where there is no GPU, which it decides when it is first imported."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from runtime.parity.ranks import RankPool
 
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Ranks for every test that wants some: they import torch once. A case that is to end ranks needs a pool of its own."""
+    from runtime.parity.ranks import RankPool
+
+    pool = RankPool(8)
+    yield pool
+    pool.close()
+
+
+# The files that take longest, in that order: with two workers, what is begun last should be short.
+LONGEST = (
+    "runtime/parallel/test_parity.py",
+    "megatron/test_training.py",
+    "runtime/train/test_runs.py",
+    "megatron/test_families.py",
+    "runtime/checkpoint/test_resume.py",
+    "megatron/test_megatron_core.py",
+    "runtime/parallel/test_precision.py",
+    "benchmarks/test_multi_gpu.py",
+    "runtime/parallel/test_resume.py",
+    "runtime/checkpoint/test_kills.py",
+    "runtime/kernels/test_kernels.py",
+    "docs/test_commands.py",
+    "runtime/train/test_quantised_runs.py",
+    "runtime/checkpoint/test_go_back.py",
+    "runtime/parallel/test_drawn.py",
+    "megatron/test_atomic.py",
+    "cli/test_train.py",
+    "cli/test_hub.py",
+    "fuzz/test_configs.py",
+    "docs/test_tutorial.py",
+    "runtime/train/test_start.py",
+    "runtime/test_every_family.py",
+    "moeconv/test_imports.py",
+    "moeconv/test_atomic.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))

@@ -22,10 +22,11 @@ class RankError(Exception):
 
 
 class RankPool:
-    """Runs functions on 1 to `size` gloo ranks, each case in a process group of its own."""
+    """Runs functions on 1 to `size` gloo ranks, each case in a process group of its own; a rank starts with the first case that has it."""
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._server: Any = None  # the store, which lives as long as the ranks
         self._count = 0
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
@@ -45,8 +46,9 @@ class RankPool:
         Raises:
             RankError: a rank raised, died or hung; the pool's processes are replaced before the next case.
         """
-        if not self._processes:
-            self._start()
+        assert num_ranks <= self.size, f"{num_ranks} ranks of a pool of {self.size}"
+        if len(self._processes) < num_ranks:
+            self._start(num_ranks)
         self._count += 1
         pipes = self._pipes[:num_ranks]
         for pipe in pipes:
@@ -80,18 +82,19 @@ class RankPool:
         self.close()
         raise RankError(message)
 
-    def _start(self) -> None:
-        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        self._server = server  # keeps the store alive
+    def _start(self, num_ranks: int) -> None:
+        if not self._processes:
+            self._server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         context = mp.get_context("spawn")
-        for rank in range(self.size):
+        first = len(self._processes)
+        for rank in range(first, num_ranks):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, server.port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self._server.port, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(mine)
-        for rank, pipe in enumerate(self._pipes):  # imports count for no case's time
+        for rank, pipe in enumerate(self._pipes[first:], first):  # imports count for no case's time
             try:
                 if not pipe.poll(_START_SECONDS):
                     self._fail(f"rank {rank} did not start within {_START_SECONDS} s")

@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,25 @@ from torch.overrides import TorchFunctionMode
 from tests.megatron.mcore_models import build
 
 WORLD = 4
+
+# What every rank imports: the server that they are forked from does it once.
+PRELOADED = (
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.optimizer",
+    "megatron.core.safe_globals",
+)
+
+
+def spawn_ranks(function: Callable[..., None], *args: Any) -> None:
+    """Call a function with the rank and arguments in `WORLD` new processes, and wait for their end.
+
+    Args:
+        function: a top-level function.
+        *args: what follows the rank.
+    """
+    mp.set_forkserver_preload(list(PRELOADED))
+    mp.start_processes(function, args=args, nprocs=WORLD, join=True, start_method="forkserver")
 
 
 @dataclass
@@ -66,7 +85,7 @@ def run_cases(cases: list[Case], tokens: torch.Tensor, work: Path) -> list[torch
     """
     torch.save(tokens, work / "tokens.pt")
     (work / "cases.json").write_text(json.dumps([asdict(c) for c in cases]))
-    mp.spawn(_rank, args=(str(work),), nprocs=WORLD, join=True)
+    spawn_ranks(_rank, str(work))
     return [torch.load(work / f"logits{i}.pt", weights_only=True) for i in range(len(cases))]
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tests.megatron.mcore_models import build
 from tests.megatron.mcore_ranks import (
@@ -28,6 +27,7 @@ from tests.megatron.mcore_ranks import (
     _load_dist,
     _sharded,
     groups,
+    spawn_ranks,
 )
 
 STEPS, BATCH, SEED = 2, 8, 1234
@@ -65,7 +65,7 @@ def run_all(runs: list[Run], work: Path) -> list[list[dict[str, torch.Tensor]]]:
     """
     work.mkdir()
     (work / "runs.json").write_text(json.dumps([asdict(run) for run in runs]))
-    mp.spawn(_rank, args=(str(work),), nprocs=WORLD, join=True)
+    spawn_ranks(_rank, str(work))
     return [[torch.load(work / f"held{i}-{rank}.pt") for rank in range(WORLD)] for i in range(len(runs))]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import pickle
@@ -204,7 +203,7 @@ def make_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<unk>").save_pretrained(folder)
 
 
-def test_the_runtime_goes_on_from_an_import(work: Path, tmp_path: Path) -> None:
+def test_the_runtime_goes_on_from_an_import(work: Path, tmp_path: Path, pool: RankPool) -> None:
     """It takes every bit of the optimizer's state, counts on from Megatron's position, and what it saves exports again."""
     make_tokenizer(work / "pp2-ep2-bf16")
     shards = tmp_path / "shards"
@@ -221,8 +220,7 @@ def test_the_runtime_goes_on_from_an_import(work: Path, tmp_path: Path) -> None:
         )
         for steps in (STEPS, STEPS + 1)
     ]
-    with contextlib.closing(RankPool(1)) as pool:
-        run_jobs(jobs, pool)
+    run_jobs(jobs, pool)
     same, trained = (open_checkpoint(tmp_path / f"to-{steps}" / "latest") for steps in (STEPS, STEPS + 1))
     assert next(compare(same, open_checkpoint(shards)), None) is None
     state = json.loads(trained.carried_bytes["trainer.json"])

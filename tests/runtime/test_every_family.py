@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ VOCAB = VOCAB_SIZE + 8  # some families' tokenizers add tokens of their own
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, pool: RankPool) -> Path:
     folder = tmp_path_factory.mktemp("families")
     text = make_text(folder / "text.txt")
     jobs = []
@@ -74,8 +73,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name == CHANGED:
             words += ["--override-router", "--moe-router-pre-softmax"]
         jobs.append(Job(2, tuple(map(str, words))))
-    with closing(RankPool(2)) as pool:
-        run_jobs(jobs, pool)
+    run_jobs(jobs, pool)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_upcycled_models_train_and_return(tmp_path: Path) -> None:
+def test_upcycled_models_train_and_return(tmp_path: Path, pool: RankPool) -> None:
     dense = make_folder(tmp_path / "dense", "llama", vocab_size=VOCAB_SIZE)
     make_tokenizer(dense)
     text = make_text(tmp_path / "text.txt")
@@ -45,8 +44,7 @@ def test_upcycled_models_train_and_return(tmp_path: Path) -> None:
         write_sharded(plan_upcycle(open_checkpoint(dense), Recipe(**recipe)), tmp_path / name, Degrees(ep=2), Options())
     experts = ("--expert-model-parallel-size", 2, "--moe-aux-loss-coeff", 1e-2)
     jobs = [job("dense", 1), job("virtual-group", ITERATIONS, *experts), job("drop", ITERATIONS, *experts)]
-    with closing(RankPool(2)) as pool:
-        run_jobs(jobs, pool)
+    run_jobs(jobs, pool)
     losses = {name: steps(tmp_path / f"{name}.jsonl") for name in ("dense", *RECIPES)}
     assert losses["virtual-group"][1]["lm_loss"] == pytest.approx(losses["dense"][1]["lm_loss"], rel=1e-5)
     for name in RECIPES:

@@ -105,20 +105,19 @@ class Table:
         arguments = (*map(str, paths), "--train-iters", str(iterations), *common.split())
         return Job(ranks, arguments)
 
-    def rows(self, pairs: Sequence[tuple[str, str, str | None]]) -> list[Row]:
+    def rows(self, pairs: Sequence[tuple[str, str, str | None]], pool: RankPool) -> list[Row]:
         saved = {name: f"saved-{number}" for number, name in enumerate(dict.fromkeys(first for first, _, _ in pairs))}
         jobs = [self.job("reference", "1 rank", self.checkpoint, 3)]
         jobs += [self.job(folder, name, self.checkpoint, 1) for name, folder in saved.items()]
-        with contextlib.closing(RankPool(max(ranks for ranks, _ in LAYOUTS.values()))) as pool:
-            run_jobs(jobs, pool)
-            jobs = []
-            for number, (first, second, between) in enumerate(pairs):
-                load = self.folder / saved[first]
-                if between is not None:
-                    source, load = open_checkpoint(load / "latest"), self.folder / f"resharded-{number}"
-                    write_sharded(source, load, RESHARDED[between], Options())
-                jobs.append(self.job(f"resumed-{number}", second, load, 3))
-            run_jobs(jobs, pool)
+        run_jobs(jobs, pool)
+        jobs = []
+        for number, (first, second, between) in enumerate(pairs):
+            load = self.folder / saved[first]
+            if between is not None:
+                source, load = open_checkpoint(load / "latest"), self.folder / f"resharded-{number}"
+                write_sharded(source, load, RESHARDED[between], Options())
+            jobs.append(self.job(f"resumed-{number}", second, load, 3))
+        run_jobs(jobs, pool)
         return [self._row(number, *pair) for number, pair in enumerate(pairs)]
 
     def _row(self, number: int, saved: str, resumed: str, resharded: str | None) -> Row:
@@ -151,8 +150,9 @@ def compare(path: Path, reference: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Table(Path(folder)).rows(PAIRS)
+    most = max(ranks for ranks, _ in LAYOUTS.values())
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(RankPool(most)) as pool:
+        rows = Table(Path(folder)).rows(PAIRS, pool)
     print("| saved under | resharded to | resumed under | loss | weights | exp_avg | exp_avg_sq |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,9 +39,8 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with contextlib.closing(RankPool(1)) as pool:
-        yield Place(tmp_path_factory.mktemp("back"), pool)
+def place(tmp_path_factory: pytest.TempPathFactory, pool: RankPool) -> Place:
+    return Place(tmp_path_factory.mktemp("back"), pool)
 
 
 def cut_short(save: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,17 +9,17 @@ import numpy as np
 
 from moeconv.checkpoint import open_checkpoint
 from runtime.parity.ranks import RankPool
-from tests.runtime.checkpoint.resume import LAYOUTS, PAIRS, Table
+from tests.runtime.checkpoint.resume import PAIRS, Table
 from tests.runtime.jobs import run_jobs
 
 
-def test_resumed_training_equals_uninterrupted_training(tmp_path: Path) -> None:
-    for row in Table(tmp_path).rows(PAIRS):
+def test_resumed_training_equals_uninterrupted_training(tmp_path: Path, pool: RankPool) -> None:
+    for row in Table(tmp_path).rows(PAIRS, pool):
         assert row.worst < 1e-5, row
         assert row.saved != row.resumed or row.resharded or row.worst == 0, row
 
 
-def test_bf16_weights_masters_and_moments_move_bit_for_bit(tmp_path: Path) -> None:
+def test_bf16_weights_masters_and_moments_move_bit_for_bit(tmp_path: Path, pool: RankPool) -> None:
     """One step under one layout; other layouts load it, do no step, and save: the same numbers, other rectangles."""
     table = Table(tmp_path)
     first = table.job("first", "ep2 dp2 distributed optimizer", table.checkpoint, 1)
@@ -30,10 +29,7 @@ def test_bf16_weights_masters_and_moments_move_bit_for_bit(tmp_path: Path) -> No
         before = tmp_path / (f"moved-{number - 1}" if number else "first")
         jobs.append(table.job(f"moved-{number}", layout, before, 1))
     jobs = [replace(job, arguments=tuple("--bf16" if a == "--fp32" else a for a in job.arguments)) for job in jobs]
-    with contextlib.closing(
-        RankPool(max(LAYOUTS[name][0] for name in (*others, "ep2 dp2 distributed optimizer")))
-    ) as pool:
-        run_jobs(jobs, pool)
+    run_jobs(jobs, pool)
     want = open_checkpoint(tmp_path / "first" / "latest")
     kinds = {name.split(".")[1] for name in want.tensors if name.startswith("optimizer.")}
     assert kinds == {"master", "exp_avg", "exp_avg_sq"}

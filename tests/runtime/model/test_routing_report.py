@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -32,12 +30,6 @@ CASES = (
     case("ep2 dropless", 2, {"ep": 2}),
     case("sigmoid", 1, moe={"router": SIGMOID, "capacity_factor": 1.0}),
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with contextlib.closing(RankPool(4)) as pool:
-        yield pool
 
 
 class Count:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,12 +125,6 @@ def run_rank(case: Case, dispatcher: str) -> dict[str, torch.Tensor]:
     out = layer(x, sequence, 2)
     out.backward(grad)
     return collect(layer, out, x)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with contextlib.closing(RankPool(4)) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])

@@ -10,6 +10,9 @@ import numpy as np
 
 from moeconv.errors import SourceError
 
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+"""Elements as they are stored."""
+
 
 @dataclass(frozen=True, slots=True)
 class DType:

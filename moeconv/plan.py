@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
+from moeconv.dtypes import Bytes
 from moeconv.errors import MappingError
 from moeconv.io.safetensors import Header
 from moeconv.io.shards import shard_header
@@ -17,7 +16,7 @@ from moeconv.placement import Placement
 
 # Takes rows as bytes [rows, bytes a row], uint8, whole rows of the tensor, and the number of the first one; gives rows of the same size.
 # It may work in place. Where a tensor has no sources, the rows come with any content. Equal ops give equal rows.
-RowOp = Callable[[np.ndarray[Any, np.dtype[np.uint8]], int], np.ndarray[Any, np.dtype[np.uint8]]]
+RowOp = Callable[[Bytes, int], Bytes]
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.dtypes import dtype
+from moeconv.dtypes import Bytes, dtype
 from moeconv.errors import SourceError
 from moeconv.io.paths import open_to_read
 from moeconv.layout.rect import Rect
@@ -27,7 +27,6 @@ from moeconv.pieces import Piece, TensorInfo, common_shape, seen_as
 
 BAND_BYTES = 1 << 20
 _KEPT = 16  # files that a thread keeps open
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(slots=True)

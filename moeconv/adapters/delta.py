@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.dtypes import numpy_dtype
+from moeconv.dtypes import Bytes, numpy_dtype
 from moeconv.errors import MappingError
 from moeconv.plan import RowOp
-from moeconv.upcycling.draws import Bytes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -7,19 +7,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from moeconv.dtypes import dtype
+from moeconv.dtypes import Bytes, dtype
 from moeconv.errors import WriteError
 from moeconv.io import checksum as checksums
 from moeconv.io.checksum import checksum
 from moeconv.io.manifest import FileRecord, TensorRecord
 from moeconv.io.safetensors import Header, encode_header
 from moeconv.layout.rect import Rect
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class PiecedBytes(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moeconv.checkpoint import Checkpoint
-from moeconv.dtypes import numpy_dtype
+from moeconv.dtypes import Bytes, numpy_dtype
 from moeconv.errors import MappingError
 from moeconv.families.base import GlobalTensor, Model
 from moeconv.io.carried import Content
@@ -177,7 +177,7 @@ class Rounded:
     rows: Rows
     dtype: np.dtype[Any]
 
-    def __call__(self, band: np.ndarray[Any, np.dtype[np.uint8]], first: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def __call__(self, band: Bytes, first: int) -> Bytes:
         values = np.ascontiguousarray(self.rows(first, first + len(band)).astype(self.dtype, copy=False))
         return values.view(np.uint8).reshape(len(band), -1)
 

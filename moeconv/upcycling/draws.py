@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from moeconv.dtypes import numpy_dtype
+from moeconv.dtypes import Bytes, numpy_dtype
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 # Rows that share a counter. Part of what a seed means: another number gives other values.
 _BLOCK_ROWS = 32

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeconv.checkpoint import Checkpoint
-from moeconv.upcycling.draws import Bytes, Floats, Integers, floats, normal, stored
+from moeconv.dtypes import Bytes
+from moeconv.upcycling.draws import Floats, Integers, floats, normal, stored
 from moeconv.upcycling.neurons import read_rows, take
 
 Step = Callable[[Floats, int], Floats]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeconv.sweep import Bytes
+from moeconv.dtypes import Bytes
 from runtime.checkpoint.host_buffer import ALIGNMENT, HostBuffer
 from runtime.parallel.masters import join
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from moeconv.sweep import Bytes
+from moeconv.dtypes import Bytes
 from runtime.host_memory import allocate, page_lock, page_unlock
 
 ALIGNMENT = 64

@@ -98,7 +98,7 @@ class Table:
 
     def job(self, name: str, layout: str, load: Path, iterations: int) -> Job:
         ranks, flags = LAYOUTS[layout]
-        common = f"--seq-length 32 --micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --lr-decay-iters 3 {flags}"
+        common = f"--seq-length 32 --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --lr-decay-iters 3 {flags}"
         common += " --lr-decay-style cosine --moe-aux-loss-coeff 1e-2 --moe-z-loss-coeff 1e-3 --adam-eps 1e-4 --fp32"
         paths = ["--load", load, "--data", self.text, "--data-cache-path", self.folder / "cache"]
         paths += ["--save", self.folder / name, "--log-file", self.folder / f"{name}.jsonl"]

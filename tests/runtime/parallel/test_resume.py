@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -66,10 +68,18 @@ def run(pool: RankPool, layout: str, dtype: str, steps: tuple[int, ...], saved: 
     return assemble(part for parts, _ in ranks for part in parts), ranks[0][1]
 
 
+@pytest.fixture(scope="module")
+def fresh(pool: RankPool) -> Callable[..., Any]:
+    """Steps from the initial weights, as `run` does them; those that several tests begin with are done once."""
+    return cache(partial(run, pool))
+
+
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=["-to-".join(pair) for pair in PAIRS])
-def test_training_goes_on_under_another_layout(first: str, second: str, pool: RankPool) -> None:
-    want, _ = run(pool, "one", "float32", (0, 1, 2))
-    saved = run(pool, first, "float32", (0, 1))
+def test_training_goes_on_under_another_layout(
+    first: str, second: str, pool: RankPool, fresh: Callable[..., Any]
+) -> None:
+    want, _ = fresh("one", "float32", (0, 1, 2))
+    saved = fresh(first, "float32", (0, 1))
     got, scalars = run(pool, second, "float32", (2,), saved)
     assert scalars["num_steps"] == 3
     assert got.keys() == want.keys()
@@ -78,16 +88,16 @@ def test_training_goes_on_under_another_layout(first: str, second: str, pool: Ra
 
 
 @pytest.mark.parametrize("second", ["dp2-dist", "ep2-dp2-shard", "pp2-tp2"])
-def test_masters_and_moments_survive_bit_for_bit(second: str, pool: RankPool) -> None:
-    saved = run(pool, "tp2-sp-ep2-etp1", "bfloat16", (0, 1))
+def test_masters_and_moments_survive_bit_for_bit(second: str, pool: RankPool, fresh: Callable[..., Any]) -> None:
+    saved = fresh("tp2-sp-ep2-etp1", "bfloat16", (0, 1))
     again, scalars = run(pool, second, "bfloat16", (), saved)
     assert scalars == saved[1]
     assert again.keys() == saved[0].keys()
     assert all(np.array_equal(again[name], saved[0][name]) for name in again)
 
 
-def test_bf16_goes_on_from_an_fp32_checkpoint_at_full_precision(pool: RankPool) -> None:
-    saved = run(pool, "one", "float32", (0,))
+def test_bf16_goes_on_from_an_fp32_checkpoint_at_full_precision(pool: RankPool, fresh: Callable[..., Any]) -> None:
+    saved = fresh("one", "float32", (0,))
     again, _ = run(pool, "dp2-dist", "bfloat16", (), saved)
     for name in (name for name in saved[0] if not name.startswith("optimizer.")):
         assert np.array_equal(again[f"optimizer.master.{name}"], saved[0][name])
@@ -114,7 +124,9 @@ def load_until(case: Case, saved: tuple[dict[str, Array], dict[str, Any]], state
 
 @pytest.mark.parametrize("state", ["master", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("count", [0, 5, 40])
-def test_no_read_error_is_taken_for_a_state_that_is_not_stored(state: str, count: int, pool: RankPool) -> None:
-    saved = run(pool, "one", "bfloat16", (0,))
+def test_no_read_error_is_taken_for_a_state_that_is_not_stored(
+    state: str, count: int, pool: RankPool, fresh: Callable[..., Any]
+) -> None:
+    saved = fresh("one", "bfloat16", (0,))
     case = Case(name="one", num_ranks=1, dtype="bfloat16", model={"vocab_size": 61})
     assert pool.run(1, load_until, case, saved, state, count) == ["the disk is broken"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ ALLOWED = {
 }
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Parse every module of the project."""
     files = [p for top in ("moeconv", "runtime", "cli") for p in sorted((ROOT / top).rglob("*.py"))]
@@ -64,6 +66,7 @@ def test_imports_go_from_cli_to_runtime_to_moeconv() -> None:
     assert wrong == []
 
 
+@cache
 def edges() -> dict[str, set[str]]:
     """What each module imports of the project, late and for type checkers alike; of a package and a module in it, the module."""
     parsed = modules()
@@ -76,7 +79,7 @@ def edges() -> dict[str, set[str]]:
 
 def test_no_cycles() -> None:
     """No module reaches itself by what it imports, on its first run or later."""
-    left = edges()
+    left = dict(edges())
     while left:
         leaves = [module for module, targets in left.items() if not targets & left.keys()]
         assert leaves, f"these modules import each other in a circle: {sorted(left)}"

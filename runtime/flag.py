@@ -60,6 +60,7 @@ def mark_of(item: dataclasses.Field[Any]) -> Mark:
     return mark
 
 
+@cache
 def flag_name(owner: type, name: str) -> str:
     """Give the flag that a message uses for a field.
 
@@ -82,7 +83,7 @@ def check_fields(settings: Any, error: type[MoeconvError] = ConfigError) -> None
     Raises:
         MoeconvError: a value is outside, as the given class; names the flag, the value and what fits.
     """
-    owner = type(settings)
+    owner: type = type(settings)
     for item in dataclasses.fields(settings):
         mark, value = mark_of(item), getattr(settings, item.name)
         allowed = choices_of(owner, item.name)
@@ -120,6 +121,7 @@ def types_of(owner: type) -> dict[str, Any]:
     return get_type_hints(owner)
 
 
+@cache
 def choices_of(owner: type, name: str) -> tuple[Any, ...]:
     """Give the values that a field's Literal names, be it alone, optional or in a tuple; () where it has none."""
 

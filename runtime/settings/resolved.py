@@ -72,6 +72,8 @@ def _values(run: RunConfig, group: str) -> list[tuple[Setting, Any]]:
 def _as_given(owner: Any, setting: Setting) -> Any:
     """A setting's value; where its default comes to the same, the default, so that it still follows the others."""
     value = getattr(owner, setting.field)
+    if value == setting.default:
+        return setting.default
     try:
         follows = getattr(dataclasses.replace(owner, **{setting.field: setting.default}), setting.field) == value
     except (MoeconvError, TypeError):  # without it the others don't hold, or it has no default

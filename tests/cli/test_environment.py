@@ -26,6 +26,7 @@ import signal, sys, time
 import moeconv.sweep
 from cli.main import run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs, and what they start, ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this
 real = moeconv.sweep._pwrite
 def slow(*args):
     real(*args)

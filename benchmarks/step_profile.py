@@ -19,7 +19,6 @@ KINDS = {
     "optimizer": r"adam|multi_tensor|square_sum",
 }
 """Kind of kernel -> what the names of its kernels contain, in the order in which they are tried; `other` is the rest."""
-_LISTED = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +83,15 @@ def by_kind(kernels: Sequence[Kernel]) -> dict[str, float]:
     return out
 
 
-def write_kernels(kernels: Sequence[Kernel], path: Path, title: str) -> None:
-    """Write those that take longest."""
+def lines_of(kernels: Sequence[Kernel], title: str, most: int = 60) -> list[str]:
+    """List those that take longest, `most` of them."""
     total = sum(kernel.ms for kernel in kernels)
     lines = [f"{title}: {total:.1f} ms of kernels"]
-    lines += [f"{k.ms:8.2f} ms {k.ms / total:6.1%} {k.runs:5} x {k.name[:110]}" for k in kernels[:_LISTED]]
+    return lines + [f"{k.ms:8.2f} ms {k.ms / total:6.1%} {k.runs:5} x {k.name[:110]}" for k in kernels[:most]]
+
+
+def write_kernels(kernels: Sequence[Kernel], path: Path, title: str) -> None:
+    """Write those that take longest."""
+    lines = lines_of(kernels, title)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")

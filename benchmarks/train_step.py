@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.multi_gpu.job import draw_weights
+from benchmarks.step_profile import kernels_of, lines_of
 from benchmarks.step_systems import SYSTEMS
 from benchmarks.step_work import MODELS
 from moeconv.families import FAMILIES
@@ -200,21 +201,12 @@ def memory_by_kind(engine: Engine) -> dict[str, int]:
 
 def profile(engine: Engine, batches: list[Batch], cuda: bool) -> None:
     """Print the operators and kernels that take the most time."""
-    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
-    with torch.profiler.profile(activities=activities) as prof:
-        engine.train_step(batches)
-        if cuda:
-            torch.cuda.synchronize()
-    events = prof.key_averages()
-    if not cuda:
-        print(events.table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))
+    if cuda:
+        print("\n".join(lines_of(kernels_of(lambda: engine.train_step(batches)), "a step", most=30)))
         return
-    kernels = sorted((e for e in events if e.device_type.name == "CUDA"), key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in kernels)
-    print(f"kernels: {total / 1e3:.1f} ms of device time in a step")
-    for event in kernels[:30]:
-        time_us = event.self_device_time_total
-        print(f"{time_us / 1e3:8.2f} ms {time_us / total:6.1%} {event.count:5} x  {event.key[:100]}")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
+        engine.train_step(batches)
+    print(prof.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))
 
 
 def compare_systems(args: argparse.Namespace) -> None:

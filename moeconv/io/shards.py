@@ -13,8 +13,7 @@ import numpy as np
 
 from moeconv.dtypes import Bytes, dtype
 from moeconv.errors import WriteError
-from moeconv.io import checksum as checksums
-from moeconv.io.checksum import checksum
+from moeconv.io.checksum import checksum, new
 from moeconv.io.manifest import FileRecord, TensorRecord
 from moeconv.io.safetensors import Header, encode_header
 from moeconv.layout.rect import Rect
@@ -85,7 +84,7 @@ def write_shard_file(folder: Path, name: str, entries: Sequence[ShardEntry]) -> 
                 entry = by_name[stored.name]
                 size = stored.end - stored.begin
                 assert entry.data.nbytes == size, f"{entry.name}: {entry.data.nbytes} bytes for {entry.rect}"
-                running, end = checksums.new(), file.tell() + size
+                running, end = new(), file.tell() + size
                 for piece in _pieces(entry.data):
                     file.write(piece)
                     running.update(piece)

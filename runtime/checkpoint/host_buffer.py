@@ -45,9 +45,9 @@ class HostBuffer:
         Raises:
             HostMemoryError: there is not enough memory.
         """
-        places, _ = _places(tensors)
+        places, total = _places(tensors)
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-        self.reserve_for(tensors)
+        self.reserve(total, page_locked=bool(devices))
         for tensor, place in zip(tensors, places, strict=True):
             # Viewed through torch: numpy has no bfloat16.
             copy = self.memory[place].view(tensor.dtype).view(tensor.shape)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import itertools
 import json
 import os
@@ -61,6 +63,33 @@ def run(num_ranks: int, arguments: Sequence[object], *, fault: str = "none", max
         output, _ = process.communicate()
         raise AssertionError(f"the run did not end:\n{output}") from None
     return process.returncode, output
+
+
+def run_here(arguments: Sequence[object]) -> list[str]:
+    """Do a run in this process, as its only rank.
+
+    Args:
+        arguments: the trainer's command line.
+
+    Returns:
+        The lines that were printed.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from runtime.job.processes import Process
+    from runtime.settings.flags import parse_flags
+    from runtime.start import prepare, run_job
+
+    settings, origin = prepare(parse_flags([str(argument) for argument in arguments]), Process())
+    printed = io.StringIO()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with contextlib.redirect_stdout(printed):
+            run_job(settings, origin, Process(), torch.device("cpu"), dist.HashStore(), lambda doing, **_: None)
+    finally:
+        dist.destroy_process_group()
+    return printed.getvalue().splitlines()
 
 
 def steps(log: Path) -> dict[int, dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
@@ -23,11 +20,9 @@ from runtime import trainer
 from runtime.checkpoint import bounce, host_buffer, writer
 from runtime.checkpoint.bounce import Bounce, Staged
 from runtime.host_memory import available_memory
-from runtime.job.processes import Process
 from runtime.parallel.masters import join, split
-from runtime.settings.flags import parse_flags
-from runtime.start import prepare, run_job
 from tests.runtime.checkpoint.test_host_buffer import expected, make_tensors
+from tests.runtime.launch import run_here
 from tests.runtime.tiny import make_checkpoint
 
 COMMON = "--seq-length 16 --micro-batch-size 2 --lr 3e-3 --mock-data --num-workers 0 --bf16 --moments-dtype bfloat16"
@@ -72,16 +67,7 @@ def test_masters_are_put_together_piece_by_piece(small_pieces: int) -> None:
 
 def train(model: Path, save: Path, words: str) -> list[str]:
     """A run in this process, as its only rank; what it printed."""
-    flags = ["--load", str(model), "--save", str(save), *COMMON.split(), *words.split()]
-    run, origin = prepare(parse_flags(flags), Process())
-    printed = io.StringIO()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with contextlib.redirect_stdout(printed):
-            run_job(run, origin, Process(), torch.device("cpu"), dist.HashStore(), lambda doing, **_: None)
-    finally:
-        dist.destroy_process_group()
-    return printed.getvalue().splitlines()
+    return run_here(["--load", model, "--save", save, *COMMON.split(), *words.split()])
 
 
 def files(path: Path) -> dict[str, bytes]:

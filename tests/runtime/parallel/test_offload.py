@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moeconv.layout.rect import Rect
+from runtime.engine import Engine
 from runtime.measures import host_bytes, params_norm
 from runtime.optim import staging
 from runtime.parity.case import Array, Case, assemble, copies, global_batch, make_engine, own_share
@@ -84,6 +85,17 @@ def test_a_state_is_taken_up_with_and_without(first: bool, pool: RankPool) -> No
     assert equal(again, saved)
 
 
+def updated_on_a_gpu(engine: Engine) -> dict[str, torch.Tensor]:
+    """The state after three updates by random gradients, not a step's: attention's backward pass adds in any order."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    for _ in range(3):
+        for shard in engine.trained:
+            shard.grad_shard.normal_(generator=generator)
+        engine.optimizer.step(torch.full((), 2.0, device="cuda"), torch.tensor(False, device="cuda"))
+        engine.optimizer.num_steps += 1
+    return {item.name: item.tensor.cpu().clone() for item in engine.state(with_optimizer=True)}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
@@ -98,13 +110,7 @@ def test_on_a_gpu_bits_are_those_of_a_run_without_and_its_memory_is_less(moments
             start = torch.cuda.memory_allocated()
             engine, _ = make_engine(case, **optim, **host)
             peaks.append(torch.cuda.memory_allocated() - start)
-            generator = torch.Generator("cuda").manual_seed(0)
-            for _ in range(3):  # not a step's gradients: attention's backward pass adds in any order
-                for shard in engine.trained:
-                    shard.grad_shard.normal_(generator=generator)
-                engine.optimizer.step(torch.full((), 2.0, device="cuda"), torch.tensor(False, device="cuda"))
-                engine.optimizer.num_steps += 1
-            states.append({item.name: item.tensor.cpu().clone() for item in engine.state(with_optimizer=True)})
+            states.append(updated_on_a_gpu(engine))
             if host:
                 assert all(s.master.is_pinned() for s in engine.trained)
                 assert host_bytes(engine) > 0

@@ -15,7 +15,7 @@ from runtime.parallel import masters
 from runtime.parallel.masters import join, off_ties, split
 from runtime.parity.case import Array, Case, copies, global_batch, make_engine, own_share
 from runtime.parity.ranks import RankPool
-from tests.runtime.parallel.test_offload import HOST, equal, run
+from tests.runtime.parallel.test_offload import HOST, equal, run, updated_on_a_gpu
 
 REMAINDER = {"master_weights": "remainder"}
 START = Case(name="one rank", num_ranks=1, dtype="bfloat16", optim={"ema_decay": 0.7})
@@ -135,7 +135,7 @@ def test_updates_leave_no_number_that_halves_round_otherwise() -> None:
     assert ((numbers.view(torch.int32) - moved.view(torch.int32))[changed] == 1).all(), "one last place"
 
 
-def updated_on_a_gpu(case: Case, **more: Any) -> tuple[dict[str, torch.Tensor], int]:
+def state_and_bytes(case: Case, **more: Any) -> tuple[dict[str, torch.Tensor], int]:
     """The state after three updates, and the GPU's bytes that the engine takes."""
     gc.collect()
     start = torch.cuda.memory_allocated()
@@ -145,13 +145,7 @@ def updated_on_a_gpu(case: Case, **more: Any) -> tuple[dict[str, torch.Tensor], 
         for item in engine.state(with_optimizer=True):
             if item.name.startswith(("optimizer.master.", "optimizer.ema.")):
                 item.tensor.copy_(off_ties(item.tensor))  # remainders leave ties where they are loaded
-    generator = torch.Generator("cuda").manual_seed(0)
-    for _ in range(3):  # not a step's gradients: attention's backward pass adds in any order
-        for shard in engine.trained:
-            shard.grad_shard.normal_(generator=generator)
-        engine.optimizer.step(torch.full((), 2.0, device="cuda"), torch.tensor(False, device="cuda"))
-        engine.optimizer.num_steps += 1
-    state = {item.name: item.tensor.cpu().clone() for item in engine.state(with_optimizer=True)}
+    state = updated_on_a_gpu(engine)
     assert engine.train_step(global_batch(case, 0)).lm_loss > 0
     return state, num_bytes
 
@@ -161,7 +155,7 @@ def updated_on_a_gpu(case: Case, **more: Any) -> tuple[dict[str, torch.Tensor], 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 def test_on_a_gpu_bits_are_those_of_fp32_masters_in_less_memory(moments: str) -> None:
     case = Case(name="gpu", num_ranks=1, dtype="bfloat16", device="cuda", model={"vocab_size": 1 << 14})
-    runs = [updated_on_a_gpu(case, moments_dtype=moments, **more) for more in ({}, REMAINDER, REMAINDER | HOST)]
+    runs = [state_and_bytes(case, moments_dtype=moments, **more) for more in ({}, REMAINDER, REMAINDER | HOST)]
     states, bytes_of_state = zip(*runs, strict=True)
     assert states[0].keys() == states[1].keys() == states[2].keys()
     for other in states[1:]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from click.testing import CliRunner
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -19,10 +18,7 @@ from cli.main import main
 from moeconv.checkpoint import open_checkpoint
 from moeconv.errors import MappingError, MoeconvError
 from moeconv.quant.mean import with_mean
-from runtime.job.processes import Process
-from runtime.settings.flags import parse_flags
-from runtime.start import prepare, run_job
-from tests.runtime.launch import steps
+from tests.runtime.launch import run_here, steps
 from tests.runtime.tiny import make_checkpoint, make_text
 
 COMMON = "--seq-length 32 --micro-batch-size 2 --lr 3e-3 --lr-warmup-init 1e-5 --split 90,10,0 --num-workers 0"
@@ -40,15 +36,7 @@ class Place:
         save = self.folder / name
         flags = ["--load", load or self.tiny, "--data", self.text, "--save", save]
         flags += ["--data-cache-path", self.folder / "cache", *COMMON.split(), *words.split()]
-        run, origin = prepare(parse_flags(list(map(str, flags))), Process())
-        printed = io.StringIO()
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            with contextlib.redirect_stdout(printed):
-                run_job(run, origin, Process(), torch.device("cpu"), dist.HashStore(), lambda doing, **_: None)
-        finally:
-            dist.destroy_process_group()
-        return printed.getvalue().splitlines()
+        return run_here(flags)
 
     def log(self, name: str) -> dict[int, dict[str, Any]]:
         return steps(self.folder / name / "metrics.jsonl")

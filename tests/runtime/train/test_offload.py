@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 import warnings
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from moeconv.checkpoint import open_checkpoint
 from moeconv.errors import WriteError
 from runtime.checkpoint import writer
-from runtime.job.processes import Process
-from runtime.settings.flags import parse_flags
-from runtime.start import prepare, run_job
+from tests.runtime.launch import run_here
 from tests.runtime.tiny import make_checkpoint
 
 COMMON = "--seq-length 16 --micro-batch-size 2 --lr 3e-3 --mock-data --num-workers 0 --bf16 --moments-dtype bfloat16"
@@ -26,16 +20,7 @@ HOST = "--optimizer-cpu-offload"
 
 def train(model: Path, save: Path, words: str) -> list[str]:
     """A run in this process, as its only rank; what it printed."""
-    flags = ["--load", str(model), "--save", str(save), *COMMON.split(), *words.split()]
-    run, origin = prepare(parse_flags(flags), Process())
-    printed = io.StringIO()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with contextlib.redirect_stdout(printed):
-            run_job(run, origin, Process(), torch.device("cpu"), dist.HashStore(), lambda doing, **_: None)
-    finally:
-        dist.destroy_process_group()
-    return printed.getvalue().splitlines()
+    return run_here(["--load", model, "--save", save, *COMMON.split(), *words.split()])
 
 
 def tensors(path: Path) -> dict[str, bytes]:

@@ -241,10 +241,10 @@ def lines(case: Case, found: dict[str, Any]) -> Iterator[str]:
         yield f"  beside {case.beside}"
         yield f"  {_speed(found['beside'])}; the first takes {found['over']:.1%} of its step more"
     if "save_s" in found:
+        copied = "without a copy on the host" if found["synchronous"] else "from a copy on the host"
         yield (
-            f"  saved {found['saved_gb']:.1f} GB in {found['save_s']:.1f} s, training waits {found['save_stall_s']:.1f} s "
-            f"before it goes on; at most {found['save_host_gb']:.2f} GB more of the host and {found['save_gpu_gb']:.2f} GB of the "
-            "GPU a rank"
+            f"  saved {found['saved_gb']:.1f} GB {copied} in {found['save_s']:.1f} s, training waits "
+            f"{found['save_stall_s']:.1f} s before it goes on"
         )
     if "resumed" in found:
         again = found["resumed"]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.finetune import MODELS, SECTIONS, Case, config_of, main, parse
+from benchmarks.finetune import MODELS, SECTIONS, Case, config_of, lines, main, parse
 from moeconv.families import family_of
 from moeconv.families.base import Model
 
@@ -24,6 +24,9 @@ def test_a_case_is_measured_saved_and_taken_up(capsys: pytest.CaptureFixture[str
     assert found["saved_gb"] * 1e9 == 10 * count
     assert found["resumed"]["equal"]
     assert found["resumed"]["pinned_gb"] == 0
+    told = "\n".join(lines(Case(**found["case"]), found))
+    assert "a copy on the host" in told
+    assert "equal bit for bit" in told
 
 
 def test_models_have_their_published_sizes() -> None:

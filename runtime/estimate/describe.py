@@ -98,11 +98,15 @@ def notes(estimate: Estimate) -> list[str]:
     if setup.parallel.cp > 1:
         out.append("context parallelism has been measured in its kernels alone")
     if setup.parallel.fully_shard:
-        out.append("full sharding has not been measured")
+        out.append(
+            "full sharding has been measured once, with 1.6 times the planned time and 0.85 of the planned memory"
+        )
     if setup.parallel.pp > 1 and setup.parallel.pp_schedule == "zero-bubble":
         out.append("zero-bubble has not been measured: what torch computes twice in it is left out")
     if setup.uses_host:
-        out.append("the way to the host's memory has been measured with one and two GPUs")
+        out.append(
+            "whole models with state in the host's memory have been measured to take up to 1.2 times the planned time"
+        )
     if isinstance(setup.model, AdaptedModel):
         out.append(
             "steps with adapters have been measured to take 0.8 to 1.3 times the planned time, by host and graphs; their memory is as planned"

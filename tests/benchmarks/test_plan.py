@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.plan import adapters, errors, plausible
+from benchmarks.plan import adapters, all_weights, another_host, errors, plausible
 
 # 1903 ms with seven layers, 1053 with four: each further layer took a tenth longer than those before, in this layout alone.
 OUTLIER = "tp2 sp ep2 etp1, 7 layers"
@@ -14,6 +14,12 @@ def test_peak_memory_is_within_5_percent_and_time_within_10() -> None:
     for row in rows:
         assert row["memory_error"] is None or abs(row["memory_error"]) < 0.05, row
         assert abs(row["time_error"]) < (0.15 if row["run"] == OUTLIER else 0.10), row
+
+
+def test_memory_of_whole_models_and_of_another_host_is_within_5_percent() -> None:
+    for row in errors((*all_weights(), *another_host())):
+        if "fully sharded" not in row["run"]:
+            assert abs(row["memory_error"]) < 0.05, row
 
 
 def test_adapters_fit_as_planned_and_take_about_as_long() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from runtime.parallel import masters
 from runtime.parallel.masters import join, off_ties, split
 from runtime.parity.case import Array, Case, copies, global_batch, make_engine, own_share
 from runtime.parity.ranks import RankPool
-from tests.runtime.parallel.test_offload import HOST, equal, run, updated_on_a_gpu
+from tests.runtime.parallel.test_offload import HOST, engine_on_a_gpu, equal, run, updated_on_a_gpu
 
 REMAINDER = {"master_weights": "remainder"}
 START = Case(name="one rank", num_ranks=1, dtype="bfloat16", optim={"ema_decay": 0.7})
@@ -137,10 +136,7 @@ def test_updates_leave_no_number_that_halves_round_otherwise() -> None:
 
 def state_and_bytes(case: Case, **more: Any) -> tuple[dict[str, torch.Tensor], int]:
     """The state after three updates, and the GPU's bytes that the engine takes."""
-    gc.collect()
-    start = torch.cuda.memory_allocated()
-    engine, _ = make_engine(case, ema_decay=0.7, **more)
-    num_bytes = torch.cuda.memory_allocated() - start
+    engine, num_bytes = engine_on_a_gpu(case, ema_decay=0.7, **more)
     if "master_weights" not in more:
         for item in engine.state(with_optimizer=True):
             if item.name.startswith(("optimizer.master.", "optimizer.ema.")):

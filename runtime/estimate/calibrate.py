@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moeconv.errors import WriteError
 from moeconv.families.compute import Router
+from runtime.estimate.calibrate_host import measure_launches, measure_link
 from runtime.estimate.compute import ATTENTION_PASSES
 from runtime.estimate.machine import COLLECTIVES, Collective, known_machines
 from runtime.job.processes import Process, connect, end_groups, start
@@ -25,6 +26,7 @@ from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import make_gemm, resolve_backend
 from runtime.moe.permutation import plan_rows
 from runtime.ops.attention import attend
+from runtime.parallel.collectives import all_gather_single, reduce_scatter_single
 
 TIMEOUT = 300.0
 """Seconds that a collective may take."""
@@ -118,8 +120,11 @@ def measure(device: torch.device, sizes: Sizes, per_node: int) -> dict[str, Any]
         "attention_forward_share": min(0.9, forward / both),
         "gpus_per_node": per_node,
     }
+    host = Clock(device, sizes.warm_links).seconds
+    values["launch_us"] = 1e6 * measure_launches(host, device, str(sizes.dtype).removeprefix("torch."))
     if device.type == "cuda":
         values["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
+        values |= measure_link(host, device, sizes.message, per_node)
     links = measure_links(Clock(device, sizes.warm_links), sizes, per_node)
     return values | ({"links": links} if links else {})
 
@@ -286,9 +291,9 @@ def _collective(clock: Clock, kind: Collective, group: dist.ProcessGroup, size: 
     piece, other = whole[: count // ranks].clone(), whole.clone()
     share = 2 * count * (ranks - 1) / ranks
     if kind == "all_gather":
-        return share, clock.seconds(lambda: dist.all_gather_into_tensor(whole, piece, group=group))
+        return share, clock.seconds(lambda: all_gather_single(whole, piece, group=group))
     if kind == "reduce_scatter":
-        return share, clock.seconds(lambda: dist.reduce_scatter_tensor(piece, whole, group=group))
+        return share, clock.seconds(lambda: reduce_scatter_single(piece, whole, group=group))
     if kind == "all_reduce":
         return 2 * share, clock.seconds(lambda: dist.all_reduce(whole, group=group))
     if kind == "all_to_all":

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
@@ -35,6 +36,22 @@ def test_it_holds_what_was_measured(calibrated: Path) -> None:
     for name in ("hbm_tb_s", "dense_tflops", "grouped_tflops", "attention_tflops", "attention_window_tflops"):
         assert 0 < found[name] < 20, name  # a CPU, in TFLOP/s and TB/s
     assert found["dense_tflops"] != find_machine("h100").dense_tflops
+    assert 1 < found["launch_us"] < 1e5
+    assert "pcie_gb_s" not in found, "a CPU has no way to its own memory"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_has_a_way_to_the_hosts_memory(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    command = [sys.executable, "-m", "cli.main", "plan", "--calibrate", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = yaml.safe_load(path.read_text())
+    assert 5 < found["pcie_gb_s"] < 500
+    assert 2 < found["launch_us"] < 500
+    assert 100 < found["dense_tflops"] < 5000
+    assert "host_gb_s" not in found, "one GPU alone doesn't say what the host gives several"
 
 
 def test_plans_take_it(calibrated: Path, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ to shard over stays in buckets.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -186,12 +188,15 @@ class FullyShardedStore:
 
 def _shard(stage: nn.Module, mesh: ParallelMesh, device: torch.device, chosen: set[int], *, bf16_grads: bool) -> None:
     """Apply FSDP to the layers of a stage, their experts, and the rest of the stage."""
-    layers = cast(nn.ModuleList, stage.get_submodule("layers"))
-    units: list[tuple[nn.Module, str]] = []
-    for layer in layers:
-        units += [(module, "edp") for module in layer.modules() if _holds_experts(module)]
-        units.append((layer, "dp_cp"))
-    units.append((stage, "dp_cp"))
+    # Layers give the next one summands, which nothing adds to in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    of_layers: list[list[nn.Module]] = []  # experts first, as the backward pass needs them
+    axes: dict[nn.Module, str] = {}
+    for layer in cast(nn.ModuleList, stage.get_submodule("layers")):
+        experts = [module for module in layer.modules() if _holds_experts(module)]
+        axes |= dict.fromkeys(experts, "edp") | {layer: "dp_cp"}
+        of_layers.append([module for module in (*experts, layer) if mesh.group(axes[module]) is not None])
+    axes[stage] = "dp_cp"
     ignored = {p for p in stage.parameters() if id(p) not in chosen}
     dtype = next(p.dtype for p in stage.parameters())
     wide = wide_dtype(dtype)
@@ -207,7 +212,7 @@ def _shard(stage: nn.Module, mesh: ParallelMesh, device: torch.device, chosen: s
                 values = torch.zeros(parameter.shape, dtype=dtype if frozen else wide, device=device)
                 fresh = nn.Parameter(values, requires_grad=not frozen)
                 module._parameters[name] = replaced.setdefault(id(parameter), fresh)
-    for module, axis in units:
+    for module, axis in axes.items():
         group = mesh.group(axis)
         if group is None:
             continue
@@ -216,6 +221,23 @@ def _shard(stage: nn.Module, mesh: ParallelMesh, device: torch.device, chosen: s
         unit = cast(FSDPModule, module)
         unit.set_gradient_divide_factor(1.0)  # all gradients are summands of the global mean
         unit.set_force_sum_reduction_for_comms(True)
+    _gather_ahead(of_layers)
+
+
+def _gather_ahead(of_layers: Sequence[Sequence[nn.Module]]) -> None:
+    """Let a layer's weights travel while the one before it is computed, in either pass.
+
+    By itself FSDP is one module ahead. That is a layer's experts behind its attention, which is over before they have come.
+    """
+    for before, after in pairwise(of_layers):
+        for here, ahead, backward in ((before, after, False), (after, before, True)):
+            if not here or not ahead:
+                continue
+            first, units = cast(FSDPModule, here[-1]), [cast(FSDPModule, module) for module in ahead]
+            if backward:
+                first.set_modules_to_backward_prefetch(units)
+            else:
+                first.set_modules_to_forward_prefetch(units[::-1])
 
 
 def _holds_experts(module: nn.Module) -> bool:

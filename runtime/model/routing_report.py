@@ -110,7 +110,8 @@ class RouterMetrics:
         stats = [layer.stats for layer in self._layers.values()]
         sums = torch.stack([item.sums for item in stats])
         num_experts = (sums.shape[1] - 3) // 2
-        losses = {name: torch.stack([item.losses[name] for item in stats]).double() for name in stats[0].losses}
+        summands = {name: torch.stack([item.summands[name] for item in stats]) for name in stats[0].summands}
+        losses = {name: found.flatten(1).sum(1) if found.dim() > 1 else found for name, found in summands.items()}
         zero = torch.zeros_like(sums[:, -1])
         balancing = [value for name, value in losses.items() if name != "z_loss"]
         columns = {

@@ -149,8 +149,8 @@ class MoELayer(nn.Module):
             sizes = [x_TD.shape[0] // parts + (rank < x_TD.shape[0] % parts) for rank in range(parts)]
             x_TD = split_to(x_TD, 0, tp, sizes)
             sequence_T = None if sequence_T is None else split_to(sequence_T, 0, tp, sizes)
-        routing = self.router(x_TD, sequence_T, num_sequences)
         equal = self.groups.equal_tokens and (sizes is None or len(set(sizes)) == 1)
+        routing = self.router(x_TD, sequence_T, num_sequences, equal_tokens=equal)
         if self.config.recompute_layer and torch.is_grad_enabled():
             run, random = self._run_experts, self.experts.draws
             again = checkpoint(run, x_TD, routing, equal, use_reentrant=False, preserve_rng_state=random)
@@ -170,7 +170,7 @@ class MoELayer(nn.Module):
         Returns:
             What is under way; its result is that of `forward`.
         """
-        routing = self.router(x_TD, sequence_T, num_sequences)
+        routing = self.router(x_TD, sequence_T, num_sequences, equal_tokens=self.groups.equal_tokens)
         return make_dispatch(x_TD, routing, self.experts, self.groups, overlapped=True)
 
     def _run_experts(self, x_TD: Tensor, routing: Routing, equal_tokens: bool) -> Tensor:

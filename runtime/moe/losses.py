@@ -6,10 +6,12 @@ Legend: T tokens, E experts, K choices per token, B sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def load_balancing_loss(
@@ -166,3 +168,74 @@ def attach_loss(x: Tensor, loss: Tensor, scale: Tensor | float) -> Tensor:
         x.
     """
     return cast(Tensor, _AttachLoss.apply(x, loss, scale))  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearLoss:
+    """A loss that is linear in sums over tokens which the router leaves: factor * sum of sums[place] * weights.
+
+    The counts of a balancing loss have no gradient, so they are its weights.
+    """
+
+    name: str
+    place: slice
+    """Of `Scored.sums`."""
+    weights: Tensor | None
+    """As many as `place` has sums, any type; None: 1 each."""
+    factor: float
+    """What the host knows of it, such as one over the number of tokens."""
+    coeff: float
+    """By which it adds to what is minimised."""
+
+    def add_to(self, total: Tensor, sums: Tensor) -> None:
+        """Add its summands to as many totals, without the coefficient, in one launch."""
+        if self.weights is None:
+            total.add_(sums[self.place], alpha=self.factor)
+        else:
+            total.addcmul_(sums[self.place], self.weights, value=self.factor)
+
+
+class _AttachLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sums: Tensor, parts: Sequence[LinearLoss], scale: Tensor | float, *weights: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(*weights)
+        ctx.parts = [(part.place, part.factor * part.coeff) for part in parts]
+        ctx.scale, ctx.like = scale, (sums.shape, sums.dtype, sums.device)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        shape, dtype, device = ctx.like
+        grad_sums = torch.zeros(shape, dtype=dtype, device=device)
+        scale = ctx.scale.to(device) if isinstance(ctx.scale, Tensor) else None
+        for (place, factor), weights in zip(ctx.parts, ctx.saved_tensors, strict=True):
+            factor = factor if scale is not None else factor * ctx.scale
+            tensors = [tensor for tensor in (weights, scale) if tensor is not None]
+            if len(tensors) == 2:
+                grad_sums[place].addcmul_(*tensors, value=factor)
+            elif tensors:
+                grad_sums[place].add_(tensors[0], alpha=factor)
+            else:
+                grad_sums[place].add_(factor)
+        return grad, grad_sums, None, None, *[None] * len(ctx.parts)
+
+
+def attach_linear(x: Tensor, sums: Tensor, parts: Sequence[LinearLoss], scale: Tensor | float) -> Tensor:
+    """As `attach_loss`, for losses that are linear in the router's sums: nothing is launched but their gradient.
+
+    A layer's router does this for each micro-batch, and where the layer is small, launches are what its time goes into.
+
+    Args:
+        x: any tensor on the way to the model's loss.
+        sums: [2E + 3] as in `Scored`.
+        parts: the losses.
+        scale: factor of them all; a tensor is read, on the device, when the backward pass runs.
+
+    Returns:
+        x.
+    """
+    attached = _AttachLinear.apply(x, sums, parts, scale, *(part.weights for part in parts))  # type: ignore[no-untyped-call]
+    return cast(Tensor, attached)

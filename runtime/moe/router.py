@@ -5,6 +5,7 @@ Legend: T tokens of this rank, E experts, K choices per token, B sequences, D hi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from runtime.moe import losses
 from runtime.moe.config import MoEConfig
 from runtime.moe.groups import MoEGroups
+from runtime.moe.losses import LinearLoss
 from runtime.moe.router_linear import router_linear
 from runtime.moe.routing import Routing, choose
 from runtime.moe.scoring import Scored, score, score_fused
@@ -29,6 +31,18 @@ def _sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         values = values.clone()
         dist.all_reduce(values, group=group)
     return values
+
+
+def _totals(counts_E: Tensor, num_tokens: int | None, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum counts over a group, exactly: [E] fp64, or [E + 1] with the tokens behind them."""
+    if num_tokens is None:
+        totals = counts_E.to(torch.float64, copy=True)
+    else:
+        totals = counts_E.new_full((counts_E.shape[0] + 1,), num_tokens, dtype=torch.float64)
+        totals[:-1] = counts_E
+    if group_size(group) > 1:
+        dist.all_reduce(totals, group=group)
+    return totals
 
 
 def _fusable(config: MoEConfig, logits_TE: Tensor) -> bool:
@@ -90,7 +104,9 @@ class Router(nn.Module):
             rate, centered = self.config.expert_bias_update_rate, self.config.expert_bias_centered
             self.expert_bias += losses.expert_bias_step(counts, rate, centered=centered)
 
-    def forward(self, x_TD: Tensor, sequence_T: Tensor | None = None, num_sequences: int = 1) -> Routing:
+    def forward(
+        self, x_TD: Tensor, sequence_T: Tensor | None = None, num_sequences: int = 1, *, equal_tokens: bool = False
+    ) -> Routing:
         """Route tokens.
 
         Args:
@@ -98,6 +114,7 @@ class Router(nn.Module):
             sequence_T: [T] int64 sequence of each token in the micro-batch, equal numbering on the ranks of tp x cp;
                 only seq_aux_loss needs it.
             num_sequences: B, sequences of the micro-batch.
+            equal_tokens: whether the ranks of tp x cp all have T tokens, so that their number needn't be asked for.
 
         Returns:
             The routing, with the losses attached to its weights.
@@ -120,7 +137,9 @@ class Router(nn.Module):
             tape.record(scored.routing.chosen_TK)
         routing = scored.routing
         if self.training and torch.is_grad_enabled():
-            routing = self._attach_losses(scored, logits, sequence_T, num_sequences, counting)
+            routing = self._attach_losses(
+                scored, logits, sequence_T, num_sequences, equal=equal_tokens, counting=counting
+            )
         if counting:
             with torch.no_grad():
                 self.stats.add(scored, drops=config.capacity_factor is not None or not config.topk_router)
@@ -134,52 +153,90 @@ class Router(nn.Module):
         return x_TD * torch.empty_like(x_TD).uniform_(1 - eps, 1 + eps)
 
     def _attach_losses(
-        self, scored: Scored, logits_TE: Tensor, sequence_T: Tensor | None, num_sequences: int, counting: bool
+        self,
+        scored: Scored,
+        logits_TE: Tensor,
+        sequence_T: Tensor | None,
+        num_sequences: int,
+        *,
+        equal: bool,
+        counting: bool,
     ) -> Routing:
         config, weights = self.config, scored.routing.weights_TK
-        values: list[tuple[str, Tensor, float]] = []
-        if config.z_loss_coeff > 0:
-            tokens = _sum_over(scored.counts_E.new_full((), logits_TE.shape[0]), self.groups.tp_cp)
-            values.append(("z_loss", scored.square_sum / tokens.clamp(min=1), config.z_loss_coeff))
-        if config.aux_loss_mode == "hf":
-            if counting:  # layers are pooled first: the loss is the model's, see hf_load_balancing_loss
-                self.logits = logits_TE
-        else:
-            for kind, coeff in config.aux_losses:
-                values.append((kind, self._balance(kind, scored, logits_TE, sequence_T, num_sequences), coeff))
-        for name, value, coeff in values:
+        pooled = config.aux_loss_mode == "hf"
+        if pooled and counting:  # layers are pooled first: the loss is the model's, see hf_load_balancing_loss
+            self.logits = logits_TE
+        kinds = () if pooled else config.aux_losses
+        chosen, counts = self._counted(scored, logits_TE) if kinds else (scored.routing.chosen_TK, scored.counts_E)
+        linear = [pair for pair in kinds if pair[0] != "seq_aux_loss"]
+        if linear or config.z_loss_coeff > 0:
+            parts = self._linear_losses(scored, counts, linear, logits_TE.shape[0], equal=equal, counting=counting)
             if counting:
-                self.stats.add_loss(name, value)
-            weights = losses.attach_loss(weights, value * coeff, self.loss_scale)
+                self.stats.add_linear(parts, scored.sums)
+            weights = losses.attach_linear(weights, scored.sums, parts, self.loss_scale)
+        for kind, coeff in kinds:
+            if kind == "seq_aux_loss":
+                scores = losses.aux_scores(logits_TE, config.router.score)
+                value = self._seq_aux_loss(scores, chosen, sequence_T, num_sequences)
+                if counting:
+                    self.stats.add_loss(kind, value)
+                weights = losses.attach_loss(weights, value * coeff, self.loss_scale)
         return replace(scored.routing, weights_TK=weights)
 
-    def _balance(
-        self, kind: str, scored: Scored, logits_TE: Tensor, sequence_T: Tensor | None, num_sequences: int
-    ) -> Tensor:
+    def _counted(self, scored: Scored, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The choices that balancing losses count, what the scores alone would choose, and how many of each expert."""
         config = self.config
-        chosen, counts = scored.routing.chosen_TK, scored.counts_E
         first_only = config.aux_loss_mode == "switch"
-        if first_only or not config.topk_router or config.has_bias or config.router.groups > 1:
-            # The loss sees what the scores alone would choose.
-            chosen = logits_TE.detach().topk(1 if first_only else config.topk, dim=-1).indices
-            counts = losses.count_choices(chosen, config.num_experts)
-        if kind == "seq_aux_loss":
-            scores = losses.aux_scores(logits_TE, config.router.score)
-            return self._seq_aux_loss(scores, chosen, sequence_T, num_sequences)
-        return self._aux_loss(scored.prob_sums_E, counts, chosen, over_window=kind == "global_aux_loss")
+        if not (first_only or not config.topk_router or config.has_bias or config.router.groups > 1):
+            return scored.routing.chosen_TK, scored.counts_E
+        chosen = logits_TE.detach().topk(1 if first_only else config.topk, dim=-1).indices
+        return chosen, losses.count_choices(chosen, config.num_experts)
 
-    def _aux_loss(self, prob_sums_E: Tensor, counts_E: Tensor, chosen_TK: Tensor, *, over_window: bool) -> Tensor:
-        """This rank's summand over tp x cp; with over_window, counts of all ranks and of the window so far."""
-        num_tokens, topk = chosen_TK.shape
-        local = torch.cat([counts_E, counts_E.new_full((1,), num_tokens)])
-        totals = _sum_over(local, self.groups.tp_cp)
-        prob_tokens = totals[-1].clamp(min=1)
-        if over_window:
-            totals = _sum_over(local, self.groups.tp_dp_cp).double()
-            if self._window_counts_E is None:
-                self._window_counts_E = torch.zeros_like(totals)
-            totals = self._window_counts_E.add_(totals).clone()
-        return losses.load_balancing_loss(prob_sums_E, totals[:-1], prob_tokens, totals[-1].clamp(min=1), topk)
+    def _linear_losses(
+        self,
+        scored: Scored,
+        counts_E: Tensor,
+        kinds: Sequence[tuple[str, float]],
+        num_tokens: int,
+        *,
+        equal: bool,
+        counting: bool,
+    ) -> list[LinearLoss]:
+        """This rank's summands over tp x cp of the losses that follow from the sums."""
+        config, tp_cp = self.config, self.groups.tp_cp
+        tokens: Tensor | int = max(1, num_tokens * group_size(tp_cp))
+        if group_size(tp_cp) > 1 and not (equal and "aux_loss" not in dict(kinds)):
+            totals = _totals(counts_E, None if equal else num_tokens, tp_cp)
+            totals_E, tokens = (totals, tokens) if equal else (totals[:-1], totals[-1:].clamp(min=1))
+        else:
+            totals_E = counts_E
+        balanced = config.num_experts / (1 if config.aux_loss_mode == "switch" else config.topk)
+        parts = []
+        for kind, coeff in kinds:
+            if kind == "global_aux_loss":
+                window = self._counts_of_window(counts_E, num_tokens, counting=counting)
+                weights, factor = window[:-1] / (window[-1] * tokens).clamp(min=1), balanced
+            elif isinstance(tokens, Tensor):
+                weights, factor = totals_E / tokens.square(), balanced
+            else:
+                weights, factor = totals_E, balanced / tokens**2
+            part = LinearLoss(name=kind, place=scored.prob_sums, weights=weights, factor=factor, coeff=coeff)
+            parts.append(part)
+        if config.z_loss_coeff > 0:
+            inverse, factor = (tokens.reciprocal(), 1.0) if isinstance(tokens, Tensor) else (None, 1 / tokens)
+            part = LinearLoss(
+                name="z_loss", place=scored.square_sum, weights=inverse, factor=factor, coeff=config.z_loss_coeff
+            )
+            parts.append(part)
+        return parts
+
+    def _counts_of_window(self, counts_E: Tensor, num_tokens: int, *, counting: bool) -> Tensor:
+        """[E + 1] fp64 choices of each expert, and tokens, of all ranks and of the window so far."""
+        if self._window_counts_E is None:
+            self._window_counts_E = torch.zeros(counts_E.shape[0] + 1, dtype=torch.float64, device=counts_E.device)
+        if counting:
+            self._window_counts_E += _totals(counts_E, num_tokens, self.groups.tp_dp_cp)
+        return self._window_counts_E
 
     def _seq_aux_loss(
         self, scores_TE: Tensor, chosen_TK: Tensor, sequence_T: Tensor | None, num_sequences: int

@@ -25,19 +25,24 @@ class Scored:
     the entropy in nats, of tokens with a NaN or infinite logit; the first and the third carry gradients."""
 
     @property
-    def prob_sums_E(self) -> Tensor:
-        """[E] sums of the router's probabilities, with gradient."""
-        return self.sums[: (self.sums.shape[0] - 3) // 2]
+    def num_experts(self) -> int:
+        """E."""
+        return (self.sums.shape[0] - 3) // 2
+
+    @property
+    def prob_sums(self) -> slice:
+        """Where `sums` has the E sums of the router's probabilities, with gradient."""
+        return slice(0, self.num_experts)
 
     @property
     def counts_E(self) -> Tensor:
-        """[E] int64 choices of each expert before any drop."""
-        return self.sums.detach()[(self.sums.shape[0] - 3) // 2 : -3].long()
+        """[E] choices of each expert before any drop, in the sums' type: exact in fp32 up to 2^24 of an expert."""
+        return self.sums.detach()[self.num_experts : -3]
 
     @property
-    def square_sum(self) -> Tensor:
-        """0-dim sum of the squared log-sum-exp of the logits, with gradient."""
-        return self.sums[-3]
+    def square_sum(self) -> slice:
+        """Where `sums` has the one sum of the squared log-sum-exp of the logits, with gradient."""
+        return slice(2 * self.num_experts, 2 * self.num_experts + 1)
 
 
 def score(logits_TE: Tensor, config: MoEConfig, chosen_TK: Tensor) -> Scored:

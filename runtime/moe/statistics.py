@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from runtime.moe.losses import LinearLoss
 from runtime.moe.scoring import Scored
 
 
@@ -24,9 +26,8 @@ class RouterStats:
     """[2E + 3] fp64, as in `Scored`: one addition a micro-batch keeps all of them."""
     dropped: Tensor
     """0-dim int64 choices without a row: above an expert's capacity, or of a token that the expert did not choose."""
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    """Each loss without its coefficient: 1 is balanced for the auxiliary losses. One that has been added stays, at 0 after a
-    reset."""
+    summands: dict[str, Tensor] = field(default_factory=dict)
+    """Name of a loss -> fp64, 0-dim or [n]: what its value is the sum of. One that has been added stays, at 0 after a reset."""
 
     @classmethod
     def zeros(cls, num_experts: int, device: torch.device) -> RouterStats:
@@ -49,6 +50,11 @@ class RouterStats:
         """0-dim int64 tokens with a NaN or infinite logit."""
         return self.sums[-1].long()
 
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Each loss without its coefficient, 0-dim fp64: 1 is balanced for the auxiliary losses."""
+        return {name: summands.sum() for name, summands in self.summands.items()}
+
     def add(self, scored: Scored, *, drops: bool) -> None:
         """Count a micro-batch.
 
@@ -66,11 +72,19 @@ class RouterStats:
             self.dropped += (experts == num_experts).sum()
 
     def add_loss(self, name: str, value: Tensor) -> None:
-        """Add a loss of a micro-batch, without its coefficient."""
-        if name not in self.losses:
-            self.losses[name] = torch.zeros((), device=value.device)
-        self.losses[name] += value.detach()
+        """Add a loss of a micro-batch, 0-dim without its coefficient."""
+        self._summands(name, value.shape).add_(value.detach())
+
+    def add_linear(self, parts: Sequence[LinearLoss], sums: Tensor) -> None:
+        """Add losses of a micro-batch that are linear in its sums, each in one launch."""
+        for part in parts:
+            part.add_to(self._summands(part.name, sums[part.place].shape), sums.detach())
+
+    def _summands(self, name: str, shape: torch.Size) -> Tensor:
+        if name not in self.summands:
+            self.summands[name] = torch.zeros(shape, dtype=torch.float64, device=self.sums.device)
+        return self.summands[name]
 
     def tensors(self) -> list[Tensor]:
         """What is 0 at the beginning of a step."""
-        return [self.sums, self.dropped, *self.losses.values()]
+        return [self.sums, self.dropped, *self.summands.values()]

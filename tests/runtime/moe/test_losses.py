@@ -1,11 +1,19 @@
 """Balancing losses against Megatron-Core, transformers and DeepSpeed's formula, values and gradients."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from runtime.moe import losses
 from runtime.moe.layer import MoELayer
+from runtime.moe.losses import LinearLoss
+from runtime.moe.routing import choose
+from runtime.moe.scoring import Scored, score
+from runtime.moe.tape import RoutingTape
 from tests.runtime.moe.megatron_reference import MEGATRON
 from tests.support.moe import moe_config
 
@@ -75,6 +83,17 @@ def test_global_loss_averages_counts_over_the_window() -> None:
     assert torch.equal(again, attached(fresh, inputs[0])[0])
 
 
+def test_window_counts_once_when_recomputed() -> None:
+    modules = [layer(topk=2, load_balancing=("global_aux_loss",), aux_loss_coeff=(1.0,)) for _ in range(2)]
+    for _ in range(3):
+        x = torch.randn(30, 16, dtype=torch.float64)
+        modules[0](x).sum().backward()
+        checkpoint(modules[1], x, use_reentrant=False, context_fn=RoutingTape().contexts).sum().backward()
+    plain, again = modules
+    torch.testing.assert_close(again.router.weight.grad, plain.router.weight.grad, rtol=1e-12, atol=1e-14)
+    assert torch.equal(again.stats.losses["global_aux_loss"], plain.stats.losses["global_aux_loss"])
+
+
 def test_switch_mode_is_deepspeeds_formula() -> None:
     """DeepSpeed: mean(gates) * mean(first choices), mean over experts, times E squared."""
     module = layer(topk=2, aux_loss_coeff=(1.0,), aux_loss_mode="switch")
@@ -118,6 +137,79 @@ def test_loss_scale_scales_and_may_be_a_tensor() -> None:
     plain, _ = attached(module, x)
     module.loss_scale = torch.tensor(0.25)
     torch.testing.assert_close(attached(module, x)[0], plain * 0.25)
+
+
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25, dtype=torch.float64)])
+@pytest.mark.parametrize("num_tokens", [12, torch.tensor([12.0], dtype=torch.float64)])
+def test_gradient_of_linear_losses_by_gradcheck(scale: Any, num_tokens: Any) -> None:
+    """Ours is the analytic gradient; the numeric one is of the formulas, of which ours sees no gradient."""
+    counts = torch.tensor([9, 4, 6, 0, 5])
+    known = isinstance(num_tokens, int)
+    parts = [
+        LinearLoss(name="aux_loss", place=slice(0, 5), weights=counts, factor=5 / 2 / 144, coeff=0.3),
+        LinearLoss(
+            name="z_loss", place=slice(10, 11), weights=None if known else num_tokens.reciprocal(),
+            factor=1 / 12 if known else 1.0, coeff=0.2,
+        ),
+    ]  # fmt: skip
+
+    class Attached(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, sums: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(sums)
+            balance = losses.load_balancing_loss(sums[:5], counts, num_tokens, num_tokens, 2)
+            return (scale * (0.3 * balance + 0.2 * sums[10] / num_tokens)).sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                free = ctx.saved_tensors[0].detach().requires_grad_()
+                x = losses.attach_linear(torch.zeros(3, dtype=torch.float64, requires_grad=True), free, parts, scale)
+                return grad * torch.autograd.grad(x.sum(), free)[0]
+
+    assert torch.autograd.gradcheck(Attached.apply, torch.rand(13, dtype=torch.float64, requires_grad=True))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that do work; views, detached ones and bare memory don't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not (func.is_view or "empty" in str(func) or "detach" in str(func)):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "forward", "backward"),
+    [({"aux_loss_coeff": (0.1,)}, 2, 2), ({"aux_loss_coeff": (0.1,), "z_loss_coeff": 1e-3}, 3, 3)],
+)
+def test_losses_and_statistics_launch_little(coefficients: dict, forward: int, backward: int) -> None:
+    """Given the sums, as the fused router leaves them: a launch for each loss and one for the statistics; back, one and
+    one to zero the gradient of the sums, which is handed on as it is."""
+    module = layer(topk=2, **coefficients)
+    module.loss_scale = torch.tensor(0.5)
+    logits = torch.randn(40, 8, dtype=torch.float64, requires_grad=True)
+    made = score(logits, module.config, choose(logits, module.config, training=True))
+    scored = Scored(routing=made.routing, sums=made.sums)
+
+    def attach_and_count() -> torch.Tensor:
+        routing = module.router._attach_losses(scored, logits, None, 1, equal=False, counting=True)
+        with torch.no_grad():
+            module.stats.add(scored, drops=False)
+        return routing.weights_TK
+
+    attach_and_count()  # allocates the statistics
+    with Launches() as launches:
+        weights = attach_and_count()
+    assert len(launches.names) == forward, launches.names
+    grad = torch.ones_like(weights)
+    with Launches() as launches:
+        torch.autograd.grad(weights, [made.routing.weights_TK, made.sums], grad)
+    assert len(launches.names) == backward, launches.names
 
 
 def test_expert_bias_moves_towards_balance() -> None:

@@ -276,7 +276,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     parser.add_argument("--beside", metavar="FLAGS", help="measure the same work with these, too")
     parser.add_argument("--save-and-resume", metavar="FLAGS", help="save, and take it up with these")
     parser.add_argument("--match", default="", metavar="TEXT", help="of sections only cases whose name has it")
-    parser.add_argument("--profile-to", metavar="FOLDER", help="write the kernels of a step there")
+    parser.add_argument(
+        "--profile-to", metavar="FOLDER", help="write the kernels of a step, and where the host's time goes, there"
+    )
     parser.add_argument("--scratch", type=Path, help="folder on the disk that checkpoints go to")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each case")
     args = parser.parse_args(words[:cut])

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.host_profile import host_lines, host_of
 from benchmarks.multi_gpu.job import Job, draw_weights
 from benchmarks.multi_gpu.saving import digest, source_folder
 from benchmarks.multi_gpu.sizes import FULL
-from benchmarks.step_profile import kernels_of, write_kernels
+from benchmarks.step_profile import device_of, lines_of, write_lines
 from moeconv.checkpoint import open_checkpoint
 from moeconv.families import family_of
 from moeconv.families.base import Model
@@ -67,7 +68,7 @@ class Spec:
     passes: bool = True
     """Time forward and backward passes without the update, too."""
     profile_to: str | None = None
-    """Folder for the kernels of a step of the first rank."""
+    """Folder for the first rank's kernels of a step, and for where its host's time goes."""
 
 
 def read_run(spec: Spec, process: Process) -> RunConfig:
@@ -134,17 +135,17 @@ def measure(run: RunConfig, engine: Engine, mesh: ParallelMesh, job: Job, spec: 
         out |= {"passes_ms": alone * 1e3, "update_share": max(0.0, 1 - alone / seconds)}
     out |= memory(engine, job)
     if spec.profile_to is not None:
-        _profile(lambda: engine.train_step(batches), Path(spec.profile_to), mesh.global_rank, seconds)
+        parts = run.model.sizes["layers"] // run.parallel.pp * len(batches)
+        _profile(lambda: engine.train_step(batches), Path(spec.profile_to), mesh.global_rank, seconds, parts)
     return out
 
 
-def _profile(step: Callable[[], object], folder: Path, rank: int, seconds: float) -> None:
-    """Let every rank do two steps, and write the first one's kernels of the second."""
-    kernels = kernels_of(step)
+def _profile(step: Callable[[], object], folder: Path, rank: int, seconds: float, parts: int) -> None:
+    """Let every rank do the steps of a profile, and write the first one's."""
+    title = f"{shlex.join(sys.argv[1:])}: a step of {seconds * 1e3:.1f} ms"
+    lines = [*lines_of(device_of(step), title, parts=parts), "", *host_lines(host_of(step))]
     if rank == 0:
-        number = len(list(folder.glob("finetune_*.txt")))
-        title = f"{shlex.join(sys.argv[1:])}: a step of {seconds * 1e3:.1f} ms"
-        write_kernels(kernels, folder / f"finetune_{number}.txt", title)
+        write_lines(lines, folder / f"finetune_{len(list(folder.glob('finetune_*.txt')))}.txt")
 
 
 def memory(engine: Engine, job: Job) -> dict[str, Any]:

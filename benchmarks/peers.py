@@ -43,7 +43,7 @@ def compare(
         work: what they do.
         systems: which; None: all that are installed and have a place in it.
         rounds: how often, in turns.
-        profile_to: folder for the kernels of a step; None: they are only told by kind.
+        profile_to: folder for the kernels of a step and the host's time; None: kernels are told by kind, and that is all.
 
     Returns:
         Tables in Markdown, after which what is left out is named with its reason; and the systems that failed.

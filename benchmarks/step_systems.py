@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.host_profile import host_lines, host_of
 from benchmarks.megatron_step import megatron
-from benchmarks.step_profile import by_kind, kernels_of, synchronize, write_kernels
+from benchmarks.step_profile import by_kind, device_of, lines_of, synchronize, write_lines
 from benchmarks.step_work import MODELS, Layout, MakeStep, Slice, Step, Work, device_of_rank, join_ranks
 from benchmarks.transformers_step import transformers
 
@@ -176,7 +177,12 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("numbers", type=int, nargs="+", help="micro-batches of a step")
     parser.add_argument("--kinds", action="store_true", help="tell where the device's time of a step goes, too")
-    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write the kernels of a step there, too")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="write the kernels of a step, and where the host's time goes, there, too",
+    )
     for name, default in {"tp": 1, "ep": 1, "sequences": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--layers", type=int, help="default: the model's slice")
@@ -199,13 +205,16 @@ def main() -> None:
             "above_start_gib": (peak - state) / 2**30,
         }  # fmt: skip
         tell(line)  # before the profile, which may fail
-        if cuda and (args.kinds or args.profile is not None):
-            kernels = kernels_of(step)
-            tell({"system": args.system, "microbatches": num, "kinds": by_kind(kernels)})
-            if args.profile is not None and layout.rank == 0:
-                name = "".join(c if c.isalnum() else "_" for c in args.system)
-                path = args.profile / f"{name}_{args.model}_{layout.world}_{num}.txt"
-                write_kernels(kernels, path, f"{args.system}, {num} micro-batches")
+        if args.profile is not None or (cuda and args.kinds):
+            device = device_of(step)
+            if cuda:
+                tell({"system": args.system, "microbatches": num, "kinds": by_kind(device.kernels)})
+        if args.profile is not None:
+            lines = lines_of(device, f"{args.system}, {num} micro-batches", parts=model.layers * num)
+            lines += ["", *host_lines(host_of(step))]
+            name = "".join(c if c.isalnum() else "_" for c in args.system)
+            if layout.rank == 0:
+                write_lines(lines, args.profile / f"{name}_{args.model}_{layout.world}_{num}.txt")
 
 
 def tell(line: dict[str, Any]) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.host_profile import host_lines, host_of
 from benchmarks.multi_gpu.job import draw_weights
-from benchmarks.step_profile import kernels_of, lines_of
+from benchmarks.step_profile import device_of, lines_of
 from benchmarks.step_systems import SYSTEMS
 from benchmarks.step_work import MODELS
 from moeconv.families import FAMILIES
@@ -180,7 +181,7 @@ def measure(model: Model, args: argparse.Namespace, device: torch.device) -> Non
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory_by_kind(engine).items())
     print(f"memory, GB: {sizes}")
     if args.profile:
-        profile(engine, batches, cuda)
+        profile(engine, batches)
 
 
 def memory_by_kind(engine: Engine) -> dict[str, int]:
@@ -199,14 +200,14 @@ def memory_by_kind(engine: Engine) -> dict[str, int]:
     return kinds
 
 
-def profile(engine: Engine, batches: list[Batch], cuda: bool) -> None:
-    """Print the operators and kernels that take the most time."""
-    if cuda:
-        print("\n".join(lines_of(kernels_of(lambda: engine.train_step(batches)), "a step", most=30)))
-        return
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
-        engine.train_step(batches)
-    print(prof.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))
+def profile(engine: Engine, batches: list[Batch]) -> None:
+    """Print what takes the device and the host the most time."""
+    parts = engine.context.model.sizes["layers"] * len(batches)
+
+    def step() -> object:
+        return engine.train_step(batches)
+
+    print("\n".join([*lines_of(device_of(step), "a step", 30, parts), "", *host_lines(host_of(step), 30)]))
 
 
 def compare_systems(args: argparse.Namespace) -> None:
@@ -243,7 +244,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="with --peers")
     parser.add_argument("--numbers", type=int, nargs="+", default=[8, 1], help="with --peers: micro-batches of a step")
     parser.add_argument(
-        "--profile-to", type=Path, metavar="FOLDER", help="with --peers: write the kernels of a step there"
+        "--profile-to",
+        type=Path,
+        metavar="FOLDER",
+        help="with --peers: write the kernels of a step, and where the host's time goes, there",
     )
     parser.add_argument("--ranks", type=int, default=1, help="with --peers: GPUs")
     parser.add_argument("--layout", nargs="+", default=[""], help="with --ranks: such as 'ep4' 'tp2 ep2' 'dp4'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,9 @@ from moeconv.families.base import Model
 FLAGS = "--seq-length 32 --global-batch-size 4 --bf16 --moments-dtype bfloat16"
 
 
-def test_a_case_is_measured_saved_and_taken_up(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", "tiny", "--steps", "1", "--json", "--save-and-resume", FLAGS, "--", *FLAGS.split()]
+def test_a_case_is_measured_saved_and_taken_up(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["--model", "tiny", "--steps", "1", "--json", "--profile-to", str(tmp_path)]
+    words += ["--save-and-resume", FLAGS, "--", *FLAGS.split()]
     assert main([*words, "--optimizer-cpu-offload"]) == 0
     found = json.loads(capsys.readouterr().out)
     count = sum(tensor.size for tensor in Model.from_config(family_of(MODELS["tiny"]), MODELS["tiny"]).tensors.values())
@@ -24,6 +26,9 @@ def test_a_case_is_measured_saved_and_taken_up(capsys: pytest.CaptureFixture[str
     assert found["saved_gb"] * 1e9 == 10 * count
     assert found["resumed"]["equal"]
     assert found["resumed"]["pinned_gb"] == 0
+    profile = next(tmp_path.iterdir()).read_text()
+    for what in ("ms of kernels" if found["device"] != "CPU" else "no GPU", " x _RMSNormBackward\n", " forward\n"):
+        assert what in profile, profile
     told = "\n".join(lines(Case(**found["case"]), found))
     assert "a copy on the host" in told
     assert "equal bit for bit" in told

@@ -96,7 +96,7 @@ def _operators(step: Step) -> tuple[list[Runs], list[Thread], float]:
 
 def _threads(prof: torch.profiler.profile) -> list[Thread]:
     by_thread: dict[int, list[Any]] = {}
-    for event in prof.events() or []:
+    for event in prof.events() or []:  # type: ignore[no-untyped-call]
         if event.name != OUTSIDE and not event.name.startswith("ProfilerStep"):
             by_thread.setdefault(event.thread, []).append(event)
     threads = []

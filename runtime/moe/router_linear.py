@@ -16,26 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.ops.norm import Kept, restore
+from runtime.parallel.gradient_sink import deliver, sink_of
 
 
-def split_bf16(values: Tensor, num_parts: int) -> list[Tensor]:
-    """Bf16 tensors that sum to an fp32 tensor: each takes the next 8 bits of its significand.
+def split_bf16(values: Tensor, num_parts: int, dim: int) -> Tensor:
+    """Bf16 matrices that sum to an fp32 one, side by side: each takes the next 8 bits of its significand.
 
     Args:
-        values: any shape, fp32 or bf16.
-        num_parts: 3 for all 24 bits.
+        values: [N, M] fp32 or bf16.
+        num_parts: P, 3 for all 24 bits.
+        dim: along which they lie.
 
     Returns:
-        The parts, largest first; one part where the values are bf16.
+        The parts, largest first, [P * N, M] or [N, P * M]; `values` where they are bf16, which is one part.
     """
     if values.dtype == torch.bfloat16:
-        return [values]
-    parts = []
-    rest = values.float()
-    for _ in range(num_parts):
-        parts.append(rest.bfloat16())
-        rest = rest - parts[-1].float()
-    return parts
+        return values
+    shape = [size * (num_parts if place == dim else 1) for place, size in enumerate(values.shape)]
+    stacked = values.new_empty(shape, dtype=torch.bfloat16)
+    rest = values
+    for place, part in enumerate(stacked.chunk(num_parts, dim)):
+        part.copy_(rest)
+        if place + 1 < num_parts:
+            rest = rest - part  # in fp32, where it is exact
+    return stacked
 
 
 class _SplitLinear(torch.autograd.Function):
@@ -43,26 +47,27 @@ class _SplitLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         kept = Kept.of(x_TD)
         ctx.save_for_backward(weight_ED, *kept.tensors)
-        ctx.source = kept.source
-        parts = split_bf16(weight_ED, 3)
-        out = torch.mm(x_TD, torch.cat(parts).t(), out_dtype=torch.float32)
-        return out if len(parts) == 1 else out.view(-1, len(parts), weight_ED.shape[0]).sum(1)
+        ctx.source, ctx.sink = kept.source, sink_of(weight_ED)
+        parts = split_bf16(weight_ED, 3, dim=0)
+        out = torch.mm(x_TD, parts.t(), out_dtype=torch.float32)
+        return out if parts is weight_ED else out.view(-1, 3, weight_ED.shape[0]).sum(1)
 
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
         weight_ED, *saved = ctx.saved_tensors
-        grads = split_bf16(grad_TE, 3)
+        num_experts = weight_ED.shape[0]
+        grads = split_bf16(grad_TE, 3, dim=1)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             # The result is rounded to 8 bits, so products below 2^-16 of the largest are left out.
-            weights = split_bf16(weight_ED, 2)
-            left = [grads[0], grads[1]] + ([grads[0]] if len(weights) > 1 else [])
-            right = [weights[0], weights[0], *weights[1:]]
-            grad_x = torch.mm(torch.cat(left, dim=1), torch.cat(right))
+            weights = split_bf16(weight_ED, 2, dim=0)
+            left, right = grads[:, : 2 * num_experts], torch.cat([weights[:num_experts], weights])
+            if weights is not weight_ED:
+                left = torch.cat([left, grads[:, :num_experts]], dim=1)
+            grad_x = torch.mm(left, right)
         if ctx.needs_input_grad[1]:
-            stacked = torch.cat(grads, dim=1)
-            grad_weight = torch.mm(stacked.t(), restore(saved, ctx.source), out_dtype=torch.float32)
-            grad_weight = grad_weight.view(3, *weight_ED.shape).sum(0).to(weight_ED.dtype)
+            product = torch.mm(grads.t(), restore(saved, ctx.source), out_dtype=torch.float32)
+            grad_weight = deliver(ctx.sink, product.view(3, *weight_ED.shape).sum(0), weight_ED)
         return grad_x, grad_weight
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -15,6 +14,7 @@ from runtime.moe.routing import choose
 from runtime.moe.scoring import Scored, score
 from runtime.moe.tape import RoutingTape
 from tests.runtime.moe.megatron_reference import MEGATRON
+from tests.support.launches import Launches
 from tests.support.moe import moe_config
 
 
@@ -168,19 +168,6 @@ def test_gradient_of_linear_losses_by_gradcheck(scale: Any, num_tokens: Any) -> 
                 return grad * torch.autograd.grad(x.sum(), free)[0]
 
     assert torch.autograd.gradcheck(Attached.apply, torch.rand(13, dtype=torch.float64, requires_grad=True))
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that do work; views, detached ones and bare memory don't."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not (func.is_view or "empty" in str(func) or "detach" in str(func)):
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def load_balancing_loss(
@@ -206,7 +205,6 @@ class _AttachLinear(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         shape, dtype, device = ctx.like
         grad_sums = torch.zeros(shape, dtype=dtype, device=device)

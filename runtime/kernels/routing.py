@@ -33,6 +33,7 @@ def _forward_kernel(
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
     PRE_SOFTMAX: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):
     block = tl.program_id(0)
     tokens = block * TOKENS + tl.arange(0, TOKENS)
@@ -52,14 +53,20 @@ def _forward_kernel(
     chosen_count = tl.zeros((TOKENS, EXPERTS), tl.float32)
     rest = scores
     for k in tl.static_range(K):
-        best = tl.max(rest, 1)
-        # A NaN has no maximum: stay among the experts, the count of such tokens reports it.
-        index = tl.minimum(tl.argmax(rest, 1), E - 1)
-        hit = ids[None, :] == index[:, None]
-        rest = tl.where(hit, float("-inf"), rest)
+        choice = experts + tokens.to(tl.int64) * K + k
+        if GIVEN:
+            index = tl.load(choice, mask=valid, other=0)
+            hit = ids[None, :] == index[:, None]
+            best = tl.sum(tl.where(hit, scores, 0.0), 1)
+        else:
+            best = tl.max(rest, 1)
+            # A NaN has no maximum: stay among the experts, the count of such tokens reports it.
+            index = tl.minimum(tl.argmax(rest, 1), E - 1)
+            hit = ids[None, :] == index[:, None]
+            rest = tl.where(hit, float("-inf"), rest)
+            tl.store(choice, index.to(tl.int64), mask=valid)
         chosen_count += hit.to(tl.float32)
         picked = tl.where(choice_ids[None, :] == k, best[:, None], picked)
-        tl.store(experts + tokens.to(tl.int64) * K + k, index.to(tl.int64), mask=valid)
     if PRE_SOFTMAX:
         share = tl.exp(picked - lse[:, None])
     else:
@@ -136,12 +143,15 @@ def _blocks(num_tokens: int, num_experts: int) -> tuple[int, int, int]:
 class _TopK(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_TE: Tensor, topk: int, pre_softmax: bool, scale: float
+        ctx: Any, logits_TE: Tensor, chosen_TK: Tensor | None, topk: int, pre_softmax: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_tokens, num_experts = logits_TE.shape
         logits_TE = logits_TE.contiguous()
         padded, tokens, num_blocks = _blocks(num_tokens, num_experts)
-        experts = torch.empty(num_tokens, topk, dtype=torch.int64, device=logits_TE.device)
+        if chosen_TK is None:
+            experts = torch.empty(num_tokens, topk, dtype=torch.int64, device=logits_TE.device)
+        else:
+            experts = chosen_TK.contiguous().detach()  # what a function gives is never its input itself
         weights = logits_TE.new_empty(num_tokens, topk)
         sums = logits_TE.new_empty(num_blocks, 2 * num_experts + NUM_EXTRA)
         _forward_kernel[(num_blocks,)](
@@ -157,6 +167,7 @@ class _TopK(torch.autograd.Function):
             padded,
             triton.next_power_of_2(topk),
             pre_softmax,
+            chosen_TK is not None,
         )
         ctx.save_for_backward(logits_TE, experts, weights)
         ctx.pre_softmax, ctx.scale = pre_softmax, scale
@@ -164,7 +175,7 @@ class _TopK(torch.autograd.Function):
         return experts, weights, sums.sum(0)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor, grad_weights: Tensor, grad_sums: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, _: Tensor, grad_weights: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         logits, experts, weights = ctx.saved_tensors
         num_tokens, num_experts = logits.shape
         padded, tokens, num_blocks = _blocks(num_tokens, num_experts)
@@ -184,10 +195,12 @@ class _TopK(torch.autograd.Function):
             padded,
             ctx.pre_softmax,
         )
-        return grad_logits, None, None, None
+        return grad_logits, None, None, None, None
 
 
-def topk_softmax(logits_TE: Tensor, topk: int, *, pre_softmax: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def topk_softmax(
+    logits_TE: Tensor, topk: int, *, pre_softmax: bool, scale: float, chosen_TK: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choose and weigh experts.
 
     Args:
@@ -195,10 +208,12 @@ def topk_softmax(logits_TE: Tensor, topk: int, *, pre_softmax: bool, scale: floa
         topk: K.
         pre_softmax: weights are the softmax over all experts; otherwise over the chosen ones.
         scale: factor on the weights, not 0.
+        chosen_TK: [T, K] int64 choices of an earlier run, which stay; None: the best are chosen.
 
     Returns:
         experts [T, K] int64, best first; weights [T, K]; sums [2E + 3]: of probabilities per expert, of choices per
         expert, of squared log-sum-exp, of entropy (nats), of tokens with a logit that is not finite. Gradients flow from
         weights, from the sums of probabilities and from that of squares.
     """
-    return cast("tuple[Tensor, Tensor, Tensor]", _TopK.apply(logits_TE, topk, pre_softmax, scale))  # type: ignore[no-untyped-call]
+    found = _TopK.apply(logits_TE, chosen_TK, topk, pre_softmax, scale)  # type: ignore[no-untyped-call]
+    return cast("tuple[Tensor, Tensor, Tensor]", found)

@@ -125,11 +125,11 @@ class Router(nn.Module):
             logits = logits + self.linear_bias.to(logits.dtype)
         tape = active_tape()
         counting = tape is None or not tape.replaying
+        chosen = tape.replay() if tape is not None and tape.replaying else None
         # With a tape both runs take the same path: checkpointing compares what they save for the backward pass.
-        if _fusable(config, logits) and tape is None:
-            scored = score_fused(logits, config)
+        if _fusable(config, logits):
+            scored = score_fused(logits, config, chosen)
         else:
-            chosen = tape.replay() if tape is not None and tape.replaying else None
             if chosen is None:
                 chosen = choose(logits, config, training=self.training, bias_E=self.expert_bias)
             scored = score(logits, config, chosen)

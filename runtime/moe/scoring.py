@@ -68,12 +68,13 @@ def score(logits_TE: Tensor, config: MoEConfig, chosen_TK: Tensor) -> Scored:
     return Scored(routing=route(logits_TE, config, chosen_TK), sums=torch.cat(parts))
 
 
-def score_fused(logits_TE: Tensor, config: MoEConfig) -> Scored:
+def score_fused(logits_TE: Tensor, config: MoEConfig, chosen_TK: Tensor | None = None) -> Scored:
     """Choose, weigh and sum up in one kernel; for softmax routers that choose by score alone.
 
     Args:
         logits_TE: [T, E] fp32 router logits on a GPU.
         config: the layer's options.
+        chosen_TK: [T, topk] int64 kept from an earlier forward pass; None: choose.
 
     Returns:
         The routing and its sums.
@@ -82,7 +83,9 @@ def score_fused(logits_TE: Tensor, config: MoEConfig) -> Scored:
 
     router = config.router
     # A softmax over all, divided by its sum over the chosen, is a softmax over the chosen.
-    experts, weights, sums = topk_softmax(logits_TE, router.top_k, pre_softmax=not router.normalise, scale=router.scale)
+    experts, weights, sums = topk_softmax(
+        logits_TE, router.top_k, pre_softmax=not router.normalise, scale=router.scale, chosen_TK=chosen_TK
+    )
     if config.capacity_factor is not None:
         routing = drop_tokens(weights, experts, config.num_experts, config)
     else:

@@ -118,6 +118,7 @@ def test_swiglu(num_tokens: int, topk: int, num_experts: int, alignment: int, hi
         assert hidden_pre._version > version  # a second backward pass through it is an error
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "topk", "pre_softmax", "scale"),
     [
@@ -128,14 +129,19 @@ def test_swiglu(num_tokens: int, topk: int, num_experts: int, alignment: int, hi
         (0, 8, 2, True, 1.0),
     ],
 )
-def test_topk_softmax(num_tokens: int, num_experts: int, topk: int, pre_softmax: bool, scale: float) -> None:
+def test_topk_softmax(
+    num_tokens: int, num_experts: int, topk: int, pre_softmax: bool, scale: float, given: bool
+) -> None:
+    """With choices given, they are any of a token's experts: what an earlier run chose needn't be best in this one."""
     from runtime.kernels.routing import topk_softmax
 
     logits = torch.randn(num_tokens, num_experts, device=DEVICE, requires_grad=True)
     exact = logits.detach().double().requires_grad_()
-    experts, weights, sums = topk_softmax(logits, topk, pre_softmax=pre_softmax, scale=scale)
+    drawn = torch.rand_like(logits).argsort(-1)[:, :topk] if given else None
+    experts, weights, sums = topk_softmax(logits, topk, pre_softmax=pre_softmax, scale=scale, chosen_TK=drawn)
     probs = exact.softmax(-1)
-    values, chosen = exact.topk(topk, -1)
+    chosen = exact.topk(topk, -1).indices if drawn is None else drawn
+    values = exact.gather(1, chosen)
     expected = (probs.gather(1, chosen) if pre_softmax else values.softmax(-1)) * scale
     squares = exact.logsumexp(-1).square().sum()
     assert torch.equal(experts, chosen)

@@ -20,6 +20,8 @@ from runtime.moe.tape import RoutingTape
 from tests.runtime.moe.oracle import dense, moe_output, relative
 from tests.support.moe import moe_config
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def make(dtype: torch.dtype = torch.float64, **options) -> MoELayer:
     torch.manual_seed(1)
@@ -172,6 +174,34 @@ def test_tape_keeps_choices_when_the_second_run_would_choose_otherwise() -> None
     assert torch.equal(replayed.chosen_TK, chosen)
     assert not torch.equal(module.router(x).chosen_TK, chosen)
     assert int(module.stats.load_E.sum()) == 2 * chosen.numel()
+
+
+def test_the_fused_router_runs_again_with_its_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one kernel, forward and again: gradients as in plain torch, and choices that stay when others would be made."""
+    options = {"router_dtype": "fp32", "load_balancing": ("aux_loss",), "aux_loss_coeff": (0.1,), "z_loss_coeff": 0.01}
+    plain, fused = make(torch.float32, **options), make(torch.float32, **options)
+    x = torch.randn(30, 16, device=DEVICE)
+    plain, fused = plain.to(DEVICE), fused.to(DEVICE)
+    runs = [lambda: plain(x), lambda: checkpoint(fused, x, use_reentrant=False, context_fn=RoutingTape().contexts)]
+    for module in (plain, fused):
+        module.reset_stats()  # on the device where the module is now
+    for run, fusable in zip(runs, (False, True), strict=True):
+        monkeypatch.setattr("runtime.moe.router._fusable", lambda *_, fusable=fusable: fusable)
+        run().square().sum().backward()
+    for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert relative(mine.grad, theirs.grad) < 1e-5
+    assert torch.equal(fused.stats.load_E, plain.stats.load_E)
+    first, second = RoutingTape().contexts()
+    with first:
+        chosen = fused.router(x).chosen_TK
+    with torch.no_grad():
+        fused.router.weight.neg_()
+    with second:
+        replayed = fused.router(x)
+    assert torch.equal(replayed.chosen_TK, chosen)
+    shares = torch.softmax((x @ fused.router.weight.t()).gather(1, chosen), dim=-1)
+    torch.testing.assert_close(replayed.weights_TK, shares)
+    assert not torch.equal(fused.router(x).chosen_TK, chosen)
 
 
 def test_statistics_and_non_finite_tokens() -> None:

@@ -164,19 +164,19 @@ def rms_norm_backward(
         rstd_R: [R] as the forward pass gave them.
 
     Returns:
-        Gradient of x (and of delta), contiguous; [D] gradient of the weight, summed in fp32 (fp64 for fp64) in an order
-        that is the same in every run.
+        Gradient of x (and of delta), contiguous; [P, D] whose sum over P is the gradient of the weight, in fp32 (fp64 for
+        fp64) and the same in every run.
     """
     num_rows, inner, outer_stride, inner_stride = _rows(x)
     rows, block, warps = _shape(x.shape[-1])
     width = x.shape[-1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not num_rows:
-        return grad_x, torch.zeros(width, dtype=rstd_R.dtype, device=x.device)
+        return grad_x, torch.zeros(1, width, dtype=rstd_R.dtype, device=x.device)
     programs = min(_num_programs(x.device), triton.cdiv(num_rows, rows))
     sums = torch.empty(programs, width, dtype=rstd_R.dtype, device=x.device)
     args = (grad, grad if grad_total is None else grad_total, x, weight_D, rstd_R, grad_x, sums)
     sizes = (num_rows, inner, outer_stride, inner_stride, width)
     shape = (rows, block, grad_total is not None, _accumulator(x.dtype))
     _backward_kernel[(programs,)](*args, *sizes, *shape, num_warps=warps)
-    return grad_x, sums.sum(0)
+    return grad_x, sums

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.ops.norm import Kept, restore
-from runtime.parallel.gradient_sink import deliver, sink_of
+from runtime.parallel.gradient_sink import deliver_parts, sink_of
 
 
 def split_bf16(values: Tensor, num_parts: int, dim: int) -> Tensor:
@@ -67,7 +67,7 @@ class _SplitLinear(torch.autograd.Function):
             grad_x = torch.mm(left, right)
         if ctx.needs_input_grad[1]:
             product = torch.mm(grads.t(), restore(saved, ctx.source), out_dtype=torch.float32)
-            grad_weight = deliver(ctx.sink, product.view(3, *weight_ED.shape).sum(0), weight_ED)
+            grad_weight = deliver_parts(ctx.sink, product.view(3, *weight_ED.shape), weight_ED)
         return grad_x, grad_weight
 
 

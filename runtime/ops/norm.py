@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from runtime.parallel.gradient_sink import deliver, sink_of
+from runtime.parallel.gradient_sink import deliver_parts, sink_of
 
 MAX_FUSED_WIDTH = 16384
 
@@ -36,7 +36,7 @@ def _plain_backward(
     grad_x = (weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * rstd
     if grad_total is not None:
         grad_x = grad_x + grad_total
-    return grad_x.to(x.dtype), (incoming * normed).flatten(0, -2).sum(0)
+    return grad_x.to(x.dtype), (incoming * normed).flatten(0, -2)
 
 
 def _forward(
@@ -136,10 +136,10 @@ class _RMSNorm(torch.autograd.Function):
             from runtime.kernels.rms_norm import rms_norm_backward
 
             rest = None if grad_total is None else grad_total.contiguous()
-            grad_x, grad_weight = rms_norm_backward(grad.contiguous(), rest, x, weight_D, rstd)
+            grad_x, parts_PD = rms_norm_backward(grad.contiguous(), rest, x, weight_D, rstd)
         else:
-            grad_x, grad_weight = _plain_backward(grad, grad_total, x, weight_D, rstd)
-        left = deliver(ctx.sink, grad_weight, weight_D) if ctx.needs_input_grad[2] else None
+            grad_x, parts_PD = _plain_backward(grad, grad_total, x, weight_D, rstd)
+        left = deliver_parts(ctx.sink, parts_PD, weight_D) if ctx.needs_input_grad[2] else None
         return grad_x, grad_x if ctx.adds else None, left, None, None
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from runtime.parallel.shards import Slot
@@ -137,5 +138,24 @@ def deliver_to(sink: GradientSink | None, opened: OpenSum | None, grad: Tensor, 
     if sink is None or opened is None:
         return grad.to(parameter.dtype)
     opened.add(grad)
+    sink.close()
+    return None
+
+
+def deliver_parts(sink: GradientSink | None, parts: Tensor, parameter: Tensor) -> Tensor | None:
+    """Do as `deliver` with a gradient that is the sum of parts along dim 0: the first of a step is summed up where it belongs.
+
+    Args:
+        sink: as of `deliver`.
+        parts: [P, ...] in the parameter's shape each.
+        parameter: as of `deliver`.
+
+    Returns:
+        As `deliver`.
+    """
+    opened = None if sink is None else sink.open()
+    if sink is None or opened is None or not opened.fresh or opened.total.dtype != parts.dtype:
+        return deliver_to(sink, opened, parts.sum(0), parameter)
+    torch.sum(parts, 0, out=opened.total)
     sink.close()
     return None

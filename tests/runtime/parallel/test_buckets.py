@@ -6,8 +6,9 @@ import weakref
 import pytest
 import torch
 
-from runtime.parallel.gradient_sink import sink_of
+from runtime.parallel.gradient_sink import deliver_parts, sink_of
 from runtime.parity.case import Case, global_batch, make_engine
+from tests.support.launches import Launches
 
 CASE = Case(name="one rank", num_ranks=1)
 
@@ -59,6 +60,24 @@ def test_sums_start_anew_in_each_step() -> None:
     engine, _ = make_engine(CASE, lr=0.0, weight_decay=0.0)
     first, second = (engine.train_step(global_batch(CASE, 0)).grad_norm for _ in range(2))
     assert first == second
+
+
+def test_a_first_gradient_in_parts_is_summed_up_where_it_belongs() -> None:
+    engine, _ = make_engine(CASE)
+    engine.train_step(global_batch(CASE, 0))  # leaves sums that the next step's first gradients overwrite
+    weight = next(parameter for name, parameter in engine.module.named_parameters() if "norm" in name)
+    sink, parts = sink_of(weight), torch.randn(5, *weight.shape)
+    assert sink is not None
+    engine.store.begin(2)
+    for place, count in ((1, 1), (2, 2)):
+        with torch.no_grad(), Launches() as launches:
+            assert deliver_parts(sink, parts, weight) is None
+        assert len(launches.names) == count, launches.names
+        opened = sink.open()
+        assert opened is not None
+        assert not opened.fresh
+        assert torch.equal(opened.total, place * parts.sum(0))
+    torch.testing.assert_close(deliver_parts(None, parts, weight), parts.sum(0))
 
 
 def test_norm_of_many_elements_is_that_of_fp64() -> None:

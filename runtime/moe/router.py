@@ -34,9 +34,9 @@ def _sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _totals(counts_E: Tensor, num_tokens: int | None, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum counts over a group, exactly: [E] fp64, or [E + 1] with the tokens behind them."""
+    """Sum counts over a group: [E] as they come, so that ranks round as one does; or [E + 1] fp64 with the tokens behind them."""
     if num_tokens is None:
-        totals = counts_E.to(torch.float64, copy=True)
+        totals = counts_E.clone()
     else:
         totals = counts_E.new_full((counts_E.shape[0] + 1,), num_tokens, dtype=torch.float64)
         totals[:-1] = counts_E

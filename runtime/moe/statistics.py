@@ -73,16 +73,16 @@ class RouterStats:
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add a loss of a micro-batch, 0-dim without its coefficient."""
-        self._summands(name, value.shape).add_(value.detach())
+        self._summands(name, value).add_(value.detach())
 
     def add_linear(self, parts: Sequence[LinearLoss], sums: Tensor) -> None:
         """Add losses of a micro-batch that are linear in its sums, each in one launch."""
         for part in parts:
-            part.add_to(self._summands(part.name, sums[part.place].shape), sums.detach())
+            part.add_to(self._summands(part.name, sums[part.place]), sums.detach())
 
-    def _summands(self, name: str, shape: torch.Size) -> Tensor:
+    def _summands(self, name: str, like: Tensor) -> Tensor:
         if name not in self.summands:
-            self.summands[name] = torch.zeros(shape, dtype=torch.float64, device=self.sums.device)
+            self.summands[name] = torch.zeros(like.shape, dtype=torch.float64, device=like.device)
         return self.summands[name]
 
     def tensors(self) -> list[Tensor]:

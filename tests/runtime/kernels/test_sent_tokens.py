@@ -128,7 +128,7 @@ def test_on_a_gpu_packing_takes_the_kernels_and_gives_the_same_bits(sizes: tuple
         inputs = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
         packed = pack_tokens(*inputs, Choices(experts, num_local), plan, fused=fused)
         results.append([packed.detach()[:end].view(torch.uint8), *torch.autograd.grad(packed, inputs, grad)])
-    (packed, grad_x, grad_weights), (fused, fused_x, fused_weights) = results
-    assert torch.equal(fused, packed)
-    assert torch.equal(fused_weights, grad_weights)
-    torch.testing.assert_close(fused_x, grad_x, rtol=1e-2, atol=1e-2)  # a sum of rows in bf16
+    (plain, plain_x, plain_weights), (mine, mine_x, mine_weights) = results
+    assert torch.equal(mine, plain)
+    assert torch.equal(mine_weights, plain_weights)
+    torch.testing.assert_close(mine_x, plain_x, rtol=1e-2, atol=1e-2)  # a sum of rows in bf16

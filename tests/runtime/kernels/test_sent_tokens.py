@@ -125,8 +125,8 @@ def test_on_a_gpu_packing_takes_the_kernels_and_gives_the_same_bits(sizes: tuple
     grad = torch.rand(plan.num_rows, WIDTH + tail_of(topk, x.dtype, weights.dtype), device=DEVICE).bfloat16()
     packed_tokens._weights(grad[:, WIDTH:], topk, weights.dtype).copy_(torch.rand(plan.num_rows, topk, device=DEVICE))
     for fused in (False, True):
-        inputs = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
-        packed = pack_tokens(*inputs, Choices(experts, num_local), plan, fused=fused)
+        inputs = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        packed = pack_tokens(inputs[0], inputs[1], Choices(experts, num_local), plan, fused=fused)
         results.append([packed.detach()[:end].view(torch.uint8), *torch.autograd.grad(packed, inputs, grad)])
     (plain, plain_x, plain_weights), (mine, mine_x, mine_weights) = results
     assert torch.equal(mine, plain)

@@ -67,6 +67,10 @@ def _plan_arrivals(blocks_N: Tensor, experts: AnyExperts, bound: int) -> RowPlan
         The plan of `bound` rows, of which those past the blocks' sum are dropped.
     """
     num_local = experts.num_local_experts
+    if experts.fused and blocks_N.is_cuda:
+        from runtime.kernels.sent_tokens import experts_of_arrivals
+
+        return experts.plan(experts_of_arrivals(blocks_N, num_local, bound).unsqueeze(1), bound)
     places = torch.arange(bound, device=blocks_N.device)
     block = torch.bucketize(places, blocks_N.cumsum(0), right=True)
     ids = torch.where(block < blocks_N.shape[0], block % num_local, num_local)
@@ -166,6 +170,21 @@ class Dispatch:
         return unpermute(self._back.arrive(), self._plan, fused=self._experts.fused)
 
 
+def _homes(experts_TK: Tensor, num_local: int, num_ranks: int, *, fused: bool) -> tuple[Tensor, Tensor]:
+    """[T, P] each rank's own number where a token goes there, else P; and how many choices and tokens there are of each."""
+    if fused and experts_TK.is_cuda:
+        from runtime.kernels.sent_tokens import MAX_RANKS, homes
+
+        if num_ranks <= MAX_RANKS:
+            return homes(experts_TK.contiguous(), num_local, num_ranks)
+    home_TK = (experts_TK // num_local).clamp(max=num_ranks)
+    # A column for each rank: its own number, or none; of a dropped choice the one behind the last.
+    ranks_TP = home_TK.new_full((home_TK.shape[0], num_ranks + 1), num_ranks).scatter_(1, home_TK, home_TK)
+    ranks_TP = ranks_TP[:, :num_ranks].contiguous()
+    counts = [count_choices(experts_TK, num_local * num_ranks), count_choices(ranks_TP, num_ranks)]
+    return ranks_TP, torch.cat(counts)
+
+
 class TokenDispatch(Dispatch):
     """The same where a token goes to a rank once, with all its choices of experts there, whose results come back summed.
 
@@ -179,14 +198,10 @@ class TokenDispatch(Dispatch):
             How many choices each rank has of each expert, and how many tokens for each rank; and which row goes to which rank.
         """
         experts, groups, num_ranks = self._experts, self._groups, group_size(self._groups.ep)
-        home_TK = (routing.experts_TK // self._num_local).clamp(max=num_ranks)
-        # A column for each rank: its own number, or none; of a dropped choice the one behind the last.
-        ranks_TR = home_TK.new_full((home_TK.shape[0], num_ranks + 1), num_ranks).scatter_(1, home_TK, home_TK)
-        ranks_TR = ranks_TR[:, :num_ranks].contiguous()
-        counts = [count_choices(routing.experts_TK, self._num_experts), count_choices(ranks_TR, num_ranks)]
-        counting = _Counts(torch.cat(counts), groups)
+        ranks_TP, counts = _homes(routing.experts_TK, self._num_local, num_ranks, fused=experts.fused)
+        counting = _Counts(counts, groups)
         most = min(routing.max_rows, x_TD.shape[0] * min(num_ranks, routing.experts_TK.shape[1]))
-        plan = plan_rows(ranks_TR, num_ranks, most, fused=experts.fused)
+        plan = plan_rows(ranks_TP, num_ranks, most, fused=experts.fused)
         choices = Choices(routing.experts_TK, self._num_local)
         self._num_choices_of_token = routing.experts_TK.shape[1]
         self._there.depart(pack_tokens(x_TD, routing.weights_TK, choices, plan, fused=experts.fused))

@@ -56,20 +56,30 @@ def _weights(tails: Tensor, topk: int, dtype: torch.dtype) -> Tensor:
     return tails.view(dtype)[:, first : first + topk]
 
 
+def _rooms(tails: Tensor, topk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The whole rooms of the experts' numbers and of the weights, which fill the tails together."""
+    places = _places(topk)
+    return tails.view(torch.int32)[:, : places // 4], tails.view(dtype)[:, places // dtype.itemsize :]
+
+
 class _PackTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, choices: Choices, plan: RowPlan, fused: bool) -> Tensor:
         width, (_, topk) = x_TD.shape[1], weights_TK.shape
         ctx.plan, ctx.fused, ctx.width, ctx.dtype, ctx.choices = plan, fused, width, weights_TK.dtype, choices
         packed = x_TD.new_empty(plan.num_rows, width + tail_of(topk, x_TD.dtype, weights_TK.dtype))
+        tails = packed[:, width:]
         if fused and x_TD.is_cuda:
             from runtime.kernels.permute import gather_rows
+            from runtime.kernels.sent_tokens import write_tails
 
             args = (x_TD, plan.row_of_slot_TK, plan.slot_of_row_R, plan.offsets_E, plan.alignment)
             gather_rows(*args, out_RD=packed[:, :width])
-        else:
-            packed[:, :width] = passes.gather_rows(x_TD, plan, fused=False)
-        tails = packed[:, width:]
+            numbers, weights = _rooms(tails, topk, ctx.dtype)
+            chosen = (choices.experts_TK.contiguous(), weights_TK.contiguous())
+            write_tails(*chosen, plan.slot_of_row_R, choices.num_local, plan.topk, numbers, weights)
+            return packed
+        packed[:, :width] = passes.gather_rows(x_TD, plan, fused=False)
         tails.zero_()
         if x_TD.shape[0]:
             token_R, rank_R = plan.slot_of_row_R.clamp(min=0) // plan.topk, plan.slot_of_row_R % plan.topk
@@ -84,6 +94,12 @@ class _PackTokens(torch.autograd.Function):
         plan, choices, width = ctx.plan, ctx.choices, ctx.width
         experts_TK = choices.experts_TK
         grad_x = passes.sum_rows(grad_packed[:, :width], plan, fused=ctx.fused)
+        if ctx.fused and grad_packed.is_cuda:
+            from runtime.kernels.sent_tokens import find_choices
+
+            weights = _rooms(grad_packed[:, width:], experts_TK.shape[1], ctx.dtype)[1]
+            found = find_choices(experts_TK.contiguous(), plan.row_of_slot_TK, choices.num_local, weights)
+            return grad_x, found, None, None, None
         grad_RK = _weights(grad_packed[:, width:], experts_TK.shape[1], ctx.dtype)
         if not experts_TK.numel():
             return grad_x, grad_RK.new_zeros(experts_TK.shape), None, None, None

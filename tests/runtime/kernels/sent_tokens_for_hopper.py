@@ -1,0 +1,35 @@
+"""Compile the kernels of tokens sent once for a Hopper GPU, which needs none: `python -m tests.runtime.kernels.sent_tokens_for_hopper`."""
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from runtime.kernels import sent_tokens
+
+SHAPE = {"E": 128, "K": 8, "P": 4, "RANKS": 4, "COLUMNS": 16, "N": 128, "BLOCKS": 128, "BLOCK": sent_tokens.BLOCK}
+INT64, INT32 = ("experts", "ranks", "counts", "blocks"), ("slots", "numbers_out", "rows")
+
+
+def compile_for_hopper(kernel: Any, **types: str) -> None:
+    """Compile a kernel; what isn't told is an integer or a constant."""
+    known = dict.fromkeys(INT64, "*i64") | dict.fromkeys(INT32, "*i32") | types
+    names = kernel.arg_names
+    constants = {(place,): SHAPE[name] for place, name in enumerate(names) if name in SHAPE}
+    signature = {name: "constexpr" if name in SHAPE else known.get(name, "i32") for name in names}
+    triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=GPUTarget("cuda", 90, 32))
+    print(kernel.__name__, *types.values())
+
+
+def main() -> None:
+    """Print a line for each kernel that compiles, with the types of the weights."""
+    compile_for_hopper(sent_tokens._homes_kernel)
+    compile_for_hopper(sent_tokens._arrivals_kernel, out="*i64")
+    for dtype in ("*fp32", "*fp64", "*bf16"):
+        compile_for_hopper(sent_tokens._tails_kernel, weights=dtype, weights_out=dtype)
+        compile_for_hopper(sent_tokens._found_kernel, tails=dtype, out=dtype)
+
+
+if __name__ == "__main__":
+    main()

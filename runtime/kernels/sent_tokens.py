@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128
+CHUNK = 64
+"""Blocks of rows with which a row's place is compared at once."""
 MAX_RANKS = 64
 """Of a group, whose ranks a block of tokens is compared with at once."""
 
@@ -113,15 +115,46 @@ def _found_kernel(
 
 
 @triton.jit
-def _arrivals_kernel(blocks, out, num_rows, num_local, N: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+def _arrivals_kernel(
+    blocks, out, num_rows, num_blocks, num_local, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
     """Say of which expert each row is, of rows that lie in blocks whose experts take turns."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ids = tl.arange(0, BLOCKS)
-    ends = tl.cumsum(tl.load(blocks + ids, mask=ids < N, other=0).to(tl.int32), 0)
-    before = (ends[None, :] <= rows[:, None]) & (ids < N)[None, :]
-    block = tl.sum(before.to(tl.int32), 1)
-    expert = tl.where(block < N, block % num_local, num_local)
+    block = tl.zeros((BLOCK,), tl.int32)
+    before = tl.zeros((CHUNK,), tl.int32)
+    for chunk in range(CHUNKS):
+        ids = chunk * CHUNK + tl.arange(0, CHUNK)
+        known = ids < num_blocks
+        sizes = tl.load(blocks + ids, mask=known, other=0).to(tl.int32)
+        ends = before + tl.cumsum(sizes, 0)
+        block += tl.sum(((ends[None, :] <= rows[:, None]) & known[None, :]).to(tl.int32), 1)
+        before += tl.sum(sizes, 0)
+    expert = tl.where(block < num_blocks, block % num_local, num_local)
     tl.store(out + rows, expert.to(tl.int64), mask=rows < num_rows)
+
+
+@triton.jit
+def _read_kernel(
+    numbers,
+    tails,
+    experts,
+    weights,
+    num_rows,
+    numbers_pitch,
+    tails_pitch,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Bring the numbers and weights behind rows side by side."""
+    rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows < num_rows)[:, None] & (columns < K)[None, :]
+    cells = rows[:, None] * K + columns[None, :]
+    number = tl.load(numbers + rows[:, None] * numbers_pitch + columns[None, :], mask=inside, other=0)
+    tl.store(experts + cells, number.to(tl.int64), mask=inside)
+    weight = tl.load(tails + rows[:, None] * tails_pitch + columns[None, :], mask=inside, other=0.0)
+    tl.store(weights + cells, weight, mask=inside)
 
 
 def homes(experts_TK: Tensor, num_local: int, num_ranks: int) -> tuple[Tensor, Tensor]:
@@ -228,6 +261,25 @@ def find_choices(experts_TK: Tensor, row_of_slot_TP: Tensor, num_local: int, tai
     return out
 
 
+def read_tails(numbers_RK: Tensor, weights_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """Read what `write_tails` wrote.
+
+    Args:
+        numbers_RK: [R, K] int32 view of the experts' numbers behind the rows.
+        weights_RK: [R, K] view of the weights behind them.
+
+    Returns:
+        [R, K] int64 experts and [R, K] weights, contiguous.
+    """
+    num_rows, topk = numbers_RK.shape
+    experts = numbers_RK.new_empty(num_rows, topk, dtype=torch.int64)
+    weights = weights_RK.new_empty(num_rows, topk)
+    if num_rows:
+        args = (numbers_RK, weights_RK, experts, weights, num_rows, numbers_RK.stride(0), weights_RK.stride(0))
+        _read_kernel[(triton.cdiv(num_rows, BLOCK),)](*args, topk, triton.next_power_of_2(topk), BLOCK)
+    return experts, weights
+
+
 def experts_of_arrivals(blocks_N: Tensor, num_local: int, num_rows: int) -> Tensor:
     """Say which expert each of the rows is for that have come in blocks.
 
@@ -242,7 +294,7 @@ def experts_of_arrivals(blocks_N: Tensor, num_local: int, num_rows: int) -> Tens
     out = torch.empty(num_rows, dtype=torch.int64, device=blocks_N.device)
     if num_rows:
         num_blocks = blocks_N.shape[0]
-        _arrivals_kernel[(triton.cdiv(num_rows, BLOCK),)](
-            blocks_N, out, num_rows, num_local, num_blocks, triton.next_power_of_2(num_blocks), BLOCK
-        )
+        chunks = triton.cdiv(num_blocks, CHUNK)
+        args = (blocks_N, out, num_rows, num_blocks, num_local, chunks, CHUNK, BLOCK)
+        _arrivals_kernel[(triton.cdiv(num_rows, BLOCK),)](*args)
     return out

@@ -212,7 +212,8 @@ class TokenDispatch(Dispatch):
 
     def _apply(self, packed: Tensor) -> Tensor:
         etp, sizes = self._groups.etp, self._etp_sizes
-        rows, weights_TK, experts_TK = unpack_tokens(packed, self._num_choices_of_token, self._weights_dtype)
+        topk, fused = self._num_choices_of_token, self._experts.fused
+        rows, weights_TK, experts_TK = unpack_tokens(packed, topk, self._weights_dtype, fused=fused)
         rows = all_gather(rows, 0, etp, sizes)
         weights_TK = all_gather(weights_TK, 0, etp, sizes)
         plan = self._experts.plan(gather_tensor(experts_TK, 0, etp, sizes), self._num_choices)

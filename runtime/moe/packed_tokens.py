@@ -112,23 +112,29 @@ class _PackTokens(torch.autograd.Function):
 
 class _UnpackTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, topk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, packed: Tensor, topk: int, dtype: torch.dtype, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
         # The room is known by what fills it: the width by what is left.
         ctx.tail, ctx.topk, ctx.dtype = tail_of(topk, packed.dtype, dtype), topk, dtype
         width = packed.shape[1] - ctx.tail
         tails = packed[:, width:]
-        experts = _experts(tails, topk).long()
+        numbers, weights = _experts(tails, topk), _weights(tails, topk, dtype)
+        if fused and packed.is_cuda:
+            from runtime.kernels.sent_tokens import read_tails
+
+            experts, weights = read_tails(numbers, weights)
+        else:
+            experts, weights = numbers.long(), weights.contiguous()
         ctx.mark_non_differentiable(experts)
-        return packed[:, :width], _weights(tails, topk, dtype).contiguous(), experts
+        return packed[:, :width], weights, experts
 
     @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         packed = with_room(grad_rows, ctx.tail)
         tails = packed[:, grad_rows.shape[1] :]
         if not packed.is_cuda:
             tails.zero_()  # for anomaly detection; nobody reads it
         _weights(tails, ctx.topk, ctx.dtype).copy_(grad_weights)
-        return packed, None, None
+        return packed, None, None, None
 
 
 def pack_tokens(x_TD: Tensor, weights_TK: Tensor, choices: Choices, plan: RowPlan, *, fused: bool) -> Tensor:
@@ -147,17 +153,18 @@ def pack_tokens(x_TD: Tensor, weights_TK: Tensor, choices: Choices, plan: RowPla
     return cast(Tensor, _PackTokens.apply(x_TD, weights_TK, choices, plan, fused))  # type: ignore[no-untyped-call]
 
 
-def unpack_tokens(packed: Tensor, topk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def unpack_tokens(packed: Tensor, topk: int, dtype: torch.dtype, *, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, weights and experts out of what `pack_tokens` made.
 
     Args:
         packed: [R, D + tail].
         topk: K.
         dtype: of the weights.
+        fused: use the kernel on a GPU.
 
     Returns:
         [R, D], a view whose rows lie apart; [R, K] weights; [R, K] int64 experts of this rank, the number behind the last for
         those of other ranks.
     """
-    out = _UnpackTokens.apply(packed, topk, dtype)  # type: ignore[no-untyped-call]
+    out = _UnpackTokens.apply(packed, topk, dtype, fused)  # type: ignore[no-untyped-call]
     return cast("tuple[Tensor, Tensor, Tensor]", out)

@@ -8,8 +8,9 @@ from triton.compiler import ASTSource
 
 from runtime.kernels import sent_tokens
 
-SHAPE = {"E": 128, "K": 8, "P": 4, "RANKS": 4, "COLUMNS": 16, "N": 128, "BLOCKS": 128, "BLOCK": sent_tokens.BLOCK}
-INT64, INT32 = ("experts", "ranks", "counts", "blocks"), ("slots", "numbers_out", "rows")
+SHAPE = {"E": 128, "K": 8, "P": 4, "RANKS": 4, "COLUMNS": 16, "CHUNKS": 2, "CHUNK": sent_tokens.CHUNK}
+SHAPE["BLOCK"] = sent_tokens.BLOCK
+INT64, INT32 = ("experts", "ranks", "counts", "blocks"), ("slots", "numbers_out", "numbers", "rows")
 
 
 def compile_for_hopper(kernel: Any, **types: str) -> None:
@@ -29,6 +30,7 @@ def main() -> None:
     for dtype in ("*fp32", "*fp64", "*bf16"):
         compile_for_hopper(sent_tokens._tails_kernel, weights=dtype, weights_out=dtype)
         compile_for_hopper(sent_tokens._found_kernel, tails=dtype, out=dtype)
+        compile_for_hopper(sent_tokens._read_kernel, tails=dtype, weights=dtype)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,15 @@ def _plan_arrivals(blocks_N: Tensor, experts: AnyExperts, bound: int) -> RowPlan
     return experts.plan(ids.unsqueeze(1), bound)
 
 
+def _choices_of_experts(experts_TK: Tensor, num_experts: int, *, fused: bool) -> Tensor:
+    """[E] how often each expert was chosen."""
+    if fused and experts_TK.is_cuda:
+        from runtime.kernels.sent_tokens import homes
+
+        return homes(experts_TK.contiguous(), num_experts, 1)[1][:num_experts]  # as if all were on one rank
+    return count_choices(experts_TK, num_experts)
+
+
 class Dispatch:
     """A layer's rows on their way to the ranks of their experts, and their results on the way back.
 
@@ -114,7 +123,7 @@ class Dispatch:
             How many rows each rank has for each expert; and which choice is which row.
         """
         experts, groups = self._experts, self._groups
-        counting = _Counts(count_choices(routing.experts_TK, self._num_experts), groups)
+        counting = _Counts(_choices_of_experts(routing.experts_TK, self._num_experts, fused=experts.fused), groups)
         plan = plan_rows(routing.experts_TK, self._num_experts, routing.max_rows, fused=experts.fused)
         self._there.depart(pack(x_TD, routing.weights_TK, plan, fused=experts.fused))
         self._blocks = counting.device[:, :, self._own].reshape(-1)

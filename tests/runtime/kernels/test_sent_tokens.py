@@ -117,10 +117,26 @@ def test_they_compile_for_hopper_in_every_type() -> None:
     assert len(set(lines)) == 11
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.fixture
+def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the kernels' path taken for tensors of the CPU too, which the interpreter takes."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
 @pytest.mark.parametrize("sizes", SIZES)
-def test_on_a_gpu_packing_takes_the_kernels_and_gives_the_same_bits(sizes: tuple[int, int, int, int]) -> None:
+def test_counts_of_experts(sizes: tuple[int, int, int, int]) -> None:
+    num_experts = sizes[2] * sizes[3]
+    experts = random_choices(*sizes[:2], num_experts)
+    found, want = (dispatch._choices_of_experts(experts, num_experts, fused=fused) for fused in (True, False))
+    assert found.dtype == want.dtype
+    assert torch.equal(found, want)
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize("sizes", SIZES)
+def test_packing_and_unpacking_take_the_kernels_and_give_the_same_bits(sizes: tuple[int, int, int, int]) -> None:
     num_tokens, topk, _, num_local = sizes
     experts, plan = planned(sizes)
     end, results = int(plan.offsets_E[-1]), []
@@ -131,8 +147,11 @@ def test_on_a_gpu_packing_takes_the_kernels_and_gives_the_same_bits(sizes: tuple
     for fused in (False, True):
         inputs = x.clone().requires_grad_(), weights.clone().requires_grad_()
         packed = pack_tokens(inputs[0], inputs[1], Choices(experts, num_local), plan, fused=fused)
-        results.append([packed.detach()[:end].view(torch.uint8), *torch.autograd.grad(packed, inputs, grad)])
-    (plain, plain_x, plain_weights), (mine, mine_x, mine_weights) = results
-    assert torch.equal(mine, plain)
+        unpacked = [tensor.detach() for tensor in unpack_tokens(packed[:end], topk, weights.dtype, fused=fused)]
+        results.append([*unpacked, packed.detach()[:end].view(torch.uint8)])
+        results[-1] += torch.autograd.grad(packed, inputs, grad)
+    (*plain, plain_x, plain_weights), (*mine, mine_x, mine_weights) = results
+    for found, want in zip(mine, plain, strict=True):
+        assert torch.equal(found, want)
     assert torch.equal(mine_weights, plain_weights)
     torch.testing.assert_close(mine_x, plain_x, rtol=1e-2, atol=1e-2)  # a sum of rows in bf16

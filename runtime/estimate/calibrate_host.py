@@ -8,8 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moeconv.families import FAMILIES
-from moeconv.families.base import Model
 from runtime.data.batch import Batch
 from runtime.engine import Engine
 from runtime.estimate.machine import find_machine
@@ -21,16 +19,12 @@ from runtime.moe.config import MoEConfig
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
+from runtime.parity.configs import aligned_model
 
 Seconds = Callable[[Callable[[], object]], float]
 """From some work to its mean time in a row, that of the slowest rank."""
 
-# So small that a GPU is done with a kernel long before the next is launched, and of sizes that its kernels take.
-VOCABULARY = 512
-SMALL: dict[str, Any] = {
-    "model_type": "mixtral", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 64, "intermediate_size": 512, "vocab_size": VOCABULARY, "num_local_experts": 8, "num_experts_per_tok": 2,
-}  # fmt: skip
+# So few that a GPU is done with a kernel long before the next is launched.
 POSITIONS = 128
 MICROBATCHES = 4
 
@@ -47,7 +41,7 @@ def measure_launches(seconds: Seconds, device: torch.device, dtype: str) -> floa
         Seconds of the host for each kernel that a plan counts, Python's share included: `launch_us` of a calibration file.
     """
     world = dist.get_world_size()
-    model = Model.from_config(FAMILIES["mixtral"], SMALL)
+    model = aligned_model()
     router = model.compute.router
     assert router is not None
     setup = Setup(
@@ -59,7 +53,7 @@ def measure_launches(seconds: Seconds, device: torch.device, dtype: str) -> floa
     engine = Engine(
         model, TORCH_DTYPES[dtype], setup.parallel, setup.moe, setup.optim, setup.recompute, mesh, device
     )  # fmt: skip
-    tokens = torch.arange(POSITIONS + 1).remainder(VOCABULARY).unsqueeze(0)
+    tokens = torch.arange(POSITIONS + 1).remainder(model.sizes["vocab"]).unsqueeze(0)
     batch = Batch(tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous())
     taken = seconds(lambda: engine.accumulate([batch] * MICROBATCHES))
     launches = Costs(setup, find_machine("h100")).stage(range(model.sizes["layers"])).launches

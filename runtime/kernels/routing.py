@@ -20,6 +20,20 @@ NUM_EXTRA = 3  # sums beside those of the experts: squared log-sum-exp, entropy,
 
 
 @triton.jit
+def _sum_up(row, ids, values, probs, lse, chosen_count, valid, E: tl.constexpr):
+    """Write a block's sums over tokens."""
+    inside = valid[:, None] & (ids < E)[None, :]
+    tl.store(row + ids, tl.sum(tl.where(inside, probs, 0.0), 0), mask=ids < E)
+    tl.store(row + E + ids, tl.sum(tl.where(inside, chosen_count, 0.0), 0), mask=ids < E)
+    # 0 * -inf is no part of an entropy
+    entropy = lse - tl.sum(tl.where(inside & (probs > 0), probs * values, 0.0), 1)
+    finite = tl.abs(tl.sum(values, 1)) < float("inf")
+    tl.store(row + 2 * E, tl.sum(tl.where(valid, lse * lse, 0.0), 0))
+    tl.store(row + 2 * E + 1, tl.sum(tl.where(valid, entropy, 0.0), 0))
+    tl.store(row + 2 * E + 2, tl.sum(tl.where(valid & (finite == 0), 1.0, 0.0), 0))
+
+
+@triton.jit
 def _forward_kernel(
     logits,
     experts,
@@ -74,16 +88,7 @@ def _forward_kernel(
         share = share / tl.sum(share, 1)[:, None]
     place = tokens[:, None].to(tl.int64) * K + choice_ids[None, :]
     tl.store(weights + place, share * scale, mask=valid[:, None] & (choice_ids < K)[None, :])
-
-    row = sums + block * (2 * E + 3)
-    tl.store(row + ids, tl.sum(tl.where(inside, probs, 0.0), 0), mask=ids < E)
-    tl.store(row + E + ids, tl.sum(tl.where(inside, chosen_count, 0.0), 0), mask=ids < E)
-    # 0 * -inf is no part of an entropy
-    entropy = lse - tl.sum(tl.where(inside & (probs > 0), probs * values, 0.0), 1)
-    finite = tl.abs(tl.sum(values, 1)) < float("inf")
-    tl.store(row + 2 * E, tl.sum(tl.where(valid, lse * lse, 0.0), 0))
-    tl.store(row + 2 * E + 1, tl.sum(tl.where(valid, entropy, 0.0), 0))
-    tl.store(row + 2 * E + 2, tl.sum(tl.where(valid & (finite == 0), 1.0, 0.0), 0))
+    _sum_up(sums + block * (2 * E + 3), ids, values, probs, lse, chosen_count, valid, E)
 
 
 @triton.jit

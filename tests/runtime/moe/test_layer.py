@@ -15,7 +15,8 @@ from runtime.moe.experts import grouped_mlp
 from runtime.moe.grouped_gemm import LoopGemm, describe_backend, resolve_backend
 from runtime.moe.layer import MoELayer
 from runtime.moe.permutation import plan_rows
-from runtime.moe.routing import choose, route
+from runtime.moe.router import Router
+from runtime.moe.routing import Routing, choose, route
 from runtime.moe.tape import RoutingTape
 from tests.runtime.moe.oracle import dense, moe_output, relative
 from tests.support.moe import moe_config
@@ -160,19 +161,23 @@ def test_recompute_keeps_gradients_and_counts_once() -> None:
             torch.testing.assert_close(mine, theirs)
 
 
+def replay(router: Router, x: torch.Tensor) -> Routing:
+    """The second run of a router that would choose otherwise by then."""
+    first, second = RoutingTape().contexts()
+    with first:
+        chosen = router(x).chosen_TK
+    with torch.no_grad():
+        router.weight.neg_()
+    with second:
+        replayed: Routing = router(x)
+    assert torch.equal(replayed.chosen_TK, chosen)
+    assert not torch.equal(router(x).chosen_TK, chosen)
+    return replayed
+
+
 def test_tape_keeps_choices_when_the_second_run_would_choose_otherwise() -> None:
     module = make()
-    x = torch.randn(30, 16, dtype=torch.float64)
-    tape = RoutingTape()
-    first, second = tape.contexts()
-    with first:
-        chosen = module.router(x).chosen_TK
-    with torch.no_grad():
-        module.router.weight.neg_()
-    with second:
-        replayed = module.router(x)
-    assert torch.equal(replayed.chosen_TK, chosen)
-    assert not torch.equal(module.router(x).chosen_TK, chosen)
+    chosen = replay(module.router, torch.randn(30, 16, dtype=torch.float64)).chosen_TK
     assert int(module.stats.load_E.sum()) == 2 * chosen.numel()
 
 
@@ -191,17 +196,9 @@ def test_the_fused_router_runs_again_with_its_choices(monkeypatch: pytest.Monkey
     for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
         assert relative(mine.grad, theirs.grad) < 1e-5
     assert torch.equal(fused.stats.load_E, plain.stats.load_E)
-    first, second = RoutingTape().contexts()
-    with first:
-        chosen = fused.router(x).chosen_TK
-    with torch.no_grad():
-        fused.router.weight.neg_()
-    with second:
-        replayed = fused.router(x)
-    assert torch.equal(replayed.chosen_TK, chosen)
-    shares = torch.softmax((x @ fused.router.weight.t()).gather(1, chosen), dim=-1)
-    torch.testing.assert_close(replayed.weights_TK, shares)
-    assert not torch.equal(fused.router(x).chosen_TK, chosen)
+    again = replay(fused.router, x)
+    shares = torch.softmax((x @ fused.router.weight.t()).gather(1, again.chosen_TK), dim=-1)
+    torch.testing.assert_close(again.weights_TK, shares)
 
 
 def test_statistics_and_non_finite_tokens() -> None:

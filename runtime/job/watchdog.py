@@ -119,8 +119,7 @@ class Watchdog:
     def _tell(self, error: BaseException) -> bool:
         known = isinstance(error, MoeconvError)
         text = str(error) if known else "".join(traceback.format_exception(error))
-        first = self._read_failure()
-        if first is None and not known:
+        if not known and not self._failed_before():
             self._print(f"[rank {self._rank}] failed in {self._doing}:\n{text}")
         headline = f"failed in {self._doing}: {str(error) if known else _last_line(text)}"
         if self._publish(Report(self._rank, self._host, headline, "" if known else text)):
@@ -140,6 +139,12 @@ class Watchdog:
         # A thread that Python's end meets in a call of the store would take the whole process down with it.
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(max(2 * self._interval, _PATIENCE))
+
+    def _failed_before(self) -> bool:
+        # By the count: the report itself is set without an answer, and may be on its way.
+        with contextlib.suppress(RuntimeError):
+            return bool(self._store.add(f"{_FAILED}/count", 0) > 0)
+        return False
 
     def _publish(self, report: Report) -> bool:
         with contextlib.suppress(RuntimeError):  # without a store there is nobody to tell

@@ -70,8 +70,8 @@ def _tails_kernel(
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots + rows, mask=rows < num_rows, other=-1)
     filled = slot >= 0
-    token = (tl.where(filled, slot, 0) // P).to(tl.int64)
-    rank = tl.where(filled, slot, 0) % P
+    slot = tl.where(filled, slot, 0)
+    token, rank = (slot // P).to(tl.int64), slot % P
     columns = tl.arange(0, COLUMNS)
     chosen = filled[:, None] & (columns < K)[None, :]
     cells = token[:, None] * K + columns[None, :]

@@ -36,6 +36,7 @@ from runtime.model.routing_report import RouterMetrics
 from runtime.moe.config import MoEConfig
 from runtime.moe.layer import moe_layers, reset_stats, set_loss_scale
 from runtime.moe.losses import attach_loss, hf_load_balancing_loss
+from runtime.moe.row_budget import RowBudget
 from runtime.ops.cross_entropy import cross_entropy
 from runtime.ops.reading import Reading
 from runtime.optim.adamw import squared_norm
@@ -52,6 +53,9 @@ from runtime.quantised_base import QuantisedBase, ReadBlocks
 from runtime.step_result import StepResult
 
 __all__ = ["Engine", "NonFiniteError", "StepResult"]
+
+OUTGROWN = 2
+"""Of what `_sum_over_ranks` gives."""
 
 
 class Engine:
@@ -87,7 +91,8 @@ class Engine:
             trains: whether there will be steps; else there is room for weights only.
             lora: of the model's adapters; None for a model without.
             fp8: what is computed in FP8; None for nothing.
-            captures: replay micro-batches as CUDA graphs, where `runtime.settings.capture.obstacle` sees none.
+            captures: set room aside for rows that travel, and on a GPU replay micro-batches as CUDA graphs, where
+                `runtime.settings.capture.obstacle` sees none.
         """
         _assert_combination(parallel, moe)
         mesh.share_heads(model.sizes["kv_heads"])
@@ -109,6 +114,9 @@ class Engine:
         self.optimizer = make_optimizer(optim, self.trained)
         self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
         self._metrics = RouterMetrics(self._context, self.module)
+        self._budget = RowBudget(device) if captures and parallel.ep > 1 else None
+        for layer in moe_layers(self.module):
+            layer.row_budget = self._budget
         self._runner = self._make_runner(stages, captures=captures)
         # Filled anew in each step, and never replaced: a captured micro-batch reads them.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -139,14 +147,28 @@ class Engine:
             NonFiniteError: a loss or gradient is NaN or infinite, and steps are not to be skipped; weights and
                 optimizer are as before the step.
         """
+        batches, sums = self._step(microbatches)
+        if sums[OUTGROWN] > 0 and self._budget is not None:
+            self._budget.read_again()
+            batches, sums = self._step(microbatches)
+        if self._budget is not None and self._budget.room is None:
+            self._budget.agree()
+        result = self._report(sums, len(batches) * self.mesh.size("dp"))
+        self._conclude(result, batches)
+        return result
+
+    def _step(self, microbatches: Sequence[Batch]) -> tuple[list[Microbatch], Tensor]:
+        """Do the passes and the update.
+
+        Returns:
+            What was computed, on the device; and what `_sum_over_ranks` gives, on the host.
+        """
         batches, num_tokens = self._accumulate(microbatches)
         sums = self._sum_over_ranks(num_tokens)
         read = Reading(sums)
         self._update(sums)
         # The optimizer is still at work: the host goes on with the next step meanwhile.
-        result = self._report(read.wait(), len(batches) * self.mesh.size("dp"))
-        self._conclude(result, batches)
-        return result
+        return batches, read.wait()
 
     def accumulate(self, microbatches: Sequence[Batch]) -> None:
         """Sum up the gradients of a step, without an update: what a step takes besides. Collective.
@@ -290,7 +312,8 @@ class Engine:
         parallel = self._context.parallel
         if parallel.pp == 1:
             whole = (PairedMicrobatches if parallel.overlap_exchange else WholeModel)(stages[0], self._loss)
-            return CapturedModel(whole, self.store, self.device) if captures else whole
+            captures &= self.device.type == "cuda"
+            return CapturedModel(whole, self.store, self.device, self._budget) if captures else whole
         from runtime.parallel.pipeline import Pipeline
 
         taken = (self._activation_shape, self._context.dtype, self._loss, self.store.collect)
@@ -307,6 +330,8 @@ class Engine:
         self._loss_sum.zero_()
         if self._fp8 is not None:
             self._fp8.begin(trains=trains)
+        if self._budget is not None:
+            self._budget.begin()
         reset_stats(moe_layers(self.module))
 
     def _activation_shape(self, batch: int, positions: int) -> tuple[int, ...]:
@@ -336,21 +361,23 @@ class Engine:
         """Sum everything that is reported over all ranks, stages without MoE layers included.
 
         Returns:
-            fp64 on the device: squared gradient norm, loss, routing statistics, tokens of the global batch.
+            fp64 on the device: squared gradient norm, loss, ranks whose rows had too little room, routing statistics, tokens of
+            the global batch.
         """
         numbers = torch.stack([squared_norm(self.trained, self.device), self._loss_sum])
-        packed = torch.cat([numbers, self._metrics.pack()])
+        outgrown = numbers.new_zeros(1) if self._budget is None else self._budget.outgrown()
+        packed = torch.cat([numbers, outgrown, self._metrics.pack()])
         if self.mesh.world_size > 1:
             dist.all_reduce(packed)
         return torch.cat([packed, num_tokens.view(1)])
 
     def _update(self, sums: Tensor) -> None:
-        """Update the weights unless a number is not finite; decided on the device, so that the host needn't wait."""
+        """Update the weights unless a number is not finite, or rows were left out; decided on the device, so that the host needn't wait."""
         scale, limit = self.loss_scale.scale, self._optim.clip_grad
         norm = sums[0].sqrt() / scale
         # As torch.nn.utils.clip_grad_norm_ has it, 1e-6 keeps the division safe.
         coefficient = (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
-        bad = ~torch.isfinite(sums[:2]).all()
+        bad = ~torch.isfinite(sums[:2]).all() | (sums[OUTGROWN] > 0)
         self.optimizer.step(scale / coefficient, bad)
         self.store.share_weights()
 
@@ -359,7 +386,7 @@ class Engine:
             lm_loss=float(sums[1] / sums[-1]),
             grad_norm=float(sums[0].sqrt()) / self.loss_scale.scale,
             skipped=not bool(torch.isfinite(sums[:2]).all()),
-            routing=self._metrics.unpack(sums[2:-1], num_microbatches),
+            routing=self._metrics.unpack(sums[OUTGROWN + 1 : -1], num_microbatches),
         )
 
     def _conclude(self, result: StepResult, batches: Sequence[Microbatch]) -> None:

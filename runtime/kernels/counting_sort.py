@@ -64,19 +64,32 @@ def _place_kernel(
     slot_of_row,
     row_of_slot,
     ends,
+    needed,
     num_slots,
+    num_rows,
     NUM_EXPERTS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    ROOM: tl.constexpr,
+    NOTES: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    """Give each slot its row. With ROOM every expert has as many rows, and the slots past them none; with NOTES, how much is
+    needed is kept: of the fullest expert with ROOM, of all without."""
     block = tl.program_id(0)
     all_ids = tl.arange(0, EXPERTS)
     sizes = tl.load(totals + all_ids, mask=all_ids < NUM_EXPERTS, other=0)
-    padded = (sizes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    padded = tl.full((EXPERTS,), ROOM, tl.int32)
+    if ROOM == 0:
+        padded = (sizes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     if block == 0:
-        tl.store(ends + all_ids, tl.cumsum(padded, 0), mask=all_ids < NUM_EXPERTS)
+        tl.store(ends + all_ids, tl.minimum(tl.cumsum(padded, 0), num_rows), mask=all_ids < NUM_EXPERTS)
+        if NOTES:
+            if ROOM == 0:
+                tl.atomic_max(needed, tl.sum(sizes, 0))
+            else:
+                tl.atomic_max(needed, tl.max(sizes, 0))
     slots = block * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(experts + slots, mask=slots < num_slots, other=NUM_EXPERTS).to(tl.int32)
     row = tl.full((BLOCK,), -1, tl.int32)
@@ -87,20 +100,32 @@ def _place_kernel(
         rank = tl.cumsum(hits.to(tl.int32), 0) - 1
         earlier = tl.load(before + ids * tl.num_programs(0) + block, mask=known, other=0)
         first = tl.sum(tl.where(all_ids[:, None] < ids[None, :], padded[:, None], 0), 0)
+        if ROOM > 0:
+            hits = hits & (rank + earlier[None, :] < ROOM)
         place = tl.sum(tl.where(hits, rank + (earlier + first)[None, :], 0), 1)
-        row = tl.where(tl.sum(hits.to(tl.int32), 1) > 0, place, row)
+        row = tl.where((tl.sum(hits.to(tl.int32), 1) > 0) & (place < num_rows), place, row)
     tl.store(row_of_slot + slots, row, mask=slots < num_slots)
     tl.store(slot_of_row + row, slots, mask=(slots < num_slots) & (row >= 0))
 
 
-def counting_sort(experts_TK: Tensor, num_experts: int, max_rows: int, alignment: int = 1) -> SortedSlots:
+def counting_sort(
+    experts_TK: Tensor,
+    num_experts: int,
+    max_rows: int,
+    alignment: int = 1,
+    *,
+    room: int | None = None,
+    needed: Tensor | None = None,
+) -> SortedSlots:
     """Sort slots by expert, stably; each expert's rows start at a multiple of `alignment`.
 
     Args:
         experts_TK: [T, K] integer; num_experts and above: dropped.
         num_experts: E.
-        max_rows: R, enough for all kept slots and padding.
+        max_rows: R, for all kept slots and padding; slots that it doesn't suffice for have no row.
         alignment: rows of an expert are padded to a multiple of it.
+        room: rows of each expert, whatever their number, with R of E times as many; None: as many as it takes.
+        needed: 0-dim int32 that becomes at least the slots of all experts, or with `room` of the fullest; None: nowhere.
 
     Returns:
         The order.
@@ -123,9 +148,13 @@ def counting_sort(experts_TK: Tensor, num_experts: int, max_rows: int, alignment
         slot_of_row,
         row_of_slot,
         ends,
+        totals if needed is None else needed,
         num_slots,
+        max_rows,
         num_experts,
         alignment,
+        room or 0,
+        needed is not None,
         triton.next_power_of_2(num_experts),
         BLOCK,
         EXPERT_CHUNK,

@@ -78,7 +78,7 @@ def _tails_kernel(
     expert = tl.load(experts + cells, mask=chosen, other=0).to(tl.int32)
     here = chosen & (expert // num_local == rank[:, None])
     number = tl.where(here, expert % num_local, num_local)
-    number = tl.where(chosen, number, 0)
+    number = tl.where((columns < K)[None, :], number, 0)
     weight = tl.load(weights + cells, mask=here, other=0.0)
     inside = (rows < num_rows)[:, None]
     at = rows[:, None].to(tl.int64)
@@ -203,7 +203,7 @@ def write_tails(
     Args:
         experts_TK: [T, K] int64, contiguous.
         weights_TK: [T, K] of the choices, contiguous.
-        slot_of_row_R: [R] int32 token * P + rank, -1 for a row that nobody sends.
+        slot_of_row_R: [R] int32 token * P + rank, -1 for a row without a token, which gets no expert's number.
         num_local: experts of a rank.
         num_ranks: P.
         numbers_RM: [R, K or more] int32 view of the room for the experts' numbers: a choice of another rank's expert gets

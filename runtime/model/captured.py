@@ -8,6 +8,9 @@ is copied. What Python keeps besides, the books of the gradients' buckets, is ke
 The first micro-batch of a step overwrites sums of gradients that the others add to; so there are two graphs, in one pool of
 memory, since they never run at once. Documents need more where their numbers differ. Each kind of micro-batch runs as
 usual once before it is captured: kernels compile and libraries choose then.
+
+Ranks that exchange rows capture the exchanges, too, with the room that a `RowBudget` has. What they sum over each other at the
+end of a step follows the last replay.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.ops.documents import Room
+from runtime.moe.row_budget import RowBudget
 from runtime.parallel.buckets import Arrivals, BucketStore
 from runtime.parallel.runner import Microbatch, WholeModel
 from runtime.parallel.shards import Store
@@ -29,15 +32,15 @@ from runtime.parallel.shards import Store
 MOST_GRAPHS = 16
 """Captures that are kept, each of which takes memory of the driver's; other kinds of micro-batches run as usual."""
 
-Key = tuple[bool, torch.Size, bool, Room | None]
-"""Whether it is the first of a step, its shape, whether it has positions of its own, and the room that its documents need."""
+Key = tuple[bool, tuple[Any, ...]]
+"""Whether they are the first of a step, and what is needed for each, as of `_needs`."""
 
 
 @dataclass(slots=True)
 class _Kind:
-    """Micro-batches that one graph serves."""
+    """Micro-batches that one graph serves: one, or those whose passes are mixed."""
 
-    taken: Microbatch
+    taken: list[Microbatch]
     """What a replay reads."""
     graph: torch.cuda.CUDAGraph | None = None
     """None: nothing has been captured yet."""
@@ -46,18 +49,20 @@ class _Kind:
 
 
 class CapturedModel:
-    """Micro-batches one after another through a whole model, replayed where one like them has been captured."""
+    """Micro-batches one after another through a whole model, replayed where some like them have been captured."""
 
-    def __init__(self, whole: WholeModel, store: Store, device: torch.device) -> None:
+    def __init__(self, whole: WholeModel, store: Store, device: torch.device, budget: RowBudget | None = None) -> None:
         """Capture nothing yet.
 
         Args:
-            whole: runs a micro-batch.
-            store: has the sums of its gradients.
+            whole: runs micro-batches.
+            store: has the sums of their gradients.
             device: a GPU.
+            budget: room for the rows that travel; None where none do.
         """
         assert isinstance(store, BucketStore), "captures are of ranks that each have the whole model"
         self._whole, self._store, self._device = whole, store, device
+        self._budget, self._room = budget, None if budget is None else budget.room
         self._kinds: dict[Key, _Kind] = {}
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
@@ -69,17 +74,27 @@ class CapturedModel:
 
     def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step; arguments as of `Runner.run`."""
-        for place, batch in enumerate(microbatches):
+        reads = backward and self._reads_numbers()
+        for place in range(0, len(microbatches), self._whole.at_once):
+            batches = microbatches[place : place + self._whole.at_once]
             if not backward:
-                self._evaluate(batch)
-            elif self._stopped:
-                self._whole.run([batch], backward=True)
+                self._evaluate(batches)
+            elif self._stopped or reads:
+                self._whole.run(batches, backward=True)
             else:
-                self._run(batch, first=place == 0)
+                self._run(batches, first=place == 0)
 
-    def _evaluate(self, batch: Microbatch) -> None:
+    def _reads_numbers(self) -> bool:
+        """Whether the host reads numbers of rows in this step; graphs of another room are of no more use."""
+        room = None if self._budget is None else self._budget.room
+        if room != self._room:
+            self._room = room
+            self._kinds.clear()
+        return self._budget is not None and room is None
+
+    def _evaluate(self, batches: Sequence[Microbatch]) -> None:
         try:
-            self._whole.run([batch], backward=False)
+            self._whole.run(batches, backward=False)
             return
         except torch.OutOfMemoryError:
             if not self._kinds:
@@ -88,19 +103,19 @@ class CapturedModel:
         # handled, which keeps what the pass had by then.
         self._kinds.clear()
         torch.cuda.empty_cache()
-        self._whole.run([batch], backward=False)
+        self._whole.run(batches, backward=False)
 
-    def _run(self, batch: Microbatch, *, first: bool) -> None:
-        positions, documents = batch.more
-        key = (first, batch.tokens.shape, positions is not None, None if documents is None else documents.room())
+    def _run(self, batches: Sequence[Microbatch], *, first: bool) -> None:
+        key = (first, tuple(_needs(batch) for batch in batches))
         kind = self._kinds.get(key)
         if kind is None:
             if len(self._kinds) < MOST_GRAPHS:
-                batch = _clone(batch, key[-1])
-                self._kinds[key] = _Kind(batch)
-            self._whole.run([batch], backward=True)
+                batches = [_clone(batch) for batch in batches]
+                self._kinds[key] = _Kind(batches)
+            self._whole.run(batches, backward=True)
             return
-        _copy(batch, kind.taken)
+        for batch, taken in zip(batches, kind.taken, strict=True):
+            _copy(batch, taken)
         if kind.graph is not None:
             self._store.book(kind.arrivals)
         else:
@@ -108,7 +123,7 @@ class CapturedModel:
         if kind.graph is not None:
             kind.graph.replay()
         else:
-            self._whole.run([kind.taken], backward=True)
+            self._whole.run(kind.taken, backward=True)
 
     def _capture(self, kind: _Kind) -> torch.cuda.CUDAGraph | None:
         """Capture a micro-batch, whose kernels don't run by that; None where it can't be done."""
@@ -118,7 +133,7 @@ class CapturedModel:
             stream, pool = self._prepared()
             # Other threads may do what a capture forbids: page-lock memory for the next batch, say.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._whole.run([kind.taken], backward=True)
+                self._whole.run(kind.taken, backward=True)
         except RuntimeError as error:
             self._store.reopen(before)
             self._give_up(str(error))
@@ -158,9 +173,16 @@ def _tensors(batch: Microbatch) -> list[Tensor]:
     return [batch.tokens, batch.labels, *([] if positions is None else [positions])]
 
 
-def _clone(batch: Microbatch, room: Room | None) -> Microbatch:
+def _needs(batch: Microbatch) -> tuple[Any, ...]:
+    """The shape, whether it has positions of its own, and the room that its documents need: alike for what one graph serves."""
     positions, documents = batch.more
-    more = (None if positions is None else positions.clone(), None if room is None else documents.with_room(room))
+    return batch.tokens.shape, positions is not None, None if documents is None else documents.room()
+
+
+def _clone(batch: Microbatch) -> Microbatch:
+    positions, documents = batch.more
+    kept = None if documents is None else documents.with_room(documents.room())
+    more = (None if positions is None else positions.clone(), kept)
     return replace(batch, tokens=batch.tokens.clone(), labels=batch.labels.clone(), more=more)
 
 

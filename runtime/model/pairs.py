@@ -62,6 +62,8 @@ class _Lane:
 class PairedMicrobatches(WholeModel):
     """A whole model that computes micro-batches in pairs, and the last of an odd number alone."""
 
+    at_once = 2
+
     def __init__(self, stage: DecoderStage, loss: LossFunction) -> None:
         """Take a model that isn't cut into stages; arguments as of `WholeModel`."""
         super().__init__(stage, loss)

@@ -132,10 +132,11 @@ class ClampedExperts(nn.Module):
             self._gemm = (*key, make_gemm(resolve_backend(self._config, *key)))
         return self._gemm[2]
 
-    def plan(self, experts_TK: Tensor, max_rows: int) -> RowPlan:
+    def plan(self, experts_TK: Tensor, max_rows: int, needed: Tensor | None = None) -> RowPlan:
         """Order choices of this rank's experts as the backend needs them; arguments as of `plan_rows`."""
         alignment = self.gemm().row_alignment
-        return plan_rows(experts_TK, self.num_local_experts, max_rows, alignment=alignment, fused=self.fused)
+        args = (experts_TK, self.num_local_experts, max_rows)
+        return plan_rows(*args, alignment=alignment, fused=self.fused, needed=needed)
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan) -> Tensor:
         """Weighted sum of each token's experts.

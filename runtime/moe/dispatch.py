@@ -20,7 +20,6 @@ from runtime.moe.packed_tokens import Choices, pack_tokens, unpack_tokens
 from runtime.moe.passes import unpermute
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.routing import Routing
-from runtime.moe.sent_once import sends_once
 from runtime.ops.reading import Reading
 from runtime.parallel.collectives import (
     all_gather,
@@ -41,7 +40,7 @@ def run_local(x_TD: Tensor, routing: Routing, experts: AnyExperts) -> Tensor:
     return out
 
 
-class _Counts:
+class Counts:
     """Every rank's numbers [etp, ep, ...], on the device at once and on the host when they are waited for."""
 
     def __init__(self, values: Tensor, groups: MoEGroups) -> None:
@@ -116,14 +115,14 @@ class Dispatch:
         self._own = slice(ep_rank * self._num_local, (ep_rank + 1) * self._num_local)
         self._counting, self._plan = self._prepare(x_TD, routing)
 
-    def _prepare(self, x_TD: Tensor, routing: Routing) -> tuple[_Counts, RowPlan]:
+    def _prepare(self, x_TD: Tensor, routing: Routing) -> tuple[Counts | None, RowPlan]:
         """Have each choice's row depart with its weight, in the order of experts.
 
         Returns:
-            How many rows each rank has for each expert; and which choice is which row.
+            How many rows each rank has for each expert, None where that isn't asked; and which choice is which row.
         """
         experts, groups = self._experts, self._groups
-        counting = _Counts(_choices_of_experts(routing.experts_TK, self._num_experts, fused=experts.fused), groups)
+        counting = Counts(_choices_of_experts(routing.experts_TK, self._num_experts, fused=experts.fused), groups)
         plan = plan_rows(routing.experts_TK, self._num_experts, routing.max_rows, fused=experts.fused)
         self._there.depart(pack(x_TD, routing.weights_TK, plan, fused=experts.fused))
         self._blocks = counting.device[:, :, self._own].reshape(-1)
@@ -139,6 +138,7 @@ class Dispatch:
 
     def start(self) -> None:
         """Wait on the host for the numbers of rows, and send the rows off."""
+        assert self._counting is not None
         counts = self._counting.wait()
         etp_rank, ep_rank = group_rank(self._groups.etp), group_rank(self._groups.ep)
         self._input_splits = self._sent(counts[etp_rank][ep_rank])
@@ -200,21 +200,25 @@ class TokenDispatch(Dispatch):
     Choices of several experts of a rank are the rule where a token has more choices than there are ranks.
     """
 
-    def _prepare(self, x_TD: Tensor, routing: Routing) -> tuple[_Counts, RowPlan]:
+    def _prepare(self, x_TD: Tensor, routing: Routing) -> tuple[Counts | None, RowPlan]:
         """Have each token depart to each rank that has an expert for it.
 
         Returns:
             How many choices each rank has of each expert, and how many tokens for each rank; and which row goes to which rank.
         """
-        experts, groups, num_ranks = self._experts, self._groups, group_size(self._groups.ep)
-        ranks_TP, counts = _homes(routing.experts_TK, self._num_local, num_ranks, fused=experts.fused)
-        counting = _Counts(counts, groups)
+        num_ranks, fused = group_size(self._groups.ep), self._experts.fused
+        ranks_TP, counts = _homes(routing.experts_TK, self._num_local, num_ranks, fused=fused)
         most = min(routing.max_rows, x_TD.shape[0] * min(num_ranks, routing.experts_TK.shape[1]))
-        plan = plan_rows(ranks_TP, num_ranks, most, fused=experts.fused)
+        counting, plan = self._arrange(ranks_TP, counts, most)
         choices = Choices(routing.experts_TK, self._num_local)
         self._num_choices_of_token = routing.experts_TK.shape[1]
-        self._there.depart(pack_tokens(x_TD, routing.weights_TK, choices, plan, fused=experts.fused))
+        self._there.depart(pack_tokens(x_TD, routing.weights_TK, choices, plan, fused=fused))
         return counting, plan
+
+    def _arrange(self, ranks_TP: Tensor, counts: Tensor, most: int) -> tuple[Counts | None, RowPlan]:
+        """What `_prepare` returns: from each token's ranks, how many choices and tokens there are, and a bound of the rows."""
+        counting = Counts(counts, self._groups)
+        return counting, plan_rows(ranks_TP, ranks_TP.shape[1], most, fused=self._experts.fused)
 
     def _sent(self, numbers: list[int]) -> list[int]:
         return numbers[self._num_experts :]
@@ -225,30 +229,13 @@ class TokenDispatch(Dispatch):
         rows, weights_TK, experts_TK = unpack_tokens(packed, topk, self._weights_dtype, fused=fused)
         rows = all_gather(rows, 0, etp, sizes)
         weights_TK = all_gather(weights_TK, 0, etp, sizes)
-        plan = self._experts.plan(gather_tensor(experts_TK, 0, etp, sizes), self._num_choices)
+        plan = self._plan_choices(gather_tensor(experts_TK, 0, etp, sizes))
         out: Tensor = self._experts(rows, weights_TK, plan)
         return out
 
-
-def make_dispatch(
-    x_TD: Tensor, routing: Routing, experts: AnyExperts, groups: MoEGroups, *, overlapped: bool
-) -> Dispatch:
-    """Begin to send choices to the ranks of their experts; arguments as of `Dispatch`."""
-    num_ranks, topk = group_size(groups.ep), routing.chosen_TK.shape[1]
-    num_experts = experts.num_local_experts * num_ranks
-    # Not where there is a column for each expert: what travels behind a token has room for all its columns.
-    once = routing.experts_TK.shape[1] == topk and sends_once(num_experts, topk, num_ranks)
-    kind = TokenDispatch if once else Dispatch
-    return kind(x_TD, routing, experts, groups, overlapped=overlapped)
-
-
-def run_all_to_all(x_TD: Tensor, routing: Routing, experts: AnyExperts, groups: MoEGroups) -> Tensor:
-    """Send each choice to the rank of its expert, and its result back; see `Dispatch`."""
-    dispatch = make_dispatch(x_TD, routing, experts, groups, overlapped=False)
-    dispatch.start()
-    dispatch.compute()
-    dispatch.send_back()
-    return dispatch.finish()
+    def _plan_choices(self, experts_TK: Tensor) -> RowPlan:
+        """The order of what has come, by expert."""
+        return self._experts.plan(experts_TK, self._num_choices)
 
 
 def run_all_gather(
@@ -266,7 +253,7 @@ def run_all_gather(
         num_rows = routing.max_rows * group_size(groups.etp)
     else:
         mine = count_choices(routing.experts_TK, num_local * group_size(groups.ep))
-        counts = _Counts(torch.cat([mine, mine.new_full((1,), x_TD.shape[0])]), groups).wait()
+        counts = Counts(torch.cat([mine, mine.new_full((1,), x_TD.shape[0])]), groups).wait()
         own = slice(ep_rank * num_local, (ep_rank + 1) * num_local)
         ep_sizes = [row[-1] for row in counts[group_rank(groups.etp)]]
         etp_sizes = [sum(row[-1] for row in over_ep) for over_ep in counts]

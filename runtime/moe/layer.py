@@ -15,13 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from moeconv.errors import LayoutError, MoeconvError
 from moeconv.families.compute import Gate
 from runtime.fp8.scaling import Scaling
+from runtime.moe.budgeted_dispatch import make_dispatch, run_all_to_all
 from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.config import MoEConfig
-from runtime.moe.dispatch import Dispatch, make_dispatch, run_all_gather, run_all_to_all, run_local
+from runtime.moe.dispatch import Dispatch, run_all_gather, run_local
 from runtime.moe.experts import Experts
 from runtime.moe.groups import MoEGroups
 from runtime.moe.router import Router
 from runtime.moe.routing import Routing
+from runtime.moe.row_budget import RowBudget
 from runtime.moe.statistics import RouterStats
 from runtime.parallel.collectives import gather_from, group_size, split_to
 
@@ -88,6 +90,7 @@ class MoELayer(nn.Module):
             _divides("an expert's width", ffn_hidden_size, etp)
             ffn_local_size = ffn_hidden_size // etp
         self.config, self.groups = config, groups
+        self.row_budget: RowBudget | None = None  # with room for rows where the host is not to wait for their numbers
         self.router = Router(config, groups, hidden_size=hidden_size, dtype=router_param_dtype or dtype, device=device)
         sizes = ExpertSizes(num_local_experts, hidden_size, ffn_local_size)
         self.experts: Experts | ClampedExperts
@@ -171,14 +174,18 @@ class MoELayer(nn.Module):
             What is under way; its result is that of `forward`.
         """
         routing = self.router(x_TD, sequence_T, num_sequences, equal_tokens=self.groups.equal_tokens)
-        return make_dispatch(x_TD, routing, self.experts, self.groups, overlapped=True)
+        return self._dispatch(x_TD, routing, overlapped=True)
+
+    def _dispatch(self, x_TD: Tensor, routing: Routing, *, overlapped: bool) -> Dispatch:
+        args = (x_TD, routing, self.experts, self.groups)
+        return make_dispatch(*args, overlapped=overlapped, budget=self.row_budget, training=self.training)
 
     def _run_experts(self, x_TD: Tensor, routing: Routing, equal_tokens: bool) -> Tensor:
         if group_size(self.groups.ep) == 1 and group_size(self.groups.etp) == 1:
             return run_local(x_TD, routing, self.experts)
         # Where every expert is here in part, gathering tokens moves a K-th of what gathering their rows does.
         if self.config.dispatcher == "alltoall" and group_size(self.groups.ep) > 1:
-            return run_all_to_all(x_TD, routing, self.experts, self.groups)
+            return run_all_to_all(self._dispatch(x_TD, routing, overlapped=False))
         return run_all_gather(x_TD, routing, self.experts, self.groups, equal_tokens=equal_tokens)
 
 

@@ -1,7 +1,7 @@
 """Tokens that go to a rank once, with all their choices of its experts behind them.
 
 A row of D elements is followed by K numbers of experts, int32, and their K weights: a choice of another rank's expert has
-the number behind the last, and weight 0.
+the number behind the last, and weight 0; so have all of a row without a token.
 
 Legend: T tokens, K choices per token, R rows (a token for a rank), D hidden size.
 """
@@ -84,7 +84,7 @@ class _PackTokens(torch.autograd.Function):
         if x_TD.shape[0]:
             token_R, rank_R = plan.slot_of_row_R.clamp(min=0) // plan.topk, plan.slot_of_row_R % plan.topk
             experts_RK = choices.experts_TK.index_select(0, token_R)
-            here_RK = experts_RK // choices.num_local == rank_R.unsqueeze(1)
+            here_RK = (experts_RK // choices.num_local == rank_R.unsqueeze(1)) & (plan.slot_of_row_R >= 0).unsqueeze(1)
             _experts(tails, topk).copy_(torch.where(here_RK, experts_RK % choices.num_local, choices.num_local))
             _weights(tails, topk, ctx.dtype).copy_(torch.where(here_RK, weights_TK.index_select(0, token_R), 0))
         return packed

@@ -64,25 +64,61 @@ def _num_rows(max_rows: int, num_experts: int, alignment: int) -> int:
 
 
 def plan_rows(
-    experts_TK: Tensor, num_experts: int, max_rows: int, *, alignment: int = 1, fused: bool = True
+    experts_TK: Tensor,
+    num_experts: int,
+    max_rows: int,
+    *,
+    alignment: int = 1,
+    fused: bool = True,
+    needed: Tensor | None = None,
 ) -> RowPlan:
     """Sort choices by expert, stably.
 
     Args:
         experts_TK: [T, K] int64; num_experts where dropped.
         num_experts: E.
-        max_rows: upper bound of the kept choices.
+        max_rows: upper bound of the kept choices; with `needed` those past it are dropped.
         alignment: pad each expert's rows to a multiple of it.
         fused: use the counting-sort kernels on a GPU.
+        needed: 0-dim int32 that becomes at least the number of kept choices; None where max_rows is known to suffice.
 
     Returns:
         The plan, with rows enough for max_rows choices and all padding.
     """
     num_rows = _num_rows(max_rows, num_experts, alignment)
+    return _sort(experts_TK, num_experts, num_rows, alignment, fused=fused, needed=needed)
+
+
+def plan_blocks(ids_TK: Tensor, num_blocks: int, room: int, needed: Tensor, *, fused: bool = True) -> RowPlan:
+    """Sort choices into blocks of equal size, stably; those that a block has no room for are dropped.
+
+    Args:
+        ids_TK: [T, K] int64 blocks; num_blocks where dropped.
+        num_blocks: how many.
+        room: rows of each.
+        needed: 0-dim int32 that becomes at least the choices of the fullest block.
+        fused: use the counting-sort kernels on a GPU.
+
+    Returns:
+        The plan of num_blocks * room rows, where a row that is not filled has slot -1, and any value.
+    """
+    return _sort(ids_TK, num_blocks, num_blocks * room, 1, fused=fused, needed=needed, room=room)
+
+
+def _sort(
+    experts_TK: Tensor,
+    num_experts: int,
+    num_rows: int,
+    alignment: int,
+    *,
+    fused: bool,
+    needed: Tensor | None,
+    room: int | None = None,
+) -> RowPlan:
     if fused and experts_TK.is_cuda:
         from runtime.kernels.counting_sort import counting_sort
 
-        order = counting_sort(experts_TK, num_experts, num_rows, alignment)
+        order = counting_sort(experts_TK, num_experts, num_rows, alignment, room=room, needed=needed)
         return RowPlan(
             slot_of_row_R=order.slot_of_row_R,
             row_of_slot_TK=order.row_of_slot_TK,
@@ -91,18 +127,25 @@ def plan_rows(
         )
     flat = experts_TK.reshape(-1)
     counts = count_choices(experts_TK, num_experts)
-    padded = (counts + alignment - 1) // alignment * alignment
+    if needed is not None:
+        most = counts.sum() if room is None else counts.max()
+        needed.copy_(torch.maximum(needed, most.to(needed.dtype)))
+    padded = (counts + alignment - 1) // alignment * alignment if room is None else torch.full_like(counts, room)
     # The place among all sorted choices, moved on by the padding of the experts before.
     shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
     sorted_slots = flat.argsort(stable=True)
     places = torch.empty_like(flat).scatter_(0, sorted_slots, torch.arange(flat.shape[0], device=flat.device))
-    kept = flat < num_experts
-    rows = torch.where(kept, places + shift[flat.clamp(max=num_experts - 1)], -1).int()
+    expert = flat.clamp(max=num_experts - 1)
+    rows = places + shift[expert]
+    end = padded.cumsum(0).clamp(max=num_rows)
+    kept = (flat < num_experts) & (rows < (num_rows if room is None else end[expert]))
+    rows = torch.where(kept, rows, -1).int()
     slots = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=flat.device)
     slots.scatter_(0, torch.where(kept, rows.long(), num_rows), torch.arange(flat.shape[0], device=flat.device).int())
+    slots[num_rows] = -1
     return RowPlan(
         slot_of_row_R=slots[:num_rows],
         row_of_slot_TK=rows.view(experts_TK.shape),
-        offsets_E=padded.cumsum(0, dtype=torch.int32),
+        offsets_E=end.int(),
         alignment=alignment,
     )

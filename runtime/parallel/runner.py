@@ -41,6 +41,9 @@ class Runner(Protocol):
 class WholeModel:
     """Micro-batches one after another through a whole model."""
 
+    at_once = 1
+    """Micro-batches whose passes are mixed."""
+
     def __init__(self, model: nn.Module, loss: LossFunction) -> None:
         self._model, self._loss = model, loss
 

@@ -207,6 +207,11 @@ CASES = (
     # Adapters.
     case("tp2 adapters", 2, {"tp": 2}, **LORA),
     case("dp2 distributed optimizer, adapters, replayed", 2, DIST, captures=True, **LORA),
+    case("ep2 replayed", 2, {"ep": 2} | DIST, captures=True, num_microbatches=8),
+    case("tp2 sp ep2 etp1 replayed", 2, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, captures=True),
+    case("tp2 sp ep2 etp2 replayed, recomputed", 4, {"tp": 2, "ep": 2, "etp": 2} | SP | DIST, captures=True, num_microbatches=8, recompute={"granularity": "full"}),
+    case("ep2 replayed in pairs", 2, {"ep": 2} | DIST | EXCHANGE, captures=True, num_microbatches=12),
+    case("ep2 dp2 replayed, adapters, clamped experts", 4, {"ep": 2} | DIST, captures=True, num_microbatches=16, model=OSS, **ALL),
     case("tp2 sp ep2 etp1 dp2 distributed optimizer, adapters", 4, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, **LORA),
     case("tp4 etp2 adapters, two kv heads", 4, {"tp": 4, "etp": 2}, **LORA),
     case("pp2 cp2 zero-bubble, adapters", 4, {"pp": 2, "cp": 2, "pp_schedule": "zero-bubble"}, **LORA),

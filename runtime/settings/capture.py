@@ -13,6 +13,7 @@ from runtime.fp8.config import Fp8Config
 from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.moe.sent_once import sends_once
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.settings.degrees import FLAGS
@@ -61,7 +62,7 @@ def obstacle(run: Planned, world_size: int) -> str | None:
 
 def _obstacles(run: Planned, world_size: int) -> Iterator[str]:
     if world_size > 1:
-        yield from _obstacles_of_several(run, world_size)
+        yield from _obstacles_of_several(run)
     if run.fp8.format is not None:
         yield f"--fp8-format {run.fp8.format} keeps scales of its own in each micro-batch"
     if run.optim.on_host:
@@ -74,16 +75,28 @@ def _obstacles(run: Planned, world_size: int) -> Iterator[str]:
         yield from _obstacles_of_experts(run.moe, run.dtype)
 
 
-def _obstacles_of_several(run: Planned, world_size: int) -> Iterator[str]:
+def _obstacles_of_several(run: Planned) -> Iterator[str]:
     parallel = run.parallel
-    split = [FLAGS[axis] for axis in ("tp", "pp", "cp", "ep", "etp") if getattr(parallel, axis) > 1]
+    split = [FLAGS[axis] for axis in ("pp", "cp") if getattr(parallel, axis) > 1]
     split += [FLAGS["fully_shard"]] if parallel.fully_shard else []
     if split:
-        yield f"with {split[0]} GPUs wait for each other within a micro-batch"
-    if not isinstance(run.model, AdaptedModel):
-        yield f"{world_size} GPUs sum all weights' gradients beside the last backward pass, which a replay couldn't begin"
+        yield f"with {split[0]} GPUs wait for each other within a micro-batch in ways that aren't captured"
+    if parallel.ep == 1 and (parallel.tp > 1 or parallel.etp > 1):
+        yield f"with {FLAGS['tp' if parallel.tp > 1 else 'etp']} captures are of ranks that share experts, with {FLAGS['ep']}"
+    elif parallel.ep == 1 and not isinstance(run.model, AdaptedModel):
+        yield "GPUs sum all weights' gradients beside the last backward pass, which a replay couldn't begin"
     if run.moe is not None and "global_aux_loss" in run.moe.load_balancing:
         yield f"{flag_name(MoEConfig, 'load_balancing')} global_aux_loss counts over GPUs in each layer"
+    if run.moe is not None and parallel.ep > 1:
+        yield from _obstacles_of_exchanges(run.moe)
+
+
+def _obstacles_of_exchanges(moe: MoEConfig) -> Iterator[str]:
+    if moe.dispatcher != "alltoall":
+        yield f"{flag_name(MoEConfig, 'dispatcher')} {moe.dispatcher}: the host reads how many rows each expert has"
+    if moe.pad_to_capacity or moe.load_balancing[0] == "expert_choice":
+        named = "expert_choice" if moe.load_balancing[0] == "expert_choice" else flag_name(MoEConfig, "pad_to_capacity")
+        yield f"{named}: the host reads how many rows go to each GPU"
 
 
 def _obstacles_of_experts(moe: MoEConfig, dtype: str) -> Iterator[str]:
@@ -108,9 +121,27 @@ def check_capture(run: RunConfig, world_size: int) -> None:
     )
 
 
+def pays(run: Planned) -> bool:
+    """Say whether graphs gain more than they cost, where nothing speaks against them.
+
+    With expert parallelism they cost what is exchanged besides: the padding of the rows, and the sums of gradients behind the
+    last backward pass rather than beside it. They gain where experts are many and small: there the host is the limit, and
+    tokens go to most ranks anyway.
+    """
+    if run.parallel.ep == 1:
+        return True
+    return run.moe is not None and sends_once(run.moe.num_experts, run.moe.topk, run.parallel.ep)
+
+
 def captures(run: RunConfig, world_size: int, device: torch.device) -> bool:
     """Say whether a run replays its micro-batches on a device."""
-    return device.type == "cuda" and run.train.cuda_graph_impl != "none" and obstacle(run, world_size) is None
+    impl = run.train.cuda_graph_impl
+    return (
+        device.type == "cuda"
+        and impl != "none"
+        and obstacle(run, world_size) is None
+        and (impl == "local" or pays(run))
+    )
 
 
 def describe_capture(run: RunConfig, world_size: int, device: torch.device) -> list[str]:
@@ -118,4 +149,6 @@ def describe_capture(run: RunConfig, world_size: int, device: torch.device) -> l
     if device.type != "cuda" or run.train.cuda_graph_impl == "none":
         return []
     why = obstacle(run, world_size)
+    if why is None and not captures(run, world_size, device):
+        why = f"experts are few and large, and the host is fast enough ({FLAG} local insists)"
     return ["micro-batches are replayed as CUDA graphs" if why is None else f"no CUDA graphs: {why}"]

@@ -36,8 +36,19 @@ def adapted(run: RunConfig) -> RunConfig:
         ("--bf16 --optimizer-cpu-offload", 1, "--optimizer-cpu-offload"),
         ("--bf16 --offload-activations mlp", 1, "--offload-activations mlp"),
         ("--bf16 --moe-input-jitter-eps 0.1", 1, "--moe-input-jitter-eps 0.1"),
-        ("--bf16", 2, "2 GPUs sum all weights' gradients"),
-        ("--bf16 --expert-model-parallel-size 2", 2, "with --expert-model-parallel-size"),
+        ("--bf16", 2, "GPUs sum all weights' gradients"),
+        ("--bf16 --tensor-model-parallel-size 2", 2, "with --tensor-model-parallel-size captures are of"),
+        ("--bf16 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2", 4, "with --pipeline-model"),
+        (
+            "--bf16 --expert-model-parallel-size 2 --moe-token-dispatcher-type allgather",
+            2,
+            "--moe-token-dispatcher-type allgather: the host reads",
+        ),
+        (
+            "--bf16 --expert-model-parallel-size 2 --moe-router-load-balancing-type expert_choice",
+            2,
+            "expert_choice: the host reads",
+        ),
         ("--bf16 --fully-shard", 2, "with --fully-shard"),
     ],
 )

@@ -81,7 +81,9 @@ def _operators(step: Step) -> tuple[list[Runs], list[Thread], float]:
             step()
 
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], schedule=schedule) as prof:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], schedule=schedule, acc_events=True
+    ) as prof:
         step()  # recording starts in it
         synchronize()
         prof.step()

@@ -65,7 +65,7 @@ def device_of(step: Step) -> DeviceTime:
     # Of the device alone: what ranges of the host's code (FSDP's, collectives', compiled graphs') span there is no kernel.
     activities = [torch.profiler.ProfilerActivity.CUDA]
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
-    with torch.profiler.profile(activities=activities, schedule=schedule) as prof:
+    with torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True) as prof:
         step()
         synchronize()
         prof.step()

@@ -17,6 +17,15 @@ if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cudnn_of_torch() -> None:
+    """Load torch's cuDNN first: Transformer Engine would load the machine's, which torch refuses if it is another."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.backends.cudnn.version()
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
     """Ranks for every test that wants some: they import torch once. A case that is to end ranks needs a pool of its own."""

@@ -122,7 +122,7 @@ def profile(step: Callable[[], object], job: Job) -> dict[str, Any] | None:
     if job.device.type != "cuda":
         step()
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as prof:
         step()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:

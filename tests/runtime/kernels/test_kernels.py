@@ -13,7 +13,7 @@ import torch
 from moeconv.families.compute import Gate
 from runtime.moe import passes
 from runtime.moe.clamped_mlp import Activation, activate, activate_backward, experts_of_rows
-from runtime.moe.permutation import RowPlan, plan_rows
+from runtime.moe.permutation import RowPlan, plan_blocks, plan_rows
 from runtime.moe.sinkhorn import MAX_ITERATIONS, TOLERANCE, sinkhorn
 from runtime.moe.tail import TAIL
 from runtime.ops.swiglu import swiglu
@@ -47,6 +47,41 @@ def test_counting_sort(num_tokens: int, topk: int, num_experts: int, alignment: 
     assert torch.equal(order.offsets_E, plan.offsets_E)
     assert torch.equal(order.slot_of_row_R, plan.slot_of_row_R)
     assert torch.equal(order.row_of_slot_TK, plan.row_of_slot_TK)
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("num_tokens", "topk", "num_experts", "alignment"), [(37, 2, 4, 1), (300, 3, 37, 128), (1, 1, 1, 1)]
+)
+def test_counting_sort_where_room_is_less_than_needed(
+    num_tokens: int, topk: int, num_experts: int, alignment: int, share: float
+) -> None:
+    """Of rows in all, and of each expert: what has no room has no row, and how much was needed is said."""
+    from runtime.kernels.counting_sort import counting_sort
+
+    experts, plan = plans(num_tokens, topk, num_experts, alignment)
+    sizes = torch.bincount(experts.flatten(), minlength=num_experts + 1)[:num_experts]
+    before = torch.ones((), dtype=torch.int32, device=DEVICE)
+    max_rows = int(sizes.sum() * share)
+    room = max(1, int(sizes.max() * share))
+    for limits, make in (
+        ({}, lambda note: plan_rows(experts, num_experts, max_rows, alignment=alignment, fused=False, needed=note)),
+        ({"room": room}, lambda note: plan_blocks(experts, num_experts, room, note, fused=False)),
+    ):
+        note, noted = before.clone(), before.clone()
+        want = make(note)
+        order = counting_sort(experts, num_experts, want.num_rows, want.alignment, needed=noted, **limits)
+        assert noted.item() == note.item() == max(1, int(sizes.max() if limits else sizes.sum()))
+        assert torch.equal(order.offsets_E, want.offsets_E)
+        assert torch.equal(order.slot_of_row_R, want.slot_of_row_R)
+        assert torch.equal(order.row_of_slot_TK, want.row_of_slot_TK)
+        kept = want.row_of_slot_TK[want.row_of_slot_TK >= 0]
+        assert kept.unique().numel() == kept.numel() == (want.slot_of_row_R >= 0).sum()
+        if limits:
+            assert kept.numel() == sizes.clamp(max=room).sum()
+            assert torch.equal(want.offsets_E.long(), room * torch.arange(1, num_experts + 1, device=DEVICE))
+        elif share >= 1:
+            assert torch.equal(want.row_of_slot_TK, plan.row_of_slot_TK)
 
 
 @pytest.mark.parametrize(("num_tokens", "topk", "num_experts", "alignment", "hidden", "width"), SIZES)

@@ -36,7 +36,7 @@ def test_tokens_sent_once() -> None:
     for expected, group in groups:
         group()  # compiles
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             group()
             torch.cuda.synchronize()
         on_device = [event.name for event in profile.events() if "CUDA" in str(event.device_type)]

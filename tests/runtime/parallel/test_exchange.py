@@ -43,7 +43,7 @@ def launches(case: Case) -> tuple[list[str], list[str]]:
     engine, mesh = make_engine(case)
     batches = own_share(global_batch(case, 0), mesh)
     assert len(batches) == 2
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         engine.accumulate(batches)
     forward: list[str] = []
     backward: list[str] = []

@@ -209,7 +209,7 @@ CASES = (
     case("dp2 distributed optimizer, adapters, replayed", 2, DIST, captures=True, **LORA),
     case("ep2 replayed", 2, {"ep": 2} | DIST, captures=True, num_microbatches=8),
     case("tp2 sp ep2 etp1 replayed", 2, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, captures=True),
-    case("tp2 sp ep2 etp2 replayed, recomputed", 4, {"tp": 2, "ep": 2, "etp": 2} | SP | DIST, captures=True, num_microbatches=8, recompute={"granularity": "full"}),
+    case("ep2 etp2 replayed, recomputed", 4, {"ep": 2, "etp": 2} | DIST, captures=True, num_microbatches=16, recompute={"granularity": "full"}),
     case("ep2 replayed in pairs", 2, {"ep": 2} | DIST | EXCHANGE, captures=True, num_microbatches=12),
     case("ep2 dp2 replayed, adapters, clamped experts", 4, {"ep": 2} | DIST, captures=True, num_microbatches=16, model=OSS, **ALL),
     case("tp2 sp ep2 etp1 dp2 distributed optimizer, adapters", 4, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, **LORA),

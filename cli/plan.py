@@ -209,7 +209,7 @@ def searched_setup(source: Source, given: Given, world: int) -> tuple[Setup, int
         seq_length=run.train.seq_length,
         micro_batch_size=1,
         num_microbatches=1,
-        graphs=run.train.cuda_graph_impl != "none",
+        graphs=run.train.cuda_graph_impl,
     )
     return setup, batch
 

@@ -47,7 +47,7 @@ def measure_launches(seconds: Seconds, device: torch.device, dtype: str) -> floa
     setup = Setup(
         model=model, world_size=world, parallel=ParallelConfig(), moe=MoEConfig(router=router), optim=OptimConfig(),
         recompute=RecomputeConfig(), dtype=dtype, seq_length=POSITIONS, micro_batch_size=1, num_microbatches=MICROBATCHES,
-        graphs=False,
+        graphs="none",
     )  # fmt: skip
     mesh = ParallelMesh(setup.parallel, world)
     engine = Engine(

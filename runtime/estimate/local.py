@@ -100,6 +100,7 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
     exchanged = parallel.ep > 1 and moe.dispatcher == "alltoall"
     experts, align = moe.num_experts // parallel.ep, machine.row_alignment
     rows = sent * parallel.etp * uneven
+    room = rows * setup.row_margin
     return Local(
         **common,
         num_experts=moe.num_experts,
@@ -107,7 +108,7 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
         width=sizes["ffn"] // parallel.etp,
         rows_sent=sent,
         rows=rows,
-        rows_allocated=-(-(rows + experts * (align - 1)) // align) * align,
+        rows_allocated=-(-(room + experts * (align - 1)) // align) * align,
         rows_computed=rows + experts * min((align - 1) / 2, rows / experts),
         gathered=rows if exchanged else common["tokens_moe"] * parallel.ep * parallel.etp,
         exchanged=exchanged,

@@ -12,12 +12,14 @@ from runtime.fp8.config import Fp8Config
 from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
+from runtime.moe.row_margin import MARGIN
 from runtime.optim.config import OptimConfig
 from runtime.optim.groups import resolve_groups
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.tensor_settings import DEFAULT, TensorSettings
-from runtime.settings.capture import obstacle
+from runtime.settings.capture import replays
 from runtime.settings.run import RunConfig
+from runtime.settings.steps import CudaGraphs
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -41,8 +43,8 @@ class Setup:
     num_microbatches: int
     """Of each data-parallel rank in a step."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    graphs: bool = True
-    """Whether micro-batches are to be replayed as CUDA graphs where they can be."""
+    graphs: CudaGraphs = "auto"
+    """Whether micro-batches are to be replayed as CUDA graphs: `--cuda-graph-impl`."""
 
     @classmethod
     def of_run(cls, run: RunConfig, world_size: int) -> Setup:
@@ -62,7 +64,7 @@ class Setup:
             micro_batch_size=run.train.micro_batch_size,
             num_microbatches=run.train.batch_sizes(dp).full // (run.train.micro_batch_size * dp),
             lora=run.lora,
-            graphs=run.train.cuda_graph_impl != "none",
+            graphs=run.train.cuda_graph_impl,
         )
 
     def sharing(self, parameters: RankParameters) -> Setup:
@@ -74,7 +76,12 @@ class Setup:
     @property
     def captured(self) -> bool:
         """Whether micro-batches are replayed as CUDA graphs: then the host is never the limit."""
-        return self.graphs and obstacle(self, self.world_size) is None
+        return replays(self, self.world_size, self.graphs)
+
+    @property
+    def row_margin(self) -> float:
+        """Rows that ranks of experts set aside, of those that they need."""
+        return MARGIN if self.captured and self.parallel.ep > 1 else 1.0
 
     @property
     def plain_experts(self) -> bool:

@@ -165,7 +165,7 @@ class Estimate:
         gathering = sum(t.seconds(machine) * t.forward for t in gather)
         if setup.parallel.fully_shard:
             exposed, gathering = self._fully_sharded(rank, reduce, gather), 0.0
-        elif setup.parallel.pp > 1 and setup.parallel.pp_schedule == "zero-bubble":
+        elif setup.captured or (setup.parallel.pp > 1 and setup.parallel.pp_schedule == "zero-bubble"):
             exposed = reducing
         else:  # hidden behind the last micro-batch's backward pass, as far as that is long enough
             exposed = max(reducing * (1 - machine.reduce_hidden), reducing - backward)

@@ -150,12 +150,16 @@ def _moe(setup: Setup, local: Local, along: dict[str, Axis]) -> Iterator[Transfe
         return
     if local.exchanged:
         rows, topk = local.rows / etp.ranks, setup.model.sizes["top_k"]
-        if sends_once(local.num_experts, topk, ep.ranks):
+        captured = setup.row_margin > 1
+        if captured or sends_once(local.num_experts, topk, ep.ranks):
             rows *= 1 - share_saved(local.num_experts, topk, ep.ranks)
+        if captured:  # blocks with room, of all tokens at most
+            rows = min(rows * setup.row_margin, local.tokens_moe * ep.ranks)
         # There with their weights behind them, and back without.
         for bytes_of_row in (row + TAIL * local.item, row):
             yield Transfer(ep, "all_to_all", _sent(ep, rows * bytes_of_row), 1, 1, exchange=True)
-        yield Transfer(ep, "all_gather", _sent(ep, 8.0 * local.num_experts * ep.ranks), 1, 0)
+        if not captured:
+            yield Transfer(ep, "all_gather", _sent(ep, 8.0 * local.num_experts * ep.ranks), 1, 0)
         if etp.ranks > 1:
             size = _sent(etp, local.rows * row)
             yield Transfer(etp, "all_gather", size, 1, 1)

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MARGIN = 1.25
-"""Of the room over what a step with numbers read has needed: routing changes slowly, and a step done twice costs as much as
-a hundred with a percent of padding."""
+from runtime.moe.row_margin import MARGIN
+
 MULTIPLE = 64
 
 

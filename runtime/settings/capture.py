@@ -18,7 +18,7 @@ from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.settings.degrees import FLAGS
 from runtime.settings.run import RunConfig
-from runtime.settings.steps import TrainConfig
+from runtime.settings.steps import CudaGraphs, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -133,15 +133,14 @@ def pays(run: Planned) -> bool:
     return run.moe is not None and sends_once(run.moe.num_experts, run.moe.topk, run.parallel.ep)
 
 
+def replays(run: Planned, world_size: int, impl: CudaGraphs) -> bool:
+    """Say whether a run replays its micro-batches on GPUs; `impl` is the flag's value."""
+    return impl != "none" and obstacle(run, world_size) is None and (impl == "local" or pays(run))
+
+
 def captures(run: RunConfig, world_size: int, device: torch.device) -> bool:
     """Say whether a run replays its micro-batches on a device."""
-    impl = run.train.cuda_graph_impl
-    return (
-        device.type == "cuda"
-        and impl != "none"
-        and obstacle(run, world_size) is None
-        and (impl == "local" or pays(run))
-    )
+    return device.type == "cuda" and replays(run, world_size, run.train.cuda_graph_impl)
 
 
 def describe_capture(run: RunConfig, world_size: int, device: torch.device) -> list[str]:

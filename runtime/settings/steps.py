@@ -10,6 +10,8 @@ from runtime.flag import check_fields, flag
 from runtime.model.dtypes import DtypeName
 from runtime.settings.batch_sizes import BatchSizes
 
+CudaGraphs = Literal["auto", "local", "none"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -34,9 +36,7 @@ class TrainConfig:
         shorthands={"--bf16": "bfloat16", "--fp16": "float16", "--fp32": "float32", "--fp64": "float64"},
     )
     """Type that weights and activations are computed in; by default the checkpoint's own."""
-    cuda_graph_impl: Literal["auto", "local", "none"] = flag(
-        "auto", "--cuda-graph-impl", shorthands={"--enable-cuda-graph": "local"}
-    )
+    cuda_graph_impl: CudaGraphs = flag("auto", "--cuda-graph-impl", shorthands={"--enable-cuda-graph": "local"})
     """local: capture a micro-batch's passes once and replay them as a CUDA graph, so that the host needn't launch each kernel; one GPU
     only. auto: where nothing speaks against it, which the log says. none: never."""
     seed: int = 1234

@@ -180,7 +180,7 @@ def test_fp8_is_faster_and_delayed_scaling_spares_passes() -> None:
 def test_the_host_is_the_limit_where_layers_are_small_and_not_replayed() -> None:
     large = dataclasses.replace(mixtral(world=1, count=4), micro_batch_size=2)
     for setup, held_up in ((large, False), (dataclasses.replace(large, seq_length=64), True)):
-        replayed, launched = (Estimate(dataclasses.replace(setup, graphs=graphs), H100) for graphs in (True, False))
+        replayed, launched = (Estimate(dataclasses.replace(setup, graphs=graphs), H100) for graphs in ("auto", "none"))
         assert replayed.setup.captured
         assert not launched.setup.captured
         cost = launched.stages[0]
@@ -191,12 +191,26 @@ def test_the_host_is_the_limit_where_layers_are_small_and_not_replayed() -> None
             assert cost.forward + cost.backward == pytest.approx(launching)
         else:
             assert launched.seconds == replayed.seconds
-    again = dataclasses.replace(large, graphs=False, recompute=RecomputeConfig(granularity="full"))
-    once = Estimate(dataclasses.replace(large, graphs=False), H100).stages[0].launches
+    again = dataclasses.replace(large, graphs="none", recompute=RecomputeConfig(granularity="full"))
+    once = Estimate(dataclasses.replace(large, graphs="none"), H100).stages[0].launches
     twice = Estimate(again, H100).stages[0].launches
     assert twice.forward == once.forward
     assert twice.backward - once.backward == 32 * (DENSE.forward + MOE.forward)
     assert not mixtral(world=8, ep=8).captured
+
+
+def test_ranks_that_exchange_rows_and_replay_set_room_aside() -> None:
+    """More memory for rows, no numbers of rows to exchange, and the gradients' sums behind the last pass."""
+    base = dataclasses.replace(mixtral(world=16, ep=8, use_distributed_optimizer=True), graphs="none")
+    launched, replayed = (Estimate(dataclasses.replace(base, graphs=graphs), H100) for graphs in ("none", "local"))
+    assert not Estimate(dataclasses.replace(base, graphs="auto"), H100).setup.captured, "few and large experts"
+    assert replayed.setup.captured
+    rows = [estimate.costs.local.rows_allocated for estimate in (launched, replayed)]
+    assert 1.2 < rows[1] / rows[0] < 1.25
+    assert replayed.peak > launched.peak
+    kinds = [{t.kind for t, _ in e.stages[0].transfers if t.axis.name == "ep"} for e in (launched, replayed)]
+    assert kinds == [{"all_to_all", "all_gather"}, {"all_to_all"}]
+    assert replayed.after[0].reduce > launched.after[0].reduce
 
 
 def test_recomputation_trades_time_for_memory() -> None:

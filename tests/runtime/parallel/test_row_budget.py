@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from runtime.moe.row_budget import MARGIN, Room
+from runtime.moe.row_budget import Room
+from runtime.moe.row_margin import MARGIN
 from runtime.parity.case import Case, copies, global_batch, make_engine, own_share
 from runtime.parity.ranks import RankPool
 

@@ -33,7 +33,7 @@ from runtime.checkpoint.rank_files import collect_files, commit_checkpoint
 from runtime.checkpoint.writer import Saver, check
 from runtime.data.batch import Batch
 from runtime.engine import Engine
-from runtime.job.processes import Process, connect, start
+from runtime.job.processes import Process, connect, end_groups, start
 from runtime.log.flops import device_peak, training_flops
 from runtime.measures import host_bytes
 from runtime.model.context import TORCH_DTYPES
@@ -248,7 +248,7 @@ def main() -> None:
             json.dumps({"device": name, "torch": torch.__version__, "spec": dataclasses.asdict(spec)} | out), flush=True
         )
     dist.barrier()
-    dist.destroy_process_group()
+    end_groups()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from benchmarks.multi_gpu.saving import resume, save
 from benchmarks.multi_gpu.sizes import FULL, QUICK
 from benchmarks.multi_gpu.traffic import traffic
 from benchmarks.multi_gpu.training import training
-from runtime.job.processes import Process, connect, start
+from runtime.job.processes import Process, connect, end_groups, start
 
 TASKS: dict[str, Callable[[Task, Job], Any]] = {
     "parity": parity, "training": training, "scaling": training, "traffic": traffic, "save": save, "resume": resume,
@@ -59,7 +59,7 @@ def main() -> int:
             torch.cuda.empty_cache()
         if process.rank == 0:
             _note(plan, task, result, failure, time.perf_counter() - begin)
-    dist.destroy_process_group()
+    end_groups()
     return 0
 
 

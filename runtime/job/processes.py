@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from moeconv.errors import MoeconvError
+from runtime.job.graphs import release_graphs
 
 STARTED = time.monotonic()
 """When this process began, near enough: --exit-duration-in-mins counts from here."""
@@ -110,6 +111,7 @@ def end_groups() -> None:
     of a destructor, and so the process: "terminate called without an active exception".
     Source: https://github.com/pytorch/pytorch/issues/190489.
     """
+    release_graphs()
     dist.destroy_process_group()
     gc.collect()  # what the work has left in cycles holds groups as well
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.job.graphs import remember
 from runtime.moe.row_budget import RowBudget
 from runtime.parallel.buckets import Arrivals, BucketStore
 from runtime.parallel.runner import Microbatch, WholeModel
@@ -139,6 +140,7 @@ class CapturedModel:
             self._give_up(str(error))
             return None
         kind.arrivals = self._store.arrivals_since(before)
+        remember(graph)
         return graph
 
     def _prepared(self) -> tuple[torch.cuda.Stream, Any]:

@@ -90,7 +90,7 @@ class CapturedModel:
         room = None if self._budget is None else self._budget.room
         if room != self._room:
             self._room = room
-            self._kinds.clear()
+            self._forget()
         return self._budget is not None and room is None
 
     def _evaluate(self, batches: Sequence[Microbatch]) -> None:
@@ -102,7 +102,7 @@ class CapturedModel:
                 raise
         # Graphs keep the memory of a whole pass; they are captured again when training goes on. Not while the error is
         # handled, which keeps what the pass had by then.
-        self._kinds.clear()
+        self._forget()
         torch.cuda.empty_cache()
         self._whole.run(batches, backward=False)
 
@@ -148,18 +148,24 @@ class CapturedModel:
         # What the passes before have left in the allocator's cache is of no use to a graph, which has memory of its own.
         gc.collect()
         torch.cuda.empty_cache()
-        if self._stream is None or self._pool is None:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(self._stream):
                 small = torch.zeros(16, 16, device=self._device, dtype=torch.bfloat16)
                 torch.mm(small, small)
             self._stream.synchronize()
         return self._stream, self._pool
 
+    def _forget(self) -> None:
+        """Let go of all graphs, and of their memory: a pool that has lost its last graph takes no other."""
+        self._kinds.clear()
+        self._pool = None
+
     def _give_up(self, why: str) -> None:
         self._stopped = True
-        self._kinds.clear()
+        self._forget()
         torch.cuda.synchronize(self._device)
         first = why.strip().splitlines()[0] if why.strip() else "no reason is given"
         warnings.warn(

@@ -148,12 +148,13 @@ class Engine:
                 optimizer are as before the step.
         """
         batches, sums = self._step(microbatches)
-        if sums[OUTGROWN] > 0 and self._budget is not None:
+        repeated = self._budget is not None and bool(sums[OUTGROWN] > 0)
+        if self._budget is not None and repeated:
             self._budget.read_again()
             batches, sums = self._step(microbatches)
         if self._budget is not None and self._budget.room is None:
             self._budget.agree()
-        result = self._report(sums, len(batches) * self.mesh.size("dp"))
+        result = self._report(sums, len(batches) * self.mesh.size("dp"), repeated=repeated)
         self._conclude(result, batches)
         return result
 
@@ -381,11 +382,12 @@ class Engine:
         self.optimizer.step(scale / coefficient, bad)
         self.store.share_weights()
 
-    def _report(self, sums: Tensor, num_microbatches: int) -> StepResult:
+    def _report(self, sums: Tensor, num_microbatches: int, *, repeated: bool) -> StepResult:
         return StepResult(
             lm_loss=float(sums[1] / sums[-1]),
             grad_norm=float(sums[0].sqrt()) / self.loss_scale.scale,
             skipped=not bool(torch.isfinite(sums[:2]).all()),
+            repeated=repeated,
             routing=self._metrics.unpack(sums[OUTGROWN + 1 : -1], num_microbatches),
         )
 

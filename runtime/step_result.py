@@ -19,6 +19,8 @@ class StepResult:
     """Norm of the whole gradient, before clipping."""
     skipped: bool
     """Whether the update was left out because a number was not finite."""
+    repeated: bool = False
+    """Whether the step was done twice: the first time, rows that travel between ranks had outgrown their room."""
     routing: RoutingReport | None
     """What the routers did; None for a dense model."""
 

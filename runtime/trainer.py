@@ -327,6 +327,7 @@ class Trainer:
                 grad_norm=result.grad_norm,
                 learning_rate=learning_rate,
                 skipped=result.skipped,
+                repeated=result.repeated,
                 seconds=seconds,
                 data_seconds=data_seconds,
                 memory_bytes=memory,

@@ -31,6 +31,8 @@ class StepRecord:
     learning_rate: float
     skipped: bool
     """The step had a NaN or inf and was left out."""
+    repeated: bool = False
+    """The step was done twice: its rows had outgrown the room set aside for them."""
     seconds: float
     """Of the whole step, on this rank."""
     data_seconds: float = 0.0
@@ -155,6 +157,7 @@ def summarize(steps: Sequence[StepRecord], speed: Speed | None, eta_seconds: flo
         "data_wait": sum(step.data_seconds for step in steps) / seconds if seconds else math.nan,
         "memory_gb": max(step.memory_bytes for step in steps) / 1e9,
         "skipped_steps": len(steps) - len(done),
+        "repeated_steps": sum(step.repeated for step in steps),
         "eta_seconds": eta_seconds,
     } | dict(last.measured)
     reports = [step.routing for step in steps if step.routing is not None]

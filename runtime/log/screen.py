@@ -45,6 +45,7 @@ def interval_line(record: IntervalRecord, train_iters: int) -> str:
     add("router_entropy", "router entropy {:.3f}")
     add("nonfinite_logits", "NON-FINITE ROUTER LOGITS {:.0f}", always=False)
     add("skipped_steps", "skipped {:.0f}", always=False)
+    add("repeated_steps", "done twice {:.0f}", always=False)
     if record.dead_experts:
         parts.append(f"dead experts {sum(map(len, record.dead_experts.values()))}")
     for name in ("params_norm", "num_zeros", "global_batch_size"):

@@ -13,7 +13,6 @@ from runtime.fp8.config import Fp8Config
 from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
-from runtime.moe.sent_once import sends_once
 from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.settings.degrees import FLAGS
@@ -22,6 +21,9 @@ from runtime.settings.steps import CudaGraphs, TrainConfig
 
 if TYPE_CHECKING:
     import torch
+
+MANY_CHOICES = 4
+"""Of a token, where its experts are small: gpt-oss has 4, Qwen3, DeepSeek and GLM have 6 or 8; Mixtral and its like have 2."""
 
 FLAG = flag_name(TrainConfig, "cuda_graph_impl")
 
@@ -125,12 +127,9 @@ def pays(run: Planned) -> bool:
     """Say whether graphs gain more than they cost, where nothing speaks against them.
 
     With expert parallelism they cost what is exchanged besides: the padding of the rows, and the sums of gradients behind the
-    last backward pass rather than beside it. They gain where experts are many and small: there the host is the limit, and
-    tokens go to most ranks anyway.
+    last backward pass rather than beside it. They gain where experts are many and small: there the host is the limit.
     """
-    if run.parallel.ep == 1:
-        return True
-    return run.moe is not None and sends_once(run.moe.num_experts, run.moe.topk, run.parallel.ep)
+    return run.parallel.ep == 1 or (run.moe is not None and run.moe.topk >= MANY_CHOICES)
 
 
 def replays(run: Planned, world_size: int, impl: CudaGraphs) -> bool:

@@ -68,7 +68,7 @@ def test_an_interval_has_the_same_numbers_everywhere(tmp_path: Path) -> None:
         "lm_loss": 5.5, "loss": 5.75, "aux_loss": 1.25, "z_loss": 3.0, "grad_norm": 0.5, "learning_rate": 1e-3,
         "consumed_train_samples": 16, "consumed_train_tokens": 800, "tokens_per_second": 400, "tflops_per_gpu": 100.0,
         "mfu": 0.25, "step_seconds": 0.5, "data_wait": 0.1, "memory_gb": 3.0, "load_max_over_mean": 1.5,
-        "dropped_share": 0.0, "router_entropy": 0.5, "nonfinite_logits": 0, "dead_experts": 0, "skipped_steps": 0,
+        "dropped_share": 0.0, "router_entropy": 0.5, "nonfinite_logits": 0, "dead_experts": 0, "repeated_steps": 0, "skipped_steps": 0,
     }  # fmt: skip
     assert {name: records[4][name] for name in want} == pytest.approx(want)
     assert records[4]["expert_load"] == [[20, 60], [40, 40]]

@@ -25,6 +25,7 @@ def steps(case: Case, small: Room | None, then: int) -> dict[str, Any]:
         results.append(engine.train_step(own_share(global_batch(case, step), mesh)))
         rooms.append(None if budget is None else budget.room)
     engine.evaluate(own_share(global_batch(case, then), mesh))
+    assert [r.repeated for r in results] == [False, small is not None, False]
     numbers = [(r.lm_loss, r.grad_norm, r.aux_loss, r.skipped) for r in results]
     loads = [r.expert_load.tolist() for r in results if r.expert_load is not None]
     return {"numbers": numbers, "loads": loads, "rooms": rooms, "state": copies(engine.state(with_optimizer=True))}

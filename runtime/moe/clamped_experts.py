@@ -17,7 +17,7 @@ from moeconv.errors import MoeconvError
 from moeconv.families.compute import Gate
 from runtime.moe.clamped_mlp import clamped_gate, clamped_mlp, experts_of_rows
 from runtime.moe.config import MoEConfig
-from runtime.moe.grouped_gemm import GroupedGemm, make_gemm, resolve_backend
+from runtime.moe.grouped_gemm import GroupedGemm, computed_in, make_gemm, resolve_backend
 from runtime.moe.low_rank import Adapters, Form, add_to_rows, unfilled
 from runtime.moe.passes import permute, unpermute
 from runtime.moe.permutation import RowPlan, plan_rows
@@ -99,7 +99,7 @@ class ClampedExperts(nn.Module):
         self.down_b: nn.Parameter | None = None
         self._forms: dict[str, Form] = {}
         self.fused = config.permute_fusion
-        self._config, self._gate, self._shares = config, gate, shares
+        self._config, self._gate, self._shares, self._dtype = config, gate, shares, dtype
         self._gemm: tuple[torch.device, torch.dtype, GroupedGemm] | None = None
 
     @property
@@ -127,7 +127,7 @@ class ClampedExperts(nn.Module):
 
     def gemm(self) -> GroupedGemm:
         """The backend for the device and dtype that the weights are in now."""
-        key = (self.gate_up.device, self.gate_up.dtype)
+        key = (self.gate_up.device, computed_in(self.gate_up, self._dtype))
         if self._gemm is None or self._gemm[:2] != key:
             self._gemm = (*key, make_gemm(resolve_backend(self._config, *key)))
         return self._gemm[2]

@@ -16,7 +16,7 @@ from runtime.fp8.scaling import Scaling
 from runtime.moe import passes
 from runtime.moe.config import MoEConfig
 from runtime.moe.fp8_experts import Fp8Experts
-from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, make_gemm, resolve_backend, weight_gradient
+from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, computed_in, make_gemm, resolve_backend, weight_gradient
 from runtime.moe.low_rank import Adapters, Form, adapted_mlp
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.te_experts import TransformerEngineExperts
@@ -142,7 +142,7 @@ class Experts(nn.Module):
         self.b2: nn.Parameter | None = None
         self._forms: dict[str, Form] = {}
         self.fused = config.permute_fusion
-        self._config = config
+        self._config, self._dtype = config, dtype
         self._fp8 = None if fp8 is None else Fp8Experts(fp8, self.w13.device, name)
         self._gemm: tuple[torch.device, torch.dtype, AnyGemm] | None = None
         self.reset_parameters()
@@ -183,7 +183,7 @@ class Experts(nn.Module):
 
     def gemm(self) -> AnyGemm:
         """The backend for the device and dtype that the weights are in now."""
-        key = (self.w13.device, self.w13.dtype)
+        key = (self.w13.device, computed_in(self.w13, self._dtype))
         if self._gemm is None or self._gemm[:2] != key:
             self._gemm = (*key, self._make_gemm(*key))
         return self._gemm[2]

@@ -177,6 +177,16 @@ Sizes = tuple[int, ...]
 """Hidden size, and width of a rank's piece of an expert."""
 
 
+def computed_in(weight: Tensor, built: torch.dtype) -> torch.dtype:
+    """The dtype that experts compute in.
+
+    Args:
+        weight: one of theirs, as it is now.
+        built: the dtype that they were built with; that of full sharding's gathered weights, whose shards are fp32 masters.
+    """
+    return built if hasattr(weight, "placements") else weight.dtype
+
+
 def resolve_backend(
     config: MoEConfig, device: torch.device, dtype: torch.dtype, fp8: Fp8Config | None = None, sizes: Sizes = ()
 ) -> str:

@@ -39,6 +39,35 @@ def gathered_ahead(case: Case) -> list[tuple[str, int, bool]]:
     return found
 
 
+def backends_made(case: Case) -> list[list[torch.dtype]]:
+    """For which dtypes each layer's experts have looked for grouped products."""
+    engine, mesh = make_engine(case)
+    made: list[list[torch.dtype]] = []
+    for experts in (module for module in engine.module.modules() if hasattr(module, "num_local_experts")):
+        mine: list[torch.dtype] = []
+        made.append(mine)
+        find = experts.gemm
+
+        def gemm(experts: Any = experts, find: Any = find, mine: list[torch.dtype] = mine) -> Any:
+            before = experts._gemm
+            found = find()
+            if experts._gemm is not before:
+                mine.append(experts._gemm[1])
+            return found
+
+        experts.gemm = gemm
+    engine.train_step(own_share(global_batch(case, 0), mesh))
+    return made
+
+
+@pytest.mark.parametrize("model", [{}, {"model_type": "gpt_oss"}], ids=["mixtral", "gpt_oss"])
+def test_experts_keep_the_backend_of_what_they_compute_in(model: dict[str, str], pool: RankPool) -> None:
+    """Rows are ordered before a layer's experts are gathered, and as their backend wants them: not that of the fp32 shards."""
+    case = Case(name="bf16", num_ranks=2, parallel={"fully_shard": True}, model=model, dtype="bfloat16")
+    for made in pool.run(2, backends_made, case):
+        assert made == [[torch.bfloat16]] * 4
+
+
 @pytest.mark.parametrize("parallel", [{}, {"ep": 2}], ids=["dp2", "ep2 dp2"])
 def test_a_layer_is_gathered_while_the_one_before_it_is_computed(parallel: dict[str, int], pool: RankPool) -> None:
     ranks = 2 * parallel.get("ep", 1)

@@ -138,11 +138,16 @@ def _products(setup: Setup, rank: int) -> float:
 
 
 def _gathered(setup: Setup, rank: int) -> float:
-    """What full sharding holds gathered: the ends of the model throughout, two layers, and and gradients of one on their way."""
+    """What full sharding holds gathered: the ends of the model throughout, and besides them most in the backward pass.
+
+    There the weights of the next layer have come while a layer's gradients, its own weights let go of, are copied to what they are
+    reduced in.
+    Source: https://github.com/pytorch/pytorch/blob/v2.11.0/torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py (post_backward).
+    """
     if not setup.parallel.fully_shard:
         return 0.0
     chunks, item = setup.parameters.chunks[rank :: setup.parallel.pp], ITEMSIZE[setup.dtype]
     ends = sum(p.size for layers in chunks for p in setup.parameters.ends(layers))
     kinds = {layer for layers in chunks for layer in setup.parameters.kinds(layers)}
     largest = max(sum(p.size for p in setup.parameters.layer(layer)) for layer in kinds)
-    return ends * item + largest * (2 * item + item + setup.gradient)
+    return ends * item + largest * (item + item + setup.gradient)

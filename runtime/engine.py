@@ -224,6 +224,7 @@ class Engine:
     def mean_of_weights(self) -> Iterator[None]:
         """Compute with the mean of the weights for a while. Collective."""
         assert isinstance(self.optimizer, WithMean), "--eval-ema needs --ema-decay"
+        self._settle()
         with self.optimizer.exchanged():
             self.store.weights_from_masters()
             yield
@@ -238,7 +239,7 @@ class Engine:
         Returns:
             Views of live memory.
         """
-        self.optimizer.settle()
+        self._settle()
         out = list(states.weights(self.store.shards))
         if self.mesh.rank("tp") == 0 and self.mesh.rank("dp_cp") == 0:
             out += [states.whole(name, tensor) for name, tensor in self._buffers()]
@@ -267,7 +268,7 @@ class Engine:
         Raises:
             MoeconvError: a tensor is missing, or can't be read.
         """
-        self.optimizer.settle()
+        self._settle()
         states.load_weights(self.store.shards, read)
         if self.quantised is not None:
             self.quantised.load(read, blocks)
@@ -303,6 +304,11 @@ class Engine:
         if "expert_bias" in scalars:
             self._metrics.set_expert_bias(torch.tensor(scalars["expert_bias"]))
         return [] if self._fp8 is None else self._fp8.load_history(scalars.get(FP8_HISTORY, {}))
+
+    def _settle(self) -> None:
+        """Wait for what the last step has left under way: states on the host, and updated weights."""
+        self.optimizer.settle()
+        self.store.settle()
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The buffers of this stage that checkpoints hold as tensors, by their names on the hub."""
@@ -379,6 +385,7 @@ class Engine:
         # As torch.nn.utils.clip_grad_norm_ has it, 1e-6 keeps the division safe.
         coefficient = (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
         bad = ~torch.isfinite(sums[:2]).all() | (sums[OUTGROWN] > 0)
+        self.store.settle()
         self.optimizer.step(scale / coefficient, bad)
         self.store.share_weights()
 
@@ -401,7 +408,7 @@ class Engine:
             return
         overflow = self._context.dtype == torch.float16 and self.loss_scale.overflow(self._optim)
         if not (overflow or self._optim.on_nonfinite == "skip"):
-            self.optimizer.settle()
+            self._settle()
             raise diagnose(self.module, self.store, self.mesh, lambda: self._again(batches), result.lm_loss)
 
     @torch.no_grad()

@@ -76,6 +76,7 @@ class CapturedModel:
     def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step; arguments as of `Runner.run`."""
         reads = backward and self._reads_numbers()
+        self._store.settle()  # what a replay computes with is there when it begins
         for place in range(0, len(microbatches), self._whole.at_once):
             batches = microbatches[place : place + self._whole.at_once]
             if not backward:

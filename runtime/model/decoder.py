@@ -5,7 +5,7 @@ Legend: S positions, B sequences, D hidden size, V rows of the vocabulary on thi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
@@ -25,6 +25,7 @@ from runtime.model.recompute import OffloadModule
 from runtime.model.rope import Rotary
 from runtime.moe.tape import RoutingTape
 from runtime.ops.documents import Documents
+from runtime.parallel.arrival import FIRST, LAST
 
 
 class DecoderLayer(nn.Module):
@@ -175,6 +176,8 @@ class DecoderStage(nn.Module):
             DecoderLayer(context, layer, None if self.recomputed(place) else self.offload)
             for place, layer in enumerate(layers)
         )
+        self.needs: Callable[[int], None] = lambda _: None
+        """Told which part begins, whose weights may still be on their way (`runtime.parallel.arrival`)."""
         self.norm: ResidualNorm | ResidualLayerNorm | None = None
         self.head: Head | None = None
         if self.is_last:
@@ -222,6 +225,7 @@ class DecoderStage(nn.Module):
         self, x: Tensor, position_ids_BS: Tensor | None, past: Past | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the first layer takes, and the tables of the positions; arguments as of `forward`."""
+        self.needs(FIRST)
         context = self._context
         if self.embedding is not None:
             num_positions = x.shape[1]
@@ -251,6 +255,7 @@ class DecoderStage(nn.Module):
 
     def cut(self, place: int, summands: list[Tensor]) -> list[Tensor]:
         """What a layer takes, of what the one before gives: below the first trained layer there are no gradients."""
+        self.needs(place)
         layer = cast(DecoderLayer, self.layers[place])
         if layer.index == self._context.first_trained and not summands[0].requires_grad:
             # From here on every rank has a backward pass, also one that holds nothing but frozen experts.
@@ -259,10 +264,15 @@ class DecoderStage(nn.Module):
 
     def end(self, summands: list[Tensor], past: Past | None = None) -> Tensor:
         """What the stage gives, of what its last layer does."""
+        self.needs(LAST)
         if self.head is not None and self.norm is not None:
             logits: Tensor = self.head(self.norm(*summands)[0], None if past is None else past.count - 1)
             return logits
         return sum_up(summands)
+
+    def last_modules(self) -> Iterator[nn.Module]:
+        """What comes after the last layer."""
+        yield from (module for module in (self.norm, self.head) if module is not None)
 
     def recomputed(self, place: int) -> bool:
         """Whether a layer of the stage is computed again in the backward pass."""

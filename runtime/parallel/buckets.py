@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.host_memory import host_zeros
+from runtime.parallel.arrival import Arrival
 from runtime.parallel.collectives import group_rank, group_size
 from runtime.parallel.gradient_sink import GradientSink, OpenSum, attach_sink, sink_of
 from runtime.parallel.masters import has_remainders
@@ -103,6 +104,7 @@ class Bucket:
         self.primary = self.topology.is_primary(mesh)
         self.parameters: list[nn.Parameter] = []
         self.pending = _Pending()
+        self.gathering: Any = None
 
     def _new_master(self, dtype: torch.dtype) -> Tensor:
         size = self.weight_shard.numel()
@@ -209,9 +211,15 @@ class Bucket:
             self.weight_shard.copy_(self.master)
 
     def publish(self) -> None:
-        """Bring the weights of each data-parallel rank's shard to all."""
+        """Begin to bring the weights of each data-parallel rank's shard to all."""
         if self.distributed:
-            _all_gather(self.weights, self.weight_shard, self.group)
+            self.gathering = _all_gather(self.weights, self.weight_shard, self.group)
+
+    def arrive(self) -> None:
+        """Wait, on the device, for weights that are on their way."""
+        if self.gathering is not None:
+            self.gathering.wait()
+            self.gathering = None
 
 
 def _parts(parameter: nn.Parameter, mesh: ParallelMesh, *, distributed: bool) -> int:
@@ -226,11 +234,10 @@ def _reduce_scatter(out: Tensor, source: Tensor, group: dist.ProcessGroup | None
     return dist.reduce_scatter_tensor(out, source, group=group, async_op=True)
 
 
-def _all_gather(out: Tensor, piece: Tensor, group: dist.ProcessGroup | None) -> None:
+def _all_gather(out: Tensor, piece: Tensor, group: dist.ProcessGroup | None) -> Any:
     if hasattr(dist, "all_gather_single"):
-        dist.all_gather_single(out, piece, group=group)
-    else:
-        dist.all_gather_into_tensor(out, piece, group=group)
+        return dist.all_gather_single(out, piece, group=group, async_op=True)
+    return dist.all_gather_into_tensor(out, piece, group=group, async_op=True)
 
 
 def _owned(members: list[tuple[str, nn.Parameter]], mesh: ParallelMesh, *, distributed: bool) -> int:
@@ -260,7 +267,7 @@ class BucketStore:
 
     def __init__(
         self,
-        stages: Iterable[nn.Module],
+        stages: Sequence[nn.Module],
         parameters: Iterable[tuple[str, nn.Parameter]],
         mesh: ParallelMesh,
         device: torch.device,
@@ -318,6 +325,7 @@ class BucketStore:
             for name, parameter in list(owner._parameters.items()):
                 if id(parameter) in replaced:
                     owner._parameters[name] = replaced[id(parameter)]
+        self._arrival = Arrival(stages, self._buckets)
 
     def begin(self, num_backwards: int | None) -> None:
         """Start the gradients of a step.
@@ -378,11 +386,15 @@ class BucketStore:
 
     def weights_from_masters(self) -> None:
         """Bring the masters into the weights of all data-parallel ranks."""
+        self.settle()
         for bucket in self._buckets:
             bucket.round_masters()
         self.share_weights()
 
     def share_weights(self) -> None:
-        """Bring the weights that this rank's optimizer has written to all data-parallel ranks."""
-        for bucket in self._buckets:
-            bucket.publish()
+        """Begin to bring the weights that this rank's optimizer has written to all data-parallel ranks."""
+        self._arrival.begin()
+
+    def settle(self) -> None:
+        """Wait, on the device, for weights that are on their way; a forward pass does so part by part."""
+        self._arrival.finish()

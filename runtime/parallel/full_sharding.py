@@ -185,6 +185,10 @@ class FullyShardedStore:
         """Bring updated weights to all ranks; FSDP gathers its own when they are needed."""
         self._plain.share_weights()
 
+    def settle(self) -> None:
+        """Wait for updated weights of what isn't sharded."""
+        self._plain.settle()
+
 
 def _shard(stage: nn.Module, mesh: ParallelMesh, device: torch.device, chosen: set[int], *, bf16_grads: bool) -> None:
     """Apply FSDP to the layers of a stage, their experts, and the rest of the stage."""

@@ -154,7 +154,10 @@ class Store(Protocol):
         """Bring the masters into the weights of all data-parallel ranks."""
 
     def share_weights(self) -> None:
-        """Bring the weights that this rank's optimizer has written to all data-parallel ranks."""
+        """Begin to bring the weights that this rank's optimizer has written to all data-parallel ranks."""
+
+    def settle(self) -> None:
+        """Wait, on the device, for weights that are on their way; a forward pass does so by itself."""
 
 
 def segments(shard: Shard) -> list[Segment]:

@@ -1,0 +1,92 @@
+"""Updated weights travel beside the next forward pass: nobody reads them before they have been waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from runtime.parallel import buckets
+from runtime.parity.case import Case, errors, global_batch, make_engine, outcome, own_share, run_rank
+from runtime.parity.cases import CASES
+from runtime.parity.ranks import RankPool
+from runtime.parity.table import TOLERANCE
+
+NAMES = (
+    "dp2 distributed optimizer",
+    "dp2 distributed optimizer, groups",
+    "ep2 replayed in pairs",
+    "tp2 sp ep2 etp1 dp2 distributed optimizer, adapters",
+    "pp2 tp2 dp2 tied, groups",
+)
+
+
+class _Late:
+    """Weights that come when they are waited for, and are nothing until then."""
+
+    def __init__(self, out: torch.Tensor, piece: torch.Tensor, group: Any) -> None:
+        kept = piece.clone()
+        out.fill_(float("nan"))
+        piece.copy_(kept)
+        self._args = out, piece, group
+
+    def wait(self) -> None:
+        out, piece, group = self._args
+        dist.all_gather_into_tensor(out, piece, group=group)
+
+
+@contextmanager
+def late() -> Iterator[None]:
+    with mock.patch.object(buckets, "_all_gather", _Late):
+        yield
+
+
+def run_late(case: Case) -> dict[str, Any]:
+    with late():
+        return run_rank(case)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nobody_reads_weights_that_have_not_come(name: str, pool: RankPool) -> None:
+    """Steps, evaluations, means of weights and checkpoints, as on one rank."""
+    (case,) = (case for case in CASES if case.name == name)
+    want = outcome(pool.run(1, run_rank, case.reference))
+    found = errors(outcome(pool.run(case.num_ranks, run_late, case)), want)
+    assert max(found.values()) < TOLERANCE, found
+
+
+def arrivals(case: Case) -> list[tuple[str, int]]:
+    """What happens in a second step: a part begins, or weights have come."""
+    defaults = buckets.BucketStore.__init__.__kwdefaults__ or {}
+    with mock.patch.object(buckets.BucketStore.__init__, "__kwdefaults__", defaults | {"bucket_size": 1}):
+        engine, mesh = make_engine(case)
+    batches = own_share(global_batch(case, 0), mesh)
+    engine.train_step(batches)
+    (stage,) = engine.module
+    happened: list[tuple[str, int]] = []
+    for place, layer in enumerate(stage.layers):  # type: ignore[arg-type,union-attr]
+        layer.register_forward_pre_hook(lambda *_, place=place: happened.append(("begins", place)))
+    for bucket in engine.store._buckets:  # type: ignore[attr-defined]
+        work, names = bucket.gathering, {slot.name.split(".")[2] for slot in bucket.slots if ".layers." in slot.name}
+        if work is not None:
+            (layer,) = names or {"-1"}
+            bucket.gathering = mock.Mock(wait=lambda w=work, n=int(layer): (happened.append(("comes", n)), w.wait()))
+    engine.train_step(batches[:1])
+    return happened
+
+
+def test_a_layer_waits_for_its_own_weights_alone(pool: RankPool) -> None:
+    """With a bucket for each tensor, so that it can be told."""
+    case = Case(name="dp2", num_ranks=2, parallel={"use_distributed_optimizer": True})
+    for happened in pool.run(2, arrivals, case):
+        begun = [happened.index(("begins", layer)) for layer in range(4)]
+        for layer in range(4):
+            came = [place for place, what in enumerate(happened) if what == ("comes", layer)]
+            assert came, "a layer's weights travel"
+            assert max(came) < begun[layer]
+            assert layer == 0 or min(came) > begun[layer - 1], "not before the layer ahead of it has begun"

@@ -28,16 +28,14 @@ from runtime.model.captured import CapturedModel
 from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
-from runtime.model.ends import take_positions
 from runtime.model.lora import LoraConfig
 from runtime.model.pairs import PairedMicrobatches
 from runtime.model.recompute import RecomputeConfig
 from runtime.model.routing_report import RouterMetrics
+from runtime.model.step_loss import StepLoss
 from runtime.moe.config import MoEConfig
-from runtime.moe.layer import moe_layers, reset_stats, set_loss_scale
-from runtime.moe.losses import attach_loss, hf_load_balancing_loss
+from runtime.moe.layer import moe_layers, reset_stats
 from runtime.moe.row_budget import RowBudget
-from runtime.ops.cross_entropy import cross_entropy
 from runtime.ops.reading import Reading
 from runtime.optim.adamw import squared_norm
 from runtime.optim.config import OptimConfig
@@ -117,12 +115,8 @@ class Engine:
         self._budget = RowBudget(device) if captures and parallel.ep > 1 else None
         for layer in moe_layers(self.module):
             layer.row_budget = self._budget
+        self._loss = StepLoss(self._context, self.module)
         self._runner = self._make_runner(stages, captures=captures)
-        # Filled anew in each step, and never replaced: a captured micro-batch reads them.
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self._scale, self._balancing_scale = (torch.ones((), dtype=wide, device=device) for _ in range(2))
-        set_loss_scale(self.module, self._balancing_scale)
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     @property
     def context(self) -> ModelContext:
@@ -148,8 +142,8 @@ class Engine:
                 optimizer are as before the step.
         """
         batches, sums = self._step(microbatches)
-        repeated = self._budget is not None and bool(sums[OUTGROWN] > 0)
-        if self._budget is not None and repeated:
+        repeated = bool(sums[OUTGROWN] > 0)
+        if repeated and self._budget is not None:
             self._budget.read_again()
             batches, sums = self._step(microbatches)
         if self._budget is not None and self._budget.room is None:
@@ -188,9 +182,7 @@ class Engine:
         self.module.train()
         batches = [to_device(batch, self.device) for batch in microbatches]
         num_tokens = self._count_tokens(batches).clamp(min=1)
-        self._scale.copy_(self.loss_scale.scale / num_tokens)
-        # Balancing losses are means over a micro-batch: of these the global batch has so many.
-        self._balancing_scale.fill_(self.loss_scale.scale / (len(batches) * self.mesh.size("dp")))
+        self._loss.begin(self.loss_scale.scale, num_tokens, len(batches) * self.mesh.size("dp"))
         self._reset(trains=True)
         self.store.begin(self._runner.backwards(len(batches)))
         self._runner.run(batches, backward=True)
@@ -215,7 +207,7 @@ class Engine:
         num_tokens = self._count_tokens(mine)
         self._reset(trains=False)
         self._runner.run(mine, backward=False)
-        loss = self._loss_sum.clone()
+        loss = self._loss.sum.clone()
         if self.mesh.world_size > 1:
             dist.all_reduce(loss)
         return float(loss) / max(int(num_tokens), 1)
@@ -334,7 +326,7 @@ class Engine:
         return count
 
     def _reset(self, *, trains: bool) -> None:
-        self._loss_sum.zero_()
+        self._loss.sum.zero_()
         if self._fp8 is not None:
             self._fp8.begin(trains=trains)
         if self._budget is not None:
@@ -345,25 +337,6 @@ class Engine:
         shares = self.mesh.size("cp") * (self.mesh.size("tp") if self._context.sp else 1)
         return positions // shares, batch, self._context.model.sizes["hidden"]
 
-    def _loss(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
-        """The summand of the global mean that this rank's gradient is taken of."""
-        group = self.mesh.group("tp")
-        labels_SB = take_positions(labels_BS, self._context)
-        begin, end = self._context.parameters.vocabulary_range()
-        losses = cross_entropy(logits_SBV, labels_SB, begin, group, num_columns=end - begin, ignored=IGNORED_LABEL)
-        total = losses.sum()
-        if self.mesh.rank("tp") == 0:
-            self._loss_sum += total.detach()
-        loss, moe = total * self._scale, self._moe
-        if moe is not None and moe.aux_loss_mode == "hf" and moe.aux_losses and torch.is_grad_enabled():
-            layers = moe_layers(self.module)
-            logits = [layer.take_router_logits() for layer in layers]
-            pooled = hf_load_balancing_loss([item for item in logits if item is not None], moe.topk)
-            for layer in layers:
-                layer.stats.add_loss("aux_loss", pooled)
-            loss = attach_loss(loss, pooled * moe.aux_losses[0][1], layers[0].loss_scale)
-        return loss
-
     def _sum_over_ranks(self, num_tokens: Tensor) -> Tensor:
         """Sum everything that is reported over all ranks, stages without MoE layers included.
 
@@ -371,7 +344,7 @@ class Engine:
             fp64 on the device: squared gradient norm, loss, ranks whose rows had too little room, routing statistics, tokens of
             the global batch.
         """
-        numbers = torch.stack([squared_norm(self.trained, self.device), self._loss_sum])
+        numbers = torch.stack([squared_norm(self.trained, self.device), self._loss.sum])
         outgrown = numbers.new_zeros(1) if self._budget is None else self._budget.outgrown()
         packed = torch.cat([numbers, outgrown, self._metrics.pack()])
         if self.mesh.world_size > 1:

@@ -34,7 +34,7 @@ from runtime.model.recompute import RecomputeConfig
 from runtime.model.routing_report import RouterMetrics
 from runtime.model.step_loss import StepLoss
 from runtime.moe.config import MoEConfig
-from runtime.moe.layer import moe_layers, reset_stats
+from runtime.moe.layer import moe_layers, reset_stats, set_row_budget
 from runtime.moe.row_budget import RowBudget
 from runtime.ops.reading import Reading
 from runtime.optim.adamw import squared_norm
@@ -113,8 +113,7 @@ class Engine:
         self.loss_scale = LossScale.start(optim, fp16=self._context.dtype == torch.float16)
         self._metrics = RouterMetrics(self._context, self.module)
         self._budget = RowBudget(device) if captures and parallel.ep > 1 else None
-        for layer in moe_layers(self.module):
-            layer.row_budget = self._budget
+        set_row_budget(self.module, self._budget)
         self._loss = StepLoss(self._context, self.module)
         self._runner = self._make_runner(stages, captures=captures)
 

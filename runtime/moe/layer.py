@@ -27,7 +27,7 @@ from runtime.moe.row_budget import RowBudget
 from runtime.moe.statistics import RouterStats
 from runtime.parallel.collectives import gather_from, group_size, split_to
 
-__all__ = ["MoEGroups", "MoELayer", "moe_layers", "reset_stats", "set_loss_scale"]
+__all__ = ["MoEGroups", "MoELayer", "moe_layers", "reset_stats", "set_loss_scale", "set_row_budget"]
 
 
 class ExpertSizes(NamedTuple):
@@ -204,6 +204,12 @@ def reset_stats(layers: Sequence[MoELayer]) -> None:
     sums = [tensor for layer in layers for tensor in layer.router.batch_sums()]
     for dtype in {tensor.dtype for tensor in sums}:
         torch._foreach_zero_([tensor for tensor in sums if tensor.dtype == dtype])
+
+
+def set_row_budget(model: nn.Module, budget: RowBudget | None) -> None:
+    """Have all layers take their room for rows from a budget; None: the host reads how many there are."""
+    for layer in moe_layers(model):
+        layer.row_budget = budget
 
 
 def set_loss_scale(model: nn.Module, scale: Tensor | float) -> None:

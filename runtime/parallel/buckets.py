@@ -294,16 +294,9 @@ class BucketStore:
         groups = list(pack(list(parameters), lambda item: alike(item[1]), lambda item: item[1].numel(), bucket_size))
         owned = [_owned(members, mesh, distributed=distributed) for members in groups]
         chosen = on_host(owned, host_share)
+        storage: Any = {"distributed": distributed, "remainders": remainders, "bf16_grads": bf16_grads}
         buckets = [
-            Bucket(
-                members,
-                mesh,
-                device,
-                distributed=distributed,
-                offloaded=offloaded and size > 0,
-                remainders=remainders,
-                bf16_grads=bf16_grads,
-            )
+            Bucket(members, mesh, device, offloaded=offloaded and size > 0, **storage)
             for members, offloaded, size in zip(groups, chosen, owned, strict=True)
         ]
         self.shards: list[Shard] = list(buckets)

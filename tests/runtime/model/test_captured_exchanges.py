@@ -17,7 +17,7 @@ from runtime.engine import Engine
 from runtime.job.processes import end_groups
 from runtime.model.captured import CapturedModel
 from runtime.moe.budgeted_dispatch import run_all_to_all
-from runtime.moe.layer import MoELayer, moe_layers
+from runtime.moe.layer import MoELayer, moe_layers, set_row_budget
 from runtime.moe.row_budget import Room, RowBudget
 from tests.runtime.model.wide import batch, make_engine, packed
 
@@ -44,7 +44,7 @@ def exchanging_engine(*, captures: bool, **options: Any) -> Engine:
     budget = RowBudget(engine.device) if captures else None
     for layer in moe_layers(engine.module):
         layer.groups = replace(layer.groups, ep=dist.group.WORLD)
-        layer.row_budget = budget
+    set_row_budget(engine.module, budget)
     engine._budget = budget
     if captures:
         assert isinstance(engine._runner, CapturedModel)

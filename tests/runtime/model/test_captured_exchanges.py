@@ -4,51 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from benchmarks.exchanges import alone_together, exchange
 from runtime.data.batch import Batch
 from runtime.engine import Engine
-from runtime.job.processes import end_groups
-from runtime.model.captured import CapturedModel
-from runtime.moe.budgeted_dispatch import run_all_to_all
-from runtime.moe.layer import MoELayer, moe_layers, set_row_budget
-from runtime.moe.row_budget import Room, RowBudget
+from runtime.moe.row_budget import Room
 from tests.runtime.model.wide import batch, make_engine, packed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 @pytest.fixture
-def _exchanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A job of one rank, whose layers send their rows off as those of several do."""
-    dist.init_process_group(
-        "nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, device_id=torch.device("cuda", 0)
-    )
-
-    def run(self: MoELayer, x: torch.Tensor, routing: Any, _: bool) -> torch.Tensor:
-        return run_all_to_all(self._dispatch(x, routing, overlapped=False))
-
-    monkeypatch.setattr(MoELayer, "_run_experts", run)
-    yield
-    end_groups()
+def _exchanging() -> Iterator[None]:
+    with alone_together():
+        yield
 
 
 def exchanging_engine(*, captures: bool, **options: Any) -> Engine:
     engine = make_engine("bfloat16", "cuda", captures=captures, lr=0.0, **options)
-    budget = RowBudget(engine.device) if captures else None
-    for layer in moe_layers(engine.module):
-        layer.groups = replace(layer.groups, ep=dist.group.WORLD)
-    set_row_budget(engine.module, budget)
-    engine._budget = budget
-    if captures:
-        assert isinstance(engine._runner, CapturedModel)
-        engine._runner._budget = budget
+    exchange(engine, room=captures)
     return engine
 
 

@@ -43,7 +43,7 @@ def alone_together() -> Iterator[None]:
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(MoELayer, "_run_experts", run):
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
             init_method=f"file://{folder}/store",
             rank=0,
             world_size=1,

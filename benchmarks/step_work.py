@@ -151,4 +151,4 @@ def join_ranks() -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")

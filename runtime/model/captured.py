@@ -22,10 +22,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from runtime.job.graphs import remember
 from runtime.moe.row_budget import RowBudget
+from runtime.ops.documents import Room
 from runtime.parallel.buckets import Arrivals, BucketStore
 from runtime.parallel.runner import Microbatch, WholeModel
 from runtime.parallel.shards import Store
@@ -33,8 +35,25 @@ from runtime.parallel.shards import Store
 MOST_GRAPHS = 16
 """Captures that are kept, each of which takes memory of the driver's; other kinds of micro-batches run as usual."""
 
-Key = tuple[bool, tuple[Any, ...]]
-"""Whether they are the first of a step, and what is needed for each, as of `_needs`."""
+
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What is alike for the micro-batches that a graph serves."""
+
+    shape: torch.Size
+    positions: bool
+    """Whether it has positions of its own."""
+    room: Room | None
+    """For its documents."""
+
+    @classmethod
+    def of(cls, batch: Microbatch) -> _Needs:
+        positions, documents = batch.more
+        return cls(batch.tokens.shape, positions is not None, None if documents is None else documents.room())
+
+
+Key = tuple[bool, tuple[_Needs, ...]]
+"""Whether they are the first of a step, and what each needs."""
 
 
 @dataclass(slots=True)
@@ -75,16 +94,20 @@ class CapturedModel:
 
     def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step; arguments as of `Runner.run`."""
-        reads = backward and self._reads_numbers()
         self._store.settle()  # what a replay computes with is there when it begins
+        if not backward:
+            self._evaluate(microbatches)
+            return
+        if self._reads_numbers():
+            self._whole.run(microbatches, backward=True)
+            return
+        needs = self._agreed([_Needs.of(batch) for batch in microbatches])
         for place in range(0, len(microbatches), self._whole.at_once):
-            batches = microbatches[place : place + self._whole.at_once]
-            if not backward:
-                self._evaluate(batches)
-            elif self._stopped or reads:
-                self._whole.run(batches, backward=True)
+            own = slice(place, place + self._whole.at_once)
+            if self._stopped:
+                self._whole.run(microbatches[own], backward=True)
             else:
-                self._run(batches, first=place == 0)
+                self._run(microbatches[own], (place == 0, tuple(needs[own])))
 
     def _reads_numbers(self) -> bool:
         """Whether the host reads numbers of rows in this step; graphs of another room are of no more use."""
@@ -94,25 +117,50 @@ class CapturedModel:
             self._forget()
         return self._budget is not None and room is None
 
-    def _evaluate(self, batches: Sequence[Microbatch]) -> None:
-        try:
-            self._whole.run(batches, backward=False)
-            return
-        except torch.OutOfMemoryError:
-            if not self._kinds:
-                raise
-        # Graphs keep the memory of a whole pass; they are captured again when training goes on. Not while the error is
-        # handled, which keeps what the pass had by then.
+    def _highest(self, values: list[int]) -> list[int]:
+        """The highest of each number over ranks that exchange rows, which replay the same graphs: NCCL asks that of captured transfers.
+
+        Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/usage/cudagraph.html
+        """
+        if self._budget is None or not dist.is_initialized():
+            return values
+        highest = torch.tensor(values)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return highest.tolist()
+
+    def _agreed(self, needs: list[_Needs]) -> list[_Needs]:
+        """What micro-batches need on the rank that needs most."""
+        rooms = [need.room for need in needs if need.room is not None]
+        if not rooms:
+            return needs
+        found = iter(self._highest([number for room in rooms for number in (room.documents, room.longest)]))
+        return [need if need.room is None else replace(need, room=Room(next(found), next(found))) for need in needs]
+
+    def _evaluate(self, microbatches: Sequence[Microbatch]) -> None:
+        if self._budget is not None and self._kinds:
+            # A rank that lacks memory can't begin again by itself in the middle of what ranks do together.
+            self._release()
+        for place, batch in enumerate(microbatches):
+            try:
+                self._whole.run([batch], backward=False)
+                continue
+            except torch.OutOfMemoryError:
+                if not self._kinds:
+                    raise
+            # Not while the error is handled, which keeps what the pass had by then.
+            self._release()
+            self._whole.run(microbatches[place : place + 1], backward=False)
+
+    def _release(self) -> None:
+        """Give back the graphs' memory, which is that of a whole pass; they are captured again when training goes on."""
         self._forget()
         torch.cuda.empty_cache()
-        self._whole.run(batches, backward=False)
 
-    def _run(self, batches: Sequence[Microbatch], *, first: bool) -> None:
-        key = (first, tuple(_needs(batch) for batch in batches))
+    def _run(self, batches: Sequence[Microbatch], key: Key) -> None:
         kind = self._kinds.get(key)
         if kind is None:
             if len(self._kinds) < MOST_GRAPHS:
-                batches = [_clone(batch) for batch in batches]
+                batches = [_clone(batch, need.room) for batch, need in zip(batches, key[1], strict=True)]
                 self._kinds[key] = _Kind(batches)
             self._whole.run(batches, backward=True)
             return
@@ -128,17 +176,20 @@ class CapturedModel:
             self._whole.run(kind.taken, backward=True)
 
     def _capture(self, kind: _Kind) -> torch.cuda.CUDAGraph | None:
-        """Capture a micro-batch, whose kernels don't run by that; None where it can't be done."""
+        """Capture a micro-batch, whose kernels don't run by that; None where it can't be done, on whichever rank."""
         before = self._store.books()
         graph = torch.cuda.CUDAGraph()
+        failure = ""
         try:
             stream, pool = self._prepared()
             # Other threads may do what a capture forbids: page-lock memory for the next batch, say.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._whole.run(kind.taken, backward=True)
         except RuntimeError as error:
+            failure = str(error).strip() or "no reason is given"
+        if self._highest([bool(failure)])[0]:
             self._store.reopen(before)
-            self._give_up(str(error))
+            self._give_up(failure or "on another rank, which says why")
             return None
         kind.arrivals = self._store.arrivals_since(before)
         remember(graph)
@@ -168,9 +219,8 @@ class CapturedModel:
         self._stopped = True
         self._forget()
         torch.cuda.synchronize(self._device)
-        first = why.strip().splitlines()[0] if why.strip() else "no reason is given"
         warnings.warn(
-            f"a micro-batch can't be captured as a CUDA graph ({first}): micro-batches run one kernel after another from here on; "
+            f"a micro-batch can't be captured as a CUDA graph ({why.splitlines()[0]}): micro-batches run one kernel after another from here on; "
             "--cuda-graph-impl none doesn't try",
             stacklevel=2,
         )
@@ -182,15 +232,9 @@ def _tensors(batch: Microbatch) -> list[Tensor]:
     return [batch.tokens, batch.labels, *([] if positions is None else [positions])]
 
 
-def _needs(batch: Microbatch) -> tuple[Any, ...]:
-    """The shape, whether it has positions of its own, and the room that its documents need: alike for what one graph serves."""
+def _clone(batch: Microbatch, room: Room | None) -> Microbatch:
     positions, documents = batch.more
-    return batch.tokens.shape, positions is not None, None if documents is None else documents.room()
-
-
-def _clone(batch: Microbatch) -> Microbatch:
-    positions, documents = batch.more
-    kept = None if documents is None else documents.with_room(documents.room())
+    kept = None if documents is None else documents.with_room(room)
     more = (None if positions is None else positions.clone(), kept)
     return replace(batch, tokens=batch.tokens.clone(), labels=batch.labels.clone(), more=more)
 

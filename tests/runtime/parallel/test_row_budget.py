@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from runtime.moe.row_budget import Room
+from runtime.model.captured import CapturedModel, _Needs
+from runtime.moe.row_budget import Room as RowRoom
+from runtime.moe.row_budget import RowBudget
 from runtime.moe.row_margin import MARGIN
+from runtime.ops.documents import Room
+from runtime.parallel.runner import WholeModel
 from runtime.parity.case import Case, copies, global_batch, make_engine, own_share
 from runtime.parity.ranks import RankPool
 
 CASE = Case(name="ep2", num_ranks=2, parallel={"ep": 2, "use_distributed_optimizer": True}, captures=True)
 
 
-def steps(case: Case, small: Room | None, then: int) -> dict[str, Any]:
+def steps(case: Case, small: RowRoom | None, then: int) -> dict[str, Any]:
     """Three steps on this rank; before the second there is the room given, or on one rank alone the first step's."""
     engine, mesh = make_engine(case)
     budget = engine._budget
@@ -31,8 +36,8 @@ def steps(case: Case, small: Room | None, then: int) -> dict[str, Any]:
     return {"numbers": numbers, "loads": loads, "rooms": rooms, "state": copies(engine.state(with_optimizer=True))}
 
 
-@pytest.mark.parametrize("small", [Room(5, 1000), Room(1000, 5), Room(1, 1)], ids=["sent", "held", "both"])
-def test_a_step_that_outgrows_its_room_is_done_again(pool: RankPool, small: Room) -> None:
+@pytest.mark.parametrize("small", [RowRoom(5, 1000), RowRoom(1000, 5), RowRoom(1, 1)], ids=["sent", "held", "both"])
+def test_a_step_that_outgrows_its_room_is_done_again(pool: RankPool, small: RowRoom) -> None:
     """Bit for bit: what is done again is what would have been done with numbers read, and the room grows."""
     found, want = (pool.run(2, steps, CASE, room, 7) for room in (small, None))
     for mine, other in zip(found, want, strict=True):
@@ -53,3 +58,21 @@ def test_room_is_what_was_needed_and_some_more(pool: RankPool) -> None:
         for room in result["rooms"]:
             assert room.sent <= -(-int(tokens * MARGIN) // 64) * 64
             assert tokens * topk <= room.held <= -(-int(2 * tokens * topk * MARGIN) // 64) * 64
+
+
+def agreed(case: Case) -> list[Any]:
+    """What this rank makes of needs that are its own."""
+    engine, mesh = make_engine(case)
+    model = CapturedModel(
+        WholeModel(engine.module[0], engine._loss), engine.store, engine.device, RowBudget(engine.device)
+    )
+    rank = mesh.global_rank
+    mine = [_Needs(torch.Size([2, 16]), True, Room(*pair)) for pair in ((64, 128 >> rank), (64 << rank, 16))]
+    none = [_Needs(torch.Size([2, 16]), False, None)]
+    return [[need.room for need in model._agreed(needs)] for needs in (mine, none)] + model._highest([rank == 1])
+
+
+def test_ranks_agree_on_the_graphs_that_they_replay(pool: RankPool) -> None:
+    """Documents differ between ranks; where one rank can't capture, none does."""
+    for found in pool.run(2, agreed, CASE):
+        assert found == [[Room(64, 128), Room(128, 16)], [None], True]

@@ -25,7 +25,6 @@ from benchmarks.megatron_step import megatron
 from benchmarks.step_profile import by_kind, device_of, lines_of, synchronize, write_lines
 from benchmarks.step_work import MODELS, Layout, MakeStep, Slice, Step, Work, device_of_rank, join_ranks
 from benchmarks.transformers_step import transformers
-from runtime.settings.capture import MANY_CHOICES
 
 
 def runtime(
@@ -33,7 +32,7 @@ def runtime(
     layout: Layout,
     fp8: str | None = None,
     *,
-    captures: bool = True,
+    captures: bool | None = None,
     overlap: bool = False,
     tp_comm_overlap: bool = False,
     **options: Any,
@@ -65,7 +64,7 @@ def runtime(
         lr=1e-5,
         parallel=parallel,
         on_device=True,
-        captures=captures and _replayed(model, layout.world, layout.ep) and fp8 is None and device.type == "cuda",
+        captures=(not several if captures is None else captures) and fp8 is None and device.type == "cuda",
         **options,
     )
 
@@ -75,11 +74,6 @@ def runtime(
         return lambda: engine.train_step(batches)
 
     return make
-
-
-def _replayed(model: Slice, ranks: int, ep: int) -> bool:
-    """Whether the trainer has CUDA graphs by default."""
-    return ranks == 1 or (ep > 1 and model.topk >= MANY_CHOICES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,8 +97,18 @@ def _tensor(work: Work) -> str | None:
     return "without tensor parallelism there is nothing to overlap" if work.tp == 1 else None
 
 
-def _captured(work: Work) -> str | None:
-    return None if _replayed(work.slice, work.ranks, work.ep) else "on these GPUs nothing is captured anyway"
+def _one_rank(work: Work) -> str | None:
+    return "on several GPUs nothing is captured unless it is asked for" if work.ranks > 1 else None
+
+
+def _ranks_of_experts(work: Work) -> str | None:
+    return (
+        "with one GPU it is the default"
+        if work.ranks == 1
+        else None
+        if work.ep > 1
+        else "without expert parallelism nothing is captured"
+    )
 
 
 def _alone(work: Work) -> str | None:
@@ -137,7 +141,8 @@ def _transformers(unfit: Callable[[Work], str | None], **options: Any) -> System
 
 SYSTEMS: dict[str, System] = {
     "runtime": System(make=runtime),
-    "runtime, no CUDA graphs": System(make=lambda *work: runtime(*work, captures=False), unfit=_captured),
+    "runtime, no CUDA graphs": System(make=lambda *work: runtime(*work, captures=False), unfit=_one_rank),
+    "runtime, CUDA graphs": System(make=lambda *work: runtime(*work, captures=True), unfit=_ranks_of_experts),
     "runtime, overlap": System(make=lambda *work: runtime(*work, overlap=True), unfit=_exchanges),
     "runtime, tp-comm-overlap": System(make=lambda *work: runtime(*work, tp_comm_overlap=True), unfit=_tensor),
     "runtime, bf16 moments": System(make=lambda *work: runtime(*work, moments_dtype="bfloat16")),

@@ -82,6 +82,7 @@ class Machine:
     links: Mapping[str, Link]
     exchange_wait_us: float
     reduce_hidden: float
+    gather_hidden: float
     imbalance: float
     gpus_per_node: int
     disk_gb_s: float

@@ -165,7 +165,7 @@ class Estimate:
         gathering = sum(t.seconds(machine) * t.forward for t in gather)
         if not setup.captured:  # hidden behind the next step's first forward pass, likewise
             forward = sum(cost.forward for cost in self.costs_of(rank).values())
-            gathering = max(gathering * (1 - machine.reduce_hidden), gathering - forward)
+            gathering = max(gathering * (1 - machine.gather_hidden), gathering - forward)
         if setup.parallel.fully_shard:
             exposed, gathering = self._fully_sharded(rank, reduce, gather), 0.0
         elif setup.captured or (setup.parallel.pp > 1 and setup.parallel.pp_schedule == "zero-bubble"):

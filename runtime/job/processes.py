@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from moeconv.errors import MoeconvError
-from runtime.job.graphs import release_graphs
+from runtime.parallel.graphs import release_graphs
 
 STARTED = time.monotonic()
 """When this process began, near enough: --exit-duration-in-mins counts from here."""

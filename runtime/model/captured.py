@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.job.graphs import remember
 from runtime.moe.row_budget import RowBudget
 from runtime.ops.documents import Room
 from runtime.parallel.buckets import Arrivals, BucketStore
+from runtime.parallel.graphs import remember
 from runtime.parallel.runner import Microbatch, WholeModel
 from runtime.parallel.shards import Store
 

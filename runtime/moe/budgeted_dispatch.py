@@ -11,7 +11,7 @@ from runtime.moe.dispatch import AnyExperts, Counts, Dispatch, TokenDispatch
 from runtime.moe.groups import MoEGroups
 from runtime.moe.permutation import RowPlan, plan_blocks
 from runtime.moe.routing import Routing
-from runtime.moe.row_budget import Room, RowBudget
+from runtime.moe.row_budget import RowBudget, RowRoom
 from runtime.moe.sent_once import sends_once
 from runtime.parallel.collectives import group_size
 
@@ -51,7 +51,7 @@ class BudgetedDispatch(TokenDispatch):
         *,
         overlapped: bool,
         budget: RowBudget,
-        room: Room,
+        room: RowRoom,
     ) -> None:
         """Begin; arguments as of `Dispatch`, where T is the same on all ranks, and the room."""
         self._budget = budget

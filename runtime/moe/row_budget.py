@@ -1,4 +1,4 @@
-"""Room for rows that travel between ranks, set aside before their numbers are known, so that the host needn't wait for them.
+"""RowRoom for rows that travel between ranks, set aside before their numbers are known, so that the host needn't wait for them.
 
 How many rows go where is known on the device alone. A step that runs with room set aside never asks: what each rank sends to
 each other one, and what a rank's experts compute, have fixed shapes, and the rows' real numbers stay on the device. Nothing
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from runtime.moe.row_margin import MARGIN
 
+GROWTH = 1.5
+"""Of room that has been outgrown, at least: with it go the graphs, which take seconds to be made."""
 MULTIPLE = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class RowRoom:
     """How many rows there is room for, the same on every rank."""
 
     sent: int
@@ -38,7 +40,8 @@ class RowBudget:
         Args:
             device: of the layers.
         """
-        self.room: Room | None = None
+        self.room: RowRoom | None = None
+        self._before = RowRoom(0, 0)
         self._most = torch.zeros(2, dtype=torch.int32, device=device)
         self._limits = torch.zeros_like(self._most)
         self._read = [0, 0]
@@ -69,17 +72,18 @@ class RowBudget:
 
     def read_again(self) -> None:
         """Do without room until `agree`: this step's numbers are to be read."""
-        self.room = None
+        self.room, self._before = None, self.room or self._before
 
     def agree(self) -> None:
-        """Set room aside for what has been read, and some more. Collective, over all ranks."""
+        """Set room aside for what has been read, and some more; after too little, for much more. Collective, over all ranks."""
         most = torch.tensor(self._read, dtype=torch.int64, device=self._most.device)
         if dist.is_initialized():
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        sent, held = (-(-int(number * MARGIN) // MULTIPLE) * MULTIPLE for number in most.tolist())
-        self.set(Room(sent, held))
+        before = (self._before.sent, self._before.held)
+        wanted = (max(n * MARGIN, b * GROWTH) for n, b in zip(most.tolist(), before, strict=True))
+        self.set(RowRoom(*(-(-int(number) // MULTIPLE) * MULTIPLE for number in wanted)))
 
-    def set(self, room: Room) -> None:
+    def set(self, room: RowRoom) -> None:
         """Set room aside, the same on every rank."""
         self.room = room
         self._limits.copy_(torch.tensor([room.sent, room.held], dtype=torch.int32))

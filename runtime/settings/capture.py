@@ -22,9 +22,6 @@ from runtime.settings.steps import CudaGraphs, TrainConfig
 if TYPE_CHECKING:
     import torch
 
-MANY_CHOICES = 4
-"""Of a token, where its experts are small: gpt-oss has 4, Qwen3, DeepSeek and GLM have 6 or 8; Mixtral and its like have 2."""
-
 FLAG = flag_name(TrainConfig, "cuda_graph_impl")
 
 
@@ -123,18 +120,13 @@ def check_capture(run: RunConfig, world_size: int) -> None:
     )
 
 
-def pays(run: Planned) -> bool:
-    """Say whether graphs gain more than they cost, where nothing speaks against them.
-
-    With expert parallelism they cost what is exchanged besides: the padding of the rows, and the sums of gradients behind the
-    last backward pass rather than beside it. They gain where experts are many and small: there the host is the limit.
-    """
-    return run.parallel.ep == 1 or (run.moe is not None and run.moe.topk >= MANY_CHOICES)
-
-
 def replays(run: Planned, world_size: int, impl: CudaGraphs) -> bool:
-    """Say whether a run replays its micro-batches on GPUs; `impl` is the flag's value."""
-    return impl != "none" and obstacle(run, world_size) is None and (impl == "local" or pays(run))
+    """Say whether a run replays its micro-batches on GPUs; `impl` is the flag's value.
+
+    Exchanges of rows are captured where that is asked for by name: blocks with room are padded, and gradients summed behind the
+    last backward pass rather than beside it, which pays where the host is the limit.
+    """
+    return impl != "none" and obstacle(run, world_size) is None and (impl == "local" or run.parallel.ep == 1)
 
 
 def captures(run: RunConfig, world_size: int, device: torch.device) -> bool:
@@ -148,5 +140,5 @@ def describe_capture(run: RunConfig, world_size: int, device: torch.device) -> l
         return []
     why = obstacle(run, world_size)
     if why is None and not captures(run, world_size, device):
-        why = f"experts are few and large, and the host is fast enough ({FLAG} local insists)"
+        why = f"with {FLAGS['ep']} they are for {FLAG} local"
     return ["micro-batches are replayed as CUDA graphs" if why is None else f"no CUDA graphs: {why}"]

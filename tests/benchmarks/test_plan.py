@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.plan import adapters, all_weights, another_host, errors, plausible
+from benchmarks.plan import adapters, all_weights, another_host, errors, plausible, todays_engine
 
 # 1903 ms with seven layers, 1053 with four: each further layer took a tenth longer than those before, in this layout alone.
 OUTLIER = "tp2 sp ep2 etp1, 7 layers"
@@ -17,8 +17,8 @@ def test_peak_memory_is_within_5_percent_and_time_within_10() -> None:
 
 
 def test_memory_of_whole_models_and_of_another_host_is_within_5_percent() -> None:
-    for row in errors((*all_weights(), *another_host())):
-        if "fully sharded" not in row["run"]:
+    for row in errors((*all_weights(), *another_host(), *todays_engine())):
+        if row["gpus"] == 2 or "fully sharded" not in row["run"]:  # that of four is of an engine that gathered later
             assert abs(row["memory_error"]) < 0.05, row
 
 

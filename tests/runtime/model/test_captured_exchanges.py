@@ -12,7 +12,7 @@ import torch
 from benchmarks.exchanges import alone_together, exchange
 from runtime.data.batch import Batch
 from runtime.engine import Engine
-from runtime.moe.row_budget import Room
+from runtime.moe.row_budget import RowRoom
 from tests.runtime.model.wide import batch, make_engine, packed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -73,7 +73,7 @@ def test_graphs_whose_room_is_outgrown_are_made_anew() -> None:
         if step == 3:
             assert graphs(replayed) == 2
             assert replayed._budget is not None
-            replayed._budget.set(Room(64, 100))
+            replayed._budget.set(RowRoom(64, 100))
         assert replayed.train_step(batches).lm_loss == want.lm_loss
     assert replayed._budget is not None
     assert replayed._budget.room is not None

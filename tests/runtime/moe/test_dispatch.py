@@ -12,7 +12,7 @@ import torch.distributed as dist
 from runtime.moe import sent_once
 from runtime.moe.groups import MoEGroups
 from runtime.moe.layer import MoELayer
-from runtime.moe.row_budget import Room, RowBudget
+from runtime.moe.row_budget import RowBudget, RowRoom
 from runtime.parity.ranks import RankPool
 from tests.runtime.moe.oracle import relative
 from tests.support.moe import moe_config
@@ -30,7 +30,7 @@ class Case:
     sequence_parallel: bool = True
     equal_tokens: bool = False
     options: dict[str, Any] = field(default_factory=dict)
-    room: Room | None = None
+    room: RowRoom | None = None
     """What is set aside for rows; None: their numbers are read."""
 
 
@@ -58,10 +58,10 @@ CASES = {
     "each token once to each rank, ep2 etp2, recompute": Case(
         ep=2, etp=2, tokens=(3, 8, 0, 5), options={"topk": 4, "recompute_layer": True}
     ),
-    "room for all rows": Case(ep=2, tokens=(9, 9), equal_tokens=True, room=Room(64, 64)),
-    "room for just so many": Case(ep=4, tokens=(7,) * 4, equal_tokens=True, options={"topk": 5}, room=Room(7, 52)),
+    "room for all rows": Case(ep=2, tokens=(9, 9), equal_tokens=True, room=RowRoom(64, 64)),
+    "room for just so many": Case(ep=4, tokens=(7,) * 4, equal_tokens=True, options={"topk": 5}, room=RowRoom(7, 52)),
     "room, ep2 etp2, recompute": Case(
-        ep=2, etp=2, tokens=(6,) * 4, equal_tokens=True, options={"recompute_layer": True}, room=Room(6, 40)
+        ep=2, etp=2, tokens=(6,) * 4, equal_tokens=True, options={"recompute_layer": True}, room=RowRoom(6, 40)
     ),
     "recompute": Case(ep=2, etp=2, tokens=(6, 6, 6, 6), options={"recompute_layer": True}),
 }
@@ -184,7 +184,7 @@ def test_ranks_equal_one_rank(pool: RankPool, name: str, dispatcher: str) -> Non
         Case(ep=2, tokens=(9, 6)),
         Case(ep=2, tokens=(8, 8), equal_tokens=True),
         Case(etp=2, tokens=(7, 7), equal_tokens=True),
-        Case(ep=2, tokens=(9, 9), equal_tokens=True, room=Room(9, 30)),
+        Case(ep=2, tokens=(9, 9), equal_tokens=True, room=RowRoom(9, 30)),
     ],
 )
 def test_dispatchers_agree_on_dropped_choices(pool: RankPool, case: Case) -> None:

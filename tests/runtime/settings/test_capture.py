@@ -69,20 +69,16 @@ def test_what_stands_against_graphs(flags: str, world: int, why: str | None) -> 
     assert not captures(make(f"{SHORT} {flags} --cuda-graph-impl none"), world, GPU)
 
 
-@pytest.mark.parametrize(("topk", "replayed"), [(2, False), (4, True)])
-def test_exchanges_are_replayed_where_experts_are_small_or_it_is_asked_for(topk: int, replayed: bool) -> None:
-    def with_choices(flags: str) -> RunConfig:
-        run = make(f"{SHORT} --bf16 --expert-model-parallel-size 2 {flags}")
-        assert run.moe is not None
-        return replace(run, moe=replace(run.moe, router=replace(run.moe.router, top_k=topk)))
-
-    run = with_choices("")
+def test_exchanges_are_replayed_where_it_is_asked_for() -> None:
+    flags = f"{SHORT} --bf16 --expert-model-parallel-size 2"
+    run, asked = make(flags), make(f"{flags} --enable-cuda-graph")
     assert obstacle(run, 2) is None
-    assert captures(run, 2, GPU) == replayed
-    said = "micro-batches are replayed as CUDA graphs" if replayed else "no CUDA graphs: experts are few and large"
-    assert describe_capture(run, 2, GPU)[0].startswith(said)
-    assert captures(with_choices("--enable-cuda-graph"), 2, GPU)
-    assert not captures(with_choices("--cuda-graph-impl none"), 2, GPU)
+    assert not captures(run, 2, GPU)
+    assert describe_capture(run, 2, GPU) == [
+        "no CUDA graphs: with --expert-model-parallel-size they are for --cuda-graph-impl local"
+    ]
+    assert captures(asked, 2, GPU)
+    assert describe_capture(asked, 2, GPU) == ["micro-batches are replayed as CUDA graphs"]
 
 
 def test_replicas_with_adapters_have_graphs() -> None:

@@ -175,12 +175,28 @@ def another_host() -> Iterator[Row]:
         ("Qwen3", 8, "pp2 ep2", 783.5, 30.7),
         ("Qwen3", 6, "dp", 443.2, 42.4),
     )
+    yield from _layers(measured, gpus=4, engine="now, H200")
+
+
+def todays_engine() -> Iterator[Row]:
+    """Two H200 of one machine: likewise, 65536 tokens a step."""
+    measured = (
+        ("Mixtral", 4, "ep", 716, 59.5),
+        ("Mixtral", 4, "dp", 742, 76.0),
+        ("Mixtral", 4, "fully sharded", 1500, 64.1),
+        ("Qwen3", 8, "ep", 855, 56.8),
+    )
+    yield from _layers(measured, gpus=2, engine="today, H200")
+
+
+def _layers(measured: Iterable[tuple[str, int, str, float, float]], *, gpus: int, engine: str) -> Iterator[Row]:
+    """Rows of a model's layers in a layout, 8 micro-batches a GPU, no graphs: model, layers, layout, ms and GB of each."""
     for model, layers, name, ms, gb in measured:
         parallel = {"fully_shard": True} if name == "fully sharded" else SHARD | LAYOUTS[name]
-        parallel |= {"ep": 4} if name == "ep" else {}
+        parallel |= {"ep": gpus} if name == "ep" else {}
         yield Row(
-            name=f"{model}, {layers} layers, {name}{'4' if name in ('ep', 'dp') else ''}", layers=layers, gpus=4,
-            config=MIXTRAL if model == "Mixtral" else QWEN3_30B, parallel=parallel, engine="now, H200",
+            name=f"{model}, {layers} layers, {name}{gpus if name in ('ep', 'dp') else ''}", layers=layers, gpus=gpus,
+            config=MIXTRAL if model == "Mixtral" else QWEN3_30B, parallel=parallel, engine=engine,
             microbatches=8 * parallel.get("tp", 1) * parallel.get("pp", 1), graphs="none", ms=ms, gb=gb,
         )  # fmt: skip
 
@@ -271,23 +287,6 @@ PUBLISHED = (
         conditions="Megatron-Bridge, bf16", recompute="full",
     ),
 )  # fmt: skip
-
-
-def todays_engine() -> Iterator[Row]:
-    """Two H200 of one machine: layers of both models, micro-batches of one sequence, 65536 tokens a step."""
-    measured = (
-        ("Mixtral", 4, "ep", 716, 59.5),
-        ("Mixtral", 4, "dp", 742, 76.0),
-        ("Mixtral", 4, "fully sharded", 1500, 64.1),
-        ("Qwen3", 8, "ep", 855, 56.8),
-    )
-    for model, layers, name, ms, gb in measured:
-        parallel = {"fully_shard": True} if name == "fully sharded" else SHARD | LAYOUTS[name]
-        parallel |= {"ep": 2} if name == "ep" else {}
-        yield Row(
-            name=f"{model}, {layers} layers, {name}{'2' if name in ('ep', 'dp') else ''}", layers=layers, gpus=2,
-            config=MIXTRAL if model == "Mixtral" else QWEN3_30B, parallel=parallel, engine="today, H200", ms=ms, gb=gb,
-        )  # fmt: skip
 
 
 def make_setup(config: dict[str, Any], layers: int, gpus: int, parallel: dict[str, Any], **sizes: Any) -> Setup:

@@ -11,14 +11,12 @@ from runtime.moe.dispatch import AnyExperts, Counts, Dispatch, TokenDispatch
 from runtime.moe.groups import MoEGroups
 from runtime.moe.permutation import RowPlan, plan_blocks
 from runtime.moe.routing import Routing
-from runtime.moe.row_budget import RowBudget, RowRoom
+from runtime.moe.row_budget import RowBudget
 from runtime.moe.sent_once import sends_once
 from runtime.parallel.collectives import group_size
 
 
-class MeasuredDispatch(TokenDispatch):
-    """`TokenDispatch` that keeps how much room it would have needed."""
-
+class _OfBudget(TokenDispatch):
     def __init__(
         self,
         x_TD: Tensor,
@@ -29,9 +27,13 @@ class MeasuredDispatch(TokenDispatch):
         overlapped: bool,
         budget: RowBudget,
     ) -> None:
-        """Begin; arguments as of `Dispatch`, and where the numbers go."""
+        """Begin; arguments as of `Dispatch`, T being the same on all ranks, and the room."""
         self._budget = budget
         super().__init__(x_TD, routing, experts, groups, overlapped=overlapped)
+
+
+class MeasuredDispatch(_OfBudget):
+    """`TokenDispatch` that keeps how much room it would have needed."""
 
     def start(self) -> None:
         """As of `Dispatch`."""
@@ -39,26 +41,16 @@ class MeasuredDispatch(TokenDispatch):
         self._budget.note(max(self._input_splits), self._num_choices)
 
 
-class BudgetedDispatch(TokenDispatch):
+class BudgetedDispatch(_OfBudget):
     """`TokenDispatch` in blocks: the same rows, each rank's followed by unused ones up to the room that there is."""
 
-    def __init__(
-        self,
-        x_TD: Tensor,
-        routing: Routing,
-        experts: AnyExperts,
-        groups: MoEGroups,
-        *,
-        overlapped: bool,
-        budget: RowBudget,
-        room: RowRoom,
-    ) -> None:
-        """Begin; arguments as of `Dispatch`, where T is the same on all ranks, and the room."""
-        self._budget = budget
+    def _prepare(self, x_TD: Tensor, routing: Routing) -> tuple[Counts | None, RowPlan]:
+        room = self._budget.room
+        assert room is not None
         self._block = min(room.sent, x_TD.shape[0])
-        num_arriving = self._block * group_size(groups.ep) * group_size(groups.etp)
+        num_arriving = self._block * group_size(self._groups.ep) * group_size(self._groups.etp)
         self._num_choices = min(room.held, num_arriving * routing.experts_TK.shape[1])
-        super().__init__(x_TD, routing, experts, groups, overlapped=overlapped)
+        return super()._prepare(x_TD, routing)
 
     def _arrange(self, ranks_TP: Tensor, counts: Tensor, most: int) -> tuple[Counts | None, RowPlan]:
         needed = self._budget.sent_needed
@@ -101,10 +93,8 @@ def make_dispatch(
     """
     num_ranks, topk = group_size(groups.ep), routing.chosen_TK.shape[1]
     if budget is not None and training:
-        if budget.room is None:
-            return MeasuredDispatch(x_TD, routing, experts, groups, overlapped=overlapped, budget=budget)
-        args = (x_TD, routing, experts, groups)
-        return BudgetedDispatch(*args, overlapped=overlapped, budget=budget, room=budget.room)
+        of_budget = MeasuredDispatch if budget.room is None else BudgetedDispatch
+        return of_budget(x_TD, routing, experts, groups, overlapped=overlapped, budget=budget)
     num_experts = experts.num_local_experts * num_ranks
     # Not where there is a column for each expert: what travels behind a token has room for all its columns.
     once = routing.experts_TK.shape[1] == topk and sends_once(num_experts, topk, num_ranks)

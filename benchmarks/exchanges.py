@@ -98,7 +98,7 @@ def measure(way: Way, name: str, num_microbatches: int, steps: int) -> tuple[flo
     if way.exchanges:
         exchange(engine, room=way.room)
     batches = [text_batch(sizes["vocab"], 1, positions, seed) for seed in range(num_microbatches)]
-    for _ in range(3):  # read, compiled, captured
+    for _ in range(5):  # read, compiled, captured
         engine.train_step(batches)
     synchronize()
     begin = time.perf_counter()

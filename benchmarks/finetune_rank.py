@@ -46,8 +46,8 @@ from runtime.settings.run import RunConfig
 
 TIMEOUT = 600.0
 """Seconds that a collective may take: the others wait while a rank page-locks its memory or writes."""
-WARM = 3
-"""Steps that aren't counted: in the third the last CUDA graph is captured."""
+WARM = 4
+"""Steps that aren't counted: in the fourth the last CUDA graph is captured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -171,7 +171,7 @@ def version(package: str) -> str | None:
 
 def seconds_of(step: Step, repeats: int) -> float:
     """Mean time of a step in a row of them, as training runs them, after three that aren't counted."""
-    for _ in range(3):
+    for _ in range(4):
         step()
     synchronize()
     start = time.perf_counter()

@@ -328,7 +328,7 @@ class Engine:
         self._loss.sum.zero_()
         if self._fp8 is not None:
             self._fp8.begin(trains=trains)
-        if self._budget is not None:
+        if self._budget is not None and trains:
             self._budget.begin()
         reset_stats(moe_layers(self.module))
 

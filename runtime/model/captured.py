@@ -164,6 +164,9 @@ class CapturedModel:
                 self._kinds[key] = _Kind(batches)
             self._whole.run(batches, backward=True)
             return
+        if kind.graph is None and self._budget is not None and not self._budget.settled:
+            self._whole.run(batches, backward=True)
+            return
         for batch, taken in zip(batches, kind.taken, strict=True):
             _copy(batch, taken)
         if kind.graph is not None:

@@ -18,6 +18,8 @@ from runtime.moe.row_margin import MARGIN
 
 GROWTH = 1.5
 """Of room that has been outgrown, at least: with it go the graphs, which take seconds to be made."""
+TRIAL = 2
+"""Steps until room counts as settled."""
 MULTIPLE = 64
 
 
@@ -42,6 +44,7 @@ class RowBudget:
         """
         self.room: RowRoom | None = None
         self._before = RowRoom(0, 0)
+        self._steps = 0
         self._most = torch.zeros(2, dtype=torch.int32, device=device)
         self._limits = torch.zeros_like(self._most)
         self._read = [0, 0]
@@ -59,6 +62,12 @@ class RowBudget:
     def begin(self) -> None:
         """Begin a step."""
         self._most.zero_()
+        self._steps += 1
+
+    @property
+    def settled(self) -> bool:
+        """Whether the room has been enough for some steps: what is made for it may be dear."""
+        return self.room is not None and self._steps > TRIAL
 
     def note(self, sent: int, held: int) -> None:
         """Take numbers that the host has read: tokens for the rank that gets most, choices of this rank's experts."""
@@ -85,5 +94,5 @@ class RowBudget:
 
     def set(self, room: RowRoom) -> None:
         """Set room aside, the same on every rank."""
-        self.room = room
+        self.room, self._steps = room, 0
         self._limits.copy_(torch.tensor([room.sent, room.held], dtype=torch.int32))

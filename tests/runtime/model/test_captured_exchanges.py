@@ -49,7 +49,7 @@ def test_replayed_steps_are_those_that_read_numbers_of_rows(options: dict[str, A
     plain, replayed = (exchanging_engine(captures=captures, **options) for captures in (False, True))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for step in range(4):
+        for step in range(8):
             make = packed if step % 2 else batch
             batches: list[Batch] = [make(4 * step + place) for place in range(4)]
             want, got = plain.train_step(batches), replayed.train_step(batches)
@@ -69,8 +69,8 @@ def test_graphs_whose_room_is_outgrown_are_made_anew() -> None:
     plain, replayed = (exchanging_engine(captures=captures) for captures in (False, True))
     batches = [batch(place) for place in range(4)]
     want = plain.train_step(batches)
-    for step in range(6):
-        if step == 3:
+    for step in range(10):
+        if step == 5:
             assert graphs(replayed) == 2
             assert replayed._budget is not None
             replayed._budget.set(RowRoom(64, 100))

@@ -76,3 +76,16 @@ def test_ranks_agree_on_the_graphs_that_they_replay(pool: RankPool) -> None:
     """Documents differ between ranks; where one rank can't capture, none does."""
     for found in pool.run(2, agreed, CASE):
         assert found == [[Room(64, 128), Room(128, 16)], [None], True]
+
+
+def test_room_is_settled_once_it_has_been_enough_for_some_steps() -> None:
+    budget = RowBudget(torch.device("cpu"))
+    for room in (RowRoom(1, 1), RowRoom(2, 2)):
+        budget.set(room)
+        found = []
+        for _ in range(4):
+            budget.begin()
+            found.append(budget.settled)
+        assert found == [False, False, True, True]
+        budget.read_again()
+        assert not budget.settled

@@ -22,12 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.step_profile import synchronize
+from benchmarks.step_systems import seconds_of
 from benchmarks.step_work import MODELS, device_of_rank
 from benchmarks.train_step import make_engine, mixtral, text_batch
 from runtime.engine import Engine
 from runtime.job.processes import end_groups
 from runtime.model.captured import CapturedModel
-from runtime.moe.budgeted_dispatch import run_all_to_all
+from runtime.moe.dispatch import run_all_to_all
 from runtime.moe.layer import MoELayer, moe_layers, set_row_budget
 from runtime.moe.row_budget import RowBudget
 
@@ -98,14 +99,7 @@ def measure(way: Way, name: str, num_microbatches: int, steps: int) -> tuple[flo
     if way.exchanges:
         exchange(engine, room=way.room)
     batches = [text_batch(sizes["vocab"], 1, positions, seed) for seed in range(num_microbatches)]
-    for _ in range(5):  # read, compiled, captured
-        engine.train_step(batches)
-    synchronize()
-    begin = time.perf_counter()
-    for _ in range(steps):
-        engine.train_step(batches)
-    synchronize()
-    ms = (time.perf_counter() - begin) / steps * 1e3
+    ms = seconds_of(lambda: engine.train_step(batches), steps) * 1e3
     begin = time.perf_counter()
     engine.accumulate(batches)
     host = (time.perf_counter() - begin) * 1e3

@@ -170,7 +170,7 @@ def version(package: str) -> str | None:
 
 
 def seconds_of(step: Step, repeats: int) -> float:
-    """Mean time of a step in a row of them, as training runs them, after four that aren't counted."""
+    """Mean time of a step in a row of them, as training runs them, after four that aren't counted: in the fourth the last CUDA graph is captured."""
     for _ in range(4):
         step()
     synchronize()

@@ -73,7 +73,7 @@ class Setup:
         out.__dict__["parameters"] = parameters
         return out
 
-    @property
+    @cached_property
     def captured(self) -> bool:
         """Whether micro-batches are replayed as CUDA graphs: then the host is never the limit."""
         return replays(self, self.world_size, self.graphs)

@@ -33,6 +33,11 @@ class After:
     """Collectives of a step."""
 
 
+def _not_hidden(seconds: float, share: float, beside: float) -> float:
+    """What is exposed of traffic of which a share hides behind a pass, as far as that is long enough."""
+    return max(seconds * (1 - share), seconds - beside)
+
+
 class Estimate:
     """What a step of a setup takes on a machine; each number is worked out when it is asked for."""
 
@@ -163,15 +168,15 @@ class Estimate:
         reducing = sum(t.seconds(machine) * t.backward for t in reduce)
         backward = sum(cost.backward for cost in self.costs_of(rank).values())
         gathering = sum(t.seconds(machine) * t.forward for t in gather)
-        if not setup.captured:  # hidden behind the next step's first forward pass, likewise
+        if not setup.captured:  # hidden behind the next step's first forward pass
             forward = sum(cost.forward for cost in self.costs_of(rank).values())
-            gathering = max(gathering * (1 - machine.gather_hidden), gathering - forward)
+            gathering = _not_hidden(gathering, machine.gather_hidden, forward)
         if setup.parallel.fully_shard:
             exposed, gathering = self._fully_sharded(rank, reduce, gather), 0.0
         elif setup.captured or (setup.parallel.pp > 1 and setup.parallel.pp_schedule == "zero-bubble"):
             exposed = reducing
-        else:  # hidden behind the last micro-batch's backward pass, as far as that is long enough
-            exposed = max(reducing * (1 - machine.reduce_hidden), reducing - backward)
+        else:  # hidden behind the last micro-batch's backward pass
+            exposed = _not_hidden(reducing, machine.reduce_hidden, backward)
         partial = partial_traffic(setup, sums)
         exposed += sum(t.exposed(machine) for t in partial)
         updating = update_seconds(setup, machine, setup.owned(rank)) + copying_seconds(setup, machine, rank)

@@ -150,15 +150,14 @@ def _moe(setup: Setup, local: Local, along: dict[str, Axis]) -> Iterator[Transfe
         return
     if local.exchanged:
         rows, topk = local.rows / etp.ranks, setup.model.sizes["top_k"]
-        captured = setup.row_margin > 1
-        if captured or sends_once(local.num_experts, topk, ep.ranks):
+        if setup.captured or sends_once(local.num_experts, topk, ep.ranks):
             rows *= 1 - share_saved(local.num_experts, topk, ep.ranks)
-        if captured:  # blocks with room, of all tokens at most
+        if setup.captured:  # blocks with room, of all tokens at most
             rows = min(rows * setup.row_margin, local.tokens_moe * ep.ranks)
         # There with their weights behind them, and back without.
         for bytes_of_row in (row + TAIL * local.item, row):
             yield Transfer(ep, "all_to_all", _sent(ep, rows * bytes_of_row), 1, 1, exchange=True)
-        if not captured:
+        if not setup.captured:
             yield Transfer(ep, "all_gather", _sent(ep, 8.0 * local.num_experts * ep.ranks), 1, 0)
         if etp.ranks > 1:
             size = _sent(etp, local.rows * row)

@@ -237,8 +237,7 @@ def _tensors(batch: Microbatch) -> list[Tensor]:
 
 def _clone(batch: Microbatch, room: Room | None) -> Microbatch:
     positions, documents = batch.more
-    kept = None if documents is None else documents.with_room(room)
-    more = (None if positions is None else positions.clone(), kept)
+    more = (None if positions is None else positions.clone(), None if room is None else documents.with_room(room))
     return replace(batch, tokens=batch.tokens.clone(), labels=batch.labels.clone(), more=more)
 
 

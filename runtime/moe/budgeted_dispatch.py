@@ -100,15 +100,3 @@ def make_dispatch(
     once = routing.experts_TK.shape[1] == topk and sends_once(num_experts, topk, num_ranks)
     kind = TokenDispatch if once else Dispatch
     return kind(x_TD, routing, experts, groups, overlapped=overlapped)
-
-
-def run_all_to_all(dispatch: Dispatch) -> Tensor:
-    """Do all that is left of a dispatch.
-
-    Returns:
-        [T, D] weighted sums.
-    """
-    dispatch.start()
-    dispatch.compute()
-    dispatch.send_back()
-    return dispatch.finish()

@@ -238,6 +238,18 @@ class TokenDispatch(Dispatch):
         return self._experts.plan(experts_TK, self._num_choices)
 
 
+def run_all_to_all(dispatch: Dispatch) -> Tensor:
+    """Do all that is left of a dispatch.
+
+    Returns:
+        [T, D] weighted sums.
+    """
+    dispatch.start()
+    dispatch.compute()
+    dispatch.send_back()
+    return dispatch.finish()
+
+
 def run_all_gather(
     x_TD: Tensor, routing: Routing, experts: AnyExperts, groups: MoEGroups, *, equal_tokens: bool = False
 ) -> Tensor:

@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from moeconv.errors import LayoutError, MoeconvError
 from moeconv.families.compute import Gate
 from runtime.fp8.scaling import Scaling
-from runtime.moe.budgeted_dispatch import make_dispatch, run_all_to_all
+from runtime.moe.budgeted_dispatch import make_dispatch
 from runtime.moe.clamped_experts import ClampedExperts
 from runtime.moe.config import MoEConfig
-from runtime.moe.dispatch import Dispatch, run_all_gather, run_local
+from runtime.moe.dispatch import Dispatch, run_all_gather, run_all_to_all, run_local
 from runtime.moe.experts import Experts
 from runtime.moe.groups import MoEGroups
 from runtime.moe.router import Router

@@ -138,11 +138,10 @@ def _sort(
     expert = flat.clamp(max=num_experts - 1)
     rows = places + shift[expert]
     end = padded.cumsum(0).clamp(max=num_rows)
-    kept = (flat < num_experts) & (rows < (num_rows if room is None else end[expert]))
+    kept = (flat < num_experts) & (rows < end[expert])
     rows = torch.where(kept, rows, -1).int()
     slots = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=flat.device)
     slots.scatter_(0, torch.where(kept, rows.long(), num_rows), torch.arange(flat.shape[0], device=flat.device).int())
-    slots[num_rows] = -1
     return RowPlan(
         slot_of_row_R=slots[:num_rows],
         row_of_slot_TK=rows.view(experts_TK.shape),

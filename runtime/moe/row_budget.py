@@ -1,4 +1,4 @@
-"""RowRoom for rows that travel between ranks, set aside before their numbers are known, so that the host needn't wait for them.
+"""Room for rows that travel between ranks, set aside before their numbers are known, so that the host needn't wait for them.
 
 How many rows go where is known on the device alone. A step that runs with room set aside never asks: what each rank sends to
 each other one, and what a rank's experts compute, have fixed shapes, and the rows' real numbers stay on the device. Nothing
@@ -74,9 +74,7 @@ class RowBudget:
         self._read = [max(self._read[0], sent), max(self._read[1], held)]
 
     def outgrown(self) -> Tensor:
-        """[1] fp64 on the device, more than 0 where this step had too little room on this rank."""
-        if self.room is None:
-            return torch.zeros(1, dtype=torch.float64, device=self._most.device)
+        """[1] fp64 on the device, more than 0 where this step had too little room on this rank; where numbers are read, nothing is needed."""
         return (self._most > self._limits).any().double().view(1)
 
     def read_again(self) -> None:

@@ -25,7 +25,7 @@ class Gathered(Protocol):
         """Begin to bring the weights of each data-parallel rank's shard to all."""
 
     def arrive(self) -> None:
-        """Wait, on the device, for what has begun."""
+        """Wait, on the device, for what has begun, if anything has."""
 
 
 @runtime_checkable
@@ -40,7 +40,7 @@ class InParts(Protocol):
         """What comes after the last layer."""
 
 
-def parts_of(stage: Any) -> Iterator[tuple[int, nn.Parameter]]:
+def _parts_of(stage: Any) -> Iterator[tuple[int, nn.Parameter]]:
     """A stage's parameters with the place of the part that needs them first."""
     if not isinstance(stage, InParts):
         yield from ((FIRST, parameter) for parameter in stage.parameters())
@@ -58,6 +58,15 @@ def parts_of(stage: Any) -> Iterator[tuple[int, nn.Parameter]]:
         yield place, parameter
 
 
+def _part_begins(needed: Mapping[int, Sequence[Gathered]], place: int) -> None:
+    _arrive(needed.get(place, ()))
+
+
+def _arrive(buckets: Iterable[Gathered]) -> None:
+    for bucket in buckets:
+        bucket.arrive()
+
+
 class Arrival:
     """The weights of a rank's stages on their way."""
 
@@ -69,40 +78,27 @@ class Arrival:
             buckets: whose weights travel.
         """
         holder = {parameter: bucket for bucket in buckets for parameter in bucket.parameters}
-        self._needed: list[dict[int, list[Gathered]]] = []
         first: dict[int, tuple[int, int]] = {}
         for number, stage in enumerate(stages):
             needed: dict[int, list[Gathered]] = {}
-            for place, parameter in sorted(parts_of(stage), key=lambda item: item[0]):
+            for place, parameter in sorted(_parts_of(stage), key=lambda item: item[0]):
                 bucket = holder.get(parameter)
                 if bucket is not None and bucket not in (mine := needed.setdefault(place, [])):
                     mine.append(bucket)
                     first.setdefault(id(bucket), (number, place))
-            self._needed.append(needed)
             if isinstance(stage, InParts):
-                stage.needs = functools.partial(self._needs, needed)
+                stage.needs = functools.partial(_part_begins, needed)
         self._at_once = not all(isinstance(stage, InParts) for stage in stages)
         self._order = sorted((b for b in buckets if id(b) in first), key=lambda bucket: first[id(bucket)])
-        self._under_way = False
 
     def begin(self) -> None:
         """Send the weights off; to stages that don't say when their parts begin, all arrive at once."""
         self.finish()
         for bucket in self._order:
             bucket.publish()
-        self._under_way = True
         if self._at_once:
             self.finish()
 
     def finish(self) -> None:
         """Wait for all of them."""
-        self._arrive(self._order)
-        self._under_way = False
-
-    def _needs(self, needed: Mapping[int, Sequence[Gathered]], place: int) -> None:
-        self._arrive(needed.get(place, ()))
-
-    def _arrive(self, buckets: Sequence[Gathered]) -> None:
-        if self._under_way:
-            for bucket in buckets:
-                bucket.arrive()
+        _arrive(self._order)

@@ -28,32 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.launching import launch_environment
+from benchmarks.models import MODELS, at_depth
 
 ROOT = Path(__file__).parents[1]
-
-# config.json of the hub, as far as shapes and the computation go.
-MODELS: dict[str, dict[str, Any]] = {
-    "mixtral-8x7b": {
-        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32000,
-        "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    },
-    "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048,
-        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-        "intermediate_size": 6144, "moe_intermediate_size": 768, "vocab_size": 151936, "num_experts": 128,
-        "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
-        "tie_word_embeddings": False, "attention_bias": False, "torch_dtype": "bfloat16",
-    },
-    "tiny": {
-        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 64,
-        "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,8 +145,7 @@ SECTIONS: dict[str, list[Case]] = {
 
 def config_of(case: Case) -> dict[str, Any]:
     """Give the config.json of a case's model, at its depth."""
-    config = MODELS[case.model]
-    return config if case.layers is None else config | {"num_hidden_layers": case.layers}
+    return at_depth(case.model, case.layers)
 
 
 class Failed(Exception):

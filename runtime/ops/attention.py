@@ -10,16 +10,21 @@ the choice is made here.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.ops.attention_kernels import Cudnn, Flash
 from runtime.ops.documents import Packed
+from runtime.ops.joined_attention import Parts, attend_in_parts
 
 _CUDNN_ANY_LENGTH = 91501
 """From this version on, sequences needn't be multiples of 128 (torch's own condition)."""
+_CUDNN_WIDE = 91900
+"""From this version on heads wider than 128, and values narrower than keys, are known to be right on Hopper."""
+_PREFIX = 128
+"""Queries from which on keys before the first of them are worth a kernel of their own."""
 
 
 @functools.cache
@@ -31,66 +36,19 @@ def _half(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _cudnn_fits(q: Tensor, k: Tensor) -> bool:
+def _cudnn_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if not _half(q) or _processor(q.device) not in (9, 10) or not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         return False
     version: int = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
-    known_length = q.shape[0] % 128 == 0 or version >= _CUDNN_ANY_LENGTH
-    return q.shape[0] == k.shape[0] > 1 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and known_length
+    (num_q, *_, width), value_width = q.shape, v.shape[-1]
+    wide = version >= _CUDNN_WIDE and _processor(q.device) == 9 and width <= 256
+    known_width = (wide or value_width == width <= 128) and width % 8 == value_width % 8 == 0
+    known_length = version >= _CUDNN_ANY_LENGTH or num_q % 128 == len(k) % 128 == 0
+    return known_width and known_length and (num_q == len(k) > 1 or num_q >= _PREFIX)
 
 
 def _flash_fits(q: Tensor) -> bool:
     return _half(q) and _processor(q.device) >= 8 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-
-
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Square causal attention; keys and values aren't repeated for the query heads."""
-    heads_first = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    result = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, grad, 0.0, True, scale=scale)
-    out: Tensor = result[0]
-    return out.permute(2, 0, 1, 3)
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
-    """The last query sees the last key; with a window, the tiles outside it aren't computed."""
-    sequence_first = (x.transpose(0, 1) for x in (q, k, v))
-    options: dict[str, Any] = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-    options |= {} if scale is None else {"scale": scale}
-    sizes = (None, None, q.shape[0], k.shape[0])
-    result = torch.ops.aten._flash_attention_forward(*sequence_first, *sizes, 0.0, True, False, **options)
-    out: Tensor = result[0]
-    return out.transpose(0, 1)
-
-
-def _flash_packed(
-    q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None, scale: float | None, sink: int | None
-) -> Tensor:
-    """Each document is a sequence of its own; tiles of pairs from two of them aren't computed.
-
-    Args:
-        q: [Sq, B, H, K].
-        k: [Sk, B, G, K].
-        v: [Sk, B, G, K].
-        packed: the documents.
-        window: as for `attend`.
-        scale: as for `attend`.
-        sink: element of a key that is 1 in the sink's, which each document gets; None: there is no sink.
-    """
-    positions, rows = q.shape[:2]
-    q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
-    bounds = packed.bounds()
-    if sink is not None:
-        places = packed.sink_places()
-        bounds, num_keys = places.bounds, len(k) + len(places.sinks)
-        k, v = (x.new_zeros(num_keys, *x.shape[1:]).index_copy(0, places.keys, x) for x in (k, v))
-        k[..., sink].index_fill_(0, places.sinks, 1)
-    options: dict[str, Any] = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-    options |= {} if scale is None else {"scale": scale}
-    sizes = (bounds.queries, bounds.keys, bounds.most_queries, bounds.most_keys)
-    result = torch.ops.aten._flash_attention_forward(q, k, v, *sizes, 0.0, True, False, **options)
-    out: Tensor = result[0]
-    return out.view(rows, positions, *out.shape[1:]).transpose(0, 1)
 
 
 def attend(
@@ -117,55 +75,58 @@ def attend(
     Returns:
         [Sq, B, H, V].
     """
-    num_q, num_k, width, dim = q_SBHK.shape[0], k_SBGK.shape[0], v_SBGV.shape[-1], q_SBHK.shape[-1]
-    if window is not None and window >= num_k:
+    if window is not None and window >= k_SBGK.shape[0]:
         window = None
+    width = v_SBGV.shape[-1]
+    if window is None and packed is None and _cudnn_fits(q_SBHK, k_SBGK, v_SBGV):
+        return attend_in_parts(q_SBHK, k_SBGK, v_SBGV, sinks_H, _cudnn_parts(len(q_SBHK), len(k_SBGK), scale))
+    if _flash_fits(q_SBHK):
+        v_SBGV = F.pad(v_SBGV, (0, q_SBHK.shape[-1] - width))
+        flash = Flash(scale, window, None if packed is None else packed.bounds())
+        return attend_in_parts(q_SBHK, k_SBGK, v_SBGV, sinks_H, [(flash, len(k_SBGK))])[..., :width]
     if sinks_H is not None:
-        scale = dim**-0.5 if scale is None else scale
-        q_SBHK, k_SBGK = _widened(q_SBHK, k_SBGK, sinks_H / scale)
-    if _half(q_SBHK) and q_SBHK.shape[-1] != v_SBGV.shape[-1]:  # the fast kernels want values as wide as keys
-        v_SBGV = F.pad(v_SBGV, (0, q_SBHK.shape[-1] - v_SBGV.shape[-1]))
-    flash = _flash_fits(q_SBHK) and (window is None or sinks_H is None)
-    if flash and packed is not None:
-        sink = None if sinks_H is None else dim
-        return _flash_packed(q_SBHK, k_SBGK, v_SBGV, packed, window, scale, sink)[..., :width]
-    if sinks_H is not None:
-        k_SBGK, v_SBGV = _with_sink(k_SBGK, v_SBGV, dim)
-    if window is None and packed is None and _cudnn_fits(q_SBHK, k_SBGK):
-        return _cudnn(q_SBHK, k_SBGK, v_SBGV, scale)[..., :width]
-    if flash:
-        return _flash(q_SBHK, k_SBGK, v_SBGV, window, scale)[..., :width]
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHK, k_SBGK, v_SBGV))
-    gqa = q.shape[1] != k.shape[1]
-    if window is None and packed is None and num_q == k_SBGK.shape[0]:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa, scale=scale)
-    else:
-        mask = _mask(num_q, num_k, window, q.device) if packed is None else packed.mask(window)
-        mask = mask if sinks_H is None else F.pad(mask, (1, 0), value=True)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa, scale=scale)
-    return out.permute(2, 0, 1, 3)[..., :width]
+        return _with_sinks(q_SBHK, k_SBGK, v_SBGV, window, scale, sinks_H, packed)
+    mask = (
+        None
+        if window is None and packed is None and len(q_SBHK) == len(k_SBGK)
+        else _mask(q_SBHK, k_SBGK, window, packed)
+    )
+    return _plain(q_SBHK, k_SBGK, v_SBGV, mask, scale)
 
 
-def _mask(num_q: int, num_k: int, window: int | None, device: torch.device) -> Tensor:
-    """[Sq, Sk] which keys each query sees."""
-    query = torch.arange(num_k - num_q, num_k, device=device).unsqueeze(1)
-    key = torch.arange(num_k, device=device)
+def _cudnn_parts(num_q: int, num_k: int, scale: float | None) -> Parts:
+    """cuDNN's causal attention is square: what comes before the queries is a part of its own, of which all see all."""
+    square = Cudnn(causal=True, scale=scale), num_q
+    return [square] if num_q == num_k else [(Cudnn(causal=False, scale=scale), num_k - num_q), square]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """torch's choice of kernel; without a mask square and causal."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    gqa, causal = q.shape[1] != k.shape[1], mask is None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa, scale=scale)
+    return out.permute(2, 0, 1, 3)
+
+
+def _mask(q: Tensor, k: Tensor, window: int | None, packed: Packed | None) -> Tensor:
+    """[Sq, Sk], or [B, 1, Sq, Sk] with documents: which keys each query sees."""
+    if packed is not None:
+        return packed.mask(window)
+    key = torch.arange(len(k), device=q.device)
+    query = key[len(k) - len(q) :].unsqueeze(1)
     return key <= query if window is None else (key <= query) & (key > query - window)
 
 
-def _widened(q: Tensor, k: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
-    """Make room for a key whose product with each head's queries is the head's sink.
+def _with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, sinks_H: Tensor, packed: Packed | None
+) -> Tensor:
+    """Where no fast kernel is: the sink is the product of each head's queries with a key before the first one, whose value is 0.
 
-    One more element of a head does it: the sink in queries, 1 in that key and 0 in all others. So sinks need no kernel of
-    their own, and have their gradient.
+    One more element of a head does it: the sink in queries, 1 in that key and 0 in all others.
     """
-    more = 8 - q.shape[-1] % 8  # the fast kernels want heads of whole eights
-    sink = sinks_H.to(q.dtype)[None, None, :, None].expand(*q.shape[:3], 1)
-    return torch.cat([q, sink, q.new_zeros(*q.shape[:3], more - 1)], dim=-1), F.pad(k, (0, more))
-
-
-def _with_sink(k: Tensor, v: Tensor, sink: int) -> tuple[Tensor, Tensor]:
-    """Put the sink's key, with a value of 0, before the first one."""
-    first = k.new_zeros(1, *k.shape[1:])
-    first[..., sink] = 1
-    return torch.cat([first, k]), F.pad(v, (0, 0, 0, 0, 0, 0, 1, 0))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    sink = (sinks_H / scale).to(q.dtype)[None, None, :, None].expand(*q.shape[:3], 1)
+    first = F.pad(k.new_ones(1, *k.shape[1:3], 1), (k.shape[-1], 0))
+    mask = F.pad(_mask(q, k, window, packed), (1, 0), value=True)
+    keys = torch.cat([first, F.pad(k, (0, 1))])
+    return _plain(torch.cat([q, sink], dim=-1), keys, F.pad(v, (0, 0, 0, 0, 0, 0, 1, 0)), mask, scale)

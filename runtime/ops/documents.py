@@ -46,17 +46,6 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
-class SinkPlaces:
-    """Where keys lie when each document begins with one more: a sink of its own."""
-
-    bounds: Bounds
-    keys: Tensor
-    """[B * Sk] int64 on the device: new place of each key."""
-    sinks: Tensor
-    """[N] int64 on the device: place of each document's sink."""
-
-
-@dataclass(frozen=True, slots=True)
 class Room:
     """For which documents a captured micro-batch has room; powers of two, so that few captures serve all."""
 
@@ -81,7 +70,6 @@ class Packed:
         self._ids_BS, self._begin, self._device, self._room = document_ids_BS, begin, device, room
         self._masks: dict[int | None, Tensor] = {}
         self._bounds: Bounds | None = None
-        self._sinks: SinkPlaces | None = None
 
     def mask(self, window: int | None) -> Tensor:
         """Say which keys each query sees.
@@ -123,21 +111,6 @@ class Packed:
         missing = 0 if self._room is None else self._room.documents - len(starts)
         return F.pad(starts, (0, missing), value=self._ids_BS.numel()), F.pad(lengths, (0, missing))
 
-    def sink_places(self) -> SinkPlaces:
-        """Give where keys lie when each document begins with a sink."""
-        if self._sinks is None:
-            self._sinks = self._make_sink_places()
-        return self._sinks
-
-    def _make_sink_places(self) -> SinkPlaces:
-        starts, lengths = self._documents()
-        number = torch.arange(len(starts))
-        keys = torch.arange(self._ids_BS.numel()) + torch.repeat_interleave(number + 1, lengths)
-        plain = self.bounds()
-        more = torch.arange(len(plain.keys), dtype=torch.int32)
-        bounds = Bounds(plain.queries, plain.keys + self._sent(more), plain.most_queries, plain.most_keys + 1)
-        return SinkPlaces(bounds, self._sent(keys), self._sent(starts + number))
-
     def take(self, document_ids_BS: Tensor) -> None:
         """Go over to other documents that there is room for: what has been given out holds theirs from now on.
 
@@ -151,11 +124,6 @@ class Packed:
             new = self._make_bounds()
             self._bounds.queries.copy_(new.queries)
             self._bounds.keys.copy_(new.keys)
-        if self._sinks is not None:
-            places = self._make_sink_places()
-            self._sinks.bounds.keys.copy_(places.bounds.keys)
-            self._sinks.keys.copy_(places.keys)
-            self._sinks.sinks.copy_(places.sinks)
 
     def _on_device(self, queries: Tensor, keys: Tensor) -> Bounds:
         sums = [torch.cat([x.new_zeros(1), x.cumsum(0)]).to(torch.int32) for x in (queries, keys)]

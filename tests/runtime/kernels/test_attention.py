@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from runtime.ops.attention import attend
+from runtime.ops.attention_kernels import Forward, Gradients
 from runtime.ops.documents import Documents, Packed
+from runtime.ops.joined_attention import attend_in_parts
 from tests.runtime.moe.oracle import relative
 
 CUDA = torch.cuda.is_available()
@@ -29,7 +34,15 @@ def exact(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 @pytest.mark.parametrize("window", [None, 1, 37, 1000])
 @pytest.mark.parametrize(
     ("num_q", "num_k", "heads", "kv_heads", "dim"),
-    [(256, 256, 8, 2, 128), (77, 77, 4, 4, 64), (64, 200, 6, 2, 96), (1, 1, 2, 1, 32), (300, 300, 3, 1, 40)],
+    [
+        (256, 256, 8, 2, 128),
+        (77, 77, 4, 4, 64),
+        (64, 200, 6, 2, 96),
+        (1, 1, 2, 1, 32),
+        (300, 300, 3, 1, 40),
+        (128, 384, 4, 2, 64),  # keys before the first query, which have a kernel of their own
+        (131, 300, 2, 2, 256),
+    ],
 )
 def test_attention(
     num_q: int, num_k: int, heads: int, kv_heads: int, dim: int, window: int | None, dtype: torch.dtype
@@ -65,6 +78,14 @@ def exact_packed(q: Tensor, k: Tensor, v: Tensor, ids_BS: Tensor, window: int | 
     return torch.einsum("bhst,tbhk->sbhk", scores.softmax(-1)[..., : k.shape[0]], v)
 
 
+def some_documents(num_k: int) -> Tensor:
+    """[3, Sk] with documents that end before the first query, too, and a row that is one."""
+    begins_BS = torch.rand(3, num_k) < 0.03
+    begins_BS[0, 5] = begins_BS[1, 4:9] = True
+    begins_BS[2] = False
+    return begins_BS.cumsum(1, dtype=torch.int32)
+
+
 GEOMETRIES = [(300, 300, 4, 2, 64, 64), (128, 384, 4, 1, 128, 128), (77, 77, 2, 2, 96, 64), (3, 300, 4, 2, 32, 32)]
 """Queries, keys, heads, key/value heads, head dim, dim of values."""
 
@@ -76,16 +97,14 @@ def compare_packed(
     attention: Callable[[list[Tensor], Packed], Tensor],
     *,
     sinks: bool,
+    ids_BS: Tensor | None = None,
 ) -> None:
     """Hold outputs and gradients of an attention over documents against a softmax written out in fp64."""
     num_q, num_k, heads, kv_heads, dim, value_dim = geometry
     shapes = [(num_q, 3, heads, dim), (num_k, 3, kv_heads, dim), (num_k, 3, kv_heads, value_dim)]
     shapes += [(heads,)] if sinks else []
     tensors = [torch.randn(*shape, device=DEVICE).to(dtype).requires_grad_() for shape in shapes]
-    begins_BS = torch.rand(3, num_k) < 0.03  # documents that end before the first query, too
-    begins_BS[0, 5] = begins_BS[1, 4:9] = True
-    begins_BS[2] = False  # a row that is one document
-    ids_BS = begins_BS.cumsum(1, dtype=torch.int32)
+    ids_BS = some_documents(num_k) if ids_BS is None else ids_BS
     out = attention(tensors, Documents(ids_BS, torch.device(DEVICE)).part(num_k - num_q, num_k))
     wide = [x.detach().double().requires_grad_() for x in tensors]
     want = exact_packed(wide[0], wide[1], wide[2], ids_BS.to(DEVICE), window, wide[3] if sinks else None)
@@ -112,38 +131,147 @@ def test_documents_do_not_see_each_other(
     compare_packed(geometry, window, dtype, attention, sinks=sinks)
 
 
-def varlen(
-    q: Tensor, k: Tensor, v: Tensor, cum_q: Tensor, cum_k: Tensor, max_q: int, max_k: int, dropout: float, causal: bool,
-    debug: bool, *, scale: float | None = None, window_size_left: int = -1, window_size_right: int = -1,
-) -> tuple[Tensor]:  # fmt: skip
-    """What torch's flash attention computes of sequences of unequal length: the last query of each sees its last key."""
-    assert causal
-    assert not debug
-    assert dropout == 0
-    assert (cum_q.dtype, cum_k.dtype) == (torch.int32, torch.int32)
-    assert max_q >= max(2, int(cum_q.diff().max()))
-    assert max_k >= int(cum_k.diff().max())
-    assert (int(cum_q[-1]), int(cum_k[-1])) == (len(q), len(k))
-    window = None if window_size_left < 0 else window_size_left + 1
-    factor = 1.0 if scale is None else scale * q.shape[-1] ** 0.5
-    ranges = [(c[:-1].tolist(), c[1:].tolist()) for c in (cum_q, cum_k)]
-    parts = [
-        exact((q[a:b] * factor).unsqueeze(1), k[c:d].unsqueeze(1), v[c:d].unsqueeze(1), window).squeeze(1)
-        for a, b, c, d in zip(*ranges[0], *ranges[1], strict=True)
+@dataclass(frozen=True)
+class Written:
+    """What a library's kernel computes, written out: `sees` says of [Sq, Sk] which keys each query sees."""
+
+    sees: Callable[[Tensor, Tensor], Tensor]
+    scale: float | None
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = torch.einsum("sbhk,tbhk->sbht", q, k) * scale
+        return scores.masked_fill(~self.sees(q, k)[:, None, None], float("-inf"))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Forward:
+        scores, v = self._scores(q, k), v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+        return torch.einsum("sbht,tbhv->sbhv", scores.softmax(-1), v), scores.logsumexp(-1), ()
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, kept: Any
+    ) -> Gradients:
+        """By the formulas that such kernels follow: probabilities from the sums given, what the softmax takes back from the output."""
+        groups, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        keys, values = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+        p = torch.exp(self._scores(q, k) - log_sum.unsqueeze(-1))
+        dp = torch.einsum("sbhv,tbhv->sbht", grad, values)
+        ds = p * (dp - (grad * out).sum(-1, keepdim=True)) * scale
+        dk, dv = torch.einsum("sbht,sbhk->tbhk", ds, q), torch.einsum("sbht,sbhv->tbhv", p, grad)
+        dk, dv = (x.unflatten(2, (-1, groups)).sum(3) for x in (dk, dv))
+        return torch.einsum("sbht,tbhk->sbhk", ds, keys), dk, dv
+
+
+def everything(q: Tensor, k: Tensor) -> Tensor:
+    return torch.ones(len(q), len(k), dtype=torch.bool)
+
+
+def causal(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
+    query, key = torch.arange(len(k) - len(q), len(k)).unsqueeze(1), torch.arange(len(k))
+    return (key <= query) & (key > query - (window or len(k)))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_parts_are_joined(*, sinks: bool) -> None:
+    """Of a context-parallel rank's queries, by cuDNN's kernels as written out: the keys before them, and the square."""
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 2, 4, 8), (12, 2, 2, 8), (12, 2, 2, 6))
     ]
-    return (torch.cat(parts),)
+    sink = torch.randn(4, dtype=torch.float64, requires_grad=True) if sinks else None
+    found = attend_in_parts(*tensors, sink, [(Written(everything, 0.3), 7), (Written(causal, 0.3), 5)])  # type: ignore[arg-type]
+    ids_BS = torch.zeros(2, 12, dtype=torch.int32)
+    want = exact_packed(tensors[0] * 0.3 * 8**0.5, tensors[1], tensors[2], ids_BS, None, sink)
+    torch.testing.assert_close(found, want)
+    inputs = tensors if sink is None else [*tensors, sink]
+    grad = torch.randn_like(want)
+    for mine, other in zip(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)  # sums are kept in fp32 beside sinks
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(None, False), (37, False), (None, True)])
+class Flash:
+    """torch's flash kernels for sequences of unequal length: the last query of each sees its last key."""
+
+    @staticmethod
+    def written(window_size_left: int | None, scale: float | None) -> Written:
+        window = None if window_size_left is None else window_size_left + 1
+        return Written(functools.partial(causal, window=window), scale)
+
+    @staticmethod
+    def documents(q: Tensor, k: Tensor, sizes: tuple[Any, ...]) -> list[tuple[slice, slice]]:
+        cum_q, cum_k, most_q, most_k = sizes
+        assert (cum_q.dtype, cum_k.dtype) == (torch.int32, torch.int32)
+        assert (int(cum_q[-1]), int(cum_k[-1])) == (len(q), len(k))
+        assert most_q >= max(2, int(cum_q.diff().max()))
+        assert most_k >= int(cum_k.diff().max())
+        ends = [(cum[:-1].tolist(), cum[1:].tolist()) for cum in (cum_q, cum_k)]
+        return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(*ends[0], *ends[1], strict=True)]
+
+    @classmethod
+    def forward(
+        cls, q: Tensor, k: Tensor, v: Tensor, *sizes: Any, scale: float | None = None,
+        window_size_left: int | None = None, window_size_right: int = 0,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        assert sizes[4:] == (0.0, True, False)
+        assert window_size_right == 0
+        kernel, out, sums = (
+            cls.written(window_size_left, scale),
+            torch.empty(*q.shape[:2], v.shape[-1]),
+            torch.empty(q.shape[:2]),
+        )
+        for own, keys in cls.documents(q, k, sizes[:4]):
+            found = kernel.forward(*(x.unsqueeze(1) for x in (q[own], k[keys], v[keys])))
+            out[own], sums[own] = found[0].squeeze(1), found[1].squeeze(1)
+        return out, sums.T.contiguous(), "seed", "offset", None
+
+    @classmethod
+    def backward(
+        cls, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *sizes: Any,
+        scale: float | None = None, window_size_left: int | None = None, window_size_right: int = 0,
+    ) -> Gradients:  # fmt: skip
+        assert sizes[4:] == (0.0, True, "seed", "offset")
+        assert window_size_right == 0
+        kernel, grads = cls.written(window_size_left, scale), (q * 0, k * 0, v * 0)
+        for own, keys in cls.documents(q, k, sizes[:4]):
+            x = (x.unsqueeze(1) for x in (grad[own], q[own], k[keys], v[keys], out[own], sums.T[own]))
+            for whole, place, part in zip(grads, (own, keys, keys), kernel.backward(*x, None), strict=True):
+                whole[place] = part.squeeze(1)
+        return grads
+
+
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("geometry", GEOMETRIES[:2] + GEOMETRIES[3:])
 def test_documents_as_flash_attention_takes_them(
     geometry: tuple[int, ...], window: int | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU the kernel itself is behind the test above; here what it is told."""
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", varlen)
+    """On a GPU the kernels themselves are behind the test above; here what they are told."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", Flash.forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", Flash.backward)
     monkeypatch.setattr("runtime.ops.attention._flash_fits", lambda q: True)
 
     def attention(x: list[Tensor], packed: Packed) -> Tensor:
         return attend(x[0], x[1], x[2], window, sinks_H=x[3] if sinks else None, packed=packed)
 
     compare_packed(geometry, window, torch.float32, attention, sinks=sinks)
+
+
+class TestSinks:
+    """Rows that are one document each, with a sink; on a GPU by cuDNN's kernels, or, with a window, by torch's flash kernels."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32] if CUDA else [torch.float32])
+    @pytest.mark.parametrize("window", [None, 37])
+    @pytest.mark.parametrize("geometry", [*GEOMETRIES, (256, 256, 4, 2, 192, 128), (1, 200, 8, 1, 64, 64)])
+    def test_against_a_column_of_its_own(
+        self, geometry: tuple[int, ...], window: int | None, dtype: torch.dtype
+    ) -> None:
+        num_k = geometry[1]
+        ids_BS = torch.zeros(3, num_k, dtype=torch.int32)
+
+        def attention(x: list[Tensor], packed: Packed) -> Tensor:
+            return attend(x[0], x[1], x[2], window, sinks_H=x[3])
+
+        compare_packed(geometry, window, dtype, attention, sinks=True, ids_BS=ids_BS)

@@ -15,27 +15,46 @@ TILE = 2048  # pairs of a tile
 
 
 @triton.jit
+def load_pairs(base, pair, mask, ROTATED: tl.constexpr, NEIGHBOURS: tl.constexpr, ACC: tl.constexpr):
+    """The low and the high element of each pair of the R dims at `base`: neighbours, or half of the dims apart."""
+    low = 2 * pair if NEIGHBOURS else pair
+    high = low + 1 if NEIGHBOURS else low + ROTATED // 2
+    return tl.load(base + low, mask=mask, other=0.0).to(ACC), tl.load(base + high, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def store_pairs(base, pair, low, high, mask, ROTATED: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """Put pairs where `load_pairs` finds them."""
+    at = 2 * pair if NEIGHBOURS else pair
+    tl.store(base + at, low.to(base.dtype.element_ty), mask=mask)
+    tl.store(base + (at + 1 if NEIGHBOURS else at + ROTATED // 2), high.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def turn(low, high, cos, sin):
+    """Turn pairs by their angles."""
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
 def _rotate_heads(
     x, out, token, cos, sin, token_stride, head_stride,
-    HEADS: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
     BLOCK_H: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.arange(0, HALF)
+    pair = tl.arange(0, HALF)[None, :]
     for first in tl.static_range(0, HEADS, BLOCK_H):
-        head = first + tl.arange(0, BLOCK_H)
-        inside = (head < HEADS)[:, None] & (pair < ROTATED // 2)[None, :]
-        source = x + token * token_stride + head[:, None] * head_stride
-        target = out + (token * HEADS + head[:, None]) * DIM
-        low = tl.load(source + pair[None, :], mask=inside, other=0.0).to(ACC)
-        high = tl.load(source + ROTATED // 2 + pair[None, :], mask=inside, other=0.0).to(ACC)
-        turned_low = low * cos[None, :] - high * sin[None, :]
-        turned_high = high * cos[None, :] + low * sin[None, :]
-        tl.store(target + pair[None, :], turned_low.to(out.dtype.element_ty), mask=inside)
-        tl.store(target + ROTATED // 2 + pair[None, :], turned_high.to(out.dtype.element_ty), mask=inside)
+        head = first + tl.arange(0, BLOCK_H)[:, None]
+        inside = (head < HEADS) & (pair < ROTATED // 2)
+        source = x + token * token_stride + head * head_stride
+        target = out + (token * HEADS + head) * DIM
+        low, high = load_pairs(source, pair, inside, ROTATED, FROM, ACC)
+        low, high = turn(low, high, cos[None, :], sin[None, :])
+        store_pairs(target, pair, low, high, inside, ROTATED, TO)
         if ROTATED < DIM:
-            rest = ROTATED + tl.arange(0, REST)
-            copied = (head < HEADS)[:, None] & (rest < DIM)[None, :]
-            tl.store(target + rest[None, :], tl.load(source + rest[None, :], mask=copied), mask=copied)
+            rest = ROTATED + tl.arange(0, REST)[None, :]
+            copied = (head < HEADS) & (rest < DIM)
+            tl.store(target + rest, tl.load(source + rest, mask=copied), mask=copied)
 
 
 @triton.jit
@@ -43,7 +62,7 @@ def _rotary_kernel(
     q, k, out_q, out_k, cos, sin, sharing, table_stride,
     q_token_stride, q_head_stride, k_token_stride, k_head_stride,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr, BACKWARD: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, ACC: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, HALF)
@@ -52,11 +71,21 @@ def _rotary_kernel(
     s = tl.load(sin + at, mask=pair < ROTATED // 2, other=0.0).to(ACC)
     if BACKWARD:
         s = -s
-    _rotate_heads(q, out_q, token, c, s, q_token_stride, q_head_stride, Q_HEADS, DIM, ROTATED, BLOCK_Q, HALF, REST, ACC)
-    _rotate_heads(k, out_k, token, c, s, k_token_stride, k_head_stride, K_HEADS, DIM, ROTATED, BLOCK_K, HALF, REST, ACC)
+    FROM: tl.constexpr = NEIGHBOURS and not BACKWARD
+    TO: tl.constexpr = NEIGHBOURS and BACKWARD
+    _rotate_heads(
+        q, out_q, token, c, s, q_token_stride, q_head_stride,
+        Q_HEADS, DIM, ROTATED, FROM, TO, BLOCK_Q, HALF, REST, ACC,
+    )  # fmt: skip
+    _rotate_heads(
+        k, out_k, token, c, s, k_token_stride, k_head_stride,
+        K_HEADS, DIM, ROTATED, FROM, TO, BLOCK_K, HALF, REST, ACC,
+    )  # fmt: skip
 
 
-def rotate(q_SBHK: Tensor, k_SBGK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
+def rotate(
+    q_SBHK: Tensor, k_SBGK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, backward: bool, neighbours: bool = False
+) -> tuple[Tensor, Tensor]:
     """Turn pairs (i, i + R / 2) of the first R dims of each head by the position's angles, in fp32 (fp64 for fp64).
 
     Args:
@@ -65,6 +94,7 @@ def rotate(q_SBHK: Tensor, k_SBGK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, ba
         cos_SR: [S, R], or [S, B, R] where each sequence has positions of its own; both halves of a row equal; contiguous.
         sin_SR: likewise.
         backward: turn back: the gradient.
+        neighbours: pairs are (2i, 2i + 1) before they are turned, and (i, i + R / 2) afterwards.
 
     Returns:
         Queries and keys, contiguous.
@@ -84,6 +114,6 @@ def rotate(q_SBHK: Tensor, k_SBGK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, ba
     accumulator = tl.float64 if q.dtype == torch.float64 else tl.float32
     _rotary_kernel[(positions * sequences,)](
         q, k, out_q, out_k, cos_SR, sin_SR, sharing, rotated, *strides,
-        q.shape[1], k.shape[1], dim, rotated, backward, *blocks, half, rest, accumulator, num_warps=4,
+        q.shape[1], k.shape[1], dim, rotated, backward, neighbours, *blocks, half, rest, accumulator, num_warps=4,
     )  # fmt: skip
     return out_q, out_k

@@ -16,7 +16,7 @@ from runtime.model.past import Past
 from runtime.model.tensor_maps import ColumnMaps, RowMap
 from runtime.ops.context_attention import causal_attention
 from runtime.ops.documents import Documents
-from runtime.ops.rotary import rotary, split_pairs
+from runtime.ops.rotary import rotary
 
 
 class Attention(nn.Module):
@@ -89,9 +89,7 @@ class Attention(nn.Module):
         k, v = kv.chunk(2, dim=-1)
         norms = (None, None) if self._norms_last else (self.q_norm, self.k_norm)
         q_SBHK, k_SBGK = self._heads(q, norms[0]), self._heads(k, norms[1])
-        if self._neighbours:
-            q_SBHK, k_SBGK = (split_pairs(x, cos.shape[-1]) for x in (q_SBHK, k_SBGK))
-        q_SBHK, k_SBGK = rotary(q_SBHK, k_SBGK, cos, sin)
+        q_SBHK, k_SBGK = rotary(q_SBHK, k_SBGK, cos, sin, neighbours=self._neighbours)
         if self._norms_last and self.q_norm is not None and self.k_norm is not None:
             q_SBHK, k_SBGK = self.q_norm(q_SBHK), self.k_norm(k_SBGK)
         # A copy, so that the backward pass doesn't keep the keys as they were before.

@@ -19,8 +19,8 @@ from runtime.model.past import Past
 from runtime.model.tensor_maps import ColumnMaps, RowMap
 from runtime.ops.context_attention import causal_attention
 from runtime.ops.documents import Documents
+from runtime.ops.latent_heads import latent_heads
 from runtime.ops.linear import linear
-from runtime.ops.rotary import rotary, split_pairs
 
 
 class LatentAttention(nn.Module):
@@ -110,14 +110,7 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         q_SBHK = q.view(*q.shape[:-1], -1, self._plain + self._turned)
         kv_SBHK = kv.view(*kv.shape[:-1], -1, self._plain + self._value)
-        q_plain, q_turned = q_SBHK[..., : self._plain], q_SBHK[..., self._plain :]
-        k_plain, v = kv_SBHK[..., : self._plain], kv_SBHK[..., self._plain :]
-        k_turned = k_turned_SBR.unsqueeze(2)
-        if self._neighbours:
-            q_turned, k_turned = split_pairs(q_turned, self._turned), split_pairs(k_turned, self._turned)
-        q_turned, k_turned = rotary(q_turned, k_turned, cos, sin)
-        queries = torch.cat([q_plain, q_turned], dim=-1)
-        keys = torch.cat([k_plain, k_turned.expand(*k_plain.shape[:3], -1)], dim=-1)
+        queries, keys, v = latent_heads(q_SBHK, kv_SBHK, k_turned_SBR, cos, sin, neighbours=self._neighbours)
         if past is not None:
             keys, v = past.extend(self._layer, keys, v)
         group = self._context.mesh.group("cp")

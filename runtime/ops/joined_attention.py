@@ -51,7 +51,9 @@ class _Joined(torch.autograd.Function):
         sizes = [size for _, size in ctx.parts]
         grads: list[Gradients] = [
             kernel.backward(grad, q, *own, out, log_sum, kept)
-            for (kernel, _), kept, *own in zip(ctx.parts, ctx.kept, torch.split(k, sizes), torch.split(v, sizes), strict=True)
+            for (kernel, _), kept, *own in zip(
+                ctx.parts, ctx.kept, torch.split(k, sizes), torch.split(v, sizes), strict=True
+            )
         ]
         dq, dk, dv = grads[0]
         if len(grads) > 1:

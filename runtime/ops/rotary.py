@@ -44,11 +44,11 @@ def split_pairs(x_SBHK: Tensor, rotated: int) -> Tensor:
         [S, B, H, K].
     """
     turned = x_SBHK[..., :rotated]
-    pairs = turned.reshape(*turned.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)
+    pairs = turned.reshape(*turned.shape[:-1], rotated // 2, 2).transpose(-1, -2).flatten(-2)
     return pairs if rotated == x_SBHK.shape[-1] else torch.cat((pairs, x_SBHK[..., rotated:]), dim=-1)
 
 
-def _even(x: Tensor) -> Tensor:
+def even(x: Tensor) -> Tensor:
     """As it is where a kernel can read it: heads contiguous, tokens equally far apart."""
     regular = x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
     return x if regular else x.contiguous()
@@ -58,22 +58,30 @@ class _Rotary(torch.autograd.Function):
     """Keeps the tables alone: the gradient is turned back."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, neighbours: bool) -> tuple[Tensor, Tensor]:
         from runtime.kernels.rotary import rotate as kernel
 
         ctx.save_for_backward(cos, sin)
-        return kernel(_even(q), _even(k), cos, sin, backward=False)
+        ctx.neighbours = neighbours
+        return kernel(even(q), even(k), cos, sin, backward=False, neighbours=neighbours)
 
     @staticmethod
-    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         from runtime.kernels.rotary import rotate as kernel
 
         cos, sin = ctx.saved_tensors
-        return (*kernel(_even(grad_q), _even(grad_k), cos, sin, backward=True), None, None)
+        grads = kernel(even(grad_q), even(grad_k), cos, sin, backward=True, neighbours=ctx.neighbours)
+        return (*grads, None, None, None)
 
 
 def rotary(
-    q_SBHK: Tensor, k_SBGK: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, fused: bool | None = None
+    q_SBHK: Tensor,
+    k_SBGK: Tensor,
+    cos_SR: Tensor,
+    sin_SR: Tensor,
+    *,
+    neighbours: bool = False,
+    fused: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Turn queries and keys by their positions.
 
@@ -82,6 +90,7 @@ def rotary(
         k_SBGK: [S, B, G, K].
         cos_SR: [S, R] or [S, B, R] table, R at most K and even; both halves of a row equal; no gradient.
         sin_SR: table, likewise.
+        neighbours: pairs are (2i, 2i + 1); they are put where `rotate` has them, in queries and keys alike.
         fused: use the kernel, which computes in fp32 and rounds once; None: on a GPU.
 
     Returns:
@@ -90,6 +99,8 @@ def rotary(
     if fused is None:
         fused = q_SBHK.is_cuda
     if not fused:
+        if neighbours:
+            q_SBHK, k_SBGK = (split_pairs(x, cos_SR.shape[-1]) for x in (q_SBHK, k_SBGK))
         return rotate(q_SBHK, cos_SR, sin_SR), rotate(k_SBGK, cos_SR, sin_SR)
-    out = _Rotary.apply(q_SBHK, k_SBGK, cos_SR, sin_SR)  # type: ignore[no-untyped-call]
+    out = _Rotary.apply(q_SBHK, k_SBGK, cos_SR, sin_SR, neighbours)  # type: ignore[no-untyped-call]
     return cast("tuple[Tensor, Tensor]", out)

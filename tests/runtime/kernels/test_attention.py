@@ -163,11 +163,12 @@ class Written:
 
 
 def everything(q: Tensor, k: Tensor) -> Tensor:
-    return torch.ones(len(q), len(k), dtype=torch.bool)
+    return torch.ones(len(q), len(k), dtype=torch.bool, device=q.device)
 
 
 def causal(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
-    query, key = torch.arange(len(k) - len(q), len(k)).unsqueeze(1), torch.arange(len(k))
+    key = torch.arange(len(k), device=q.device)
+    query = key[len(k) - len(q) :].unsqueeze(1)
     return (key <= query) & (key > query - (window or len(k)))
 
 
@@ -217,11 +218,7 @@ class Flash:
     ) -> tuple[Any, ...]:  # fmt: skip
         assert sizes[4:] == (0.0, True, False)
         assert window_size_right == 0
-        kernel, out, sums = (
-            cls.written(window_size_left, scale),
-            torch.empty(*q.shape[:2], v.shape[-1]),
-            torch.empty(q.shape[:2]),
-        )
+        kernel, out, sums = cls.written(window_size_left, scale), torch.empty_like(q), q.new_empty(q.shape[:2])
         for own, keys in cls.documents(q, k, sizes[:4]):
             found = kernel.forward(*(x.unsqueeze(1) for x in (q[own], k[keys], v[keys])))
             out[own], sums[own] = found[0].squeeze(1), found[1].squeeze(1)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from runtime.ops.cross_entropy import cross_entropy
 from runtime.ops.embedding import add_gradient, embedding
+from runtime.ops.latent_heads import latent_heads
 from runtime.ops.linear import add_product, linear, linears
 from runtime.ops.norm import add_rms_norm, as_tokens, rms_norm
-from runtime.ops.rotary import rotary, rotate
+from runtime.ops.rotary import rotary, rotate, split_pairs
 from tests.runtime.moe.oracle import relative
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,13 +113,17 @@ def tables(positions: int, rotated: int) -> tuple[Tensor, Tensor]:
 def test_rotary(positions: int, sequences: int, heads: int, key_heads: int, dim: int, rotated: int) -> None:
     cos, sin = tables(positions, rotated)
     leaves = [randn(positions, sequences, heads, dim), randn(positions, sequences, 2 * key_heads, dim)]
+    neighbours = False
 
     def mine(q: Tensor, kv: Tensor) -> tuple[Tensor, ...]:
-        return rotary(q, kv[:, :, :key_heads], cos, sin, fused=True)
+        return rotary(q, kv[:, :, :key_heads], cos, sin, neighbours=neighbours, fused=True)
 
     def exact(q: Tensor, kv: Tensor) -> tuple[Tensor, ...]:
-        return rotate(q, cos.double(), sin.double()), rotate(kv[:, :, :key_heads], cos.double(), sin.double())
+        both = (split_pairs(x, rotated) if neighbours else x for x in (q, kv[:, :, :key_heads]))
+        return tuple(rotate(x, cos.double(), sin.double()) for x in both)
 
+    compare(mine, exact, leaves, 1e-6)
+    neighbours = True
     compare(mine, exact, leaves, 1e-6)
     # Each sequence has positions of its own.
     places = (
@@ -126,6 +131,51 @@ def test_rotary(positions: int, sequences: int, heads: int, key_heads: int, dim:
     )
     cos, sin = cos[places], sin[places]
     compare(mine, exact, leaves, 1e-6)
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize(
+    ("positions", "sequences", "heads", "plain", "rotated", "value"),
+    [
+        (5, 2, 4, 16, 8, 16),
+        (7, 1, 3, 24, 4, 40),
+        (3, 3, 17, 128, 64, 128),
+        (2, 2, 20, 192, 64, 256),
+        (0, 2, 2, 8, 8, 8),
+    ],
+)
+def test_latent_heads(
+    positions: int, sequences: int, heads: int, plain: int, rotated: int, value: int, *, neighbours: bool
+) -> None:
+    """The turned part of the keys is the end of each token's latent vector, the heads' rows are of a wider projection."""
+    cos, sin = tables(positions, rotated)
+    widths = (plain + rotated, plain + value)
+    leaves = [randn(positions, sequences, heads * width) for width in widths] + [
+        randn(positions, sequences, 7 + rotated)
+    ]
+
+    def apply(q: Tensor, kv: Tensor, latent: Tensor, fused: bool) -> tuple[Tensor, ...]:
+        split = [x.unflatten(2, (heads, -1)) for x in (q, kv)]
+        turned = [table.to(q.dtype) for table in (cos, sin)]
+        return latent_heads(*split, latent[..., 7:], *turned, neighbours=neighbours, fused=fused)  # type: ignore[call-arg]
+
+    compare(lambda *x: apply(*x, fused=True), lambda *x: apply(*x, fused=False), leaves, 1e-6)
+    if positions == 0:
+        return
+    places = torch.randint(positions, (positions, sequences))
+    cos, sin = cos[places], sin[places]
+    compare(lambda *x: apply(*x, fused=True), lambda *x: apply(*x, fused=False), leaves, 1e-6)
+
+
+def test_latent_heads_are_put_together_as_described() -> None:
+    cos, sin = tables(3, 4)
+    q, kv, turned = randn(3, 1, 2, 10), randn(3, 1, 2, 11), randn(3, 1, 4)
+    queries, keys, values = latent_heads(q, kv, turned, cos, sin, neighbours=False)
+    torch.testing.assert_close(queries, torch.cat([q[..., :6], rotate(q[..., 6:], cos, sin)], dim=-1))
+    for head in range(2):
+        torch.testing.assert_close(keys[:, :, head, :6], kv[:, :, head, :6])
+        torch.testing.assert_close(keys[:, :, head, 6:], rotate(turned.unsqueeze(2), cos, sin)[:, :, 0])
+    assert torch.equal(values, kv[..., 6:])
 
 
 def test_rotary_turns_by_the_angle_of_the_position() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from runtime.ops.attention_kernels import Gradients, Kernel
+from runtime.ops.sinks import add_sinks, sinks_gradient
 
 Parts = Sequence[tuple[Kernel, int]]
 """Kernels, each with the number of keys that are its own, in their order."""
@@ -40,7 +41,9 @@ class _Joined(torch.autograd.Function):
         sizes = [size for _, size in parts]
         keys, values = torch.split(k, sizes), torch.split(v, sizes)
         found = [kernel.forward(q, *own) for (kernel, _), *own in zip(parts, keys, values, strict=True)]
-        out, log_sum = _join([part[:2] for part in found], sinks_H)
+        out, log_sum = _join([part[:2] for part in found])
+        if sinks_H is not None:
+            out, log_sum = add_sinks(out, log_sum, sinks_H)
         ctx.save_for_backward(q, k, v, sinks_H, out, log_sum)
         ctx.parts, ctx.kept = parts, [part[2] for part in found]
         return out
@@ -59,27 +62,20 @@ class _Joined(torch.autograd.Function):
         if len(grads) > 1:
             dq = torch.stack([part[0] for part in grads]).sum(0)
             dk, dv = (torch.cat([part[place] for part in grads]) for place in (1, 2))
-        d_sinks = None
-        if ctx.needs_input_grad[3]:
-            share_SBH = torch.exp(sinks_H.float() - log_sum)
-            d_sinks = -(share_SBH * (grad * out).sum(-1, dtype=torch.float32)).sum((0, 1)).to(sinks_H.dtype)
+        d_sinks = sinks_gradient(grad, out, log_sum, sinks_H) if ctx.needs_input_grad[3] else None
         return dq, dk, dv, d_sinks, None
 
 
-def _join(parts: Sequence[tuple[Tensor, Tensor]], sinks_H: Tensor | None) -> tuple[Tensor, Tensor]:
+def _join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Weigh each part's attention by its share of the exponentials, overwriting it.
 
     Returns:
         [Sq, B, H, V], and [Sq, B, H] the logarithm of the sum of all.
     """
-    out, total_SBH = parts[0]
-    for _, log_sum_SBH in parts[1:]:
-        total_SBH = torch.logaddexp(total_SBH, log_sum_SBH)
-    if sinks_H is not None:
-        total_SBH = torch.logaddexp(total_SBH, sinks_H.float())
-    if len(parts) > 1 or sinks_H is not None:
-        outs = [part.mul_(torch.exp(log_sum - total_SBH).unsqueeze(-1)) for part, log_sum in parts]
-        out = outs[0]
-        for other in outs[1:]:
-            out += other
-    return out, total_SBH
+    if len(parts) == 1:
+        return parts[0]
+    total_SBH = torch.stack([log_sum for _, log_sum in parts]).logsumexp(0)
+    first, *others = (part.mul_(torch.exp(log_sum - total_SBH).unsqueeze(-1)) for part, log_sum in parts)
+    for other in others:
+        first += other
+    return first, total_SBH

@@ -18,6 +18,7 @@ from runtime.ops.latent_heads import latent_heads
 from runtime.ops.linear import add_product, linear, linears
 from runtime.ops.norm import add_rms_norm, as_tokens, rms_norm
 from runtime.ops.rotary import rotary, rotate, split_pairs
+from runtime.ops.sinks import add_sinks, sinks_gradient
 from tests.runtime.moe.oracle import relative
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -186,6 +187,26 @@ def test_rotary_turns_by_the_angle_of_the_position() -> None:
     for fused in (True, False):
         q, _ = rotary(x, x, cos, sin, fused=fused)
         torch.testing.assert_close(q, torch.cat([turned.real, turned.imag], -1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 2, 4, 16), (7, 1, 3, 24), (3, 3, 65, 64), (520, 1, 1, 8), (2, 2, 5, 192)])
+def test_sinks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Attention and sums as kernels lay them out: [S, B, H, V], and [B, H, S]."""
+    positions, sequences, heads, _ = shape
+    out, grad = (randn(*shape).to(dtype) for _ in range(2))
+    log_sum = (3 * randn(sequences, heads, positions)).permute(2, 0, 1)
+    sinks = (2 * randn(heads)).to(dtype)
+    wide = [x.double() for x in (out, log_sum, sinks)]
+    want, total = add_sinks(*wide, fused=False)
+    bound = 2e-6 if dtype == torch.float32 else 8e-3
+    found = add_sinks(out, log_sum, sinks, fused=True)
+    assert relative(found[0], want) < bound
+    assert relative(found[1], total) < 2e-6
+    expected = sinks_gradient(grad.double(), want, total, wide[2], fused=False)
+    for order in ((0, 1, 2), (1, 0, 2)):  # the gradient may lie otherwise
+        laid = grad.permute(*order, 3).contiguous().permute(*order, 3)
+        assert relative(sinks_gradient(laid, *found, sinks, fused=True), expected) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

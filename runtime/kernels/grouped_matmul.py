@@ -36,6 +36,7 @@ def source(
     edges: bool = False,
     types: tuple[str, str] = ("bf16", "bf16"),
     split: bool = False,
+    thin: bool = False,
 ) -> str:
     """The kernel's text.
 
@@ -46,6 +47,7 @@ def source(
         edges: sizes are multiples of 64, not of the tiles.
         types: of the left and the right operand: bf16, or e4m3 or e5m2 each.
         split: add up what the tensor cores sum over 128 elements in fp32; for 8-bit operands, not with swiglu.
+        thin: add another product of small depth; for nt and nn in bf16.
 
     Returns:
         CUDA C++: constants, the operand lists of a product, and the kernel.
@@ -59,6 +61,7 @@ def source(
         "KIND": KINDS.index(kind),
         "EPILOGUE": EPILOGUES.index(epilogue),
         "EDGES": int(edges),
+        "THIN": int(thin),
         "WIDTH": width,
     }
     names = ", ".join(f"%{i}" for i in range(count))
@@ -82,9 +85,16 @@ def shared_bytes(block_n: int) -> int:
 
 @functools.cache
 def _kernel(
-    device_index: int, block_n: int, kind: str, epilogue: str, edges: bool, types: tuple[str, str], split: bool
+    device_index: int,
+    block_n: int,
+    kind: str,
+    epilogue: str,
+    edges: bool,
+    types: tuple[str, str],
+    split: bool,
+    thin: bool,
 ) -> Kernel:
-    cubin = compile_cubin(source(block_n, kind, epilogue, edges, types, split), "sm_90a")
+    cubin = compile_cubin(source(block_n, kind, epilogue, edges, types, split, thin), "sm_90a")
     return Kernel(cubin, "grouped_matmul", shared_bytes(block_n))
 
 
@@ -142,6 +152,16 @@ class Bounds:
     """Sum in fp32, instead of the tensor cores' 14 bits."""
 
 
+@dataclass(frozen=True, slots=True)
+class ThinProduct:
+    """Another product that is added, whose depth P is small."""
+
+    rows: Tensor
+    """[R, P] bf16, contiguous, P a multiple of 8."""
+    matrices: Tensor
+    """[E * N, P] for nt, [E * P, columns] for nn, likewise."""
+
+
 _TYPES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
@@ -160,6 +180,7 @@ def launch(
     *,
     add: bool = False,
     bounds: Bounds | None = None,
+    thin: ThinProduct | None = None,
 ) -> None:
     """Multiply each expert's rows.
 
@@ -173,6 +194,7 @@ def launch(
         gate: with nt, where the product is pre-activations, gate then up: write their SwiGLU too.
         add: with tn, add the product to what `out` holds, one in bf16 rounded first; otherwise overwrite it.
         bounds: of 8-bit operands.
+        thin: with nt and nn in bf16, a product to add before anything is rounded.
     """
     columns, num_experts = out.shape[1], offsets_E.shape[0]
     rows_per_expert = (out if kind == "tn" else right).shape[0] // num_experts  # of an expert's matrix
@@ -189,10 +211,12 @@ def launch(
     boxed = kind == "nt" or bounds is not None  # whether columns of the result are rows of the right operand
     device_index = left.device.index
     num_blocks = _num_blocks(device_index)
+    boxes = (64, block_n // 2 if boxed else 64)
+    operands = [left, right] if thin is None else [left, right, thin.rows, thin.matrices]
+    maps = [_tensor_map(x.data_ptr(), *x.shape, boxes[i % 2], x.element_size()) for i, x in enumerate(operands)]
     arguments = struct.pack(
-        "128s128s9P6ifi24x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
-        _tensor_map(left.data_ptr(), *left.shape, 64, left.element_size()),
-        _tensor_map(right.data_ptr(), *right.shape, block_n // 2 if boxed else 64, right.element_size()),
+        "512s9P6if2i20x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
+        b"".join(maps),
         out.data_ptr(),
         *_beside(gate),
         offsets_E.data_ptr(),
@@ -205,9 +229,10 @@ def launch(
         per_expert,
         factor,
         num_blocks // 2,
+        0 if thin is None else thin.rows.shape[1],
     )
     types, split = (_TYPES[left.dtype], _TYPES[right.dtype]), bounds is not None and bounds.split and gate is None
-    kernel = _kernel(device_index, block_n, kind, epilogue, edges, types, split)
+    kernel = _kernel(device_index, block_n, kind, epilogue, edges, types, split, thin is not None)
     stacked = -(-rows_per_expert // 256) * num_experts if kind == "tn" else left.shape[0] // 256
     kernel.launch(num_blocks * (1 + _late_waves(stacked * -(-columns // block_n), num_blocks)), BLOCK_SIZE, arguments)
 

@@ -8,7 +8,7 @@ Rows from plan.offsets_E[-1] on belong to no expert: their results may be uninit
 from __future__ import annotations
 
 import importlib.util
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,14 @@ from runtime.fp8.operands import fits
 from runtime.moe.config import MoEConfig, MoEConfigError
 from runtime.moe.permutation import RowPlan
 from runtime.parallel.gradient_sink import GradientSink
+
+
+class Thin(NamedTuple):
+    """Another product over the same rows, of small depth P."""
+
+    rows_RP: Tensor
+    matrices: Tensor
+    """[E, N, P] where a transposed product is added to, [E, P, K] where a plain one."""
 
 
 class GroupedGemm(Protocol):
@@ -39,6 +47,15 @@ class GroupedGemm(Protocol):
     def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:
         """[E, N, K]: the transpose of each expert's rows times its rows; zero for an expert without rows."""
         ...
+
+    def rows_times_transposed_and(self, rows_RK: Tensor, weight_ENK: Tensor, thin: Thin, plan: RowPlan) -> Tensor:
+        """[R, N]: `rows_times_transposed` of both products, added."""
+        out = self.rows_times_transposed(rows_RK, weight_ENK, plan)
+        return out.add_(self.rows_times_transposed(*thin, plan))
+
+    def rows_times_and(self, rows_RN: Tensor, weight_ENK: Tensor, thin: Thin, plan: RowPlan) -> Tensor:
+        """[R, K]: `rows_times` of both products, added."""
+        return self.rows_times(rows_RN, weight_ENK, plan).add_(self.rows_times(*thin, plan))
 
     def add_transposed_times_rows(
         self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan, total_ENK: Tensor, *, fresh: bool
@@ -79,9 +96,9 @@ class GatedGemm(GroupedGemm, Protocol):
     """Grouped products that also know the first half of an expert in one step."""
 
     def hidden_and_swiglu(
-        self, rows_RD: Tensor, w13_EGD: Tensor, weights_TK: Tensor, plan: RowPlan
+        self, rows_RD: Tensor, w13_EGD: Tensor, weights_TK: Tensor, plan: RowPlan, thin: Thin | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Pre-activations [R, 2F], gate then up, and silu(gate) * up * weight [R, F]."""
+        """Pre-activations [R, 2F], gate then up, `thin` added, and silu(gate) * up * weight [R, F]."""
         ...
 
 

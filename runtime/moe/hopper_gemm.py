@@ -5,14 +5,19 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.kernels.grouped_matmul import MAX_EXPERTS, MAX_ROWS, ROW_ALIGNMENT, Gate, launch
+from runtime.kernels.grouped_matmul import MAX_EXPERTS, MAX_ROWS, ROW_ALIGNMENT, Gate, ThinProduct, launch
 from runtime.kernels.swiglu import swiglu_forward
+from runtime.moe.grouped_gemm import Thin
 from runtime.moe.permutation import RowPlan
 
 
 def _fits(plan: RowPlan, *sizes: int) -> bool:
     aligned = plan.alignment % ROW_ALIGNMENT == 0 and all(size % 64 == 0 for size in sizes)
     return aligned and plan.offsets_E.shape[0] <= MAX_EXPERTS and plan.num_rows <= MAX_ROWS
+
+
+def _given(thin: Thin | None) -> ThinProduct | None:
+    return None if thin is None else ThinProduct(thin.rows_RP, thin.matrices.flatten(0, 1))
 
 
 class HopperGemm:
@@ -23,37 +28,50 @@ class HopperGemm:
 
     def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """[R, N]: each expert's rows times the transpose of its matrix."""
-        num_experts, num_n, depth = weight_ENK.shape
+        return self._rows_times_transposed(rows_RK, weight_ENK, None, plan)
+
+    def rows_times_transposed_and(self, rows_RK: Tensor, weight_ENK: Tensor, thin: Thin, plan: RowPlan) -> Tensor:
+        """[R, N]: both products, added before they are rounded."""
+        return self._rows_times_transposed(rows_RK, weight_ENK, thin, plan)
+
+    def _rows_times_transposed(self, rows: Tensor, weight_ENK: Tensor, thin: Thin | None, plan: RowPlan) -> Tensor:
+        num_n, depth = weight_ENK.shape[1:]
         if not _fits(plan, num_n, depth):
-            return F.grouped_mm(rows_RK, weight_ENK.transpose(1, 2), offs=plan.offsets_E)
-        out = rows_RK.new_empty(plan.num_rows, num_n)
-        right = weight_ENK.reshape(num_experts * num_n, depth)
-        launch("nt", rows_RK, right, out, plan.offsets_E)
+            out = F.grouped_mm(rows, weight_ENK.transpose(1, 2), offs=plan.offsets_E)
+            return out if thin is None else out.add_(self._rows_times_transposed(*thin, None, plan))
+        out = rows.new_empty(plan.num_rows, num_n)
+        launch("nt", rows, weight_ENK.flatten(0, 1), out, plan.offsets_E, thin=_given(thin))
         return out
 
     def hidden_and_swiglu(
-        self, rows_RD: Tensor, w13_EGD: Tensor, weights_TK: Tensor, plan: RowPlan
+        self, rows_RD: Tensor, w13_EGD: Tensor, weights_TK: Tensor, plan: RowPlan, thin: Thin | None = None
     ) -> tuple[Tensor, Tensor]:
         """Pre-activations [R, 2F], gate then up, and silu(gate) * up * weight [R, F]."""
-        num_experts, num_n, depth = w13_EGD.shape
+        num_n, depth = w13_EGD.shape[1:]
         if not _fits(plan, num_n // 2, depth) or num_n % 256:
-            hidden = self.rows_times_transposed(rows_RD, w13_EGD, plan)
+            hidden = self._rows_times_transposed(rows_RD, w13_EGD, thin, plan)
             return hidden, swiglu_forward(hidden, weights_TK, plan.slot_of_row_R, plan.offsets_E)
         hidden = rows_RD.new_empty(plan.num_rows, num_n)
         act = rows_RD.new_empty(plan.num_rows, num_n // 2)
-        right = w13_EGD.reshape(num_experts * num_n, depth)
         gate = Gate(act, weights_TK.float().contiguous(), plan.slot_of_row_R)
-        launch("nt", rows_RD, right, hidden, plan.offsets_E, gate)
+        launch("nt", rows_RD, w13_EGD.flatten(0, 1), hidden, plan.offsets_E, gate, thin=_given(thin))
         return hidden, act
 
     def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
         """[R, K]: each expert's rows times its matrix."""
-        num_experts, depth, num_k = weight_ENK.shape
+        return self._rows_times(rows_RN, weight_ENK, None, plan)
+
+    def rows_times_and(self, rows_RN: Tensor, weight_ENK: Tensor, thin: Thin, plan: RowPlan) -> Tensor:
+        """[R, K]: both products, added before they are rounded."""
+        return self._rows_times(rows_RN, weight_ENK, thin, plan)
+
+    def _rows_times(self, rows: Tensor, weight_ENK: Tensor, thin: Thin | None, plan: RowPlan) -> Tensor:
+        depth, num_k = weight_ENK.shape[1:]
         if not _fits(plan, num_k, depth):
-            return F.grouped_mm(rows_RN, weight_ENK, offs=plan.offsets_E)
-        out = rows_RN.new_empty(plan.num_rows, num_k)
-        right = weight_ENK.reshape(num_experts * depth, num_k)
-        launch("nn", rows_RN, right, out, plan.offsets_E)
+            out = F.grouped_mm(rows, weight_ENK, offs=plan.offsets_E)
+            return out if thin is None else out.add_(self._rows_times(*thin, None, plan))
+        out = rows.new_empty(plan.num_rows, num_k)
+        launch("nn", rows, weight_ENK.flatten(0, 1), out, plan.offsets_E, thin=_given(thin))
         return out
 
     def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.moe import passes
-from runtime.moe.grouped_gemm import GroupedGemm, weight_gradient
+from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, Thin, weight_gradient
 from runtime.moe.permutation import RowPlan
 from runtime.ops.low_rank import Part, Scaling, draw_seed, drop
 from runtime.ops.norm import Kept, restore
@@ -67,9 +67,13 @@ class _Products:
         kept = drop(rows_RD, self._dropout, self._seed)
         return self._gemm.rows_times_transposed(kept, self._a, self._plan).mul_(self._form.scaling.scale)
 
+    def added(self, reduced_RP: Tensor) -> Thin:
+        """The product that is added to the output."""
+        return Thin(reduced_RP, self._b)
+
     def expand(self, reduced_RP: Tensor) -> Tensor:
         """[R, N]: what is added to the output."""
-        return self._gemm.rows_times_transposed(reduced_RP, self._b, self._plan)
+        return self._gemm.rows_times_transposed(*self.added(reduced_RP), self._plan)
 
     def grad_reduced(self, grad_RN: Tensor) -> Tensor:
         """[R, P]: the gradient of the product with A, before its scale."""
@@ -78,6 +82,12 @@ class _Products:
     def grad_rows(self, grad_RP: Tensor) -> Tensor:
         """[R, D]: the gradient of the input."""
         return drop(self._gemm.rows_times(grad_RP, self._a, self._plan), self._dropout, self._seed)
+
+    def grad_of_both(self, grad_RN: Tensor, weight_END: Tensor, grad_RP: Tensor) -> Tensor:
+        """[R, D]: the gradient of the input by way of the expert's matrix and by way of A."""
+        if self._dropout:
+            return self._gemm.rows_times(grad_RN, weight_END, self._plan).add_(self.grad_rows(grad_RP))
+        return self._gemm.rows_times_and(grad_RN, weight_END, Thin(grad_RP, self._a), self._plan)
 
     def grad_a(self, grad_RP: Tensor, rows_RD: Tensor, a: Tensor, sink: GradientSink | None) -> Tensor | None:
         """Bring the gradient of A to its sum; what it gives is for autograd."""
@@ -181,18 +191,18 @@ class _AdaptedMLP(torch.autograd.Function):
         (w13, ctx.w13), (w2, ctx.w2) = held(w13_EGD), held(w2_EDF)
         ctx.forms, ctx.seeds, ctx.plan, ctx.gemm, ctx.fused = forms, seeds, plan, gemm, fused
         rows = passes.gather_rows(x_TD, plan, fused=fused)
-        hidden = gemm.rows_times_transposed(rows, numbers(w13_EGD), plan)
         first, second = _products(ctx, a13, b13, a2, b2)
-        reduced = None
-        if first is not None:
-            reduced = first.reduce(rows)
-            hidden.add_(first.expand(reduced))
+        reduced = None if first is None else first.reduce(rows)
+        thin = None if first is None or reduced is None else first.added(reduced)
+        if isinstance(gemm, GatedGemm) and fused:
+            hidden, act = gemm.hidden_and_swiglu(rows, numbers(w13_EGD), weights_TK, plan, thin)
+        else:
+            hidden = _product(gemm, rows, numbers(w13_EGD), thin, plan)
+            act = passes.swiglu(hidden, weights_TK, plan, fused=fused)
         del rows
-        act = passes.swiglu(hidden, weights_TK, plan, fused=fused)
-        out = gemm.rows_times_transposed(act, numbers(w2_EDF), plan)
-        if second is not None:
-            out.add_(second.expand(second.reduce(act)))
-        del act
+        thin = None if second is None else second.added(second.reduce(act))
+        out = _product(gemm, act, numbers(w2_EDF), thin, plan)
+        del act, thin
         kept = Kept.of(x_TD) if ctx.needs_input_grad[2] or ctx.needs_input_grad[4] else Kept.nothing()
         ctx.save_for_backward(hidden, weights_TK, w13, w2, a13, b13, a2, b2, reduced, *kept.tensors)
         ctx.source, ctx.pitch = kept.source, x_TD.stride(0)
@@ -207,11 +217,8 @@ class _AdaptedMLP(torch.autograd.Function):
         first, second = _products(ctx, a13, b13, a2, b2)
         grads: list[Tensor | None] = [None] * 6  # of w13, w2, a13, b13, a2, b2
         grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
-        grad_act = gemm.rows_times(grad_rows, dense(w2, ctx.w2), plan)
-        grad_reduced = None
-        if second is not None:
-            grad_reduced = second.grad_reduced(grad_rows)
-            grad_act.add_(second.grad_rows(grad_reduced))
+        grad_reduced = None if second is None else second.grad_reduced(grad_rows)
+        grad_act = _gradient(gemm, grad_rows, dense(w2, ctx.w2), second, grad_reduced, plan)
         if fused and hidden.is_cuda and torch._C._autograd._get_current_graph_task_keep_graph():
             hidden = hidden.clone()  # written over below, and this node will run again: zero-bubble does so
         grad_hidden, grad_weights, act = passes.swiglu_backward(hidden, weights_TK, grad_act, plan, fused=fused)
@@ -234,11 +241,28 @@ class _AdaptedMLP(torch.autograd.Function):
             del rows
         grad_x = None
         if need[0]:
-            grad_rows = gemm.rows_times(grad_hidden, dense(w13, ctx.w13), plan)
-            if first is not None and grad_first is not None:
-                grad_rows.add_(first.grad_rows(grad_first))
+            grad_rows = _gradient(gemm, grad_hidden, dense(w13, ctx.w13), first, grad_first, plan)
             grad_x = passes.sum_rows(grad_rows, plan, fused=fused, pitch=ctx.pitch)
         return grad_x, grad_weights, *grads, None, None, None, None, None
+
+
+def _product(gemm: GroupedGemm, rows: Tensor, weight_ENK: Tensor, thin: Thin | None, plan: RowPlan) -> Tensor:
+    if thin is None:
+        return gemm.rows_times_transposed(rows, weight_ENK, plan)
+    return gemm.rows_times_transposed_and(rows, weight_ENK, thin, plan)
+
+
+def _gradient(
+    gemm: GroupedGemm,
+    grad: Tensor,
+    weight_ENK: Tensor,
+    products: _Products | None,
+    grad_reduced: Tensor | None,
+    plan: RowPlan,
+) -> Tensor:
+    if products is None or grad_reduced is None:
+        return gemm.rows_times(grad, weight_ENK, plan)
+    return products.grad_of_both(grad, weight_ENK, grad_reduced)
 
 
 def _products(

@@ -4,7 +4,7 @@ Legend: Sq queries, Sk keys, B sequences, H query heads, G key/value heads, K he
 
 torch chooses among its kernels by itself, and not always alike: whether cuDNN's come first depends on the version of
 the library that the process happens to have loaded. On Hopper they take about half of the time of its flash kernels, so
-the choice is made here.
+the choice is made here. Windows and documents get cuDNN's by way of Transformer Engine, where it is installed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from runtime.ops.attention_kernels import Cudnn, Flash
 from runtime.ops.documents import Packed
 from runtime.ops.joined_attention import Parts, attend_in_parts
+from runtime.ops.te_attention import TransformerEngine, transformer_engine
 
 _CUDNN_ANY_LENGTH = 91501
 """From this version on, sequences needn't be multiples of 128 (torch's own condition)."""
@@ -77,9 +78,13 @@ def attend(
     """
     if window is not None and window >= k_SBGK.shape[0]:
         window = None
-    width = v_SBGV.shape[-1]
-    if window is None and packed is None and _cudnn_fits(q_SBHK, k_SBGK, v_SBGV):
-        return attend_in_parts(q_SBHK, k_SBGK, v_SBGV, sinks_H, _cudnn_parts(len(q_SBHK), len(k_SBGK), scale))
+    width, plain = v_SBGV.shape[-1], window is None and packed is None
+    if _cudnn_fits(q_SBHK, k_SBGK, v_SBGV):
+        if plain:
+            return attend_in_parts(q_SBHK, k_SBGK, v_SBGV, sinks_H, _cudnn_parts(len(q_SBHK), len(k_SBGK), scale))
+        if len(q_SBHK) == len(k_SBGK) and transformer_engine() is not None:
+            engine = TransformerEngine(scale, window, None if packed is None else packed.bounds())
+            return attend_in_parts(q_SBHK, k_SBGK, v_SBGV, sinks_H, [(engine, len(k_SBGK))])
     if _flash_fits(q_SBHK):
         v_SBGV = F.pad(v_SBGV, (0, q_SBHK.shape[-1] - width))
         flash = Flash(scale, window, None if packed is None else packed.bounds())

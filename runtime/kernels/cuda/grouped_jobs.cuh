@@ -9,6 +9,7 @@ enum { STORE, ADD, SWIGLU, STORE_FP32, ADD_BF16 };  // what becomes of a tile
 
 struct Arguments {
     TensorMap left, right;
+    TensorMap thin_left, thin_right;  // with THIN: rows [R, thin] and matrices of another product, which is added
     char* out;             // bf16, or with ADD and STORE_FP32 fp32
     char* act;             // with SWIGLU: [R, F], of the operands' width; null: not written
     const float* weights;  // with SWIGLU: [T, K] routing weights
@@ -22,9 +23,10 @@ struct Arguments {
     int bounds_per_expert;  // 1: right_bound is [E]
     float factor;           // 1 / (largest number of the left format x that of the right)
     int num_walkers;        // pairs of blocks that do jobs one after another; each further pair does one of the last jobs
+    int thin;               // with THIN: its depth
 };
 
-static_assert(sizeof(Arguments) == 384, "as the host packs it");
+static_assert(sizeof(Arguments) == 640, "as the host packs it");
 
 constexpr int STEP = 128 * 8 / BITS;  // elements of a row of 128 bytes
 
@@ -106,6 +108,7 @@ __device__ __forceinline__ Job job_at(const Arguments& args, const u32* ends, in
     if (KIND != TN) job.row += begin;
     job.start = KIND == TN ? begin : 0;
     job.steps = (KIND == TN ? num_rows : args.depth) / STEP;
+    if (THIN) job.steps += (args.thin + STEP - 1) / STEP;
     return job;
 }
 

@@ -18,7 +18,10 @@
 // are given as [N, R]. The tensor cores sum their products with about 14 bits; with SPLIT a step's sum is added to a sum
 // in fp32 instead, for which a tile takes half its columns at a time.
 //
-// The host writes in front of this text the constants BN, STAGES, GROUP, KIND, EPILOGUE, EDGES, BITS, SPLIT and
+// With THIN, of NT and NN in bf16, the last steps of a tile are another product's, whose depth is small: low-rank adapters
+// beside an expert's matrix. Its depth needn't be a multiple of a step: what lies beyond it in its rows is loaded as zeros.
+//
+// The host writes in front of this text the constants BN, STAGES, GROUP, KIND, EPILOGUE, EDGES, THIN, BITS, SPLIT and
 // WIDTH, the columns of one product, and how a product of this width names its operands: WGMMA_SHAPE, WGMMA_TYPES, ACC_NAMES,
 // ACC_OPERANDS and ACC_NEXT.
 
@@ -39,17 +42,20 @@ struct Shared {
 
 __device__ __forceinline__ void load_step(
     const Arguments& args, const Job& job, int k, u32 rank, char* stage, u64& ready) {
+    bool thin = THIN && k >= args.depth;
+    const TensorMap &left = thin ? args.thin_left : args.left, &right = thin ? args.thin_right : args.right;
+    if (thin) k -= args.depth;
     // Of what both blocks read, each loads the half with its rank.
 #pragma unroll
     for (u32 half = 0; half < 2; ++half) {
         if (!job.stacked && half != rank) continue;
         int m = job.row + 64 * half;
         char* to = stage + half * BOX_BYTES;
-        if (KIND == TN && BITS == 8) load(args.left, job.start + k, m, to, ready, !job.stacked);
-        else if (KIND == TN) load(args.left, m, job.start + k, to, ready, !job.stacked);
-        else load(args.left, k, m, to, ready, !job.stacked);
+        if (KIND == TN && BITS == 8) load(left, job.start + k, m, to, ready, !job.stacked);
+        else if (KIND == TN) load(left, m, job.start + k, to, ready, !job.stacked);
+        else load(left, k, m, to, ready, !job.stacked);
     }
-    int matrix = job.expert * args.rows_per_expert;
+    int matrix = job.expert * (thin && KIND == NN ? args.thin : args.rows_per_expert);
 #pragma unroll
     for (u32 half = 0; half < 2; ++half) {
         if (job.stacked && half != rank) continue;
@@ -57,14 +63,14 @@ __device__ __forceinline__ void load_step(
         int column = job.column + half * (BN / 2);
         if (EPILOGUE == SWIGLU) column = job.column / 2 + half * (args.rows_per_expert / 2);  // half gate, half up
         if (BITS == 8 && KIND == TN) {
-            load(args.right, job.start + k, column, to, ready, job.stacked);
+            load(right, job.start + k, column, to, ready, job.stacked);
         } else if (KIND == NT) {
-            load(args.right, k, matrix + column, to, ready, job.stacked);
+            load(right, k, matrix + column, to, ready, job.stacked);
         } else {
             int row = KIND == TN ? job.start + k : matrix + k;
 #pragma unroll
             for (int box = 0; box < BN / 128; ++box)
-                load(args.right, column + 64 * box, row, to + box * BOX_BYTES, ready, job.stacked);
+                load(right, column + 64 * box, row, to + box * BOX_BYTES, ready, job.stacked);
         }
     }
 }

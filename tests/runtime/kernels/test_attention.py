@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -239,6 +239,79 @@ class Flash:
         return grads
 
 
+class Engine:
+    """Transformer Engine's functions, as far as they are asked."""
+
+    FusedAttnBackend: ClassVar = {"F16_arbitrary_seqlen": "backend"}
+
+    @staticmethod
+    def documents(layout: str, ends: Tensor, most: int, q: Tensor) -> list[slice]:
+        assert ends.dtype == torch.int32
+        assert most >= int(ends.diff().max())
+        if layout == "sbhd":
+            assert ends.tolist() == [row * len(q) for row in range(q.shape[1] + 1)]
+            return [slice(None)]
+        return [slice(a, b) for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+
+    @staticmethod
+    def written(options: dict[str, Any], layout: str) -> Written:
+        back, ahead = options["window_size"]
+        assert ahead == (-1 if back < 0 else 0)
+        assert options["attn_mask_type"] == ("causal" if layout == "sbhd" else "padding_causal")
+        return Written(functools.partial(causal, window=None if back < 0 else back + 1), options["attn_scale"])
+
+    @classmethod
+    def fused_attn_fwd(cls, training: bool, *given: Any, **options: Any) -> tuple[Tensor, list[Any]]:
+        most, most_k, ends, ends_k, q, k, v, dtype, backend = given
+        assert (training, most_k, backend, dtype) == (True, most, "backend", q.dtype)
+        assert ends_k is ends
+        assert all(x.is_contiguous() for x in (q, k, v))
+        layout = options["o_format"]
+        kernel, out, sums = (
+            cls.written(options, layout),
+            q.new_empty(*q.shape[:-1], v.shape[-1]),
+            q.new_empty(q.shape[:-1]),
+        )
+        for own in cls.documents(layout, ends, most, q):
+            rows = [x[own] if layout == "sbhd" else x[own].unsqueeze(1) for x in (q, k, v)]
+            found = kernel.forward(*rows)
+            out[own], sums[own] = (x if layout == "sbhd" else x.squeeze(1) for x in found[:2])
+        sums = sums.permute(1, 2, 0).contiguous() if layout == "sbhd" else sums
+        return out, [sums.unsqueeze(-1), "state"]
+
+    @classmethod
+    def fused_attn_bwd(cls, *given: Any, **options: Any) -> list[Any]:
+        most, _, ends, _, q, k, v, out, grad, _, (sums, state), _ = given
+        assert state == "state"
+        layout = options["o_format"]
+        assert (options["do_format"], options["dqkv_layout"]) == (layout, options["qkv_layout"])
+        kernel, grads = cls.written(options, layout), (q * 0, k * 0, v * 0)
+        sums = sums.squeeze(-1).permute(2, 0, 1) if layout == "sbhd" else sums.squeeze(-1)
+        for own in cls.documents(layout, ends, most, q):
+            x = [x[own] if layout == "sbhd" else x[own].unsqueeze(1) for x in (grad, q, k, v, out, sums)]
+            for whole, part in zip(grads, kernel.backward(*x, None), strict=True):
+                whole[own] = part if layout == "sbhd" else part.squeeze(1)
+        return [*grads, None, None]
+
+
+@pytest.mark.parametrize(("documents", "window"), [(True, None), (True, 37), (False, 37)])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_windows_and_documents_as_transformer_engine_takes_them(
+    window: int | None, *, sinks: bool, documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU where it is installed its kernels are behind the tests above and below; here what they are told."""
+    monkeypatch.setattr("runtime.ops.attention._cudnn_fits", lambda q, k, v: True)
+    monkeypatch.setattr("runtime.ops.attention.transformer_engine", lambda: Engine)
+    monkeypatch.setattr("runtime.ops.te_attention.transformer_engine", lambda: Engine)
+
+    def attention(x: list[Tensor], packed: Packed) -> Tensor:
+        sink = x[3] if sinks else None
+        return attend(x[0], x[1], x[2], window, sinks_H=sink, packed=packed if documents else None)
+
+    ids_BS = None if documents else torch.zeros(3, 150, dtype=torch.int32)
+    compare_packed((150, 150, 4, 2, 24, 16), window, torch.float32, attention, sinks=sinks, ids_BS=ids_BS)
+
+
 @pytest.mark.parametrize("window", [None, 37])
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("geometry", GEOMETRIES[:2] + GEOMETRIES[3:])
@@ -249,6 +322,7 @@ def test_documents_as_flash_attention_takes_them(
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", Flash.forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", Flash.backward)
     monkeypatch.setattr("runtime.ops.attention._flash_fits", lambda q: True)
+    monkeypatch.setattr("runtime.ops.attention._cudnn_fits", lambda q, k, v: False)
 
     def attention(x: list[Tensor], packed: Packed) -> Tensor:
         return attend(x[0], x[1], x[2], window, sinks_H=x[3] if sinks else None, packed=packed)

@@ -9,8 +9,9 @@ from runtime.fp8.scaling import Scaling
 from runtime.kernels.sharing import shared_device
 from runtime.moe.clamped_mlp import clamped_mlp
 from runtime.moe.experts import grouped_mlp
-from runtime.moe.grouped_gemm import GroupedGemm, LoopGemm, make_gemm, resolve_backend
+from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, LoopGemm, Thin, make_gemm, resolve_backend
 from runtime.moe.layer import MoELayer
+from runtime.moe.passes import swiglu
 from runtime.moe.permutation import plan_rows
 from runtime.moe.router_linear import router_linear
 from runtime.moe.sinkhorn import sinkhorn
@@ -126,6 +127,41 @@ def test_clamped_experts_against_fp64(backend: str, shape: tuple[int, ...], drop
     poison()
     for place, (mine, other) in enumerate(zip(run_clamped(make_gemm(backend), BF16, True), exact, strict=True)):
         assert relative(mine, other) < 3e-2, f"tensor {place}"  # rounding moves some across the gate's bounds
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("depth", [8, 16, 72, 128])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_thin_products_beside_others(backend: str, depth: int, shape: tuple[int, ...]) -> None:
+    """Such as low-rank adapters' of each expert; rows that belong to no expert may hold anything."""
+    experts, _, weights, w13, w2, _ = random_case(shape, dropped=0.2, skew=0.5)
+    _, hidden, width, num_experts, _ = shape
+    gemm, exact = make_gemm(backend), LoopGemm()
+    plan = plan_rows(experts, num_experts, experts.numel(), alignment=gemm.row_alignment)
+    end, padding = int(plan.offsets_E[-1]), (plan.slot_of_row_R < 0).unsqueeze(1)
+
+    def rows(size: int) -> torch.Tensor:
+        out = torch.randn(plan.num_rows, size, device="cuda").to(BF16).masked_fill(padding, 0)
+        out[end:] = float("nan")
+        return out
+
+    def matrices(*sizes: int) -> torch.Tensor:
+        return (torch.randn(num_experts, *sizes, device="cuda") / depth**0.5).to(BF16)
+
+    def compare(found: torch.Tensor, want: torch.Tensor) -> None:
+        assert relative(found[:end], want[:end]) < 6e-3 if end else True
+
+    wide, thin = rows(hidden), Thin(rows(depth), matrices(2 * width, depth))
+    want = exact.rows_times_transposed_and(wide.double(), w13.double(), Thin(*(t.double() for t in thin)), plan)
+    poison()
+    compare(gemm.rows_times_transposed_and(wide, w13, thin, plan), want)
+    if isinstance(gemm, GatedGemm):
+        found, act = gemm.hidden_and_swiglu(wide, w13, weights, plan, thin)
+        compare(found, want)
+        compare(act, swiglu(want.nan_to_num(), weights.double(), plan, fused=False))
+    thin = Thin(rows(depth), matrices(depth, width))
+    want = exact.rows_times_and(wide.double(), w2.double(), Thin(*(t.double() for t in thin)), plan)
+    compare(gemm.rows_times_and(wide, w2, thin, plan), want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -316,6 +316,17 @@ def test_grouped_products_compile_for_hopper(block_n: int, kind: str, epilogue: 
     assert grouped_matmul.shared_bytes(block_n) <= 227 * 1024  # of a block on compute capability 9.0
 
 
+@pytest.mark.parametrize(("kind", "epilogue"), [("nt", "store"), ("nt", "swiglu"), ("nn", "store")])
+def test_grouped_products_with_a_thin_one_compile_for_hopper(kind: str, epilogue: str) -> None:
+    pytest.importorskip("cuda.bindings")
+    from runtime.kernels import grouped_matmul
+    from runtime.kernels.cuda_module import compile_cubin
+
+    assert compile_cubin(grouped_matmul.source(256, kind, epilogue, edges=True, thin=True), "sm_90a").startswith(
+        b"\x7fELF"
+    )
+
+
 def test_a_kernel_that_does_not_compile_says_why() -> None:
     pytest.importorskip("cuda.bindings")
     from runtime.kernels.cuda_module import compile_cubin

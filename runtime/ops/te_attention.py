@@ -1,0 +1,117 @@
+"""Transformer Engine's attention: cuDNN's kernels with windows and documents, which torch's own way to them doesn't have.
+
+Legend: S positions, B sequences, H query heads, G key/value heads, K head dim, V dim of values.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.ops.attention_kernels import Forward, Gradients
+from runtime.ops.documents import Bounds
+
+_NAMES = {"bottom_right_diagonal", "cuda_graph", "cu_seqlens_q_padded", "softmax_type", "window_size", "o_format"}
+"""Arguments of its functions, which aren't part of its public interface: of a version without them nothing is known."""
+
+
+@functools.cache
+def transformer_engine() -> Any | None:
+    """Give the module with its functions; None where it isn't installed, or another than it is known."""
+    # Torch's cuDNN has to be there first: Transformer Engine would load the machine's, which torch refuses if it is another.
+    torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    try:
+        from transformer_engine.pytorch.cpp_extensions import fused_attn
+    except (ImportError, OSError):  # built for another torch or CUDA
+        return None
+    known = inspect.signature(fused_attn.fused_attn_fwd).parameters.keys() >= _NAMES
+    return fused_attn if known else None
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerEngine:
+    """Causal, of as many queries as keys."""
+
+    scale: float | None
+    window: int | None = None
+    """Positions that a query looks back, itself included; None: all."""
+    bounds: Bounds | None = None
+    """Of documents, each a sequence of its own; None: a row is one."""
+
+    def _call(self, tensors: tuple[Tensor, ...], aux: list[Tensor] | None = None) -> Any:
+        """Call its function of the forward pass, or, with what that gave beside its output, of the backward pass."""
+        engine = transformer_engine()
+        assert engine is not None
+        q = tensors[0]
+        ends, most = self._ends(q)
+        layout = "sbhd" if self.bounds is None else "thd"
+        options: dict[str, Any] = (
+            {} if self.bounds is None else dict.fromkeys(("cu_seqlens_q_padded", "cu_seqlens_kv_padded"), ends)
+        )
+        options |= {
+            "attn_scale": self.scale,
+            "qkv_layout": "_".join([layout] * 3),
+            "o_format": layout,
+            "attn_mask_type": "causal" if self.bounds is None else "padding_causal",
+            "window_size": (-1, -1) if self.window is None else (self.window - 1, 0),
+            "cuda_graph": q.is_cuda and torch.cuda.is_current_stream_capturing(),
+        }
+        backend = engine.FusedAttnBackend["F16_arbitrary_seqlen"]
+        sizes = (most, most, ends, ends)
+        if aux is None:
+            return engine.fused_attn_fwd(True, *sizes, *tensors, q.dtype, backend, **options)
+        options |= {"do_format": layout, "dqkv_layout": options["qkv_layout"]}
+        return engine.fused_attn_bwd(*sizes, *tensors, q.dtype, aux, backend, **options)
+
+    def _ends(self, q: Tensor) -> tuple[Tensor, int]:
+        if self.bounds is not None:
+            return self.bounds.queries, self.bounds.most_queries
+        positions, rows = q.shape[:2]
+        return torch.arange(0, (rows + 1) * positions, positions, dtype=torch.int32, device=q.device), positions
+
+    def _laid_out(self, x_SBHK: Tensor) -> Tensor:
+        """[S, B, H, K], or [B * S, H, K] with documents; contiguous."""
+        return x_SBHK.contiguous() if self.bounds is None else x_SBHK.transpose(0, 1).flatten(0, 1).contiguous()
+
+    def _back(self, x: Tensor, rows: int) -> Tensor:
+        return x if self.bounds is None else x.view(rows, -1, *x.shape[1:]).transpose(0, 1)
+
+    def forward(self, q_SBHK: Tensor, k_SBGK: Tensor, v_SBGV: Tensor) -> Forward:
+        """As of `Kernel`."""
+        rows = q_SBHK.shape[1]
+        tensors = (self._laid_out(q_SBHK), self._laid_out(k_SBGK), self._laid_out(v_SBGV))
+        out, (log_sum, *aux) = self._call(tensors)
+        if self.bounds is None:  # [B, H, S, 1]
+            log_sum_SBH = log_sum.squeeze(-1).permute(2, 0, 1)
+        else:  # [B * S, H, 1]
+            log_sum_SBH = log_sum.view(rows, -1, log_sum.shape[1]).transpose(0, 1)
+        return self._back(out, rows), log_sum_SBH, tuple(aux)
+
+    def backward(
+        self,
+        grad_SBHV: Tensor,
+        q_SBHK: Tensor,
+        k_SBGK: Tensor,
+        v_SBGV: Tensor,
+        out_SBHV: Tensor,
+        log_sum_SBH: Tensor,
+        kept: tuple[Any, ...],
+    ) -> Gradients:
+        """As of `Kernel`."""
+        rows = q_SBHK.shape[1]
+        tensors = tuple(self._laid_out(x) for x in (q_SBHK, k_SBGK, v_SBGV, out_SBHV, grad_SBHV))
+        if self.bounds is None:
+            log_sum = log_sum_SBH.permute(1, 2, 0).contiguous().unsqueeze(-1)
+        else:
+            log_sum = log_sum_SBH.transpose(0, 1).flatten(0, 1).contiguous().unsqueeze(-1)
+        grads = self._call(tensors, [log_sum, *kept])
+        dq, dk, dv = (self._back(x, rows) for x in grads[:3])
+        return dq, dk, dv

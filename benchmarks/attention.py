@@ -114,7 +114,7 @@ def time_kind(kind: Kind, rate: float) -> str:
     found = ms(ours, nullcontext())
     share = f"{floor / float(found):.2f}" if found[0].isdigit() else ""
     asked = kind.window is not None or documents is not None
-    without = ms(ours, mock.patch.object(attention, "transformer_engine", lambda: None)) if asked else ""
+    without = ms(ours, mock.patch.object(attention, "transformer_engine", return_value=None)) if asked else ""
     return (
         f"| {kind.name} | {floor:.3f} | {found} | {share} | {without} | {ms(plain(kind, documents), nullcontext())} |"
     )

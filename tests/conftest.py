@@ -19,12 +19,17 @@ if shutil.which("nvidia-smi") is None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cudnn_of_torch() -> None:
-    """Load torch's cuDNN first: Transformer Engine would load the machine's, which torch refuses if it is another."""
+    """Load torch's cuDNN first, for tests that import Transformer Engine themselves."""
     if shutil.which("nvidia-smi") is not None:
+        import ctypes
+
         import torch
 
+        from runtime.kernels.transformer_engine import cudnn_parts
+
         if torch.cuda.is_available():
-            torch.backends.cudnn.version()
+            for part in cudnn_parts():
+                ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
 
 
 @pytest.fixture(scope="session")

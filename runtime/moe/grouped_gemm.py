@@ -8,7 +8,7 @@ Rows from plan.offsets_E[-1] on belong to no expert: their results may be uninit
 from __future__ import annotations
 
 import importlib.util
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,8 @@ from runtime.fp8.config import ROW_ALIGNMENT, Fp8Config
 from runtime.fp8.operands import fits
 from runtime.moe.config import MoEConfig, MoEConfigError
 from runtime.moe.permutation import RowPlan
+from runtime.moe.thin import Thin
 from runtime.parallel.gradient_sink import GradientSink
-
-
-class Thin(NamedTuple):
-    """Another product over the same rows, of small depth P."""
-
-    rows_RP: Tensor
-    matrices: Tensor
-    """[E, N, P] where a transposed product is added to, [E, P, K] where a plain one."""
 
 
 class GroupedGemm(Protocol):

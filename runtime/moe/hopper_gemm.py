@@ -7,8 +7,8 @@ from torch import Tensor
 
 from runtime.kernels.grouped_matmul import MAX_EXPERTS, MAX_ROWS, ROW_ALIGNMENT, Gate, ThinProduct, launch
 from runtime.kernels.swiglu import swiglu_forward
-from runtime.moe.grouped_gemm import Thin
 from runtime.moe.permutation import RowPlan
+from runtime.moe.thin import Thin
 
 
 def _fits(plan: RowPlan, *sizes: int) -> bool:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.moe import passes
-from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, Thin, weight_gradient
+from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, weight_gradient
 from runtime.moe.permutation import RowPlan
+from runtime.moe.thin import Thin
 from runtime.ops.low_rank import Part, Scaling, draw_seed, drop
 from runtime.ops.norm import Kept, restore
 from runtime.parallel.gradient_sink import GradientSink, deliver, sink_of

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from runtime.fp8.config import Fp8Config
+from runtime.kernels.transformer_engine import import_transformer_engine
 from runtime.moe.passes import permute_tokens, swiglu_rows, unpermute
 from runtime.moe.permutation import RowPlan
 
@@ -24,8 +25,7 @@ class TransformerEngineExperts:
     """
 
     def __init__(self, config: Fp8Config | None, w13_EGD: Tensor, w2_EDF: Tensor) -> None:
-        import transformer_engine.pytorch as te
-
+        te = import_transformer_engine()
         self._fp8 = config is not None and config.format is not None
         self._recipe = _recipe(config) if config is not None and self._fp8 else None
         # FP8 products want rows in whole blocks of scales.

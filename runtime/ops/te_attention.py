@@ -6,14 +6,17 @@ Legend: S positions, B sequences, H query heads, G key/value heads, K head dim, 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from runtime.kernels.transformer_engine import import_transformer_engine
 from runtime.ops.attention_kernels import Forward, Gradients
 from runtime.ops.documents import Bounds
 
@@ -23,17 +26,23 @@ _NAMES = {"bottom_right_diagonal", "cuda_graph", "cu_seqlens_q_padded", "softmax
 
 @functools.cache
 def transformer_engine() -> Any | None:
-    """Give the module with its functions; None where it isn't installed, or another than it is known."""
-    # Torch's cuDNN has to be there first: Transformer Engine would load the machine's, which torch refuses if it is another.
-    torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    """Give the module with its functions; None where it isn't installed, or not as it is known, of which a warning tells."""
     if importlib.util.find_spec("transformer_engine") is None:
         return None
     try:
-        from transformer_engine.pytorch.cpp_extensions import fused_attn
-    except (ImportError, OSError):  # built for another torch or CUDA
+        import_transformer_engine()
+        module = importlib.import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
+        missing = _NAMES - inspect.signature(module.fused_attn_fwd).parameters.keys()
+        why = f"its attention doesn't take {', '.join(sorted(missing))}" if missing else ""
+    except (ImportError, OSError, AttributeError) as error:  # built for another torch or CUDA
+        module, why = None, str(error)
+    if why:
+        warnings.warn(
+            f"Transformer Engine's attention can't be used ({why}): windows and documents go to torch's flash kernels, which are slower",
+            stacklevel=2,
+        )
         return None
-    known = inspect.signature(fused_attn.fused_attn_fwd).parameters.keys() >= _NAMES
-    return fused_attn if known else None
+    return module
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from tests.runtime.moe.oracle import relative
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+# Of the first product in autograd's thread; torch then makes the context itself.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

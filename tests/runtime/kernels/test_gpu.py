@@ -9,12 +9,13 @@ from runtime.fp8.scaling import Scaling
 from runtime.kernels.sharing import shared_device
 from runtime.moe.clamped_mlp import clamped_mlp
 from runtime.moe.experts import grouped_mlp
-from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, LoopGemm, Thin, make_gemm, resolve_backend
+from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, LoopGemm, make_gemm, resolve_backend
 from runtime.moe.layer import MoELayer
 from runtime.moe.passes import swiglu
 from runtime.moe.permutation import plan_rows
 from runtime.moe.router_linear import router_linear
 from runtime.moe.sinkhorn import sinkhorn
+from runtime.moe.thin import Thin
 from tests.runtime.moe.oracle import relative
 from tests.support.moe import moe_config
 

@@ -200,10 +200,6 @@ def launch(
     rows_per_expert = (out if kind == "tn" else right).shape[0] // num_experts  # of an expert's matrix
     block_n = _tile_columns(columns) if gate is None else 256 if columns % 256 == 0 else 128
     edges = columns % block_n != 0 or (kind == "tn" and rows_per_expert % ROW_ALIGNMENT != 0)
-    if out.dtype == torch.float32:
-        epilogue = "add" if add else "store_fp32"
-    else:
-        epilogue = "add_bf16" if add else "store" if gate is None else "swiglu"
     scales, per_expert, factor = (0, 0, 0, 0), 0, 1.0
     if bounds is not None:
         scales, per_expert = _scales(bounds, gate), int(bounds.right.shape[0] > 1)
@@ -211,12 +207,9 @@ def launch(
     boxed = kind == "nt" or bounds is not None  # whether columns of the result are rows of the right operand
     device_index = left.device.index
     num_blocks = _num_blocks(device_index)
-    boxes = (64, block_n // 2 if boxed else 64)
-    operands = [left, right] if thin is None else [left, right, thin.rows, thin.matrices]
-    maps = [_tensor_map(x.data_ptr(), *x.shape, boxes[i % 2], x.element_size()) for i, x in enumerate(operands)]
     arguments = struct.pack(
         "512s9P6if2i20x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
-        b"".join(maps),
+        _tensor_maps(left, right, thin, block_n // 2 if boxed else 64),
         out.data_ptr(),
         *_beside(gate),
         offsets_E.data_ptr(),
@@ -232,9 +225,24 @@ def launch(
         0 if thin is None else thin.rows.shape[1],
     )
     types, split = (_TYPES[left.dtype], _TYPES[right.dtype]), bounds is not None and bounds.split and gate is None
-    kernel = _kernel(device_index, block_n, kind, epilogue, edges, types, split, thin is not None)
+    kernel = _kernel(device_index, block_n, kind, _epilogue(out, gate, add), edges, types, split, thin is not None)
     stacked = -(-rows_per_expert // 256) * num_experts if kind == "tn" else left.shape[0] // 256
     kernel.launch(num_blocks * (1 + _late_waves(stacked * -(-columns // block_n), num_blocks)), BLOCK_SIZE, arguments)
+
+
+def _epilogue(out: Tensor, gate: Gate | None, add: bool) -> str:
+    if out.dtype == torch.float32:
+        return "add" if add else "store_fp32"
+    return "add_bf16" if add else "store" if gate is None else "swiglu"
+
+
+def _tensor_maps(left: Tensor, right: Tensor, thin: ThinProduct | None, right_rows: int) -> bytes:
+    """How to load the operands, and those of the thin product, whose boxes are as large and reach beyond its depth."""
+    operands = [left, right] if thin is None else [left, right, thin.rows, thin.matrices]
+    boxes = (64, right_rows)
+    return b"".join(
+        _tensor_map(x.data_ptr(), *x.shape, boxes[place % 2], x.element_size()) for place, x in enumerate(operands)
+    )
 
 
 def _late_waves(num_jobs: int, num_blocks: int) -> int:

@@ -10,7 +10,7 @@ Legend: Sq queries, Sk keys, B sequences, H query heads, G key/value heads, K he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,23 +24,24 @@ Forward = tuple[Tensor, Tensor, tuple[Any, ...]]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
+class Attended(NamedTuple):
+    """What a backward pass starts from: a kernel's part of the keys, with output and sums of all."""
+
+    q_SBHK: Tensor
+    k_SBGK: Tensor
+    v_SBGV: Tensor
+    out_SBHV: Tensor
+    log_sum_SBH: Tensor
+
+
 class Kernel(Protocol):
     """Attention of some queries to some keys."""
 
     def forward(self, q_SBHK: Tensor, k_SBGK: Tensor, v_SBGV: Tensor) -> Forward:
         """Attend."""
 
-    def backward(
-        self,
-        grad_SBHV: Tensor,
-        q_SBHK: Tensor,
-        k_SBGK: Tensor,
-        v_SBGV: Tensor,
-        out_SBHV: Tensor,
-        log_sum_SBH: Tensor,
-        kept: tuple[Any, ...],
-    ) -> Gradients:
-        """Give the gradients of queries, keys and values; output and sums may be of more keys than these."""
+    def backward(self, grad_SBHV: Tensor, done: Attended, kept: tuple[Any, ...]) -> Gradients:
+        """Give the gradients of queries, keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +58,11 @@ class Cudnn:
         out, log_sum = found[0].permute(2, 0, 1, 3), found[1].view(found[0].shape[:3]).permute(2, 0, 1)
         return out, log_sum, (found[1].shape, found[2:8])
 
-    def backward(
-        self,
-        grad_SBHV: Tensor,
-        q_SBHK: Tensor,
-        k_SBGK: Tensor,
-        v_SBGV: Tensor,
-        out_SBHV: Tensor,
-        log_sum_SBH: Tensor,
-        kept: tuple[Any, ...],
-    ) -> Gradients:
+    def backward(self, grad_SBHV: Tensor, done: Attended, kept: tuple[Any, ...]) -> Gradients:
         """As of `Kernel`."""
         shape, (begins_q, begins_k, most_q, most_k, seed, offset) = kept
-        grad, q, k, v, out = (x.permute(1, 2, 0, 3) for x in (grad_SBHV, q_SBHK, k_SBGK, v_SBGV, out_SBHV))
-        log_sum = log_sum_SBH.permute(1, 2, 0).contiguous().view(shape)
+        grad, q, k, v, out = (x.permute(1, 2, 0, 3) for x in (grad_SBHV, *done[:4]))
+        log_sum = done.log_sum_SBH.permute(1, 2, 0).contiguous().view(shape)
         sizes = (begins_q, begins_k, most_q, most_k)
         grads = aten._scaled_dot_product_cudnn_attention_backward(
             grad, q, k, v, out, log_sum, seed, offset, None, *sizes, 0.0, self.causal, scale=self.scale
@@ -120,23 +112,14 @@ class Flash:
             log_sum = log_sum.view(len(log_sum), q_SBHK.shape[1], -1).permute(2, 1, 0)
         return self._back(found[0], q_SBHK.shape[1]), log_sum, tuple(found[2:4])
 
-    def backward(
-        self,
-        grad_SBHV: Tensor,
-        q_SBHK: Tensor,
-        k_SBGK: Tensor,
-        v_SBGV: Tensor,
-        out_SBHV: Tensor,
-        log_sum_SBH: Tensor,
-        kept: tuple[Any, ...],
-    ) -> Gradients:
+    def backward(self, grad_SBHV: Tensor, done: Attended, kept: tuple[Any, ...]) -> Gradients:
         """As of `Kernel`."""
-        grad, q, k, v, out = (self._laid_out(x) for x in (grad_SBHV, q_SBHK, k_SBGK, v_SBGV, out_SBHV))
+        grad, q, k, v, out = (self._laid_out(x) for x in (grad_SBHV, *done[:4]))
         if self.bounds is None:
-            log_sum = log_sum_SBH.permute(1, 2, 0).contiguous()
+            log_sum = done.log_sum_SBH.permute(1, 2, 0).contiguous()
         else:
-            log_sum = log_sum_SBH.permute(2, 1, 0).contiguous().flatten(1)
-        sizes = self._sizes(q_SBHK, k_SBGK)
+            log_sum = done.log_sum_SBH.permute(2, 1, 0).contiguous().flatten(1)
+        sizes = self._sizes(done.q_SBHK, done.k_SBGK)
         grads = aten._flash_attention_backward(grad, q, k, v, out, log_sum, *sizes, 0.0, True, *kept, **self._options())
-        dq, dk, dv = (self._back(x, q_SBHK.shape[1]) for x in grads)
+        dq, dk, dv = (self._back(x, done.q_SBHK.shape[1]) for x in grads)
         return dq, dk, dv

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from runtime.ops.attention_kernels import Gradients, Kernel
+from runtime.ops.attention_kernels import Attended, Gradients, Kernel
 from runtime.ops.sinks import add_sinks, sinks_gradient
 
 Parts = Sequence[tuple[Kernel, int]]
@@ -53,8 +53,8 @@ class _Joined(torch.autograd.Function):
         q, k, v, sinks_H, out, log_sum = ctx.saved_tensors
         sizes = [size for _, size in ctx.parts]
         grads: list[Gradients] = [
-            kernel.backward(grad, q, *own, out, log_sum, kept)
-            for (kernel, _), kept, *own in zip(
+            kernel.backward(grad, Attended(q, keys, values, out, log_sum), kept)
+            for (kernel, _), kept, keys, values in zip(
                 ctx.parts, ctx.kept, torch.split(k, sizes), torch.split(v, sizes), strict=True
             )
         ]

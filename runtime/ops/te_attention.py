@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.transformer_engine import import_transformer_engine
-from runtime.ops.attention_kernels import Forward, Gradients
+from runtime.ops.attention_kernels import Attended, Forward, Gradients
 from runtime.ops.documents import Bounds
 
 _NAMES = {"bottom_right_diagonal", "cuda_graph", "cu_seqlens_q_padded", "softmax_type", "window_size", "o_format"}
@@ -104,23 +104,14 @@ class TransformerEngine:
             log_sum_SBH = log_sum.view(rows, -1, log_sum.shape[1]).transpose(0, 1)
         return self._back(out, rows), log_sum_SBH, tuple(aux)
 
-    def backward(
-        self,
-        grad_SBHV: Tensor,
-        q_SBHK: Tensor,
-        k_SBGK: Tensor,
-        v_SBGV: Tensor,
-        out_SBHV: Tensor,
-        log_sum_SBH: Tensor,
-        kept: tuple[Any, ...],
-    ) -> Gradients:
+    def backward(self, grad_SBHV: Tensor, done: Attended, kept: tuple[Any, ...]) -> Gradients:
         """As of `Kernel`."""
-        rows = q_SBHK.shape[1]
-        tensors = tuple(self._laid_out(x) for x in (q_SBHK, k_SBGK, v_SBGV, out_SBHV, grad_SBHV))
+        rows = done.q_SBHK.shape[1]
+        tensors = tuple(self._laid_out(x) for x in (*done[:4], grad_SBHV))
         if self.bounds is None:
-            log_sum = log_sum_SBH.permute(1, 2, 0).contiguous().unsqueeze(-1)
+            log_sum = done.log_sum_SBH.permute(1, 2, 0).contiguous().unsqueeze(-1)
         else:
-            log_sum = log_sum_SBH.transpose(0, 1).flatten(0, 1).contiguous().unsqueeze(-1)
+            log_sum = done.log_sum_SBH.transpose(0, 1).flatten(0, 1).contiguous().unsqueeze(-1)
         grads = self._call(tensors, [log_sum, *kept])
         dq, dk, dv = (self._back(x, rows) for x in grads[:3])
         return dq, dk, dv

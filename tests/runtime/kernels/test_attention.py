@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from runtime.ops.attention import attend
-from runtime.ops.attention_kernels import Forward, Gradients
+from runtime.ops.attention_kernels import Attended, Forward, Gradients
 from runtime.ops.documents import Documents, Packed
 from runtime.ops.joined_attention import attend_in_parts
 from tests.runtime.moe.oracle import relative
@@ -150,10 +150,9 @@ class Written:
         scores, v = self._scores(q, k), v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
         return torch.einsum("sbht,tbhv->sbhv", scores.softmax(-1), v), scores.logsumexp(-1), ()
 
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, kept: Any
-    ) -> Gradients:
+    def backward(self, grad: Tensor, done: Attended, kept: Any) -> Gradients:
         """By the formulas that such kernels follow: probabilities from the sums given, what the softmax takes back from the output."""
+        q, k, v, out, log_sum = done
         groups, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5 if self.scale is None else self.scale
         keys, values = (x.repeat_interleave(groups, dim=2) for x in (k, v))
         p = torch.exp(self._scores(q, k) - log_sum.unsqueeze(-1))
@@ -235,8 +234,10 @@ class Flash:
         assert window_size_right == 0
         kernel, grads = cls.written(window_size_left, scale), (q * 0, k * 0, v * 0)
         for own, keys in cls.documents(q, k, sizes[:4]):
-            x = (x.unsqueeze(1) for x in (grad[own], q[own], k[keys], v[keys], out[own], sums.T[own]))
-            for whole, place, part in zip(grads, (own, keys, keys), kernel.backward(*x, None), strict=True):
+            x = [x.unsqueeze(1) for x in (grad[own], q[own], k[keys], v[keys], out[own], sums.T[own])]
+            for whole, place, part in zip(
+                grads, (own, keys, keys), kernel.backward(x[0], Attended(*x[1:]), None), strict=True
+            ):
                 whole[place] = part.squeeze(1)
         return grads
 
@@ -291,7 +292,7 @@ class Engine:
         sums = sums.squeeze(-1).permute(2, 0, 1) if layout == "sbhd" else sums.squeeze(-1)
         for own in cls.documents(layout, ends, most, q):
             x = [x[own] if layout == "sbhd" else x[own].unsqueeze(1) for x in (grad, q, k, v, out, sums)]
-            for whole, part in zip(grads, kernel.backward(*x, None), strict=True):
+            for whole, part in zip(grads, kernel.backward(x[0], Attended(*x[1:]), None), strict=True):
                 whole[own] = part if layout == "sbhd" else part.squeeze(1)
         return [*grads, None, None]
 

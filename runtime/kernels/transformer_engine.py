@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ def import_transformer_engine() -> Any:
     """
     for part in cudnn_parts():
         ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
-    return importlib.import_module("transformer_engine.pytorch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other frameworks that are installed, and for which it isn't built
+        return importlib.import_module("transformer_engine.pytorch")
 
 
 def cudnn_parts() -> list[Path]:

@@ -82,8 +82,9 @@ def attend(
     if _cudnn_fits(q_SBHK, k_SBGK, v_SBGV):
         if plain:
             return attend_in_parts(q_SBHK, k_SBGK, v_SBGV, sinks_H, _cudnn_parts(len(q_SBHK), len(k_SBGK), scale))
-        if len(q_SBHK) == len(k_SBGK) and transformer_engine() is not None:
-            engine = TransformerEngine(scale, window, None if packed is None else packed.bounds())
+        functions = transformer_engine() if len(q_SBHK) == len(k_SBGK) else None
+        if functions is not None:
+            engine = TransformerEngine(functions, scale, window, None if packed is None else packed.bounds())
             return attend_in_parts(q_SBHK, k_SBGK, v_SBGV, sinks_H, [(engine, len(k_SBGK))])
     if _flash_fits(q_SBHK):
         v_SBGV = F.pad(v_SBGV, (0, q_SBHK.shape[-1] - width))

@@ -17,38 +17,21 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.transformer_engine import import_transformer_engine
-from runtime.ops.attention_kernels import Attended, Forward, Gradients
+from runtime.ops.attention_kernels import Attended, Flash, Forward, Gradients, Kernel
 from runtime.ops.documents import Bounds
 
 _NAMES = {"bottom_right_diagonal", "cuda_graph", "cu_seqlens_q_padded", "softmax_type", "window_size", "o_format"}
-"""Arguments of its functions, which aren't part of its public interface: of a version without them nothing is known."""
-
-
-@functools.cache
-def transformer_engine() -> Any | None:
-    """Give the module with its functions; None where it isn't installed, or not as it is known, of which a warning tells."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return None
-    try:
-        import_transformer_engine()
-        module = importlib.import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
-        missing = _NAMES - inspect.signature(module.fused_attn_fwd).parameters.keys()
-        why = f"its attention doesn't take {', '.join(sorted(missing))}" if missing else ""
-    except (ImportError, OSError, AttributeError) as error:  # built for another torch or CUDA
-        module, why = None, str(error)
-    if why:
-        warnings.warn(
-            f"Transformer Engine's attention can't be used ({why}): windows and documents go to torch's flash kernels, which are slower",
-            stacklevel=2,
-        )
-        return None
-    return module
+"""Arguments of its functions."""
+_TOLERANCE = 2e-2
+"""Between the results of two kernels in bf16, which are each some 3e-3 from exact ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransformerEngine:
     """Causal, of as many queries as keys."""
 
+    functions: Any
+    """As `transformer_engine` gives them."""
     scale: float | None
     window: int | None = None
     """Positions that a query looks back, itself included; None: all."""
@@ -57,9 +40,7 @@ class TransformerEngine:
 
     def _call(self, tensors: tuple[Tensor, ...], aux: list[Tensor] | None = None) -> Any:
         """Call its function of the forward pass, or, with what that gave beside its output, of the backward pass."""
-        engine = transformer_engine()
-        assert engine is not None
-        q = tensors[0]
+        engine, q = self.functions, tensors[0]
         ends, most = self._ends(q)
         layout = "sbhd" if self.bounds is None else "thd"
         options: dict[str, Any] = (
@@ -115,3 +96,74 @@ class TransformerEngine:
         grads = self._call(tensors, [log_sum, *kept])
         dq, dk, dv = (self._back(x, rows) for x in grads[:3])
         return dq, dk, dv
+
+
+@functools.cache
+def transformer_engine() -> Any | None:
+    """Give the module with its functions; None where it isn't installed, or can't be trusted, of which a warning tells.
+
+    They aren't part of its public interface. So a version is used whose functions take what they are given here, and find what
+    torch's flash kernels find.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    try:
+        import_transformer_engine()
+        functions = importlib.import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
+        missing = _NAMES - inspect.signature(functions.fused_attn_fwd).parameters.keys()
+        why = (
+            f"it doesn't take {', '.join(sorted(missing))}"
+            if missing
+            else differs(functions, torch.device("cuda"), torch.bfloat16)
+        )
+    except (
+        ImportError,
+        OSError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # built for another torch or CUDA, say
+        functions, why = None, str(error)
+    if why:
+        warnings.warn(
+            f"Transformer Engine's attention can't be used ({why}): windows and documents go to torch's flash kernels, which are "
+            "slower; nothing else depends on it",
+            stacklevel=2,
+        )
+        return None
+    return functions
+
+
+def differs(functions: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """Compare its attention with that of torch's flash kernels in a small case of each kind.
+
+    Args:
+        functions: its two, and the names of their kernels.
+        device: where.
+        dtype: of queries, keys and values.
+
+    Returns:
+        What differs; empty where nothing does.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(96, 2, heads, 64, generator=generator, device=device).to(dtype) for heads in (4, 2, 2, 4)
+    )
+    ends = torch.tensor([0, 40, 96, 96, 192], dtype=torch.int32, device=device)
+    for bounds, window in ((Bounds(ends, ends, 96, 96), None), (Bounds(ends, ends, 96, 96), 17), (None, 17)):
+        found = [
+            _both_passes(kernel, q, k, v, grad)
+            for kernel in (TransformerEngine(functions, None, window, bounds), Flash(None, window, bounds))
+        ]
+        for name, mine, other in zip(("output", "sums", "queries", "keys", "values"), *found, strict=True):
+            error = float((mine.double() - other.double()).norm() / other.double().norm())
+            if not error < _TOLERANCE:
+                kind = " and ".join((["documents"] if bounds is not None else []) + (["a window"] if window else []))
+                return f"{'gradients of ' if name in ('queries', 'keys', 'values') else ''}{name} with {kind} differ by {error:.1e}"
+    return ""
+
+
+def _both_passes(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        out, log_sum, kept = kernel.forward(q, k, v)
+        return out, log_sum, *kernel.backward(grad, Attended(q, k, v, out, log_sum), kept)

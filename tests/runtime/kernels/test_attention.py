@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from runtime.ops.attention import attend
 from runtime.ops.attention_kernels import Attended, Forward, Gradients
 from runtime.ops.documents import Documents, Packed
 from runtime.ops.joined_attention import attend_in_parts
+from runtime.ops.te_attention import differs
 from tests.runtime.moe.oracle import relative
 
 CUDA = torch.cuda.is_available()
@@ -220,6 +222,9 @@ class Flash:
         assert sizes[4:] == (0.0, True, False)
         assert window_size_right == 0
         kernel, out, sums = cls.written(window_size_left, scale), torch.empty_like(q), q.new_empty(q.shape[:2])
+        if sizes[0] is None:  # rows of equal length
+            out, sums, _ = kernel.forward(*(x.transpose(0, 1) for x in (q, k, v)))
+            return out.transpose(0, 1), sums.permute(1, 2, 0).contiguous(), "seed", "offset", None
         for own, keys in cls.documents(q, k, sizes[:4]):
             found = kernel.forward(*(x.unsqueeze(1) for x in (q[own], k[keys], v[keys])))
             out[own], sums[own] = found[0].squeeze(1), found[1].squeeze(1)
@@ -233,6 +238,10 @@ class Flash:
         assert sizes[4:] == (0.0, True, "seed", "offset")
         assert window_size_right == 0
         kernel, grads = cls.written(window_size_left, scale), (q * 0, k * 0, v * 0)
+        if sizes[0] is None:
+            rows = [x.transpose(0, 1) for x in (grad, q, k, v, out)]
+            found = kernel.backward(rows[0], Attended(*rows[1:], sums.permute(2, 0, 1)), None)
+            return found[0].transpose(0, 1), found[1].transpose(0, 1), found[2].transpose(0, 1)
         for own, keys in cls.documents(q, k, sizes[:4]):
             x = [x.unsqueeze(1) for x in (grad[own], q[own], k[keys], v[keys], out[own], sums.T[own])]
             for whole, place, part in zip(
@@ -305,7 +314,6 @@ def test_windows_and_documents_as_transformer_engine_takes_them(
     """On a GPU where it is installed its kernels are behind the tests above and below; here what they are told."""
     monkeypatch.setattr("runtime.ops.attention._cudnn_fits", lambda q, k, v: True)
     monkeypatch.setattr("runtime.ops.attention.transformer_engine", lambda: Engine)
-    monkeypatch.setattr("runtime.ops.te_attention.transformer_engine", lambda: Engine)
 
     def attention(x: list[Tensor], packed: Packed) -> Tensor:
         sink = x[3] if sinks else None
@@ -313,6 +321,32 @@ def test_windows_and_documents_as_transformer_engine_takes_them(
 
     ids_BS = None if documents else torch.zeros(3, 150, dtype=torch.int32)
     compare_packed((150, 150, 4, 2, 24, 16), window, torch.float32, attention, sinks=sinks, ids_BS=ids_BS)
+
+
+class WithoutWindows(Engine):
+    """One that leaves windows out."""
+
+    @staticmethod
+    def written(options: dict[str, Any], layout: str) -> Written:
+        return Engine.written(options | {"window_size": (-1, -1)}, layout)
+
+
+class WithOtherSums(Engine):
+    """One whose sums are of powers of two."""
+
+    @classmethod
+    def fused_attn_fwd(cls, training: bool, *given: Any, **options: Any) -> tuple[Tensor, list[Any]]:
+        out, (sums, state) = super().fused_attn_fwd(training, *given, **options)
+        return out, [sums / math.log(2), state]
+
+
+def test_transformer_engine_is_tried_beside_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", Flash.forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", Flash.backward)
+    here = torch.device("cpu"), torch.float32
+    assert differs(Engine, *here) == ""
+    assert differs(WithoutWindows, *here).startswith("output with documents and a window differ by")
+    assert differs(WithOtherSums, *here).startswith("sums with documents differ by")
 
 
 @pytest.mark.parametrize("window", [None, 37])

@@ -90,10 +90,10 @@ def _attention(setup: Setup, local: Local, *, in_fp8: bool) -> float:
     width = 2 * local.query + local.key_value
     if model.has("attention.kv_b"):
         sizes = model.sizes
-        # Values are padded to the width of keys; latent vectors are kept before and after their norms.
-        value = local.heads * sizes["v_dim"]
-        width = 2 * local.query + local.key_value + (local.query - value)
-        width += 2 * (sizes["kv_rank"] + sizes["q_rank"]) + sizes["head_dim"] + local.key_value
+        # Queries and keys; keys' plain dims and values as they were projected, of which values are a part; the output. Latent vectors
+        # are kept before and after their norms.
+        width = 2 * local.query + local.key_value - local.heads * sizes["head_dim"] + local.value
+        width += 2 * (sizes["kv_rank"] + sizes["q_rank"]) + sizes["head_dim"]
     elif model.has("attention.q_norm"):  # norms of heads keep what they normalise
         width += local.query + local.key_value
     entered = local.hidden * b if setup.parallel.tp > 1 else 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from moeconv.errors import WriteError
 from moeconv.families.compute import Router
 from runtime.estimate.calibrate_host import measure_launches, measure_link
-from runtime.estimate.compute import ATTENTION_PASSES
+from runtime.estimate.compute import attention_operations
 from runtime.estimate.machine import COLLECTIVES, Collective, known_machines
 from runtime.job.processes import Process, connect, end_groups, start
 from runtime.moe.config import MoEConfig
@@ -235,9 +235,8 @@ def _attention(clock: Clock, sizes: Sizes, window: int | None) -> tuple[float, f
 
 
 def _attention_operations(sizes: Sizes, window: int | None) -> float:
-    seen = sizes.positions if window is None else window
-    attended = seen * (1 - seen / (2 * sizes.positions))
-    return ATTENTION_PASSES * 4 * attended * sizes.positions * sizes.heads * 128
+    width = sizes.heads * 128
+    return sizes.positions * attention_operations(sizes.positions, window, width, width)
 
 
 def measure_links(clock: Clock, sizes: Sizes, per_node: int) -> dict[str, Any]:

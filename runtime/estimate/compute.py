@@ -20,8 +20,8 @@ from runtime.estimate.setup import ITEMSIZE, Setup
 
 _SLOW = {"float32": 15.0, "float64": 15.0}
 """How many times longer products take than in bf16: fp32 and fp64 peaks of H100's data sheet, not measured."""
-ATTENTION_PASSES = 3.5
-"""Operations of attention forward and backward, of the forward pass: the backward pass makes the scores again."""
+_TILE = 128
+"""Keys that a tile of queries computes and half of it doesn't see, at both ends of its window together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,31 +144,57 @@ def _norms(setup: Setup, local: Local, machine: Machine) -> Work:
     return Work("norms", 2 * machine.moving(4 * row, "norm"), 2 * machine.moving(4 * row + again, "norm"))
 
 
+def attention_operations(positions: int, window: int | None, keys: float, values: float) -> float:
+    """Count attention's operations for each position, of both passes: scores and values, then scores again and four gradients.
+
+    Args:
+        positions: of a sequence.
+        window: positions that a query looks back, itself included; None: all.
+        keys: dims of all heads' keys together.
+        values: likewise.
+
+    Returns:
+        Operations, those of the tiles at the ends of a window included.
+    """
+    seen = positions if window is None else min(window, positions)
+    attended = seen * (1 - seen / (2 * positions))  # on average, by causality
+    return (attended + (_TILE if seen < positions else 0)) * (8 * keys + 6 * values)
+
+
 def _attention(setup: Setup, local: Local, machine: Machine, layer: int) -> Work:
     """Scores and values, rotary positions and norms of heads; projections are apart."""
     model, parallel = setup.model, setup.parallel
     seq, window = setup.seq_length, model.compute.windows[layer]
-    seen = seq if window is None else min(window, seq)
-    attended = seen * (1 - seen / (2 * seq))  # on average, by causality
-    width = local.query  # values padded to the width of keys where they differ
-    operations = 4 * attended * width * local.tokens * ATTENTION_PASSES
-    if seen < seq:
+    operations = local.tokens * attention_operations(seq, window, local.query, local.value)
+    if window is not None and window < seq:
         rate = machine.attention_window_tflops
     else:
-        rate = machine.attention_flash_tflops if parallel.cp > 1 else machine.attention_tflops
+        rate = machine.attention_cp_tflops if parallel.cp > 1 else machine.attention_tflops
+        rate *= machine.attention_width(local.query // local.heads)
     kernels = operations / _rate(setup, rate)
     forward = kernels * machine.attention_forward_share
-    turned = local.tokens * (local.query + local.key_value / 2) * local.item
-    moves = machine.moving(2 * turned, "rotary")
-    if model.has("attention.q_norm"):
-        moves += machine.moving(2.5 * turned, "head_norm")
-    if model.has("attention.kv_b"):  # parts of queries and keys are put together
-        moves += machine.moving(4 * turned, "plain")
+    moves, moves_back = _around_attention(setup, local, machine)
     core = forward + moves
-    backward = kernels - forward + moves
+    backward = kernels - forward + moves_back
     if setup.recompute.granularity == "selective" and "core_attn" in setup.recompute.modules:
         backward += core
     return Work("attention", core, backward)
+
+
+def _around_attention(setup: Setup, local: Local, machine: Machine) -> tuple[float, float]:
+    """The passes over queries and keys, and with sinks over the output, of both passes."""
+    model, elements = setup.model, local.tokens * local.item
+    if model.has("attention.kv_b"):  # queries are turned, and each head gets its key
+        plain = local.query - local.heads * model.sizes["head_dim"]
+        forward = machine.moving(elements * (3 * local.query + plain), "latent")
+        return forward, machine.moving(elements * (3 * local.query + plain + 2 * local.value), "latent")
+    turned = elements * (local.query + local.key_value / 2)
+    moves = machine.moving(2 * turned, "rotary")
+    if model.has("attention.q_norm"):
+        moves += machine.moving(2.5 * turned, "head_norm")
+    if model.has("attention.sinks"):
+        moves += machine.moving(2 * elements * local.value, "plain")
+    return moves, moves
 
 
 def _experts(setup: Setup, local: Local, machine: Machine, parameters: Iterable[Parameter]) -> Work:

@@ -67,10 +67,10 @@ def adapters_seconds(
     for a, b in zip(parameters[::2], parameters[1::2], strict=True):
         depth, width = a.shape[-1], b.shape[-2]
         rows = (local.rows_computed if a.expert else local.tokens) * local.item
-        # The input read; the product with B added to the output: grouped ones are written first, then added.
-        forward += rows * (depth + (4 if a.expert else 2) * width)
-        # The output's gradient read for A's and for B's; the input's written and added, the input read for A's.
+        # The input read; the product with B added to the output, which experts' own products do while they make it.
+        forward += rows * (depth + (0 if a.expert else 2) * width)
+        # The output's gradient read for A's and for B's; the input's written and added (or in the same way), the input read for A's.
         own = (a.size + b.size) * 2 * setup.gradient + rows * (width + depth * (2 if a.expert else 1))
-        backward += rows * (width + 4 * depth) + own
+        backward += rows * (width + (0 if a.expert else 4) * depth) + own
         weights += own
     return machine.moving(forward, "plain"), machine.moving(backward, "plain"), machine.moving(weights, "plain")

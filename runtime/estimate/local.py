@@ -28,6 +28,8 @@ class Local:
     """Elements of a token's queries on this rank."""
     key_value: int
     """Elements of its keys and values together."""
+    value: int
+    """Elements of the attention's output."""
     heads: int
     vocabulary: int
     """Columns of the logits, with padding."""
@@ -83,6 +85,7 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
         "hidden": sizes["hidden"],
         "query": heads * width_q,
         "key_value": kv_heads * width_kv,
+        "value": heads * (sizes["v_dim"] if latent else sizes["head_dim"]),
         "heads": heads,
         "vocabulary": vocabulary,
     }

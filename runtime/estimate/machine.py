@@ -16,7 +16,7 @@ from runtime.log.flops import peak_flops
 Collective = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce", "send"]
 COLLECTIVES: tuple[Collective, ...] = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce", "send")
 PASSES = (
-    *("norm", "head_norm", "rotary", "cross_entropy", "embedding", "adamw", "grad_norm"),
+    *("norm", "head_norm", "rotary", "latent", "cross_entropy", "embedding", "adamw", "grad_norm"),
     *("gather", "sum", "swiglu", "plain", "dequantise", "quantise", "swiglu_fp8"),
 )
 LINKS = ("nvlink", "network")
@@ -68,8 +68,9 @@ class Machine:
     grouped_tflops: float
     fp8_tflops: float
     attention_tflops: float
-    attention_flash_tflops: float
+    attention_cp_tflops: float
     attention_window_tflops: float
+    attention_widths: Mapping[int, float]
     attention_forward_share: float
     overlap_exponent: float
     row_alignment: int
@@ -99,6 +100,10 @@ class Machine:
     def peak(self) -> float | None:
         """Operations a second of dense bf16 products by the data sheet, of which a share is the utilisation."""
         return peak_flops(self.gpu)
+
+    def attention_width(self, width: int) -> float:
+        """Give the share of attention's rate that heads of this width reach."""
+        return next((share for known, share in sorted(self.attention_widths.items()) if width <= known), 1.0)
 
     def moving(self, num_bytes: float, kind: str = "adamw") -> float:
         """Give the seconds of a pass over memory."""
@@ -210,7 +215,7 @@ def _with_base(given: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
             raise ConfigError(f"{where}: {key} is no constant of a machine{f'; nearest: {near[0]}' if near else ''}")
-        if key in ("passes", "links"):
+        if key in ("passes", "links", "attention_widths"):
             require(isinstance(value, dict), f"{where}: {key} is {value!r}; expected keys and values")
             base[key] = base[key] | value
         elif key != "like":
@@ -235,6 +240,11 @@ def _machine(values: Mapping[str, Any], where: str) -> Machine:
                 not unknown, f"{where}: passes.{unknown[0] if unknown else ''} is unknown; known: {', '.join(PASSES)}"
             )
             out["passes"] = {name: _number(share, f"{where}: passes.{name}") for name, share in (value or {}).items()}
+        elif field.name == "attention_widths":
+            widths = value or {}
+            right = all(type(width) is int and width > 0 for width in widths)
+            require(right, f"{where}: {field.name} is {value!r}; expected shares by width, as {{64: 0.8, 128: 1}}")
+            out[field.name] = {w: _number(share, f"{where}: {field.name}.{w}") for w, share in widths.items()}
         elif field.type == "str":
             out[field.name] = str(value)
         elif field.type == "bool":

@@ -137,7 +137,7 @@ def time_heads(bandwidth: float) -> str:
         )
         for fused in (True, False)
     ]
-    elements = 16 * (3 * 128 + 2 * 64 + 2 * 192 + 2 * 256 + 64)  # of a token, both passes
+    elements = 16 * (4 * 128 + 3 * 64 + 4 * 128 + 3 * 64 + 2 * 128)  # of a token, forward and backward
     floor = elements * POSITIONS * SEQUENCES * 2 / bandwidth * 1e3
     return f"| heads of latent attention put together | {floor:.3f} | {times[0]:.3f} | {floor / times[0]:.2f} | | {times[1]:.3f} |"
 

@@ -1,7 +1,7 @@
 """Heads of latent attention from its projections, in one launch each way.
 
 Legend: S positions, B sequences, H heads, P plain and R turned dims of a query or key, V dims of a value. Floor, at memory
-bandwidth: queries and keys read and written once, H (3 P + 2 R) elements a token forward; keys' gradients and values' read and
+bandwidth: queries and keys read and written once, H (4 P + 3 R) elements a token forward; keys' gradients and values' read and
 written, H (4 P + 3 R + 2 V) backward.
 """
 

@@ -27,7 +27,7 @@ class Fixed:
     reason: str
 
 
-_SDPA = "attention is scaled_dot_product_attention, which chooses its kernel"
+_SDPA = "attention takes the fastest kernel that knows its kind"
 _SUMS = "gradients are summed, and added inside the products that give them"
 _OVERLAP = "reductions and gathers always overlap with computation"
 _FORMAT = "checkpoints have their own format, which is found out when one is read"

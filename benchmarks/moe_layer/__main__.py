@@ -29,8 +29,8 @@ from benchmarks.moe_layer import clamped
 from benchmarks.moe_layer.implementations import MAKERS, Run
 from benchmarks.moe_layer.problem import CASES, SHAPES, Problem, make_problem, route
 from runtime.moe.clamped_mlp import clamped_mlp
-from runtime.moe.experts import grouped_mlp
 from runtime.moe.grouped_gemm import LoopGemm
+from runtime.moe.grouped_mlp import grouped_mlp
 from runtime.moe.permutation import plan_rows
 
 WARMUP, REPEAT = 200, 300  # ms

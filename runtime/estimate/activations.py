@@ -116,9 +116,6 @@ def _experts(setup: Setup, local: Local) -> tuple[float, float]:
     kept = inputs + local.rows_allocated * 2 * width * b
     # The rows of the gradient beside that of the activation; then of the input beside what is sent back.
     working = local.rows_allocated * (hidden + width) * b
-    if setup.plain_experts:  # rows, both factors, and their output in fp32
-        kept += local.rows_allocated * (hidden + width) * b + local.rows_allocated * 6 * width * 4
-        working += local.rows_allocated * 4 * width * 4
     return _around_experts(setup, local, kept, working)
 
 

@@ -224,10 +224,7 @@ def _experts(setup: Setup, local: Local, machine: Machine, parameters: Iterable[
         passes = expert_passes(setup, local, machine)
     forward += passes[0] + total
     backward += passes[1] + total
-    if setup.plain_experts:
-        forward += machine.moving(20 * rows * width * b, "plain")
-        backward += machine.moving(40 * rows * width * b, "plain")
-    elif setup.model.compute.gate is not None or (machine.row_alignment == 1 and not in_fp8):
+    if setup.model.compute.gate is not None or (machine.row_alignment == 1 and not in_fp8):
         # With biases, or torch's products: the activation is a pass of its own.
         forward += machine.moving(3 * rows * width * b, "swiglu")
     if local.exchanged:  # rows are put in the order of their ranks, and summed when they are back

@@ -111,8 +111,6 @@ def notes(estimate: Estimate) -> list[str]:
         out.append(
             "steps with adapters have been measured to take 0.8 to 1.3 times the planned time, by host and graphs; their memory is as planned"
         )
-    if setup.model.compute.gate is not None:
-        out.append("clamped experts have not been measured")
     return out
 
 

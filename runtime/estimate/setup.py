@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from moeconv.families.adapted import LORA_A, AdaptedModel
+from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import Model
 from runtime.estimate.parameters import RankParameters
 from runtime.fp8.config import Fp8Config
@@ -82,12 +82,6 @@ class Setup:
     def row_margin(self) -> float:
         """Rows that ranks of experts set aside, of those that they need."""
         return MARGIN if self.captured and self.parallel.ep > 1 else 1.0
-
-    @property
-    def plain_experts(self) -> bool:
-        """Whether experts run in plain torch: those with a clamped gate that have adapters."""
-        roles = ("expert.gate_up", "expert.down")
-        return self.model.compute.gate is not None and any(self.model.has(role + LORA_A) for role in roles)
 
     @property
     def dp(self) -> int:

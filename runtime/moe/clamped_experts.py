@@ -1,4 +1,4 @@
-"""Experts with biases, whose gate is clamped: gate * sigmoid(alpha * gate) * (up + 1); in plain steps where adapters join in.
+"""Experts with biases, whose gate is clamped: gate * sigmoid(alpha * gate) * (up + 1).
 
 Their matrices are kept as checkpoints of the family hold them, [in, out], with gate and up columns in turns.
 
@@ -8,49 +8,16 @@ rank's piece of an expert.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
 
 from moeconv.errors import MoeconvError
 from moeconv.families.compute import Gate
-from runtime.moe.clamped_mlp import clamped_gate, clamped_mlp, experts_of_rows
+from runtime.moe.clamped_mlp import clamped_mlp
 from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import GroupedGemm, computed_in, make_gemm, resolve_backend
-from runtime.moe.low_rank import Adapters, Form, add_to_rows, unfilled
-from runtime.moe.passes import permute, unpermute
+from runtime.moe.low_rank import Adapters, Form
 from runtime.moe.permutation import RowPlan, plan_rows
-from runtime.quantised.weight import Weight, dense, held, numbers
-
-
-class _RowsTimes(torch.autograd.Function):
-    """Each expert's rows times its matrix, plus its bias."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows_RK: Tensor, weight_EKN: Weight, bias_EN: Tensor, plan: RowPlan, gemm: GroupedGemm
-    ) -> Tensor:
-        weight, ctx.quantised = held(weight_EKN)
-        ctx.save_for_backward(rows_RK if ctx.needs_input_grad[1] else None, weight)
-        ctx.plan, ctx.gemm = plan, gemm
-        out = gemm.rows_times(rows_RK, numbers(weight_EKN), plan) + bias_EN[experts_of_rows(plan)]
-        return out.masked_fill_(unfilled(plan), 0)  # rows past the last expert's may hold anything
-
-    @staticmethod
-    def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:
-        rows_RK, weight = ctx.saved_tensors
-        plan, gemm = ctx.plan, ctx.gemm
-        empty_R1 = unfilled(plan)
-        grad_RN = grad_RN.contiguous().masked_fill(empty_R1, 0)
-        grad_rows = gemm.rows_times_transposed(grad_RN, dense(weight, ctx.quantised), plan).masked_fill(empty_R1, 0)
-        grad_weight = gemm.transposed_times_rows(rows_RK, grad_RN, plan) if ctx.needs_input_grad[1] else None
-        grad_bias = None
-        if ctx.needs_input_grad[2]:
-            # Sums over each expert's rows in a fixed order: a product with ones, 8 wide since kernels want whole eights.
-            ones_R8 = grad_RN.new_ones(grad_RN.shape[0], 8)
-            grad_bias = gemm.transposed_times_rows(ones_R8, grad_RN, plan)[:, 0]
-        return grad_rows, grad_weight, grad_bias, None, None
 
 
 class ClampedExperts(nn.Module):
@@ -152,23 +119,20 @@ class ClampedExperts(nn.Module):
         gemm, experts = self.gemm(), self.num_local_experts
         down_bias = self.down_bias.view(experts, -1)
         biases = (self.gate_up_bias.view(experts, -1), down_bias if self._shares == 1 else down_bias / self._shares)
-        if not self._forms:
-            matrices = (self.gate_up, self.down)
-            return clamped_mlp(x_TD, weights_TK, matrices, biases, plan, self._gate, gemm, fused=self.fused)
-        rows_RD, weights_R = permute(x_TD, weights_TK, plan, fused=self.fused)
-        hidden = _apply(rows_RD, self.gate_up, biases[0], plan, gemm)
-        hidden = self._adapted("gate_up", hidden, rows_RD, plan, gemm)
-        wide = hidden if hidden.dtype == torch.float64 else hidden.float()
-        act = clamped_gate(wide, self._gate).to(hidden.dtype)
-        out_RD = self._adapted("down", _apply(act, self.down, biases[1], plan, gemm), act, plan, gemm)
-        return unpermute((out_RD * weights_R.unsqueeze(1)).to(out_RD.dtype), plan, fused=self.fused)
+        return clamped_mlp(
+            x_TD,
+            weights_TK,
+            (self.gate_up, self.down),
+            biases,
+            plan,
+            self._gate,
+            gemm,
+            adapters=(self._adapters("gate_up"), self._adapters("down")),
+            fused=self.fused,
+            training=self.training,
+        )
 
-    def _adapted(self, which: str, out: Tensor, rows: Tensor, plan: RowPlan, gemm: GroupedGemm) -> Tensor:
+    def _adapters(self, which: str) -> Adapters | None:
         if which not in self._forms:
-            return out
-        adapters = Adapters(getattr(self, f"{which}_a"), getattr(self, f"{which}_b"), self._forms[which])
-        return add_to_rows(out, rows, adapters, plan, gemm, training=self.training)
-
-
-def _apply(rows: Tensor, weight: Weight, bias: Tensor, plan: RowPlan, gemm: GroupedGemm) -> Tensor:
-    return cast(Tensor, _RowsTimes.apply(rows, weight, bias, plan, gemm))  # type: ignore[no-untyped-call]
+            return None
+        return Adapters(getattr(self, f"{which}_a"), getattr(self, f"{which}_b"), self._forms[which])

@@ -1,4 +1,4 @@
-"""Experts with biases and a clamped gate as one node of the graph: products, activation, sums and biases.
+"""Experts with biases and a clamped gate: the activation, and what biases add.
 
 Legend: T tokens, K choices per token, R rows in expert order, E experts of this rank, D hidden size, F width of this
 rank's piece of an expert. Matrices are [in, out], gate and up columns in turns.
@@ -6,20 +6,20 @@ rank's piece of an expert. Matrices are [in, out], gate and up columns in turns.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moeconv.families.compute import Gate
 from runtime.moe import passes
-from runtime.moe.grouped_gemm import GroupedGemm, weight_gradient
+from runtime.moe.expert_node import run_experts
+from runtime.moe.grouped_gemm import GroupedGemm
+from runtime.moe.low_rank import Adapters, product
 from runtime.moe.permutation import RowPlan
-from runtime.ops.norm import Kept, restore
-from runtime.parallel.gradient_sink import sink_of
-from runtime.quantised.weight import Weight, dense, held, numbers
-
-_ONES = 8  # columns of the ones that sum a bias's gradient: kernels want whole eights
+from runtime.moe.thin import Thin
+from runtime.quantised.weight import Weight
 
 
 class Activation(NamedTuple):
@@ -116,64 +116,31 @@ def activate_backward(
     return grad_hidden, grad_weights, (act * weights).to(hidden_R2F.dtype)
 
 
-class _ClampedMLP(torch.autograd.Function):
-    """As the plain experts' node: keeps x and the pre-activations, nothing else of size."""
+@dataclass(frozen=True, slots=True)
+class _Clamped:
+    """The clamped gate between products with [in, out] matrices."""
 
-    @staticmethod
+    transposed: ClassVar[bool] = False
+    expert_R: Tensor
+    plan: RowPlan
+    gate: Gate
+    gemm: GroupedGemm
+    fused: bool
+
+    def _activation(self, bias: Tensor | None) -> Activation:
+        assert bias is not None
+        return Activation(bias, self.expert_R, self.plan, self.gate, self.fused)
+
     def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        weights_TK: Tensor,
-        gate_up: Weight,
-        bias_E2F: Tensor,
-        down: Weight,
-        plan: RowPlan,
-        gate: Gate,
-        gemm: GroupedGemm,
-        fused: bool,
-    ) -> Tensor:
-        rows = passes.gather_rows(x_TD, plan, fused=fused)
-        hidden = gemm.rows_times(rows, numbers(gate_up), plan)
-        del rows
-        args = Activation(bias_E2F, experts_of_rows(plan), plan, gate, fused)
-        out = gemm.rows_times(activate(hidden, weights_TK, args), numbers(down), plan)
-        kept = Kept.of(x_TD) if ctx.needs_input_grad[2] else Kept.nothing()
-        (first, ctx.gate_up), (last, ctx.down) = held(gate_up), held(down)
-        ctx.save_for_backward(hidden, weights_TK, first, last, bias_E2F, args.expert_R, *kept.tensors)
-        ctx.plan, ctx.gate, ctx.gemm, ctx.fused, ctx.source = plan, gate, gemm, fused, kept.source
-        ctx.pitch = x_TD.stride(0)
-        ctx.sinks = sink_of(first), sink_of(last)
-        return passes.sum_rows(out, plan, fused=fused)
+        self, rows_RD: Tensor, weight: Tensor, bias: Tensor | None, weights_TK: Tensor, thin: Thin | None
+    ) -> tuple[Tensor, Tensor]:
+        hidden = product(self.gemm, rows_RD, weight, self.plan, thin, transposed=False)
+        return hidden, activate(hidden, weights_TK, self._activation(bias))
 
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weights_TK, first, last, bias_E2F, expert_R, *saved = ctx.saved_tensors
-        plan, gemm, fused, need = ctx.plan, ctx.gemm, ctx.fused, ctx.needs_input_grad
-        grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
-        grad_act = gemm.rows_times_transposed(grad_rows, dense(last, ctx.down), plan)
-        if fused and hidden.is_cuda and torch._C._autograd._get_current_graph_task_keep_graph():
-            hidden = hidden.clone()  # written over below, and this node will run again: zero-bubble does so
-        args = Activation(bias_E2F, expert_R, plan, ctx.gate, fused)
-        grad_hidden, grad_weights, act = activate_backward(hidden, weights_TK, grad_act, args)
-        del hidden, grad_act
-        grad_down = weight_gradient(gemm, act, grad_rows, plan, ctx.sinks[1]) if need[4] else None
-        del grad_rows, act
-        grad_bias = None
-        if need[3]:
-            # Sums over each expert's rows in a fixed order: a product with ones.
-            ones = grad_hidden.new_ones(grad_hidden.shape[0], _ONES)
-            grad_bias = gemm.transposed_times_rows(ones, grad_hidden, plan)[:, 0]
-        grad_gate_up = None
-        if need[2]:
-            rows = passes.gather_rows(restore(saved, ctx.source), plan, fused=fused)
-            grad_gate_up = weight_gradient(gemm, rows, grad_hidden, plan, ctx.sinks[0])
-            del rows
-        grad_x = None
-        if need[0]:
-            matrix = dense(first, ctx.gate_up)
-            grad_rows = gemm.rows_times_transposed(grad_hidden, matrix, plan)
-            grad_x = passes.sum_rows(grad_rows, plan, fused=fused, pitch=ctx.pitch)
-        return grad_x, grad_weights, grad_gate_up, grad_bias, grad_down, None, None, None, None
+    def backward(
+        self, hidden_R2F: Tensor, bias: Tensor | None, weights_TK: Tensor, grad_RF: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return activate_backward(hidden_R2F, weights_TK, grad_RF, self._activation(bias))
 
 
 def sum_of_biases(weights_TK: Tensor, bias_ED: Tensor, plan: RowPlan) -> Tensor:
@@ -205,7 +172,9 @@ def clamped_mlp(
     gate: Gate,
     gemm: GroupedGemm,
     *,
+    adapters: tuple[Adapters | None, Adapters | None] = (None, None),
     fused: bool,
+    training: bool = True,
 ) -> Tensor:
     """Each token's weighted sum over its experts.
 
@@ -217,11 +186,14 @@ def clamped_mlp(
         plan: which choice is which row.
         gate: steepness and bound of the activation.
         gemm: the grouped products.
+        adapters: beside gate_up and beside down.
         fused: use the fused kernels on a GPU.
+        training: whether dropout of adapters applies.
 
     Returns:
         [T, D] in the dtype of x.
     """
-    args = (x_TD, weights_TK, matrices[0], biases[0], matrices[1], plan, gate, gemm, fused)
-    out = cast(Tensor, _ClampedMLP.apply(*args))  # type: ignore[no-untyped-call]
+    kind = _Clamped(experts_of_rows(plan), plan, gate, gemm, fused)
+    args = (x_TD, weights_TK, matrices, biases[0], adapters, kind, plan, gemm)
+    out = run_experts(*args, fused=fused, training=training)
     return out + sum_of_biases(weights_TK, biases[1], plan)

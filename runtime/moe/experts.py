@@ -1,4 +1,4 @@
-"""The experts: SwiGLU networks over rows in expert order.
+"""The experts of a rank: their weights, and what computes with them.
 
 Legend: T tokens, K choices per token, R rows in expert order, E experts of this rank, D hidden size, F width of this
 rank's piece of an expert.
@@ -6,112 +6,18 @@ rank's piece of an expert.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
 
 from moeconv.errors import MoeconvError
 from runtime.fp8.scaling import Scaling
-from runtime.moe import passes
 from runtime.moe.config import MoEConfig
 from runtime.moe.fp8_experts import Fp8Experts
-from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, computed_in, make_gemm, resolve_backend, weight_gradient
-from runtime.moe.low_rank import Adapters, Form, adapted_mlp
+from runtime.moe.grouped_gemm import GroupedGemm, computed_in, make_gemm, resolve_backend
+from runtime.moe.grouped_mlp import grouped_mlp
+from runtime.moe.low_rank import Adapters, Form
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.moe.te_experts import TransformerEngineExperts
-from runtime.ops.norm import Kept, restore
-from runtime.parallel.gradient_sink import sink_of
-from runtime.quantised.weight import Weight, dense, held, numbers
-
-
-class _GroupedMLP(torch.autograd.Function):
-    """Gather, both products, activation and sum as one node: keeps x and the pre-activations, nothing else of size.
-
-    With y = sum over choices of s * W2 a and a = swiglu(h), the backward needs neither the rows of x nor the experts'
-    outputs: the gradient of s is <W2' dy, a>, and those of the weights take rows gathered again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        weights_TK: Tensor,
-        w13_EGD: Weight,
-        w2_EDF: Weight,
-        plan: RowPlan,
-        gemm: GroupedGemm,
-        fused: bool,
-    ) -> Tensor:
-        (w13, ctx.w13), (w2, ctx.w2) = held(w13_EGD), held(w2_EDF)
-        rows = passes.gather_rows(x_TD, plan, fused=fused)
-        if isinstance(gemm, GatedGemm) and fused:
-            hidden, act = gemm.hidden_and_swiglu(rows, numbers(w13_EGD), weights_TK, plan)
-        else:
-            hidden = gemm.rows_times_transposed(rows, numbers(w13_EGD), plan)
-            act = passes.swiglu(hidden, weights_TK, plan, fused=fused)
-        del rows
-        out = gemm.rows_times_transposed(act, numbers(w2_EDF), plan)
-        del act
-        kept = Kept.of(x_TD) if ctx.needs_input_grad[2] else Kept.nothing()
-        ctx.save_for_backward(hidden, weights_TK, w13, w2, *kept.tensors)
-        ctx.plan, ctx.gemm, ctx.fused, ctx.source = plan, gemm, fused, kept.source
-        ctx.pitch = x_TD.stride(0)
-        ctx.sinks = [None if weight is None else sink_of(weight) for weight in (w13, w2)]
-        return passes.sum_rows(out, plan, fused=fused)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weights_TK, w13, w2, *saved = ctx.saved_tensors
-        plan, gemm, fused = ctx.plan, ctx.gemm, ctx.fused
-        w13_sink, w2_sink = ctx.sinks
-        grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
-        grad_act = gemm.rows_times(grad_rows, dense(w2, ctx.w2), plan)
-        if fused and hidden.is_cuda and torch._C._autograd._get_current_graph_task_keep_graph():
-            hidden = hidden.clone()  # written over below, and this node will run again: zero-bubble does so
-        grad_hidden, grad_weights, act = passes.swiglu_backward(hidden, weights_TK, grad_act, plan, fused=fused)
-        del hidden, grad_act
-        grad_w2 = weight_gradient(gemm, grad_rows, act, plan, w2_sink) if ctx.needs_input_grad[3] else None
-        del grad_rows, act
-        grad_w13 = None
-        if ctx.needs_input_grad[2]:
-            rows = passes.gather_rows(restore(saved, ctx.source), plan, fused=fused)
-            grad_w13 = weight_gradient(gemm, grad_hidden, rows, plan, w13_sink)
-            del rows
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = gemm.rows_times(grad_hidden, dense(w13, ctx.w13), plan)
-            grad_x = passes.sum_rows(grad_rows, plan, fused=fused, pitch=ctx.pitch)
-        return grad_x, grad_weights, grad_w13, grad_w2, None, None, None
-
-
-def grouped_mlp(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    w13_EGD: Weight,
-    w2_EDF: Weight,
-    plan: RowPlan,
-    gemm: GroupedGemm,
-    *,
-    fused: bool = True,
-) -> Tensor:
-    """Each token's weighted sum over its experts' SwiGLU networks.
-
-    Args:
-        x_TD: [T, D] tokens.
-        weights_TK: [T, K] routing weights.
-        w13_EGD: [E, 2F, D], rows of w1 (gate) first, then of w3 (up).
-        w2_EDF: [E, D, F].
-        plan: which choice is which row.
-        gemm: the grouped products.
-        fused: use the fused kernels on a GPU.
-
-    Returns:
-        [T, D] in the dtype of x.
-    """
-    args = (x_TD, weights_TK, w13_EGD, w2_EDF, plan, gemm, fused)
-    return cast(Tensor, _GroupedMLP.apply(*args))  # type: ignore[no-untyped-call]
-
 
 AnyGemm = GroupedGemm | TransformerEngineExperts | Fp8Experts
 
@@ -216,8 +122,6 @@ class Experts(nn.Module):
         if isinstance(gemm, TransformerEngineExperts):
             assert not self._forms, "adapters and te: `runtime.settings.check` refuses them"
             return gemm(x_TD, weights_TK, self.w13, self.w2, plan, fused=self.fused)
-        if self._forms:
-            first, second = self._adapters("13"), self._adapters("2")
-            args = (x_TD, weights_TK, self.w13, self.w2, first, second, plan, gemm)
-            return adapted_mlp(*args, fused=self.fused, training=self.training)
-        return grouped_mlp(x_TD, weights_TK, self.w13, self.w2, plan, gemm, fused=self.fused)
+        adapters = (self._adapters("13"), self._adapters("2"))
+        args = (x_TD, weights_TK, self.w13, self.w2, plan, gemm)
+        return grouped_mlp(*args, adapters=adapters, fused=self.fused, training=self.training)

@@ -138,7 +138,7 @@ class Fp8Experts:
         return self
 
     def __call__(self, x_TD: Tensor, weights_TK: Tensor, w13_EGD: Tensor, w2_EDF: Tensor, plan: RowPlan) -> Tensor:
-        """Each token's weighted sum over its experts; arguments as of `runtime.moe.experts.grouped_mlp`."""
+        """Each token's weighted sum over its experts; arguments as of `runtime.moe.grouped_mlp.grouped_mlp`."""
         x_TD = x_TD if x_TD.stride(-1) == 1 else x_TD.contiguous()
         args = (x_TD, weights_TK, w13_EGD, w2_EDF, plan, self)
         return cast(Tensor, _Fp8Experts.apply(*args))  # type: ignore[no-untyped-call]

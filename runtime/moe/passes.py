@@ -147,18 +147,6 @@ def swiglu_backward(
     return grad_hidden, grad_weights, (plain * weights).to(hidden_R2F.dtype)
 
 
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, fused: bool) -> tuple[Tensor, Tensor]:
-        ctx.plan, ctx.fused, ctx.pitch = plan, fused, x_TD.stride(0)
-        return gather_rows(x_TD, plan, fused=fused), slots_to_rows(weights_TK, plan)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor, grad_weights_R: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad = sum_rows(grad_RD.contiguous(), ctx.plan, fused=ctx.fused, pitch=ctx.pitch)
-        return grad, rows_to_slots(grad_weights_R, ctx.plan), None, None
-
-
 class _PermuteTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, plan: RowPlan, fused: bool) -> Tensor:
@@ -196,21 +184,6 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
         # The plan may have rows at its end that no choice fills, and the input may lack them.
         return gather_rows(grad_TD.contiguous(), ctx.plan, fused=ctx.fused)[: ctx.num_rows], None, None
-
-
-def permute(x_TD: Tensor, weights_TK: Tensor, plan: RowPlan, *, fused: bool) -> tuple[Tensor, Tensor]:
-    """Rows and their weights in expert order, differentiable in both.
-
-    Args:
-        x_TD: [T, D] tokens.
-        weights_TK: [T, K] routing weights.
-        plan: the order.
-        fused: use the kernels on a GPU.
-
-    Returns:
-        rows [R, D] and weights [R].
-    """
-    return cast("tuple[Tensor, Tensor]", _Permute.apply(x_TD, weights_TK, plan, fused))  # type: ignore[no-untyped-call]
 
 
 def unpermute(rows_RD: Tensor, plan: RowPlan, *, fused: bool) -> Tensor:

@@ -87,16 +87,13 @@ def attend(
             engine = TransformerEngine(functions, scale, window, None if packed is None else packed.bounds())
             return attend_in_parts(q_SBHK, k_SBGK, v_SBGV, sinks_H, [(engine, len(k_SBGK))])
     if _flash_fits(q_SBHK):
-        v_SBGV = F.pad(v_SBGV, (0, q_SBHK.shape[-1] - width))
+        if width < q_SBHK.shape[-1]:
+            v_SBGV = F.pad(v_SBGV, (0, q_SBHK.shape[-1] - width))
         flash = Flash(scale, window, None if packed is None else packed.bounds())
         return attend_in_parts(q_SBHK, k_SBGK, v_SBGV, sinks_H, [(flash, len(k_SBGK))])[..., :width]
     if sinks_H is not None:
         return _with_sinks(q_SBHK, k_SBGK, v_SBGV, window, scale, sinks_H, packed)
-    mask = (
-        None
-        if window is None and packed is None and len(q_SBHK) == len(k_SBGK)
-        else _mask(q_SBHK, k_SBGK, window, packed)
-    )
+    mask = None if plain and len(q_SBHK) == len(k_SBGK) else _mask(q_SBHK, k_SBGK, window, packed)
     return _plain(q_SBHK, k_SBGK, v_SBGV, mask, scale)
 
 

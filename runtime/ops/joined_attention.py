@@ -60,7 +60,7 @@ class _Joined(torch.autograd.Function):
         ]
         dq, dk, dv = grads[0]
         if len(grads) > 1:
-            dq = torch.stack([part[0] for part in grads]).sum(0)
+            dq = sum((part[0] for part in grads[1:]), start=dq)
             dk, dv = (torch.cat([part[place] for part in grads]) for place in (1, 2))
         d_sinks = sinks_gradient(grad, out, log_sum, sinks_H) if ctx.needs_input_grad[3] else None
         return dq, dk, dv, d_sinks, None

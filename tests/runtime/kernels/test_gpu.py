@@ -8,8 +8,8 @@ from runtime.fp8.config import Fp8Config
 from runtime.fp8.scaling import Scaling
 from runtime.kernels.sharing import shared_device
 from runtime.moe.clamped_mlp import clamped_mlp
-from runtime.moe.experts import grouped_mlp
 from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm, LoopGemm, make_gemm, resolve_backend
+from runtime.moe.grouped_mlp import grouped_mlp
 from runtime.moe.layer import MoELayer
 from runtime.moe.passes import swiglu
 from runtime.moe.permutation import plan_rows

@@ -11,8 +11,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from moeconv.errors import MoeconvError
 from runtime.fp8.config import Fp8Config
 from runtime.moe.config import MoEConfig, MoEConfigError
-from runtime.moe.experts import grouped_mlp
 from runtime.moe.grouped_gemm import LoopGemm, describe_backend, resolve_backend
+from runtime.moe.grouped_mlp import grouped_mlp
 from runtime.moe.layer import MoELayer
 from runtime.moe.permutation import plan_rows
 from runtime.moe.router import Router

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.moe.experts import grouped_mlp
 from runtime.moe.grouped_gemm import LoopGemm
+from runtime.moe.grouped_mlp import grouped_mlp
 from runtime.moe.packed import pack, unpack
 from runtime.moe.permutation import plan_rows
 from runtime.moe.tail import TAIL

@@ -127,9 +127,11 @@ def _with_sinks(
 
     One more element of a head does it: the sink in queries, 1 in that key and 0 in all others.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    sink = (sinks_H / scale).to(q.dtype)[None, None, :, None].expand(*q.shape[:3], 1)
-    first = F.pad(k.new_ones(1, *k.shape[1:3], 1), (k.shape[-1], 0))
+    dim = q.shape[-1]
+    scale = dim**-0.5 if scale is None else scale
+    more = 7 - dim % 8  # zeros behind it: torch's kernels want heads of whole eights
+    sink = F.pad((sinks_H / scale).to(q.dtype)[None, None, :, None], (0, more)).expand(*q.shape[:3], 1 + more)
+    first = F.pad(k.new_ones(1, *k.shape[1:3], 1), (dim, more))
     mask = F.pad(_mask(q, k, window, packed), (1, 0), value=True)
-    keys = torch.cat([first, F.pad(k, (0, 1))])
+    keys = torch.cat([first, F.pad(k, (0, 1 + more))])
     return _plain(torch.cat([q, sink], dim=-1), keys, F.pad(v, (0, 0, 0, 0, 0, 0, 1, 0)), mask, scale)

@@ -93,6 +93,7 @@ def measure(way: Way, name: str, num_microbatches: int, steps: int) -> tuple[flo
         Milliseconds of a step, those that the host needs to launch its passes, and the peak in GB.
     """
     sizes, device = asdict(MODELS[name]), device_of_rank()
+    del sizes["hub"]
     positions = sizes.pop("positions")
     captures = way.graphs and device.type == "cuda"
     engine = make_engine(mixtral(**sizes), torch.bfloat16, device, lr=1e-5, on_device=True, captures=captures)

@@ -23,7 +23,7 @@ import torch
 from benchmarks.host_profile import host_lines, host_of
 from benchmarks.megatron_step import megatron
 from benchmarks.step_profile import by_kind, device_of, lines_of, synchronize, write_lines
-from benchmarks.step_work import MODELS, Layout, MakeStep, Slice, Step, Work, device_of_rank, join_ranks
+from benchmarks.step_work import MODELS, Layout, MakeStep, Slice, Step, Work, device_of_rank, join_ranks, model_of
 from benchmarks.transformers_step import transformers
 
 
@@ -53,8 +53,11 @@ def runtime(
     )  # fmt: skip
 
     sizes = asdict(model)
-    positions, experts, topk = (sizes.pop(name) for name in ("positions", "experts", "topk"))
-    ours = mixtral(**sizes, experts=experts, topk=topk) if experts else llama(**sizes)
+    positions, experts, topk, hub = (sizes.pop(name) for name in ("positions", "experts", "topk", "hub"))
+    if hub is not None:
+        ours = model_of(hub, model.layers)
+    else:
+        ours = mixtral(**sizes, experts=experts, topk=topk) if experts else llama(**sizes)
     if fp8 is not None:
         options["fp8"] = Fp8Config(format="hybrid", recipe=fp8)  # type: ignore[arg-type]
     engine = make_engine(
@@ -118,8 +121,8 @@ def _alone(work: Work) -> str | None:
 
 
 def _spread(work: Work) -> str | None:
-    if not work.slice.experts:
-        return "set up for a mixture"
+    if not work.slice.experts or work.slice.hub is not None:
+        return "set up for Mixtral's layers"
     return "expert parallelism needs ep of 2 or more" if work.ep == 1 else None
 
 
@@ -132,7 +135,10 @@ _MEGATRON, _TRANSFORMERS = ("megatron-core", "transformer-engine"), ("transforme
 
 
 def _megatron(*options: str, unfit: Callable[[Work], str | None] = lambda _: None, **more: Any) -> System:
-    return System(make=lambda *work: megatron(*work, *options, **more), packages=_MEGATRON, unfit=unfit)
+    def unlike(work: Work) -> str | None:
+        return unfit(work) if work.slice.hub is None else "set up for Mixtral's and Llama's layers"
+
+    return System(make=lambda *work: megatron(*work, *options, **more), packages=_MEGATRON, unfit=unlike)
 
 
 def _transformers(unfit: Callable[[Work], str | None], **options: Any) -> System:

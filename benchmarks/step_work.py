@@ -9,9 +9,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.models import at_depth
+from moeconv.families import family_of
+from moeconv.families.base import Model
+from runtime.log.flops import training_flops
+
 Step = Callable[[], object]
 MakeStep = Callable[[int], Step]
 """From a number of micro-batches to what does a step of them."""
+
+
+def model_of(hub: str, layers: int) -> Model:
+    """Give some layers of one of `benchmarks.models`."""
+    config = at_depth(hub, layers)
+    return Model.from_config(family_of(config), config)
 
 
 @dataclass(frozen=True)
@@ -31,9 +42,21 @@ class Slice:
     vocab: int
     positions: int = 4096
     """Tokens of a sequence."""
+    hub: str | None = None
+    """Key of `benchmarks.models.MODELS`: a model of a family of its own, which these sizes alone don't make; None: a Mixtral or
+    a Llama."""
+
+    @classmethod
+    def of_hub(cls, name: str, layers: int) -> Slice:
+        """Take some layers of one of `benchmarks.models`."""
+        sizes = model_of(name, layers).sizes
+        named = (sizes[key] for key in ("hidden", "ffn", "experts", "top_k", "heads", "kv_heads", "head_dim", "vocab"))
+        return cls(layers, *named, hub=name)
 
     def flops(self, tokens: int) -> float:
         """Forward and backward: 6 for each active weight but the embedding's, and causal attention."""
+        if self.hub is not None:
+            return training_flops(model_of(self.hub, self.layers), self.positions) * tokens
         attention = self.heads * self.head_dim
         layer = self.topk * 3 * self.hidden * self.ffn + 2 * self.hidden * attention + self.experts * self.hidden
         layer += 2 * self.hidden * self.kv_heads * self.head_dim
@@ -76,6 +99,10 @@ MODELS = {
     "qwen3": Slice(4, 2048, 768, 128, 8, 32, 4, 128, 151936),
     # Llama 2's 70B, dense: with tensor parallelism its products are large enough to hide what travels.
     "llama": Slice(2, 8192, 28672, 0, 1, 64, 8, 128, 32000),
+    "gpt-oss-20b": Slice.of_hub("gpt-oss-20b", 4),
+    "deepseek-v2-lite": Slice.of_hub("deepseek-v2-lite", 5),
+    "glm-4.5-air": Slice.of_hub("glm-4.5-air", 2),
+    "glm-4.7-flash": Slice.of_hub("glm-4.7-flash", 4),
     # To try a command out where there is no GPU; no figure of it says anything.
     "tiny": Slice(2, 64, 96, 4, 2, 4, 2, 16, 512, positions=64),
 }

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models import at_depth
 from benchmarks.step_work import Layout, MakeStep, Slice, Step, device_of_rank, join_ranks
 
 Spread = Literal["alone", "batches", "one batch"]
@@ -98,6 +99,28 @@ def mixtral(model: Slice) -> Any:
     return net
 
 
+def of_hub(config: dict[str, Any]) -> Any:
+    """A model of transformers with a config.json: random weights, in torch's default type and device.
+
+    Its attention is torch's `scaled_dot_product_attention` where the family knows that, else written out (gpt-oss, whose
+    other kernels transformers fetches from the hub).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = {key: value for key, value in config.items() if key not in ("model_type", "torch_dtype", "architectures")}
+    made = AutoConfig.for_model(config["model_type"], **given)
+    kind = AutoModelForCausalLM._model_mapping[type(made)]
+    made._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
+    made._experts_implementation = "grouped_mm"
+    if hasattr(made, "router_aux_loss_coef"):
+        made.output_router_logits, made.router_aux_loss_coef = True, 0.01
+    net = kind(made)
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return net
+
+
 def trained(net: Any, *, compiled: bool = False, lr: float = 1e-5) -> Net:
     """Give a model its optimizer: fused AdamW, whose state has the weights' type."""
     groups = [{"params": group} for group in by_mesh(net.parameters()).values()]
@@ -116,7 +139,7 @@ def transformers(model: Slice, layout: Layout, *, compiled: bool, spread: Spread
     device = device_of_rank()
     torch.set_default_dtype(torch.bfloat16)
     with device:
-        net = mixtral(model)
+        net = mixtral(model) if model.hub is None else of_hub(at_depth(model.hub, model.layers))
     torch.set_default_dtype(torch.float32)
     system = trained(distribute(net, layout, spread), compiled=compiled)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ import torch.distributed as dist
 from benchmarks.peers import Result, choose, error_of, table
 from benchmarks.step_profile import by_kind, kind_of
 from benchmarks.step_work import Layout, Slice, Work
+from runtime.parity.configs import tiny_config
 from runtime.parity.ranks import RankPool
 
 TINY = Slice(
@@ -42,6 +45,30 @@ def test_experts_over_two_ranks_train_as_on_one(pool: RankPool) -> None:
     for found in pool.run(2, in_world, 2, "batches", Layout(ep=2)):
         assert found == pytest.approx(want, rel=1e-6)
     assert want[0] - want[-1] > 1e-3, "the updates are seen"
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v2", "glm4_moe", "glm4_moe_lite"])
+def test_other_families_train(family: str) -> None:
+    from benchmarks.transformers_step import of_hub, trained
+
+    config = tiny_config(family)
+    tokens = torch.randint(0, config["vocab_size"], (2, 2, 16), generator=torch.Generator().manual_seed(0))
+    system = trained(of_hub(config), lr=1e-2)
+    losses = [float(system.step(list(tokens))) for _ in range(STEPS)]
+    assert losses[0] == pytest.approx(math.log(config["vocab_size"]), rel=0.1)
+    assert losses[0] - losses[-1] > 1e-2
+
+
+def test_systems_for_other_families() -> None:
+    work = Work.of("gpt-oss-20b", None, 1, "", 2, [4])
+    chosen, _ = choose(work, None)
+    assert {"runtime", "transformers, pure bf16"} <= set(chosen)
+    assert not [name for name in chosen if "Megatron" in name]
+    assert work.arguments[0] == "gpt-oss-20b"
+    attention, experts = 2 * 2880 * 4096 + 2 * 2880 * 512, 4 * 3 * 2880 * 2880
+    weights = 4 * (attention + experts) + 2880 * 201088
+    seen = 2 * 4096 / 2 + 2 * 128  # keys, on average: two layers see all before, two see 128
+    assert work.slice.flops(1) == pytest.approx(6 * weights + 12 * seen * 4096, rel=0.005)
 
 
 def test_systems_without_a_place_say_why() -> None:

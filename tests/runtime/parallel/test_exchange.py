@@ -16,7 +16,7 @@ from runtime.parity.ranks import RankPool
 
 OPERATORS = {
     "_Linears": "linear",
-    "_GroupedMLP": "experts",
+    "_Experts": "experts",
     "_Depart": "depart",
     "_Arrive": "arrive",
     "c10d::alltoall_base_": "start",

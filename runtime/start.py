@@ -40,6 +40,7 @@ from runtime.model.context import TORCH_DTYPES
 from runtime.model.targets import describe_adapters
 from runtime.model.tensor_maps import describe_overlap
 from runtime.moe.grouped_gemm import describe_backend
+from runtime.ops.attention import describe_attention
 from runtime.optim.config import EMA
 from runtime.optim.groups import check_states, describe_frozen, resolve_groups
 from runtime.settings.assemble import make_run
@@ -96,6 +97,10 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if not run.train.skip_train:
         notes += describe_capture(run, process.world_size, device)
+    windows = any(window is not None and window < run.train.seq_length for window in run.model.compute.windows)
+    documents = run.data.separates_documents
+    if run.parallel.cp == 1:
+        notes += describe_attention(device, TORCH_DTYPES[run.dtype], windows=windows, documents=documents)
     if run.moe is not None:
         sizes = run.model.sizes["hidden"], run.model.sizes["ffn"] // run.parallel.etp
         notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype], run.fp8, sizes))

@@ -10,6 +10,7 @@ the choice is made here. Windows and documents get cuDNN's by way of Transformer
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,26 @@ def attend(
         return _with_sinks(q_SBHK, k_SBGK, v_SBGV, window, scale, sinks_H, packed)
     mask = None if plain and len(q_SBHK) == len(k_SBGK) else _mask(q_SBHK, k_SBGK, window, packed)
     return _plain(q_SBHK, k_SBGK, v_SBGV, mask, scale)
+
+
+def describe_attention(device: torch.device, dtype: torch.dtype, *, windows: bool, documents: bool) -> list[str]:
+    """Give a line for the log where a faster kernel than torch's is a matter of installation: none elsewhere.
+
+    Args:
+        device: where attention is computed.
+        dtype: of queries, keys and values.
+        windows: whether layers have some.
+        documents: whether rows hold several.
+    """
+    kinds = [name for name, there in (("windows", windows), ("documents", documents)) if there]
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not kinds:
+        return []
+    if _processor(device) not in (9, 10):
+        return []
+    line = f"attention with {' and '.join(kinds)}: "
+    if importlib.util.find_spec("transformer_engine") is None:
+        return [line + "torch's flash kernels; Transformer Engine's are faster: pip install 'moeconv[gpu]'"]
+    return [line + "Transformer Engine's kernels, if they find what torch's find"]
 
 
 def _cudnn_parts(num_q: int, num_k: int, scale: float | None) -> Parts:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.ops.attention import attend
+from runtime.ops.attention import attend, describe_attention
 from runtime.ops.attention_kernels import Attended, Forward, Gradients
 from runtime.ops.documents import Documents, Packed
 from runtime.ops.joined_attention import attend_in_parts
@@ -347,6 +347,24 @@ def test_transformer_engine_is_tried_beside_flash_attention(monkeypatch: pytest.
     assert differs(Engine, *here) == ""
     assert differs(WithoutWindows, *here).startswith("output with documents and a window differ by")
     assert differs(WithOtherSums, *here).startswith("sums with documents differ by")
+
+
+def test_the_log_says_what_would_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, both = torch.device("cuda"), {"windows": True, "documents": True}
+    monkeypatch.setattr("runtime.ops.attention._processor", lambda device: 9)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (line,) = describe_attention(gpu, torch.bfloat16, **both)
+    assert line.startswith(
+        "attention with windows and documents: torch's flash kernels; Transformer Engine's are faster"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    (line,) = describe_attention(gpu, torch.bfloat16, windows=True, documents=False)
+    assert line.startswith("attention with windows: Transformer Engine's kernels")
+    assert describe_attention(gpu, torch.bfloat16, windows=False, documents=False) == []
+    assert describe_attention(gpu, torch.float32, **both) == []
+    assert describe_attention(torch.device("cpu"), torch.bfloat16, **both) == []
+    monkeypatch.setattr("runtime.ops.attention._processor", lambda device: 8)
+    assert describe_attention(gpu, torch.bfloat16, **both) == []
 
 
 @pytest.mark.parametrize("window", [None, 37])

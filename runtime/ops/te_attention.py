@@ -22,6 +22,8 @@ from runtime.ops.documents import Bounds
 
 _NAMES = {"bottom_right_diagonal", "cuda_graph", "cu_seqlens_q_padded", "softmax_type", "window_size", "o_format"}
 """Arguments of its functions."""
+_UNUSABLE = (ImportError, OSError, AttributeError, TypeError, RuntimeError)
+"""What a version raises that is built for another torch or CUDA, or whose functions are others."""
 _TOLERANCE = 2e-2
 """Between the results of two kernels in bf16, which are each some 3e-3 from exact ones."""
 
@@ -111,19 +113,10 @@ def transformer_engine() -> Any | None:
         import_transformer_engine()
         functions = importlib.import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
         missing = _NAMES - inspect.signature(functions.fused_attn_fwd).parameters.keys()
-        why = (
-            f"it doesn't take {', '.join(sorted(missing))}"
-            if missing
-            else differs(functions, torch.device("cuda"), torch.bfloat16)
-        )
-    except (
-        ImportError,
-        OSError,
-        AttributeError,
-        TypeError,
-        RuntimeError,
-    ) as error:  # built for another torch or CUDA, say
-        functions, why = None, str(error)
+        why = f"it doesn't take {', '.join(sorted(missing))}" if missing else ""
+        why = why or differs(functions, torch.device("cuda"), torch.bfloat16)
+    except _UNUSABLE as error:
+        functions, why = None, str(error) or type(error).__name__
     if why:
         warnings.warn(
             f"Transformer Engine's attention can't be used ({why}): windows and documents go to torch's flash kernels, which are "

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.fused_steps import POSITIONS, SEQUENCES, forward_backward, randn
+from benchmarks.fused_steps import POSITIONS, SEQUENCES, ceilings, forward_backward, randn
 from runtime.ops import attention
 from runtime.ops.documents import Documents, Packed
 from runtime.ops.latent_heads import latent_heads
@@ -144,17 +144,8 @@ def time_heads(bandwidth: float) -> str:
 
 def main() -> None:
     """Print the table."""
-    from triton.testing import do_bench
-
-    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
-    bandwidth = 2 * 2**30 / do_bench(lambda: target.copy_(source), return_mode="median") * 1e3
-    square = randn(8192, 8192)
-    rate = 2 * 8192**3 / do_bench(lambda: square @ square, return_mode="median") * 1e3
-    engine = "with Transformer Engine" if transformer_engine() is not None else "without Transformer Engine"
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, {engine}"
-    )
-    print(f"copy {bandwidth / 1e12:.2f} TB/s, dense product {rate / 1e12:.0f} TFLOP/s; times in ms")
+    bandwidth, rate = ceilings()
+    print(f"{'with' if transformer_engine() is not None else 'without'} Transformer Engine")
     print("| attention | floor | ours | of the floor | without Transformer Engine | plain torch |")
     print("| --- | --- | --- | --- | --- | --- |")
     for kind in KINDS:

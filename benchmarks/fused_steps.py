@@ -223,19 +223,27 @@ def optimizer_cases(size: int = 2**28) -> list[Case]:
     return cases
 
 
-def main() -> None:
-    """Parse the options and print the table."""
-    from triton.testing import do_bench, do_bench_cudagraph
+def ceilings() -> tuple[float, float]:
+    """Measure what floors are counted by, and say so: bytes a second of a large copy, operations of a large product."""
+    from triton.testing import do_bench
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="mixtral", choices=MODELS)
-    sizes = MODELS[parser.parse_args().model]
     source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
     bandwidth = 2 * 2**30 / do_bench(lambda: target.copy_(source), return_mode="median") * 1e3
     square = randn(8192, 8192)
     rate = 2 * 8192**3 / do_bench(lambda: square @ square, return_mode="median") * 1e3
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     print(f"copy {bandwidth / 1e12:.2f} TB/s, dense product {rate / 1e12:.0f} TFLOP/s; times in ms")
+    return bandwidth, rate
+
+
+def main() -> None:
+    """Parse the options and print the table."""
+    from triton.testing import do_bench_cudagraph
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="mixtral", choices=MODELS)
+    sizes = MODELS[parser.parse_args().model]
+    bandwidth, rate = ceilings()
     print("| step | floor | fused | of the floor | plain torch |\n| --- | --- | --- | --- | --- |")
     for make in (
         norm_cases,

@@ -58,13 +58,6 @@ DEEPSEEK_V3 = {
     "topk_group": 4,
 }  # fmt: skip
 
-FAMILIES_MEASURED = (
-    ("gpt-oss-20b", 4, 452, 86.4),
-    ("deepseek-v2-lite", 5, 288, 56.9),
-    ("glm-4.5-air", 2, 456, 73.9),
-    ("glm-4.7-flash", 4, 297, 53.6),
-)
-
 BEFORE = """\
 # The engine before its fused steps. Shares of the memory's bandwidth: floor over plain torch of the table "The fused steps"
 # (docs/performance.md; norm 0.179 over 0.351 ms, norm of heads 0.112 over 0.408, rotary 0.112 over 1.100, cross entropy 0.524
@@ -129,7 +122,13 @@ def one_gpu() -> Iterator[Row]:
 
 def families() -> Iterator[Row]:
     """docs/performance.md, "Other families": some layers of each, four micro-batches of two sequences, one H200."""
-    for name, layers, ms, gb in FAMILIES_MEASURED:
+    measured = (
+        ("gpt-oss-20b", 4, 452, 86.4),
+        ("deepseek-v2-lite", 5, 288, 56.9),
+        ("glm-4.5-air", 2, 456, 73.9),
+        ("glm-4.7-flash", 4, 297, 53.6),
+    )
+    for name, layers, ms, gb in measured:
         yield Row(
             name=f"{name}, {layers} layers", config=at_depth(name, layers), layers=layers, microbatch=2, microbatches=4,
             engine="today, H200", ms=ms, gb=gb,

@@ -92,11 +92,7 @@ def mixtral(model: Slice) -> Any:
         max_position_embeddings=model.positions, output_router_logits=True, router_aux_loss_coef=0.01,
     )  # fmt: skip
     config._attn_implementation, config._experts_implementation = "sdpa", "grouped_mm"
-    net = MixtralForCausalLM(config)
-    torch.manual_seed(0)
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return net
+    return drawn(MixtralForCausalLM(config))
 
 
 def of_hub(config: dict[str, Any]) -> Any:
@@ -114,7 +110,11 @@ def of_hub(config: dict[str, Any]) -> Any:
     made._experts_implementation = "grouped_mm"
     if hasattr(made, "router_aux_loss_coef"):
         made.output_router_logits, made.router_aux_loss_coef = True, 0.01
-    net = kind(made)
+    return drawn(kind(made))
+
+
+def drawn(net: Any) -> Any:
+    """Draw a model's weights, the same on each rank."""
     torch.manual_seed(0)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.02)

@@ -21,15 +21,12 @@ if shutil.which("nvidia-smi") is None:
 def _cudnn_of_torch() -> None:
     """Load torch's cuDNN first, for tests that import Transformer Engine themselves."""
     if shutil.which("nvidia-smi") is not None:
-        import ctypes
-
         import torch
 
-        from runtime.kernels.transformer_engine import cudnn_parts
+        from runtime.kernels.transformer_engine import load_cudnn
 
         if torch.cuda.is_available():
-            for part in cudnn_parts():
-                ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
+            load_cudnn()
 
 
 @pytest.fixture(scope="session")

@@ -12,16 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.kernels.rotary import load_pairs, store_pairs, turn
+from runtime.kernels.rotary import load_angles, load_pairs, store_pairs, turn
 
 TILE = 2048  # elements of a tile
-
-
-@triton.jit
-def _angles(cos, sin, token, pair, sharing, ROTATED: tl.constexpr, ACC: tl.constexpr):
-    at = token // sharing * ROTATED + pair
-    inside = pair < ROTATED // 2
-    return tl.load(cos + at, mask=inside, other=0.0).to(ACC), tl.load(sin + at, mask=inside, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -39,7 +32,7 @@ def _forward_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, HALF)
-    c, s = _angles(cos, sin, token, pair, sharing, ROTATED, ACC)
+    c, s = load_angles(cos, sin, token, pair, sharing, ROTATED, ACC)
     key_low, key_high = load_pairs(turned + token * turned_stride, pair, pair < ROTATED // 2, ROTATED, NEIGHBOURS, ACC)
     key_low, key_high = turn(key_low, key_high, c, s)
     pair = pair[None, :]
@@ -68,7 +61,7 @@ def _backward_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, HALF)
-    c, s = _angles(cos, sin, token, pair, sharing, ROTATED, ACC)
+    c, s = load_angles(cos, sin, token, pair, sharing, ROTATED, ACC)
     sum_low, sum_high = tl.zeros((HALF,), dtype=ACC), tl.zeros((HALF,), dtype=ACC)
     row = pair[None, :]
     for first in tl.static_range(0, HEADS, BLOCK_H):

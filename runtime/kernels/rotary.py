@@ -31,6 +31,14 @@ def store_pairs(base, pair, low, high, mask, ROTATED: tl.constexpr, NEIGHBOURS: 
 
 
 @triton.jit
+def load_angles(cos, sin, token, pair, sharing, ROTATED: tl.constexpr, ACC: tl.constexpr):
+    """The cosines and sines of a token's pairs; a row of the tables serves `sharing` tokens in turn."""
+    at = token // sharing * ROTATED + pair
+    inside = pair < ROTATED // 2
+    return tl.load(cos + at, mask=inside, other=0.0).to(ACC), tl.load(sin + at, mask=inside, other=0.0).to(ACC)
+
+
+@triton.jit
 def turn(low, high, cos, sin):
     """Turn pairs by their angles."""
     return low * cos - high * sin, high * cos + low * sin
@@ -59,16 +67,13 @@ def _rotate_heads(
 
 @triton.jit
 def _rotary_kernel(
-    q, k, out_q, out_k, cos, sin, sharing, table_stride,
+    q, k, out_q, out_k, cos, sin, sharing,
     q_token_stride, q_head_stride, k_token_stride, k_head_stride,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr, BACKWARD: tl.constexpr,
     NEIGHBOURS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    pair = tl.arange(0, HALF)
-    at = token // sharing * table_stride + pair
-    c = tl.load(cos + at, mask=pair < ROTATED // 2, other=0.0).to(ACC)
-    s = tl.load(sin + at, mask=pair < ROTATED // 2, other=0.0).to(ACC)
+    c, s = load_angles(cos, sin, token, tl.arange(0, HALF), sharing, ROTATED, ACC)
     if BACKWARD:
         s = -s
     FROM: tl.constexpr = NEIGHBOURS and not BACKWARD
@@ -113,7 +118,7 @@ def rotate(
     sharing = 1 if cos_SR.dim() == 3 else sequences  # tokens in turn that a row of the tables serves
     accumulator = tl.float64 if q.dtype == torch.float64 else tl.float32
     _rotary_kernel[(positions * sequences,)](
-        q, k, out_q, out_k, cos_SR, sin_SR, sharing, rotated, *strides,
+        q, k, out_q, out_k, cos_SR, sin_SR, sharing, *strides,
         q.shape[1], k.shape[1], dim, rotated, backward, neighbours, *blocks, half, rest, accumulator, num_warps=4,
     )  # fmt: skip
     return out_q, out_k

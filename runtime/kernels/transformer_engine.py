@@ -25,11 +25,16 @@ def import_transformer_engine() -> Any:
         ImportError: it isn't installed.
         OSError: it is built for another torch or CUDA.
     """
-    for part in cudnn_parts():
-        ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
+    load_cudnn()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other frameworks that are installed, and for which it isn't built
         return importlib.import_module("transformer_engine.pytorch")
+
+
+def load_cudnn() -> None:
+    """Load all parts of the cuDNN that torch has, where whoever asks for them by name finds them."""
+    for part in cudnn_parts():
+        ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
 
 
 def cudnn_parts() -> list[Path]:

@@ -194,6 +194,5 @@ def clamped_mlp(
         [T, D] in the dtype of x.
     """
     kind = _Clamped(experts_of_rows(plan), plan, gate, gemm, fused)
-    args = (x_TD, weights_TK, matrices, biases[0], adapters, kind, plan, gemm)
-    out = run_experts(*args, fused=fused, training=training)
+    out = run_experts(x_TD, weights_TK, matrices, biases[0], adapters, kind, training=training)
     return out + sum_of_biases(weights_TK, biases[1], plan)

@@ -29,6 +29,18 @@ class Kind(Protocol):
     transposed: ClassVar[bool]
     """Whether matrices are [out, in], as rows are multiplied with their transposes; or [in, out]."""
 
+    @property
+    def plan(self) -> RowPlan:
+        """Which choice is which row."""
+
+    @property
+    def gemm(self) -> GroupedGemm:
+        """The grouped products."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether to use the fused kernels on a GPU."""
+
     def forward(
         self, rows_RD: Tensor, weight: Tensor, bias: Tensor | None, weights_TK: Tensor, thin: Thin | None
     ) -> tuple[Tensor, Tensor]:
@@ -61,10 +73,8 @@ class _Experts(torch.autograd.Function):
         b2: Tensor | None,
         pair: Pair,
         kind: Kind,
-        plan: RowPlan,
-        gemm: GroupedGemm,
-        fused: bool,
     ) -> Tensor:
+        plan, gemm, fused = kind.plan, kind.gemm, kind.fused
         before, behind = pair.products((a1, b1, a2, b2), plan, gemm, transposed=kind.transposed)
         rows = passes.gather_rows(x_TD, plan, fused=fused)
         reduced = None if before is None else before.reduce(rows)
@@ -77,21 +87,21 @@ class _Experts(torch.autograd.Function):
         kept = Kept.of(x_TD) if ctx.needs_input_grad[2] or ctx.needs_input_grad[5] else Kept.nothing()
         (w1, ctx.first), (w2, ctx.second) = held(first), held(second)
         ctx.save_for_backward(hidden, weights_TK, w1, bias, w2, a1, b1, a2, b2, reduced, *kept.tensors)
-        ctx.pair, ctx.kind, ctx.plan, ctx.gemm, ctx.fused = pair, kind, plan, gemm, fused
-        ctx.source, ctx.pitch = kept.source, x_TD.stride(0)
+        ctx.pair, ctx.kind, ctx.source, ctx.pitch = pair, kind, kept.source, x_TD.stride(0)
         ctx.sinks = [None if p is None else sink_of(p) for p in (w1, w2, a1, b1, a2, b2)]
         return passes.sum_rows(out, plan, fused=fused)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weights_TK, w1, bias, w2, a1, b1, a2, b2, reduced, *saved = ctx.saved_tensors
-        kind, plan, gemm, fused, need = ctx.kind, ctx.plan, ctx.gemm, ctx.fused, ctx.needs_input_grad
+        kind, need = ctx.kind, ctx.needs_input_grad
+        plan, gemm, fused = kind.plan, kind.gemm, kind.fused
         before, behind = ctx.pair.products((a1, b1, a2, b2), plan, gemm, transposed=kind.transposed)
         of_w1, of_w2, of_a1, of_b1, of_a2, of_b2 = ctx.sinks
         grads: list[Tensor | None] = [None] * 7  # of w1, bias, w2, a1, b1, a2, b2
         grad_rows = passes.gather_rows(grad_TD.contiguous(), plan, fused=fused)
         grad_small = None if behind is None else behind.grad_reduced(grad_rows)
-        grad_act = _back(ctx, behind, grad_rows, dense(w2, ctx.second), grad_small)
+        grad_act = _back(kind, behind, grad_rows, dense(w2, ctx.second), grad_small)
         if fused and hidden.is_cuda and torch._C._autograd._get_current_graph_task_keep_graph():
             hidden = hidden.clone()  # written over below, and this node will run again: zero-bubble does so
         grad_hidden, grad_weights, act = kind.backward(hidden, bias, weights_TK, grad_act)
@@ -117,16 +127,16 @@ class _Experts(torch.autograd.Function):
             del rows
         grad_x = None
         if need[0]:
-            grad_rows = _back(ctx, before, grad_hidden, dense(w1, ctx.first), grad_small)
+            grad_rows = _back(kind, before, grad_hidden, dense(w1, ctx.first), grad_small)
             grad_x = passes.sum_rows(grad_rows, plan, fused=fused, pitch=ctx.pitch)
-        return grad_x, grad_weights, *grads, None, None, None, None, None
+        return grad_x, grad_weights, *grads, None, None
 
 
-def _back(ctx: Any, products: Products | None, grad: Tensor, weight: Tensor, grad_small: Tensor | None) -> Tensor:
+def _back(kind: Kind, products: Products | None, grad: Tensor, weight: Tensor, grad_small: Tensor | None) -> Tensor:
     """The gradient of an input's rows, by way of the matrix and of its adapters."""
     if products is not None and grad_small is not None:
         return products.grad_rows(grad, weight, grad_small)
-    return product(ctx.gemm, grad, weight, ctx.plan, None, transposed=not ctx.kind.transposed)
+    return product(kind.gemm, grad, weight, kind.plan, None, transposed=not kind.transposed)
 
 
 def _laid(kind: Kind, grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,10 +151,7 @@ def run_experts(
     bias: Tensor | None,
     adapters: tuple[Adapters | None, Adapters | None],
     kind: Kind,
-    plan: RowPlan,
-    gemm: GroupedGemm,
     *,
-    fused: bool,
     training: bool,
 ) -> Tensor:
     """Each token's weighted sum over its experts.
@@ -155,15 +162,12 @@ def run_experts(
         matrices: [E, ...] of the first product and of the second.
         bias: [E, 2F] of the first; None: there is none.
         adapters: beside the first matrices and beside the second.
-        kind: what is between the products.
-        plan: which choice is which row.
-        gemm: the grouped products.
-        fused: use the fused kernels on a GPU.
+        kind: what is between the products, and what they are done with.
         training: whether dropout of adapters applies.
 
     Returns:
         [T, D] in the dtype of x.
     """
     beside = (*matrices_of(*adapters), Pair.of(*adapters, training=training))
-    args = (x_TD, weights_TK, matrices[0], bias, matrices[1], *beside, kind, plan, gemm, fused)
+    args = (x_TD, weights_TK, matrices[0], bias, matrices[1], *beside, kind)
     return cast(Tensor, _Experts.apply(*args))  # type: ignore[no-untyped-call]

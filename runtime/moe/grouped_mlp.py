@@ -71,5 +71,5 @@ def grouped_mlp(
     Returns:
         [T, D] in the dtype of x.
     """
-    args = (x_TD, weights_TK, (w13_EGD, w2_EDF), None, adapters, _SwiGLU(plan, gemm, fused), plan, gemm)
-    return run_experts(*args, fused=fused, training=training)
+    kind = _SwiGLU(plan, gemm, fused)
+    return run_experts(x_TD, weights_TK, (w13_EGD, w2_EDF), None, adapters, kind, training=training)

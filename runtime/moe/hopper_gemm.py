@@ -26,22 +26,21 @@ class HopperGemm:
     name = "hopper"
     row_alignment = ROW_ALIGNMENT
 
-    def rows_times_transposed(self, rows_RK: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
+    def rows_times_transposed(
+        self, rows_RK: Tensor, weight_ENK: Tensor, plan: RowPlan, thin: Thin | None = None
+    ) -> Tensor:
         """[R, N]: each expert's rows times the transpose of its matrix."""
-        return self._rows_times_transposed(rows_RK, weight_ENK, None, plan)
+        num_n, depth = weight_ENK.shape[1:]
+        if not _fits(plan, num_n, depth):
+            out = F.grouped_mm(rows_RK, weight_ENK.transpose(1, 2), offs=plan.offsets_E)
+            return out if thin is None else out.add_(self.rows_times_transposed(*thin, plan))
+        out = rows_RK.new_empty(plan.num_rows, num_n)
+        launch("nt", rows_RK, weight_ENK.flatten(0, 1), out, plan.offsets_E, thin=_given(thin))
+        return out
 
     def rows_times_transposed_and(self, rows_RK: Tensor, weight_ENK: Tensor, thin: Thin, plan: RowPlan) -> Tensor:
         """[R, N]: both products, added before they are rounded."""
-        return self._rows_times_transposed(rows_RK, weight_ENK, thin, plan)
-
-    def _rows_times_transposed(self, rows: Tensor, weight_ENK: Tensor, thin: Thin | None, plan: RowPlan) -> Tensor:
-        num_n, depth = weight_ENK.shape[1:]
-        if not _fits(plan, num_n, depth):
-            out = F.grouped_mm(rows, weight_ENK.transpose(1, 2), offs=plan.offsets_E)
-            return out if thin is None else out.add_(self._rows_times_transposed(*thin, None, plan))
-        out = rows.new_empty(plan.num_rows, num_n)
-        launch("nt", rows, weight_ENK.flatten(0, 1), out, plan.offsets_E, thin=_given(thin))
-        return out
+        return self.rows_times_transposed(rows_RK, weight_ENK, plan, thin)
 
     def hidden_and_swiglu(
         self, rows_RD: Tensor, w13_EGD: Tensor, weights_TK: Tensor, plan: RowPlan, thin: Thin | None = None
@@ -49,7 +48,7 @@ class HopperGemm:
         """Pre-activations [R, 2F], gate then up, and silu(gate) * up * weight [R, F]."""
         num_n, depth = w13_EGD.shape[1:]
         if not _fits(plan, num_n // 2, depth) or num_n % 256:
-            hidden = self._rows_times_transposed(rows_RD, w13_EGD, thin, plan)
+            hidden = self.rows_times_transposed(rows_RD, w13_EGD, plan, thin)
             return hidden, swiglu_forward(hidden, weights_TK, plan.slot_of_row_R, plan.offsets_E)
         hidden = rows_RD.new_empty(plan.num_rows, num_n)
         act = rows_RD.new_empty(plan.num_rows, num_n // 2)
@@ -57,22 +56,19 @@ class HopperGemm:
         launch("nt", rows_RD, w13_EGD.flatten(0, 1), hidden, plan.offsets_E, gate, thin=_given(thin))
         return hidden, act
 
-    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, plan: RowPlan) -> Tensor:
+    def rows_times(self, rows_RN: Tensor, weight_ENK: Tensor, plan: RowPlan, thin: Thin | None = None) -> Tensor:
         """[R, K]: each expert's rows times its matrix."""
-        return self._rows_times(rows_RN, weight_ENK, None, plan)
+        depth, num_k = weight_ENK.shape[1:]
+        if not _fits(plan, num_k, depth):
+            out = F.grouped_mm(rows_RN, weight_ENK, offs=plan.offsets_E)
+            return out if thin is None else out.add_(self.rows_times(*thin, plan))
+        out = rows_RN.new_empty(plan.num_rows, num_k)
+        launch("nn", rows_RN, weight_ENK.flatten(0, 1), out, plan.offsets_E, thin=_given(thin))
+        return out
 
     def rows_times_and(self, rows_RN: Tensor, weight_ENK: Tensor, thin: Thin, plan: RowPlan) -> Tensor:
         """[R, K]: both products, added before they are rounded."""
-        return self._rows_times(rows_RN, weight_ENK, thin, plan)
-
-    def _rows_times(self, rows: Tensor, weight_ENK: Tensor, thin: Thin | None, plan: RowPlan) -> Tensor:
-        depth, num_k = weight_ENK.shape[1:]
-        if not _fits(plan, num_k, depth):
-            out = F.grouped_mm(rows, weight_ENK, offs=plan.offsets_E)
-            return out if thin is None else out.add_(self._rows_times(*thin, None, plan))
-        out = rows.new_empty(plan.num_rows, num_k)
-        launch("nn", rows, weight_ENK.flatten(0, 1), out, plan.offsets_E, thin=_given(thin))
-        return out
+        return self.rows_times(rows_RN, weight_ENK, plan, thin)
 
     def transposed_times_rows(self, left_RN: Tensor, right_RK: Tensor, plan: RowPlan) -> Tensor:
         """[E, N, K]: the transpose of each expert's rows times its rows; zero for an expert without rows."""

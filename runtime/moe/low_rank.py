@@ -56,7 +56,7 @@ class Products:
         """
         a_EPD, b, self._form = adapters
         self._plan, self._gemm, self._seed, self._transposed = plan, gemm, seed, transposed
-        self._sizes = a_EPD.shape[1], b.shape
+        self._rank = a_EPD.shape[1]
         extra = -a_EPD.shape[1] % (_ALIGNMENT // a_EPD.element_size())
         self._a = F.pad(a_EPD, (0, 0, 0, extra)) if extra else a_EPD
         self._b = self._spread(b, self._a.shape[1])
@@ -97,7 +97,7 @@ class Products:
     def grad_a(self, grad_RP: Tensor, rows_RD: Tensor, a: Tensor, sink: GradientSink | None) -> Tensor | None:
         """Bring the gradient of A to its sum; what it gives is for autograd."""
         found = self._gemm.transposed_times_rows(grad_RP, self._dropped(rows_RD), self._plan)
-        return deliver(sink, found[:, : self._sizes[0]], a)
+        return deliver(sink, found[:, : self._rank], a)
 
     def grad_b(self, grad_RN: Tensor, reduced_RP: Tensor, b: Tensor, sink: GradientSink | None) -> Tensor | None:
         """Bring the gradient of B to its sum; what it gives is for autograd."""
@@ -138,12 +138,13 @@ class Pair:
         self, matrices: Sequence[Tensor | None], plan: RowPlan, gemm: GroupedGemm, *, transposed: bool
     ) -> tuple[Products | None, Products | None]:
         """Lay out the matrices A and B of the first input, then of the second; None for an input without adapters."""
-        made = []
-        for place, (form, seed) in enumerate(zip(self.forms, self.seeds, strict=True)):
-            a, b = matrices[2 * place : 2 * place + 2]
-            given = None if form is None or a is None or b is None else Adapters(a, b, form)
-            made.append(None if given is None else Products(given, plan, gemm, seed, transposed=transposed))
-        return made[0], made[1]
+        first, second = (
+            None
+            if form is None or a is None or b is None
+            else Products(Adapters(a, b, form), plan, gemm, seed, transposed=transposed)
+            for form, seed, a, b in zip(self.forms, self.seeds, matrices[::2], matrices[1::2], strict=True)
+        )
+        return first, second
 
 
 def matrices_of(first: Adapters | None, second: Adapters | None) -> tuple[Tensor | None, ...]:

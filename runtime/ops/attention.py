@@ -34,12 +34,17 @@ def _processor(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def _half(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+def _half(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def _suits_cudnn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether cuDNN's kernels are the faster ones: on Hopper and Blackwell."""
+    return _half(device, dtype) and _processor(device) in (9, 10)
 
 
 def _cudnn_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    if not _half(q) or _processor(q.device) not in (9, 10) or not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
+    if not _suits_cudnn(q.device, q.dtype) or not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         return False
     version: int = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
     (num_q, *_, width), value_width = q.shape, v.shape[-1]
@@ -50,7 +55,7 @@ def _cudnn_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _flash_fits(q: Tensor) -> bool:
-    return _half(q) and _processor(q.device) >= 8 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return _half(q.device, q.dtype) and _processor(q.device) >= 8 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def attend(
@@ -108,9 +113,7 @@ def describe_attention(device: torch.device, dtype: torch.dtype, *, windows: boo
         documents: whether rows hold several.
     """
     kinds = [name for name, there in (("windows", windows), ("documents", documents)) if there]
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not kinds:
-        return []
-    if _processor(device) not in (9, 10):
+    if not kinds or not _suits_cudnn(device, dtype):
         return []
     line = f"attention with {' and '.join(kinds)}: "
     if importlib.util.find_spec("transformer_engine") is None:

@@ -44,6 +44,16 @@ class Kernel(Protocol):
         """Give the gradients of queries, keys and values."""
 
 
+def row_behind_row(x_SBHK: Tensor) -> Tensor:
+    """[B * S, H, K], as documents are taken."""
+    return x_SBHK.transpose(0, 1).flatten(0, 1)
+
+
+def row_beside_row(x: Tensor, rows: int) -> Tensor:
+    """[S, B, ...] of what lies row behind row."""
+    return x.view(rows, -1, *x.shape[1:]).transpose(0, 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Cudnn:
     """cuDNN's: of all pairs, or, with as many queries as keys, causal; keys and values aren't repeated for the query heads."""
@@ -94,11 +104,10 @@ class Flash:
 
     def _laid_out(self, x_SBHK: Tensor) -> Tensor:
         """[B, S, H, K], or [B * S, H, K] with documents."""
-        rows = x_SBHK.transpose(0, 1)
-        return rows if self.bounds is None else rows.flatten(0, 1)
+        return x_SBHK.transpose(0, 1) if self.bounds is None else row_behind_row(x_SBHK)
 
     def _back(self, x: Tensor, rows: int) -> Tensor:
-        return (x if self.bounds is None else x.view(rows, -1, *x.shape[1:])).transpose(0, 1)
+        return x.transpose(0, 1) if self.bounds is None else row_beside_row(x, rows)
 
     def forward(self, q_SBHK: Tensor, k_SBGK: Tensor, v_SBGV: Tensor) -> Forward:
         """As of `Kernel`."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.transformer_engine import import_transformer_engine
-from runtime.ops.attention_kernels import Attended, Flash, Forward, Gradients, Kernel
+from runtime.ops.attention_kernels import Attended, Flash, Forward, Gradients, Kernel, row_behind_row, row_beside_row
 from runtime.ops.documents import Bounds
 
 _NAMES = {"bottom_right_diagonal", "cuda_graph", "cu_seqlens_q_padded", "softmax_type", "window_size", "o_format"}
@@ -71,10 +71,10 @@ class TransformerEngine:
 
     def _laid_out(self, x_SBHK: Tensor) -> Tensor:
         """[S, B, H, K], or [B * S, H, K] with documents; contiguous."""
-        return x_SBHK.contiguous() if self.bounds is None else x_SBHK.transpose(0, 1).flatten(0, 1).contiguous()
+        return (x_SBHK if self.bounds is None else row_behind_row(x_SBHK)).contiguous()
 
     def _back(self, x: Tensor, rows: int) -> Tensor:
-        return x if self.bounds is None else x.view(rows, -1, *x.shape[1:]).transpose(0, 1)
+        return x if self.bounds is None else row_beside_row(x, rows)
 
     def forward(self, q_SBHK: Tensor, k_SBGK: Tensor, v_SBGV: Tensor) -> Forward:
         """As of `Kernel`."""
@@ -84,7 +84,7 @@ class TransformerEngine:
         if self.bounds is None:  # [B, H, S, 1]
             log_sum_SBH = log_sum.squeeze(-1).permute(2, 0, 1)
         else:  # [B * S, H, 1]
-            log_sum_SBH = log_sum.view(rows, -1, log_sum.shape[1]).transpose(0, 1)
+            log_sum_SBH = row_beside_row(log_sum.squeeze(-1), rows)
         return self._back(out, rows), log_sum_SBH, tuple(aux)
 
     def backward(self, grad_SBHV: Tensor, done: Attended, kept: tuple[Any, ...]) -> Gradients:
@@ -94,7 +94,7 @@ class TransformerEngine:
         if self.bounds is None:
             log_sum = done.log_sum_SBH.permute(1, 2, 0).contiguous().unsqueeze(-1)
         else:
-            log_sum = done.log_sum_SBH.transpose(0, 1).flatten(0, 1).contiguous().unsqueeze(-1)
+            log_sum = row_behind_row(done.log_sum_SBH).contiguous().unsqueeze(-1)
         grads = self._call(tensors, [log_sum, *kept])
         dq, dk, dv = (self._back(x, rows) for x in grads[:3])
         return dq, dk, dv

@@ -107,14 +107,16 @@ def tables(positions: int, rotated: int) -> tuple[Tensor, Tensor]:
     return angles.cos().to(DEVICE), angles.sin().to(DEVICE)
 
 
+@pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize(
     ("positions", "sequences", "heads", "key_heads", "dim", "rotated"),
     [(5, 2, 4, 2, 16, 16), (7, 1, 3, 1, 24, 12), (3, 3, 40, 8, 128, 128), (4, 2, 1, 1, 64, 2), (0, 2, 2, 1, 8, 8)],
 )
-def test_rotary(positions: int, sequences: int, heads: int, key_heads: int, dim: int, rotated: int) -> None:
+def test_rotary(
+    positions: int, sequences: int, heads: int, key_heads: int, dim: int, rotated: int, *, neighbours: bool
+) -> None:
     cos, sin = tables(positions, rotated)
     leaves = [randn(positions, sequences, heads, dim), randn(positions, sequences, 2 * key_heads, dim)]
-    neighbours = False
 
     def mine(q: Tensor, kv: Tensor) -> tuple[Tensor, ...]:
         return rotary(q, kv[:, :, :key_heads], cos, sin, neighbours=neighbours, fused=True)
@@ -123,8 +125,6 @@ def test_rotary(positions: int, sequences: int, heads: int, key_heads: int, dim:
         both = (split_pairs(x, rotated) if neighbours else x for x in (q, kv[:, :, :key_heads]))
         return tuple(rotate(x, cos.double(), sin.double()) for x in both)
 
-    compare(mine, exact, leaves, 1e-6)
-    neighbours = True
     compare(mine, exact, leaves, 1e-6)
     # Each sequence has positions of its own.
     places = (

@@ -98,15 +98,16 @@ def mixtral(model: Slice) -> Any:
 def of_hub(config: dict[str, Any]) -> Any:
     """A model of transformers with a config.json: random weights, in torch's default type and device.
 
-    Its attention is torch's `scaled_dot_product_attention` where the family knows that, else written out (gpt-oss, whose
-    other kernels transformers fetches from the hub).
+    Its attention is torch's `scaled_dot_product_attention` where the family knows that, else torch's flex attention (gpt-oss,
+    whose other kernels transformers fetches from the hub), or written out where that doesn't train (CPUs).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     given = {key: value for key, value in config.items() if key not in ("model_type", "torch_dtype", "architectures")}
     made = AutoConfig.for_model(config["model_type"], **given)
     kind = AutoModelForCausalLM._model_mapping[type(made)]
-    made._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
+    flexible = "flex_attention" if torch.get_default_device().type == "cuda" else "eager"
+    made._attn_implementation = "sdpa" if kind._supports_sdpa else flexible
     made._experts_implementation = "grouped_mm"
     if hasattr(made, "router_aux_loss_coef"):
         made.output_router_logits, made.router_aux_loss_coef = True, 0.01

@@ -17,7 +17,7 @@ VOCAB, EVERY = 128, 5
 
 def curve(fp8: Fp8Config | None, num_steps: int) -> list[float]:
     """Losses of the steps."""
-    model = mixtral(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=VOCAB, experts=4)
+    model = mixtral(hidden=128, layers=2, heads=4, kv_heads=4, head_dim=32, ffn=128, vocab=VOCAB, experts=4)
     engine = make_engine(model, torch.float32, torch.device("cpu"), lr=3e-3, fp8=fp8)
     steps = ([text_batch(VOCAB, 4, 64, 2 * step + m) for m in range(2)] for step in range(num_steps))
     return [engine.train_step(batches).lm_loss for batches in steps]

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 from triton.testing import do_bench
 
-from runtime.kernels import fp8
+from runtime.fp8.blocks import empty_matrices, quantise_matrices
+from runtime.kernels import fp8, fp8_blocks, fp8_blocks_swiglu
 from runtime.kernels.grouped_matmul import Bounds, Gate, launch
 from runtime.kernels.permute import gather_rows, sum_rows
 from runtime.kernels.swiglu import swiglu_backward
-from runtime.moe.permutation import plan_rows
+from runtime.moe.permutation import RowPlan, plan_rows
 
 BF16, E4M3, E5M2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -48,10 +49,21 @@ def _bits(*shape: int, dtype: torch.dtype = E4M3) -> torch.Tensor:
     return (torch.randn(*shape, device="cuda", dtype=BF16) * 30).to(dtype)
 
 
+def _blocks(left: torch.Tensor, right: torch.Tensor, num_experts: int, form: str) -> Bounds:
+    """Scales of both operands' blocks."""
+    rows, depth = left.shape
+    scales = torch.rand(depth // 128, rows, device="cuda")
+    if form == "tn":
+        return Bounds(scales, torch.rand(depth // 128, right.shape[0], device="cuda"), True)
+    return Bounds(
+        scales, torch.rand(num_experts, right.shape[0] // num_experts // 128, depth // 128, device="cuda"), True
+    )
+
+
 def products(
     num_rows: int, sizes: tuple[int, int, int, int, int], plan_ends: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """Print the times of an expert layer's six products: bf16; FP8 summed by the tensor cores; FP8 summed in fp32."""
+    """Print the times of an expert layer's six products: bf16; FP8 summed by the tensor cores; FP8 summed in fp32; in blocks."""
     num_tokens, hidden, width, num_experts, topk = sizes
     flops = 2.0 * num_tokens * topk * hidden * width
     one, each = torch.ones(1, device="cuda"), torch.ones(num_experts, device="cuda")
@@ -81,13 +93,16 @@ def products(
         if gated:
             act8 = torch.empty(num_rows, columns // 2, device="cuda", dtype=E4M3)
             gate8 = Gate(act8, weights, slots, one * 1e6, one.clone())
+        form = "tn" if kind == "tn" else "nt"
         for split in (False,) if gated else (False, True):
             bounds = Bounds(one * 1e-2, one if kind == "tn" else each, split)
-            form = "tn" if kind == "tn" else "nt"
             times.append(_product_ms(form, left8, right8, out, plan_ends, gate8, bounds))
+        if gated:
+            times.append(times[-1])
+        times.append(_product_ms(form, left8, right8, out, plan_ends, None, _blocks(left8, right8, num_experts, form)))
         _row(name, factor * flops, *times)
 
-    print("| product | bf16, ms (TFLOP/s) | FP8 | FP8, summed in fp32 |\n| --- | --- | --- | --- |")
+    print("| product | bf16, ms (TFLOP/s) | FP8 | FP8, summed in fp32 | FP8 in blocks |\n|" + " --- |" * 5)
     compare("first product + SwiGLU", "nt", 2 * width, hidden, 2, gated=True)
     compare("second product", "nt", hidden, width, 1)
     compare("gradient of the activation", "nn", width, hidden, 1)
@@ -130,6 +145,35 @@ def passes(num_rows: int, sizes: tuple[int, int, int, int, int]) -> None:
         _ms(lambda: fp8.swiglu_backward(*inputs, (one, one), E5M2, one)),
     )
     _pass("SwiGLU backward in bf16", 12 * giga, _ms(lambda: swiglu_backward(*inputs)))
+    _block_passes(x, hidden_, grad, weights, plan)
+
+
+def _block_passes(
+    x: torch.Tensor, hidden: torch.Tensor, grad: torch.Tensor, weights: torch.Tensor, plan: RowPlan
+) -> None:
+    """The passes that scale block by block."""
+    slots, ends, topk = plan.slot_of_row_R, plan.offsets_E, plan.topk
+    (num_tokens, width), kept = x.shape, weights.numel()
+    rows, columns = (_room(*shape) for shape in ((num_tokens, width), (width, num_tokens)))
+    giga = num_tokens * width / 1e9
+    _pass("tokens to blocks", 3 * giga, _ms(lambda: fp8_blocks.quantise(x, rows, None)))
+    _pass("tokens to blocks, both layouts", 4 * giga, _ms(lambda: fp8_blocks.quantise(x, rows, columns)))
+    _pass(
+        "gather scales", 4 / 128 * giga * (1 + topk), _ms(lambda: fp8_blocks.gather_scales(rows[1], slots, ends, topk))
+    )
+    _pass(
+        "gather to columns of blocks",
+        giga * (2 + topk),
+        _ms(lambda: fp8_blocks.gather_columns(x, E4M3, slots, ends, topk)),
+    )
+    giga = kept * grad.shape[1] / 1e9
+    _pass("SwiGLU to blocks", 5 * giga, _ms(lambda: fp8_blocks_swiglu.swiglu(hidden, weights, slots, ends)))
+    inputs = (hidden, weights, grad, slots, ends, E4M3)
+    _pass("SwiGLU backward to blocks", 11 * giga, _ms(lambda: fp8_blocks_swiglu.swiglu_backward(*inputs)))
+
+
+def _room(rows: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(rows, depth, device="cuda", dtype=E4M3), torch.empty(depth // 128, rows, device="cuda")
 
 
 def weights_passes(sizes: tuple[int, int, int, int, int]) -> None:
@@ -140,6 +184,8 @@ def weights_passes(sizes: tuple[int, int, int, int, int]) -> None:
     each, giga = torch.ones(num_experts, device="cuda"), w.numel() / 1e9
     _pass("largest absolute values of the first weights", 2 * giga, _ms(lambda: fp8.amax(w, each)))
     _pass("first weights to 8 bits, both layouts", 4 * giga, _ms(lambda: fp8.quantise(w, each, w_rows, w_columns)))
+    made = empty_matrices(*w.shape, w.device)
+    _pass("first weights to blocks, both layouts", 4 * giga, _ms(lambda: quantise_matrices([w], made)))
 
 
 def main() -> None:

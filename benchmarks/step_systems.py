@@ -59,7 +59,8 @@ def runtime(
     else:
         ours = mixtral(**sizes, experts=experts, topk=topk) if experts else llama(**sizes)
     if fp8 is not None:
-        options["fp8"] = Fp8Config(format="hybrid", recipe=fp8)  # type: ignore[arg-type]
+        kind = "e4m3" if fp8 == "blockwise" else "hybrid"  # as Megatron-Core's
+        options["fp8"] = Fp8Config(format=kind, recipe=fp8)  # type: ignore[arg-type]
     engine = make_engine(
         ours,
         torch.bfloat16,
@@ -154,6 +155,7 @@ SYSTEMS: dict[str, System] = {
     "runtime, bf16 moments": System(make=lambda *work: runtime(*work, moments_dtype="bfloat16")),
     "runtime, FP8 tensorwise": System(make=lambda *work: runtime(*work, "tensorwise")),
     "runtime, FP8 delayed": System(make=lambda *work: runtime(*work, "delayed")),
+    "runtime, FP8 blockwise": System(make=lambda *work: runtime(*work, "blockwise")),
     "Megatron-Core": _megatron(),
     "Megatron-Core, overlap": _megatron(overlap=True, unfit=_exchanges),
     "Megatron-Core, FP8 tensorwise": _megatron("tensorwise"),

@@ -34,7 +34,7 @@ from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 
-FP8_RECIPES: tuple[Fp8Recipe, ...] = ("tensorwise", "delayed")
+FP8_RECIPES: tuple[Fp8Recipe, ...] = ("tensorwise", "delayed", "blockwise")
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 
 

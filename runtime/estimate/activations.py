@@ -108,11 +108,11 @@ def _experts(setup: Setup, local: Local) -> tuple[float, float]:
     """What the experts keep, and what they need beside it in the backward pass."""
     assert setup.moe is not None
     b, hidden, width = local.item, local.hidden, local.width
-    if setup.fp8.format is not None:
-        kept, working = expert_activations(setup, local)
-        return _around_experts(setup, local, kept, working)
     alone = local.gathered == local.tokens_moe  # the tokens are the norm's output, which is made again
     inputs = 0.0 if alone and (setup.sp or setup.parallel.tp == 1) else local.gathered * hidden * b
+    if setup.fp8.format is not None:
+        kept, working = expert_activations(setup, local, inputs)
+        return _around_experts(setup, local, kept, working)
     kept = inputs + local.rows_allocated * 2 * width * b
     # The rows of the gradient beside that of the activation; then of the input beside what is sent back.
     working = local.rows_allocated * (hidden + width) * b

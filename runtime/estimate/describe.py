@@ -93,7 +93,7 @@ def notes(estimate: Estimate) -> list[str]:
         out.append(f"{setup.dtype}: times are by the data sheet, not measured; --bf16 is usual on GPUs")
     if setup.fp8.format is not None:
         out.append(
-            "FP8 has been measured on one H100 with --fp8-recipe tensorwise and our kernels alone; its copies of weights are in the buffers"
+            "FP8 has been measured on one GPU with our kernels, --fp8-recipe tensorwise and blockwise; its copies of weights are in the buffers"
         )
     if setup.parallel.cp > 1:
         out.append("context parallelism has been measured in its kernels alone")

@@ -1,7 +1,7 @@
 """What FP8 changes in a plan: copies of weights in 8 bits, what layers keep, products, and passes that make operands.
 
-Follows `runtime.fp8` and `runtime.moe.fp8_experts`, which experts through Transformer Engine (`--fp8-recipe blockwise`, sizes
-that aren't multiples of 128) don't: they are counted alike.
+Follows `runtime.fp8` and `runtime.moe.fp8_experts`, which experts through Transformer Engine (sizes that aren't multiples of
+128) don't: they are counted alike.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from runtime.fp8.config import ROW_ALIGNMENT
 
 COPIES = 2
 """Of a weight, a byte an element each: the tensor cores want the reduction along the rows, forward and backward."""
+_BLOCKS = 4 / 128
+"""Bytes an element of its block's scale."""
 _MAKING_COPIES = 6
 """Bytes an element that making both takes: read for the largest value, read again, written twice."""
 
@@ -26,7 +28,7 @@ def in_fp8(setup: Setup, parameter: Parameter) -> bool:
         return False
     if parameter.part == "experts":
         return True
-    if setup.fp8.recipe == "blockwise" or (parameter.part == "attention" and setup.model.has("attention.kv_b")):
+    if parameter.part == "attention" and setup.model.has("attention.kv_b"):
         return False
     fits = all(size % ROW_ALIGNMENT == 0 for size in parameter.shape)
     return fits and parameter.part in ("attention", "mlp", "shared")
@@ -55,12 +57,18 @@ def copying_seconds(setup: Setup, machine: Machine, rank: int) -> float:
 
 def product_rate(setup: Setup, machine: Machine, parameter: Parameter, otherwise: float) -> tuple[float, int | None]:
     """Give the operations a second of a parameter's products, and its bytes an element; the latter None where it is not in FP8."""
-    return (machine.fp8_tflops * 1e12, 1) if in_fp8(setup, parameter) else (otherwise, None)
+    if not in_fp8(setup, parameter):
+        return otherwise, None
+    return machine.fp8_tflops * 1e12 * (machine.fp8_blocks_share if _blockwise(setup) else 1), 1
+
+
+def _blockwise(setup: Setup) -> bool:
+    return setup.fp8.recipe == "blockwise"
 
 
 def _looked_at(setup: Setup, local: Local) -> int:
-    """Bytes an element of the pass that looks for the largest value; delayed scaling has none."""
-    return 0 if setup.fp8.recipe == "delayed" else local.item
+    """Bytes an element of the pass that looks for the largest value; only tensorwise scaling has one."""
+    return local.item if setup.fp8.recipe == "tensorwise" else 0
 
 
 def dense_passes(
@@ -83,18 +91,29 @@ def expert_passes(setup: Setup, local: Local, machine: Machine) -> tuple[float, 
     made = machine.moving(tokens * (local.item + 1 + looked), "quantise")
     gather = machine.moving(rows + tokens, "gather")
     # Read twice two bytes and written one; with a bound that is known, the product before writes it.
-    swiglu = machine.moving(5 * inner, "swiglu") if looked else 0.0
-    # Gate, up and gradient read; gradients in both layouts and the activation written; read once more for the largest value.
-    back = machine.moving((6 + 5 + (6 if looked else 0)) * inner, "swiglu_fp8")
+    # Read twice two bytes and written one; delayed, where the bound is known, the product before writes it.
+    swiglu = 0.0 if setup.fp8.recipe == "delayed" else machine.moving(5 * inner, "swiglu")
+    # Gate, up and gradient read; gradients in both layouts and the activation written; tensorwise read once more for the
+    # largest value.
+    kind = "swiglu_blocks" if _blockwise(setup) else "swiglu_fp8"
+    back = machine.moving((6 + 5 + (6 if looked else 0)) * inner, kind)
     return made + gather + swiglu, made + 3 * gather + back
 
 
-def expert_activations(setup: Setup, local: Local) -> tuple[float, float]:
-    """Give the bytes that experts keep, and that they need beside it in the backward pass."""
+def expert_activations(setup: Setup, local: Local, inputs: float) -> tuple[float, float]:
+    """Give the bytes that experts keep, and that they need beside it in the backward pass.
+
+    Args:
+        setup: the run.
+        local: sizes of a rank.
+        inputs: bytes of tokens that are kept in the model's type where nothing else keeps them.
+    """
     tokens, rows = local.gathered * local.hidden, local.rows_allocated
-    kept = tokens + rows * 2 * local.width * local.item
+    blocks = _BLOCKS if _blockwise(setup) else 0.0
+    # Blockwise tokens are rounded again, in the blocks of their transpose: they are kept as they are.
+    kept = (inputs if blocks else tokens) + rows * (2 * local.width * local.item + blocks * local.width)
     # SwiGLU's backward pass holds its incoming gradient in bf16 beside what it makes in 8 bits: gradients of gate and up in both
     # layouts and the activation. These five stay while the gradient of the rows is computed.
-    made = 5 * local.width
+    made = 5 * local.width * (1 + blocks)
     working = rows * max(made + local.width * local.item, made + local.hidden * local.item)
-    return kept, working + tokens
+    return kept, working + tokens * (1 + blocks)

@@ -17,7 +17,7 @@ Collective = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce",
 COLLECTIVES: tuple[Collective, ...] = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce", "send")
 PASSES = (
     *("norm", "head_norm", "rotary", "latent", "cross_entropy", "embedding", "adamw", "grad_norm"),
-    *("gather", "sum", "swiglu", "plain", "dequantise", "quantise", "swiglu_fp8"),
+    *("gather", "sum", "swiglu", "plain", "dequantise", "quantise", "swiglu_fp8", "swiglu_blocks"),
 )
 LINKS = ("nvlink", "network")
 _TABLE = Path(__file__).with_name("machines.yaml")
@@ -67,6 +67,7 @@ class Machine:
     dense_tflops: float
     grouped_tflops: float
     fp8_tflops: float
+    fp8_blocks_share: float
     attention_tflops: float
     attention_cp_tflops: float
     attention_window_tflops: float

@@ -12,33 +12,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from runtime.fp8.config import ROW_ALIGNMENT
-from runtime.fp8.operands import E4M3, Quantised, quantise, quantise_into, raise_amax
-from runtime.fp8.products import rows_times_transposed, weight_gradients
+from runtime.fp8.operands import E4M3, Operand, Quantised
+from runtime.fp8.products import rows_times_transposed, weight_gradient
+from runtime.fp8.quantise import quantise, row_alignment
 from runtime.fp8.scaling import Scaling
 from runtime.fp8.weights import QuantisedWeights
-from runtime.parallel.gradient_sink import GradientSink, deliver, deliver_to, sink_of
+from runtime.parallel.gradient_sink import deliver, sink_of
 
 
 @functools.lru_cache(maxsize=64)
 def _end(num_rows: int, device: torch.device) -> Tensor:
     return torch.tensor([num_rows], dtype=torch.int32, device=device)
-
-
-def _weight_gradient(
-    grads_NP: Tensor, grads_bound: Tensor, x: Quantised, end: Tensor, weight_ND: Tensor, sink: GradientSink | None
-) -> Tensor | None:
-    """What a backward function gives autograd: None where the gradient has been added to its sum."""
-    assert x.columns is not None
-    operands = (grads_NP, grads_bound, x.columns[0], x.bound_G, end)
-    opened = None if sink is None else sink.open()
-    if sink is not None and opened is not None and opened.total.dtype == torch.float32:
-        weight_gradients(*operands, opened.total.unsqueeze(0), add=not opened.fresh)
-        sink.close()
-        return None
-    product = torch.empty(1, *weight_ND.shape, dtype=torch.float32, device=weight_ND.device)
-    weight_gradients(*operands, product, add=False)
-    return deliver_to(sink, opened, product[0], weight_ND)  # sums in bf16 take a product of their own, in fp32
 
 
 class _Fp8Linears(torch.autograd.Function):
@@ -51,43 +35,45 @@ class _Fp8Linears(torch.autograd.Function):
         weights, biases = cast("tuple[Tensor, ...]", parameters[:count]), parameters[count:]
         x_TD = x.reshape(-1, x.shape[-1]).contiguous()
         wanted = ctx.needs_input_grad[4 : 4 + count]
-        bound, amax = maps.scaling.bound(maps.x_slot, lambda out: raise_amax(x_TD.unsqueeze(0), out))
-        bits = quantise(x_TD, bound, amax, E4M3, alignment=maps.alignment(x), columns=any(wanted))
+        quantised = quantise(maps.scaling, maps.x_slot, [x_TD], E4M3, alignment=maps.alignment(x), columns=any(wanted))
         made = maps.weights.of(weights)
-        assert bits.rows is not None
+        rows, columns = quantised.rows, quantised.columns
+        assert rows is not None
         assert made.rows is not None
-        end, outs, first = _end(bits.rows.shape[1], x.device), [], 0
+        end, outs, first = _end(rows.bits.shape[0], x.device), [], 0
         for weight, bias in zip(weights, biases, strict=True):
             last = first + weight.shape[0]
-            matrix = made.rows[:, first:last]
-            out = rows_times_transposed(bits.rows[0], bound, matrix, made.bound_G, end, x.dtype, exact=False)
+            out = rows_times_transposed(rows, made.rows.part(first, last), end, x.dtype, exact=False)
             # Never a view: what adds to it does so in place.
             out = out if out.shape[0] == x_TD.shape[0] else out[: x_TD.shape[0]].clone()
             outs.append((out if bias is None else out.add_(bias)).view(*x.shape[:-1], weight.shape[0]))
             first = last
         ctx.maps, ctx.made, ctx.end, ctx.shape = maps, made, end, x.shape
-        ctx.save_for_backward(bits.columns, bound, *weights)
+        ctx.save_for_backward(*(None, None) if columns is None else (columns.bits, columns.scale), *weights)
         ctx.biases = biases
         ctx.sinks = [sink_of(p) if sinks and p is not None else None for p in parameters]
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x_columns, x_bound, *weights), maps, count = ctx.saved_tensors, ctx.maps, len(grads)
-        x = Quantised(None, x_columns, x_bound)
+        (x_bits, x_scale, *weights), maps, count = ctx.saved_tensors, ctx.maps, len(grads)
         flat = [grad.reshape(-1, grad.shape[-1]).contiguous() for grad in grads]
         wanted = ctx.needs_input_grad[4 : 4 + count]
         bits = maps.quantised_gradients(flat, rows=ctx.needs_input_grad[0], columns=any(wanted))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            args = (bits.rows[0], bits.bound_G, ctx.made.columns, ctx.made.bound_G, ctx.end, grads[0].dtype)
-            grad_x = rows_times_transposed(*args, exact=True)[: flat[0].shape[0]].view(ctx.shape)
+            assert bits.rows is not None
+            product = rows_times_transposed(bits.rows, ctx.made.columns, ctx.end, grads[0].dtype, exact=True)
+            grad_x = product[: flat[0].shape[0]].view(ctx.shape)
         left: list[Tensor | None] = []
         first = 0
         for grad, weight, sink, want in zip(flat, weights, ctx.sinks[:count], wanted, strict=True):
             last = first + grad.shape[1]
-            operands = (bits.columns[0, first:last], bits.bound_G, x, ctx.end, weight, sink) if want else None
-            left.append(None if operands is None else _weight_gradient(*operands))
+            gradient = None
+            if want and bits.columns is not None:
+                operands = (bits.columns.part(first, last), Operand(x_bits, x_scale), ctx.end, weight, sink)
+                gradient = weight_gradient(*operands)
+            left.append(gradient)
             first = last
         for place, (grad, bias) in enumerate(zip(flat, ctx.biases, strict=True)):
             if bias is None or not ctx.needs_input_grad[4 + count + place]:
@@ -124,32 +110,11 @@ class Fp8Linears:
         out = _Fp8Linears.apply(x, self, len(weights_ND), sinks, *weights_ND, *biases)  # type: ignore[no-untyped-call]
         return cast("tuple[Tensor, ...]", out)
 
-    @staticmethod
-    def alignment(x: Tensor) -> int:
+    def alignment(self, x: Tensor) -> int:
         """What the products want the number of tokens to be a multiple of."""
-        return ROW_ALIGNMENT if x.is_cuda else 1
+        return row_alignment(x.device, self.scaling)
 
     def quantised_gradients(self, grads_TN: Sequence[Tensor], *, rows: bool, columns: bool) -> Quantised:
-        """Bring the gradients of all maps to 8 bits, side by side and with one bound."""
-
-        def find(out: Tensor) -> None:
-            for grad in grads_TN:
-                raise_amax(grad.unsqueeze(0), out)
-
-        bound, amax = self.scaling.bound(self._grad_slot, find)
-        num_tokens, device = grads_TN[0].shape[0], grads_TN[0].device
-        padded = -(-num_tokens // self.alignment(grads_TN[0])) * self.alignment(grads_TN[0])
-        total, dtype = sum(grad.shape[1] for grad in grads_TN), self.scaling.config.gradient_dtype
-        made = Quantised(
-            torch.empty(1, padded, total, dtype=dtype, device=device) if rows else None,
-            torch.empty(1, total, padded, dtype=dtype, device=device) if columns else None,
-            bound,
-        )
-        first = 0
-        for grad in grads_TN:
-            last = first + grad.shape[1]
-            part = (None if made.rows is None else made.rows[..., first:last],
-                    None if made.columns is None else made.columns[:, first:last])  # fmt: skip
-            quantise_into(grad.unsqueeze(0), bound, *part, amax)
-            first = last
-        return made
+        """Bring the gradients of all maps to 8 bits, side by side and with one bound, or block by block."""
+        dtype, alignment = self.scaling.config.gradient_dtype, self.alignment(grads_TN[0])
+        return quantise(self.scaling, self._grad_slot, grads_TN, dtype, alignment=alignment, rows=rows, columns=columns)

@@ -13,23 +13,59 @@ from torch import Tensor
 from runtime.fp8.config import ROW_ALIGNMENT
 
 E4M3 = torch.float8_e4m3fn
+BLOCK = 128
+"""Elements of a block's side, where each block has a scale."""
 
 
-def fits(device: torch.device, *sizes: int) -> bool:
-    """Say whether the products take matrices of such sizes; elsewhere than on a GPU they take all."""
-    return device.type != "cuda" or all(size % ROW_ALIGNMENT == 0 for size in sizes)
+def fits(device: torch.device, *sizes: int, blocks: bool = False) -> bool:
+    """Say whether the products take matrices of such sizes; elsewhere than on a GPU they take all but parts of blocks."""
+    return (device.type != "cuda" and not blocks) or all(size % ROW_ALIGNMENT == 0 for size in sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """Matrices in 8 bits that lie with the reduction along their rows, as the tensor cores want them."""
+
+    bits: Tensor
+    """[R, K] rows, or [G, N, K] matrices."""
+    scale: Tensor
+    """fp32. [1] or [G], a bound: what the format's largest number stands for. Or block by block what one stands for: of rows
+    [K / 128, R], each 128 elements of a row a block; of matrices [G, N / 128, K / 128]."""
+
+    @property
+    def blocks(self) -> bool:
+        """Whether each block has a scale."""
+        return self.scale.dim() > 1
+
+    def part(self, first: int, last: int) -> Operand:
+        """Some of the rows, or of each matrix' rows; where blocks of matrices have scales, whole blocks."""
+        if self.bits.dim() == 2:
+            return Operand(self.bits[first:last], self.scale[:, first:last] if self.blocks else self.scale)
+        scale = self.scale[:, first // BLOCK : last // BLOCK] if self.blocks else self.scale
+        return Operand(self.bits[:, first:last], scale)
+
+    def in_fp32(self) -> Tensor:
+        """What the numbers stand for."""
+        if not self.blocks:
+            return in_fp32(self.bits, self.scale.view(-1, *[1] * (self.bits.dim() - 1)))
+        if self.bits.dim() == 2:
+            return self.bits.float() * self.scale.repeat_interleave(BLOCK, 0).t()
+        return self.bits.float() * spread(self.scale)
+
+
+def spread(blocks: Tensor) -> Tensor:
+    """Give each element of matrices its block's number: [..., N / 128, K / 128] to [..., N, K]."""
+    return blocks.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """Matrices in 8 bits, and transposed: the tensor cores want each operand with the reduction along its rows."""
+    """A matrix, or several of one shape, in 8 bits, and transposed."""
 
-    rows: Tensor | None
-    """[G, P, D]."""
-    columns: Tensor | None
-    """[G, D, P]."""
-    bound_G: Tensor
-    """[G] or [1] fp32: what the format's largest number stands for."""
+    rows: Operand | None
+    """[P, D] or [G, P, D]."""
+    columns: Operand | None
+    """[D, P] or [G, D, P]."""
 
 
 def raise_amax(x_GTD: Tensor, amax_G: Tensor) -> None:
@@ -85,38 +121,3 @@ def quantise_into(
         if turned is not None:
             turned[:, :num_rows] = eight_bits(x_GTD, bound_G.view(-1, 1, 1), turned.dtype)
             turned[:, num_rows:] = torch.zeros((), dtype=turned.dtype)
-
-
-def quantise(
-    x_TD: Tensor,
-    bound: Tensor,
-    amax: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    alignment: int = 1,
-    rows: bool = True,
-    columns: bool = True,
-) -> Quantised:
-    """Bring a matrix to 8 bits.
-
-    Args:
-        x_TD: [T, D]; rows may lie apart.
-        bound: [1] fp32.
-        amax: [1] fp32, raised to the largest absolute value; None: not wanted.
-        dtype: the format.
-        alignment: P is T rounded up to a multiple of it.
-        rows: whether the rows are wanted.
-        columns: whether the transpose is wanted.
-
-    Returns:
-        One matrix.
-    """
-    num_rows, num_columns = x_TD.shape
-    padded = -(-num_rows // alignment) * alignment
-    made = Quantised(
-        torch.empty(1, padded, num_columns, dtype=dtype, device=x_TD.device) if rows else None,
-        torch.empty(1, num_columns, padded, dtype=dtype, device=x_TD.device) if columns else None,
-        bound,
-    )
-    quantise_into(x_TD.unsqueeze(0), bound, made.rows, made.columns, amax)
-    return made

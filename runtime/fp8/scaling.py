@@ -3,7 +3,7 @@
 A bound is the absolute value that becomes the format's largest number; a product of 8-bit numbers is scaled by its
 operands' bounds. Tensorwise, a tensor's bound is its own largest absolute value, for which it is read once more. Delayed,
 it is the largest of the last steps, so that the pass which makes a tensor can write it in 8 bits at once; what is larger
-saturates.
+saturates. Blockwise there are no bounds: `runtime.fp8.blocks`.
 
 Products are scaled back before their results meet those of other ranks, so ranks needn't scale alike to be right. A
 delayed bound is shared all the same: it is the largest value of all ranks that hold the tensor or a part of it, and of all
@@ -48,6 +48,11 @@ class Scaling:
         self._known: set[int] = set()
         self._amaxes = self._bounds = self._history = torch.empty(0)
         self._unused = torch.zeros(1, device=device)
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether blocks are scaled by themselves, and no tensor has a bound."""
+        return self.config.recipe == "blockwise"
 
     def take_slot(self, name: str = "") -> int:
         """Make a place for a tensor's history.

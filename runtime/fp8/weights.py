@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from runtime.fp8.operands import E4M3, Quantised, quantise_into, raise_amax
+from runtime.fp8 import blocks
+from runtime.fp8.operands import E4M3, Operand, Quantised, quantise_into, raise_amax
 from runtime.fp8.scaling import Scaling
 
 
 class QuantisedWeights:
-    """The 8-bit copies of one or several weights, one below the other, with one bound for each expert."""
+    """The 8-bit copies of one or several weights, one below the other, with one bound for each expert or scales of blocks."""
 
     def __init__(self, scaling: Scaling) -> None:
         self._scaling = scaling
@@ -32,23 +33,31 @@ class QuantisedWeights:
         if self._made is not None and self._step == self._scaling.step:
             return self._made
         parts = [w if w.dim() == 3 else w.unsqueeze(0) for w in weights]
-        num_experts, _, depth = parts[0].shape
-        total, device = sum(part.shape[1] for part in parts), parts[0].device
+        blockwise = self._scaling.blockwise
         if self._made is None:
-            self._made = Quantised(
-                torch.empty(num_experts, total, depth, dtype=E4M3, device=device),
-                torch.empty(num_experts, depth, total, dtype=E4M3, device=device),
-                torch.empty(num_experts, dtype=torch.float32, device=device),
-            )
-        made, row = self._made, 0
-        assert made.rows is not None
-        assert made.columns is not None
-        made.bound_G.zero_()
-        for part in parts:
-            raise_amax(part, made.bound_G)
-        for part in parts:
-            end = row + part.shape[1]
-            quantise_into(part, made.bound_G, made.rows[:, row:end], made.columns[:, :, row:end])
-            row = end
+            num_experts, _, depth = parts[0].shape
+            sizes = (num_experts, sum(part.shape[1] for part in parts), depth, parts[0].device)
+            self._made = (blocks.empty_matrices if blockwise else _empty_matrices)(*sizes)
+        (blocks.quantise_matrices if blockwise else _quantise_matrices)(parts, self._made)
         self._step = self._scaling.step
-        return made
+        return self._made
+
+
+def _empty_matrices(num_experts: int, rows: int, depth: int, device: torch.device) -> Quantised:
+    bound = torch.empty(num_experts, dtype=torch.float32, device=device)
+    bits = [torch.empty(num_experts, *shape, dtype=E4M3, device=device) for shape in ((rows, depth), (depth, rows))]
+    return Quantised(Operand(bits[0], bound), Operand(bits[1], bound))
+
+
+def _quantise_matrices(parts_ENK: Sequence[Tensor], made: Quantised) -> None:
+    rows, columns = made.rows, made.columns
+    assert rows is not None
+    assert columns is not None
+    bound = rows.scale.zero_()
+    for part in parts_ENK:
+        raise_amax(part, bound)
+    first = 0
+    for part in parts_ENK:
+        last = first + part.shape[1]
+        quantise_into(part, bound, rows.bits[:, first:last], columns.bits[:, :, first:last])
+        first = last

@@ -24,7 +24,7 @@ def _scale(bound, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _eight_bits(values, scale, LIMIT: tl.constexpr, out):
+def eight_bits(values, scale, LIMIT: tl.constexpr, out):
     """Saturate; what is not finite becomes NaN, so that a loss tells of it."""
     scaled = values * scale
     clipped = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
@@ -77,10 +77,10 @@ def _quantise_kernel(
     written = (row < padded_rows)[:, None] & (column < num_columns)[None, :]
     if ROWS:
         to = group * rows_group + row[:, None] * rows_pitch + column[None, :]
-        tl.store(rows_out + to, _eight_bits(values, scale, LIMIT, rows_out), mask=written)
+        tl.store(rows_out + to, eight_bits(values, scale, LIMIT, rows_out), mask=written)
     if COLUMNS:
         to = group * columns_group + column.to(tl.int64)[None, :] * columns_pitch + row[:, None]
-        tl.store(columns_out + to, _eight_bits(values, scale, LIMIT, columns_out), mask=written)
+        tl.store(columns_out + to, eight_bits(values, scale, LIMIT, columns_out), mask=written)
 
 
 @triton.jit
@@ -124,8 +124,16 @@ def _swiglu_kernel(
     up = tl.load(base + width + columns, mask=real, other=0.0).to(tl.float32)
     weight = tl.load(weights + slot, mask=slot >= 0, other=0.0).to(tl.float32)
     act = gate / (1.0 + tl.exp(-gate)) * up * weight
-    scaled = _eight_bits(act, _scale(tl.load(bound), LIMIT), LIMIT, out)
+    scaled = eight_bits(act, _scale(tl.load(bound), LIMIT), LIMIT, out)
     tl.store(out + row.to(tl.int64) * width + columns, scaled, mask=inside)
+
+
+@triton.jit
+def swiglu_gradients(gate, up, grad):
+    """The gradients of gate and up from that of silu(gate) * up, and that product."""
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sigmoid
+    return grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), grad * silu, silu * up
 
 
 @triton.jit
@@ -164,31 +172,27 @@ def _swiglu_backward_kernel(
     gate = tl.load(hidden + at, mask=real, other=0.0).to(tl.float32)
     up = tl.load(hidden + width + at, mask=real, other=0.0).to(tl.float32)
     incoming = tl.load(grad + row[:, None] * width + column[None, :], mask=real, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    silu = gate * sigmoid
-    act = silu * up
-    scaled = incoming * weight
-    grad_gate = scaled * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    grad_up = scaled * silu
+    grad_gate, grad_up, act = swiglu_gradients(gate, up, incoming * weight)
     most = tl.maximum(tl.abs(grad_gate), tl.abs(grad_up))
     tl.atomic_max(grad_amax, tl.max(tl.max(most, 1), 0))
     if WRITE:
         tl.store(dots + tl.program_id(1).to(tl.int64) * num_rows + row, tl.sum(incoming * act, 1))
         scale = _scale(tl.load(grad_bound), GRAD_LIMIT)
-        tl.store(grad_rows + at, _eight_bits(grad_gate, scale, GRAD_LIMIT, grad_rows))
-        tl.store(grad_rows + width + at, _eight_bits(grad_up, scale, GRAD_LIMIT, grad_rows))
+        tl.store(grad_rows + at, eight_bits(grad_gate, scale, GRAD_LIMIT, grad_rows))
+        tl.store(grad_rows + width + at, eight_bits(grad_up, scale, GRAD_LIMIT, grad_rows))
         # Rounded anew for the columns, with a scale that the compiler can't know to be the same: where one rounded pair
         # is both packed into a word and split into bytes, ptxas 12.8 for sm_90 splits it before it is there.
         again = _scale(tl.load(grad_bound, volatile=True), GRAD_LIMIT)
         turned = column.to(tl.int64)[None, :] * num_rows + row[:, None]
-        tl.store(grad_columns + turned, _eight_bits(grad_gate, again, GRAD_LIMIT, grad_columns))
+        tl.store(grad_columns + turned, eight_bits(grad_gate, again, GRAD_LIMIT, grad_columns))
         up_columns = grad_columns + tl.cast(width, tl.int64) * num_rows
-        tl.store(up_columns + turned, _eight_bits(grad_up, again, GRAD_LIMIT, grad_columns))
-        act_bits = _eight_bits(act * weight, _scale(tl.load(act_bound), ACT_LIMIT), ACT_LIMIT, act_columns)
+        tl.store(up_columns + turned, eight_bits(grad_up, again, GRAD_LIMIT, grad_columns))
+        act_bits = eight_bits(act * weight, _scale(tl.load(act_bound), ACT_LIMIT), ACT_LIMIT, act_columns)
         tl.store(act_columns + turned, act_bits)
 
 
-def _limit(dtype: torch.dtype) -> float:
+def largest(dtype: torch.dtype) -> float:
+    """Give a format's largest number."""
     return torch.finfo(dtype).max
 
 
@@ -227,7 +231,7 @@ def quantise(
     args = (x_GTD, out if rows is None else rows, out if columns is None else columns, bounds_G)
     pitches = [0 if t is None else t.stride(dim) for t in (x_GTD, rows, columns) for dim in (0, 1)]
     sizes = (bounds_G if amax_G is None else amax_G, num_rows, num_columns, padded, *pitches)
-    kinds = (_limit(out.dtype), rows is not None, columns is not None, amax_G is not None)
+    kinds = (largest(out.dtype), rows is not None, columns is not None, amax_G is not None)
     _quantise_kernel[grid](*args, *sizes, *kinds, TILE_ROWS, TILE_COLUMNS, num_warps=8)
 
 
@@ -271,7 +275,7 @@ def swiglu(hidden_R2F: Tensor, weights_TK: Tensor, slot_of_row_R: Tensor, offset
     if num_rows:
         block = min(4096, int(triton.next_power_of_2(width)))
         args = (hidden_R2F, weights_TK, slot_of_row_R, out, bound, offsets_E, width)
-        _swiglu_kernel[(num_rows, triton.cdiv(width, block))](*args, _limit(out.dtype), offsets_E.shape[0] - 1, block)
+        _swiglu_kernel[(num_rows, triton.cdiv(width, block))](*args, largest(out.dtype), offsets_E.shape[0] - 1, block)
     return out
 
 
@@ -304,7 +308,7 @@ def swiglu_backward(
     num_rows, width = grad_RF.shape
     device, act_dtype = grad_RF.device, torch.float8_e4m3fn
     grid = (triton.cdiv(num_rows, GATE_ROWS), triton.cdiv(width, GATE_COLUMNS))
-    sizes = (width, num_rows, _limit(grad_dtype), _limit(act_dtype), offsets_E.shape[0] - 1)
+    sizes = (width, num_rows, largest(grad_dtype), largest(act_dtype), offsets_E.shape[0] - 1)
     tile = (GATE_ROWS, GATE_COLUMNS)
     inputs = (hidden_R2F, weights_TK, slot_of_row_R, grad_RF)
     if bounds is None:

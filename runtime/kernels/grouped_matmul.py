@@ -9,6 +9,7 @@ import ctypes
 import functools
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from cuda.bindings import driver
@@ -37,6 +38,7 @@ def source(
     types: tuple[str, str] = ("bf16", "bf16"),
     split: bool = False,
     thin: bool = False,
+    blocks: bool = False,
 ) -> str:
     """The kernel's text.
 
@@ -48,6 +50,7 @@ def source(
         types: of the left and the right operand: bf16, or e4m3 or e5m2 each.
         split: add up what the tensor cores sum over 128 elements in fp32; for 8-bit operands, not with swiglu.
         thin: add another product of small depth; for nt and nn in bf16.
+        blocks: 8-bit operands have a scale for each 128 elements; with split.
 
     Returns:
         CUDA C++: constants, the operand lists of a product, and the kernel.
@@ -58,7 +61,6 @@ def source(
         "BN": block_n,
         "STAGES": STAGES[block_n],
         "GROUP": GROUP_PAIRS,
-        "KIND": KINDS.index(kind),
         "EPILOGUE": EPILOGUES.index(epilogue),
         "EDGES": int(edges),
         "THIN": int(thin),
@@ -69,6 +71,8 @@ def source(
     lines = [
         f"#define BITS {bits}",
         f"#define SPLIT {int(split)}",
+        f"#define BLOCKS {int(blocks)}",
+        f"#define KIND {KINDS.index(kind)}",
         *(f"constexpr int {name} = {value};" for name, value in constants.items()),
     ]
     lines += [f'#define WGMMA_SHAPE "m64n{width}k{256 // bits}"', f'#define WGMMA_TYPES "{".".join(types)}"']
@@ -93,8 +97,9 @@ def _kernel(
     types: tuple[str, str],
     split: bool,
     thin: bool,
+    blocks: bool,
 ) -> Kernel:
-    cubin = compile_cubin(source(block_n, kind, epilogue, edges, types, split, thin), "sm_90a")
+    cubin = compile_cubin(source(block_n, kind, epilogue, edges, types, split, thin, blocks), "sm_90a")
     return Kernel(cubin, "grouped_matmul", shared_bytes(block_n))
 
 
@@ -142,14 +147,20 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What the largest number of their format stands for in 8-bit operands, on the device."""
+    """What the largest number of their format stands for in 8-bit operands, on the device; or, block by block, what one does."""
 
     left: Tensor
-    """[1] fp32."""
+    """[1] fp32; or of blocks of 128 of the reduction [depth / 128, R], for tn [R / 128, N], the last dim contiguous."""
     right: Tensor
-    """[1] fp32, or [E] with one for each expert."""
+    """[1] fp32, or [E] with one for each expert; or of blocks of 128 x 128 [E, N / 128, depth / 128], contiguous, and for tn of
+    blocks of 128 of the reduction [R / 128, columns], the last dim contiguous."""
     split: bool
-    """Sum in fp32, instead of the tensor cores' 14 bits."""
+    """Sum in fp32, instead of the tensor cores' 14 bits; blocks always are."""
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the scales are of blocks."""
+        return self.left.dim() == 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,32 +211,30 @@ def launch(
     rows_per_expert = (out if kind == "tn" else right).shape[0] // num_experts  # of an expert's matrix
     block_n = _tile_columns(columns) if gate is None else 256 if columns % 256 == 0 else 128
     edges = columns % block_n != 0 or (kind == "tn" and rows_per_expert % ROW_ALIGNMENT != 0)
-    scales, per_expert, factor = (0, 0, 0, 0), 0, 1.0
-    if bounds is not None:
-        scales, per_expert = _scales(bounds, gate), int(bounds.right.shape[0] > 1)
-        factor = 1.0 / (torch.finfo(left.dtype).max * torch.finfo(right.dtype).max)
+    scaling, types = _scaling(left, right, bounds, gate), (_TYPES[left.dtype], _TYPES[right.dtype])
     boxed = kind == "nt" or bounds is not None  # whether columns of the result are rows of the right operand
     device_index = left.device.index
     num_blocks = _num_blocks(device_index)
     arguments = struct.pack(
-        "512s9P6if2i20x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
+        "512s9P6if4i12x",  # `Arguments` in grouped_jobs.cuh, aligned to 64 bytes
         _tensor_maps(left, right, thin, block_n // 2 if boxed else 64),
         out.data_ptr(),
         *_beside(gate),
         offsets_E.data_ptr(),
-        *scales,
+        *scaling.pointers,
         -(-columns // block_n),
         left.shape[1],  # the depth; tn has each expert's number of rows instead
         rows_per_expert,
         num_experts,
         columns,
-        per_expert,
-        factor,
+        scaling.per_expert,
+        scaling.factor,
         num_blocks // 2,
         0 if thin is None else thin.rows.shape[1],
+        *scaling.pitches,
     )
-    types, split = (_TYPES[left.dtype], _TYPES[right.dtype]), bounds is not None and bounds.split and gate is None
-    kernel = _kernel(device_index, block_n, kind, _epilogue(out, gate, add), edges, types, split, thin is not None)
+    kinds = (edges, types, scaling.split, thin is not None, scaling.blocks)
+    kernel = _kernel(device_index, block_n, kind, _epilogue(out, gate, add), *kinds)
     stacked = -(-rows_per_expert // 256) * num_experts if kind == "tn" else left.shape[0] // 256
     kernel.launch(num_blocks * (1 + _late_waves(stacked * -(-columns // block_n), num_blocks)), BLOCK_SIZE, arguments)
 
@@ -258,10 +267,29 @@ def _beside(gate: Gate | None) -> tuple[int, int, int]:
     return _pointer(gate.act), gate.weights_TK.data_ptr(), gate.slot_of_row_R.data_ptr()
 
 
-def _scales(bounds: Bounds, gate: Gate | None) -> tuple[int, int, int, int]:
-    """The bounds of 8-bit operands, and of the activations and what they are found to be, as pointers."""
+class _Scaling(NamedTuple):
+    """What a kernel has of 8-bit operands' scales."""
+
+    pointers: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """The operands' two, and the activations' bound and what they are found to be."""
+    per_expert: int = 0
+    factor: float = 1.0
+    """Of bounds: what the largest numbers of both formats are divided by."""
+    pitches: tuple[int, int] = (0, 0)
+    split: bool = False
+    blocks: bool = False
+
+
+def _scaling(left: Tensor, right: Tensor, bounds: Bounds | None, gate: Gate | None) -> _Scaling:
+    if bounds is None:
+        return _Scaling()
     act, amax = (None, None) if gate is None else (gate.act_bound, gate.act_amax)
-    return bounds.left.data_ptr(), bounds.right.data_ptr(), _pointer(act), _pointer(amax)
+    pointers = (bounds.left.data_ptr(), bounds.right.data_ptr(), _pointer(act), _pointer(amax))
+    if bounds.blocks:
+        pitches = (bounds.left.stride(0), bounds.right.stride(-2))
+        return _Scaling(pointers, pitches=pitches, split=True, blocks=True)
+    factor = 1.0 / (torch.finfo(left.dtype).max * torch.finfo(right.dtype).max)
+    return _Scaling(pointers, int(bounds.right.shape[0] > 1), factor, split=bounds.split and gate is None)
 
 
 def _pointer(tensor: Tensor | None) -> int:

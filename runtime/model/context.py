@@ -86,10 +86,10 @@ class ModelContext:
     def maps(self, *weights_ND: Tensor) -> Linears:
         """Give the linear maps of one input: in FP8 where that is asked for and the sizes fit."""
         ours = self.device.type != "cuda" or torch.cuda.get_device_capability(self.device)[0] == 9
-        if self.fp8 is None or self.fp8.config.recipe == "blockwise" or not ours:
+        if self.fp8 is None or not ours:
             return linears
         sizes = [size for weight in weights_ND for size in weight.shape]
-        if not fits(self.device, *sizes):
+        if not fits(self.device, *sizes, blocks=self.fp8.blockwise):
             return linears
         return Fp8Linears(self.fp8, topology_of(weights_ND[0]).pieces[0].name)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moeconv.errors import MoeconvError
 from runtime.fp8.scaling import Scaling
 from runtime.moe.config import MoEConfig
+from runtime.moe.fp8_block_experts import BlockExperts
 from runtime.moe.fp8_experts import Fp8Experts
 from runtime.moe.grouped_gemm import GroupedGemm, computed_in, make_gemm, resolve_backend
 from runtime.moe.grouped_mlp import grouped_mlp
@@ -49,7 +50,8 @@ class Experts(nn.Module):
         self._forms: dict[str, Form] = {}
         self.fused = config.permute_fusion
         self._config, self._dtype = config, dtype
-        self._fp8 = None if fp8 is None else Fp8Experts(fp8, self.w13.device, name)
+        kind = BlockExperts if fp8 is not None and fp8.blockwise else Fp8Experts
+        self._fp8 = None if fp8 is None else kind(fp8, self.w13.device, name)
         self._gemm: tuple[torch.device, torch.dtype, AnyGemm] | None = None
         self.reset_parameters()
 

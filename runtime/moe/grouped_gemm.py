@@ -282,8 +282,6 @@ def describe_backend(
 
 def _against_hopper(fp8: Fp8Config, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
     """Say why experts in FP8 don't go through our own kernels; None where they do."""
-    if fp8.recipe == "blockwise":
-        return "it knows no --fp8-recipe blockwise"
     if not _suits_hopper(device, dtype):
         return f"it takes bfloat16 on Hopper GPUs, not {dtype} on compute capability {torch.cuda.get_device_capability(device)[0]}"
     if not fits(device, *sizes):

@@ -353,10 +353,6 @@ def check_precision(run: RunConfig) -> None:
     flag = flag_name(MoEConfig, "gemm_backend")
     require(backend in ("auto", "hopper", "te"), f"--fp8-format needs {flag} hopper or te, got {backend}; take auto")
     require(
-        run.fp8.recipe != "blockwise" or (run.moe is not None and backend != "hopper"),
-        "--fp8-recipe blockwise is of experts alone, through te; take tensorwise or delayed",
-    )
-    require(
         run.model.compute.gate is None,
         "--fp8-format: experts with biases and a clamped gate have no products in FP8; leave it out",
     )

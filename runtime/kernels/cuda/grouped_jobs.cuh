@@ -4,7 +4,10 @@
 
 #include "hopper.cuh"
 
-enum { NT, NN, TN };          // rows times transposed matrices; rows times matrices; transposed rows times rows
+// Rows times transposed matrices; rows times matrices; transposed rows times rows.
+#define NT 0
+#define NN 1
+#define TN 2
 enum { STORE, ADD, SWIGLU, STORE_FP32, ADD_BF16 };  // what becomes of a tile
 
 struct Arguments {
@@ -24,6 +27,7 @@ struct Arguments {
     float factor;           // 1 / (largest number of the left format x that of the right)
     int num_walkers;        // pairs of blocks that do jobs one after another; each further pair does one of the last jobs
     int thin;               // with THIN: its depth
+    int left_pitch, right_pitch;  // with BLOCKS: from one row of scales to the next
 };
 
 static_assert(sizeof(Arguments) == 640, "as the host packs it");

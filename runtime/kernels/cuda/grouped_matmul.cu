@@ -18,11 +18,14 @@
 // are given as [N, R]. The tensor cores sum their products with about 14 bits; with SPLIT a step's sum is added to a sum
 // in fp32 instead, for which a tile takes half its columns at a time.
 //
+// With BLOCKS, and SPLIT, each 128 elements of a row of the left operand have a scale of their own; so have 128 x 128 elements
+// of a matrix, and 128 elements of each of TN's right rows. A step's sum is scaled as it is added.
+//
 // With THIN, of NT and NN in bf16, the last steps of a tile are another product's, whose depth is small: low-rank adapters
 // beside an expert's matrix. Its depth needn't be a multiple of a step: what lies beyond it in its rows is loaded as zeros.
 //
-// The host writes in front of this text the constants BN, STAGES, GROUP, KIND, EPILOGUE, EDGES, THIN, BITS, SPLIT and
-// WIDTH, the columns of one product, and how a product of this width names its operands: WGMMA_SHAPE, WGMMA_TYPES, ACC_NAMES,
+// The host writes in front of this text the constants BN, STAGES, GROUP, KIND, EPILOGUE, EDGES, THIN, BITS, SPLIT, BLOCKS
+// and WIDTH, the columns of one product, and how a product of this width names its operands: WGMMA_SHAPE, WGMMA_TYPES, ACC_NAMES,
 // ACC_OPERANDS and ACC_NEXT.
 
 #include "grouped_output.cuh"
@@ -32,10 +35,15 @@ constexpr int A_BYTES = 2 * BOX_BYTES;
 constexpr int B_BYTES = BN / 64 * BOX_BYTES;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int NUM_WARPS = 8;  // that multiply
+// Scales of a stage: of 128 rows, and where columns have them one by one, of BN columns.
+constexpr int NUM_SCALES = !BLOCKS ? 0 : KIND == TN ? 128 + BN : 128;
 
 struct Shared {
     char stages[STAGES][STAGE_BYTES];
-    char slices[NUM_WARPS][2][SLICE_BYTES];
+    char slices[NUM_WARPS][NUM_SLICES][SLICE_BYTES];
+#if BLOCKS
+    float scales[STAGES][NUM_SCALES];
+#endif
     u64 ready[STAGES], empty[STAGES];
     u32 ends[1];  // [E], as many as were asked for
 };
@@ -75,6 +83,21 @@ __device__ __forceinline__ void load_step(
     }
 }
 
+#if BLOCKS
+// Scales of a step. Columns outside the result have the last ones'.
+__device__ __forceinline__ void load_scales(const Arguments& args, const Job& job, int step, float* to, u64& ready) {
+    long block = job.start / STEP + step;
+    load_bytes(args.left_bound + block * args.left_pitch + job.row, 128 * 4, to, ready);
+#if KIND == TN
+#pragma unroll
+    for (int first = 0; first < BN; first += 128) {
+        int column = min(job.column + first, args.columns - 128);
+        load_bytes(args.right_bound + block * args.right_pitch + column, 128 * 4, to + 128 + first, ready);
+    }
+#endif
+}
+#endif
+
 // One thread.
 __device__ __forceinline__ void load_all(const Arguments& args, Shared& shared, u32 rank) {
     int stage = 0;
@@ -84,7 +107,10 @@ __device__ __forceinline__ void load_all(const Arguments& args, Shared& shared, 
     while (job.expert < args.num_experts) {
         for (int i = 0; i < job.steps; ++i) {
             wait(shared.empty[stage], parity);
-            expect(shared.ready[stage], STAGE_BYTES);
+            expect(shared.ready[stage], STAGE_BYTES + 4 * NUM_SCALES);
+#if BLOCKS
+            load_scales(args, job, i, shared.scales[stage], shared.ready[stage]);
+#endif
             load_step(args, job, STEP * i, rank, shared.stages[stage], shared.ready[stage]);
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
@@ -148,6 +174,69 @@ __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shar
 }
 
 #else
+// The scales of a matrix' blocks that a tile needs, a step ahead.
+struct MatrixScales {
+    const float* from[BN / 128];
+    float current[BN / 128], next[BN / 128];
+
+    __device__ __forceinline__ MatrixScales(const Arguments& args, const Job& job) {
+        long matrix = long(job.expert) * (args.rows_per_expert / 128);
+#pragma unroll
+        for (int n = 0; n < BN / 128; ++n) {
+            int block = min(job.column / 128 + n, args.columns / 128 - 1);
+            from[n] = args.right_bound + (matrix + block) * args.right_pitch;
+            next[n] = job.steps ? __ldg(from[n]) : 0.f;
+        }
+    }
+
+    __device__ __forceinline__ void advance(int step, int steps) {
+#pragma unroll
+        for (int n = 0; n < BN / 128; ++n) {
+            current[n] = next[n];
+            if (step + 1 < steps) next[n] = __ldg(from[n] + step + 1);
+        }
+    }
+};
+
+// Add what the sums of a step stand for.
+__device__ __forceinline__ void add_scaled(float* acc, const float (&part)[WIDTH / 2], const float (&of_rows)[2], float scale) {
+    float both[2] = {of_rows[0] * scale, of_rows[1] * scale};
+#pragma unroll
+    for (int i = 0; i < WIDTH / 2; ++i) acc[i] = fmaf(part[i], both[i / 2 % 2], acc[i]);
+}
+
+// The scales of a thread's columns, two of each 8, of which some are read ahead: a read takes longer than what is done with it.
+struct ColumnScales {
+    static constexpr int AHEAD = 4, NUM = WIDTH / 8;
+    u32 from;
+    float2 read[AHEAD];
+
+    __device__ __forceinline__ explicit ColumnScales(u32 from) : from(from) {
+#pragma unroll
+        for (int block = 0; block < AHEAD; ++block) read[block] = read_pair(from + 32 * block);
+    }
+
+    __device__ __forceinline__ float2 take(int block) {
+        float2 scale = read[block % AHEAD];
+        if (block + AHEAD < NUM) read[block % AHEAD] = read_pair(from + 32 * (block + AHEAD));
+        return scale;
+    }
+};
+
+__device__ __forceinline__ void add_scaled(
+    float* acc, const float (&part)[WIDTH / 2], const float (&of_rows)[2], ColumnScales of_columns) {
+#pragma unroll
+    for (int block = 0; block < WIDTH / 8; ++block) {
+        float2 scale = of_columns.take(block);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int i = 4 * block + 2 * half;
+            acc[i] = fmaf(part[i] * scale.x, of_rows[half], acc[i]);
+            acc[i + 1] = fmaf(part[i + 1] * scale.y, of_rows[half], acc[i + 1]);
+        }
+    }
+}
+
 // The same with sums in fp32: while one warpgroup adds, the other's products run.
 __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shared, u32 rank, int warp, u32 lane) {
     int stage = 0;
@@ -160,16 +249,40 @@ __device__ __forceinline__ void multiply_all(const Arguments& args, Shared& shar
         float acc[NUM_ACC];
 #pragma unroll
         for (int i = 0; i < NUM_ACC; ++i) acc[i] = 0.f;
+#if BLOCKS && KIND != TN
+        MatrixScales of_matrix(args, job);
+#endif
         for (int step = 0; step < job.steps; ++step) {
             wait(shared.ready[stage], parity);
             const char* tiles = shared.stages[stage];
+#if BLOCKS
+            const float* scales = shared.scales[stage];
+            float of_rows[2] = {scales[16 * warp + lane / 4], scales[16 * warp + lane / 4 + 8]};
+#if KIND != TN
+            of_matrix.advance(step, job.steps);
+#endif
+#endif
 #pragma unroll
             for (int n = 0; n < BN / WIDTH; ++n) {
                 multiply_step<1>(part, tiles + warp / 4 * BOX_BYTES, tiles + A_BYTES + n * WIDTH * 128);
+#if BLOCKS && KIND == TN
+                ColumnScales of_columns(address(scales + 128 + n * WIDTH + lane % 4 * 2));
+#endif
                 wait_products<0>(part);
-                if (n == BN / WIDTH - 1 && lane < 2) arrive_at(shared.empty[stage], lane);
+                bool last = n == BN / WIDTH - 1;
+                if (last && !(BLOCKS && KIND == TN) && lane < 2) arrive_at(shared.empty[stage], lane);
+#if BLOCKS && KIND == TN
+                add_scaled(acc + n * WIDTH / 2, part, of_rows, of_columns);
+                if (last) {  // the columns' scales have been read
+                    __syncwarp();
+                    if (lane < 2) arrive_at(shared.empty[stage], lane);
+                }
+#elif BLOCKS
+                add_scaled(acc + n * WIDTH / 2, part, of_rows, of_matrix.current[n]);
+#else
 #pragma unroll
                 for (int i = 0; i < WIDTH / 2; ++i) acc[n * WIDTH / 2 + i] += part[i];
+#endif
             }
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }

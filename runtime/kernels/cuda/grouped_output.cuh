@@ -6,6 +6,7 @@
 
 constexpr int NUM_ACC = BN / 2;        // accumulators of a thread
 constexpr int SLICE_BYTES = 16 * 128;  // what a warp writes at a time
+constexpr int NUM_SLICES = BLOCKS ? 1 : 2;  // scales take the room of the second
 constexpr int MAX_SPACING = 4;         // steps from one unit of output to the next
 constexpr bool IN_FP32 = EPILOGUE == ADD || EPILOGUE == STORE_FP32;
 constexpr bool AT_ONCE = IN_FP32 || SPLIT;  // there are no registers to keep a tile in
@@ -17,7 +18,7 @@ struct Output {
     static constexpr int UNITS = AT_ONCE ? 0 : EPILOGUE == SWIGLU ? 3 * BN / 128 : BN / 64;
 
     const Arguments& args;
-    char (*slices)[SLICE_BYTES];  // two, taken in turn
+    char (*slices)[SLICE_BYTES];  // taken in turn
     u32 lane;
     int unit = UNITS, due = 0, spacing = 1;  // the next unit, its step, and the steps between two
     u32 packed[AT_ONCE ? 1 : NUM_ACC / 2];
@@ -27,7 +28,7 @@ struct Output {
     float amax = 0.f;   // of the activations so far
     u32 told = 0;       // what the device knows of it
 
-    __device__ __forceinline__ Slice slice(int i) const { return {address(slices[i % 2]), lane}; }
+    __device__ __forceinline__ Slice slice(int i) const { return {address(slices[i % NUM_SLICES]), lane}; }
 
     __device__ __forceinline__ bool done() const { return unit >= UNITS; }
 
@@ -50,7 +51,7 @@ struct Output {
         if (EDGES && KIND == TN && row >= args.rows_per_expert) return;  // rows of nothing
         if (KIND == TN) row += job.expert * args.rows_per_expert;
         column = job.column;
-        if (BITS == 8) scale = args.factor * *args.left_bound * args.right_bound[job.expert * args.bounds_per_expert];
+        if (BITS == 8 && !BLOCKS) scale = args.factor * *args.left_bound * args.right_bound[job.expert * args.bounds_per_expert];
         if constexpr (IN_FP32) {
             write_fp32(acc);
         } else if constexpr (AT_ONCE) {

@@ -80,6 +80,21 @@ __device__ __forceinline__ void load(const TensorMap& map, int column, int row, 
     }
 }
 
+// Load bytes that lie in a row, multiples of 16 of them from and to multiples of 16, and tell the barrier.
+__device__ __forceinline__ void load_bytes(const void* from, int bytes, void* to, u64& barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     address(to)),
+                 "l"(from), "r"(bytes), "r"(address(&barrier))
+                 : "memory");
+}
+
+// Two numbers in shared memory; in its place among other reads, so that they don't all need registers at once.
+__device__ __forceinline__ float2 read_pair(u32 from) {
+    float2 pair;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(from) : "memory");
+    return pair;
+}
+
 __device__ __forceinline__ void add_to_memory(float* to, uint4 values) {
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(__uint_as_float(values.x)),
                  "f"(__uint_as_float(values.y)), "f"(__uint_as_float(values.z)), "f"(__uint_as_float(values.w))

@@ -122,10 +122,17 @@ def test_no_rounded_pair_is_both_packed_and_split() -> None:
     """ptxas 12.8 for sm_90 splits such a pair's register before the pair is in it."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.runtime.kernels.fp8_for_hopper"]
-    ptx = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
-    pairs = set(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32\s+(%rs\d+)", ptx))
-    packed = {pair for both in re.findall(r"mov\.b32\s+%r\d+, \{(%rs\d+), (%rs\d+)\}", ptx) for pair in both}
-    split = set(re.findall(r"shr\.u16\s+%rs\d+, (%rs\d+), 8", ptx))
-    assert len(pairs) == 40  # of 16 elements a thread: gradients of gate and up for each layout, and the output
-    assert pairs == packed | split
-    assert not packed & split
+    out = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    kernels = dict(part.split("\n", 1) for part in out.split("// kernel: ")[1:])
+    counts = {}
+    for name, ptx in kernels.items():
+        pairs = set(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32\s+(%rs\d+)", ptx))
+        packed = {pair for both in re.findall(r"mov\.b32\s+%r\d+, \{(%rs\d+), (%rs\d+)\}", ptx) for pair in both}
+        split = set(re.findall(r"shr\.u16\s+%rs\d+, (%rs\d+), 8", ptx))
+        assert pairs == (packed | split) & pairs, name
+        assert not packed & split & pairs, name
+        counts[name] = len(pairs)
+    assert len(counts) == 7
+    assert (
+        counts["swiglu_backward"] == 40
+    )  # of 16 elements a thread: gradients of gate and up for each layout, and the output

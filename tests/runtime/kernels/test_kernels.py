@@ -327,6 +327,18 @@ def test_grouped_products_with_a_thin_one_compile_for_hopper(kind: str, epilogue
     )
 
 
+@pytest.mark.parametrize("block_n", [128, 256])
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize(("kind", "epilogue"), [("nt", "store"), ("tn", "store"), ("tn", "add"), ("tn", "store_fp32")])
+def test_grouped_products_of_8_bits_compile_for_hopper(kind: str, epilogue: str, blocks: bool, block_n: int) -> None:
+    pytest.importorskip("cuda.bindings")
+    from runtime.kernels import grouped_matmul
+    from runtime.kernels.cuda_module import compile_cubin
+
+    text = grouped_matmul.source(block_n, kind, epilogue, True, ("e5m2", "e4m3"), split=True, blocks=blocks)
+    assert compile_cubin(text, "sm_90a").startswith(b"\x7fELF")
+
+
 def test_a_kernel_that_does_not_compile_says_why() -> None:
     pytest.importorskip("cuda.bindings")
     from runtime.kernels.cuda_module import compile_cubin

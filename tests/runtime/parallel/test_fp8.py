@@ -67,11 +67,24 @@ class Run(NamedTuple):
     lines: list[str]
 
 
-def run(pool: RankPool, recipe: str | None, layout: str | None, steps: tuple[int, ...] = STEPS, **options: Any) -> Run:
+# Of whose pieces blocks of 128 x 128 are whole.
+WIDE = {"hidden_size": 256, "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+
+
+def run(
+    pool: RankPool,
+    recipe: str | None,
+    layout: str | None,
+    steps: tuple[int, ...] = STEPS,
+    *,
+    wide: bool = False,
+    **options: Any,
+) -> Run:
+    model = WIDE if wide else {}
     fp8 = {} if recipe is None else {"format": "hybrid", "recipe": recipe}
     num_ranks = 1 if layout is None else 2
     parallel = {} if layout is None else LAYOUTS[layout]
-    case = Case(name=str(layout), num_ranks=num_ranks, parallel=parallel, fp8=fp8, num_microbatches=2)
+    case = Case(name=str(layout), num_ranks=num_ranks, parallel=parallel, model=model, fp8=fp8, num_microbatches=2)
     ranks: list[Rank] = pool.run(num_ranks, train, case, steps, *options.values())
     assert all(rank.losses == ranks[0].losses for rank in ranks)
     assert all(rank.scalars == ranks[0].scalars for rank in ranks), "a tensor has one history"
@@ -122,6 +135,24 @@ def test_a_layout_gives_what_one_rank_gives(
     for name, column in histories[0].items():
         # The first step's inputs are those of one rank but for roundings below them.
         assert column[2] == pytest.approx(histories[1][name][2], rel=0.25), name
+
+
+@pytest.fixture(scope="module")
+def alone_wide(pool: RankPool) -> tuple[Run, Run]:
+    return run(pool, "blockwise", None, wide=True), run(pool, None, None, wide=True)
+
+
+@pytest.mark.parametrize("layout", [*SAME, "tp2 sp", "ep2"])
+def test_blocks_are_those_of_one_rank(layout: str, alone_wide: tuple[Run, Run], pool: RankPool) -> None:
+    """Under tensor parallelism too, whose pieces are whole blocks; an expert's rows come from other ranks in other blocks."""
+    got, (one, exact) = run(pool, "blockwise", layout, wide=True), alone_wide
+    noise = distance(one.gradients, exact.gradients)
+    assert 0.02 < noise < 0.5, "FP8 is at work, and turns choices of experts"
+    assert FP8_HISTORY not in got.scalars
+    # A sum in another order is enough to round a number otherwise.
+    bounds = (5e-3, 1.5 * noise) if layout == "ep2" else (2e-4, 0.2 * noise) if layout == "tp2 sp" else (1e-6, 1e-5)
+    assert worst(got.losses, one.losses) < bounds[0]
+    assert distance(got.gradients, one.gradients) < bounds[1]
 
 
 def test_a_resumed_run_goes_on_bit_by_bit_and_evaluations_leave_no_trace(pool: RankPool) -> None:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from runtime.kernels.swiglu import swiglu_gradients, swiglu_of
+
 TILE_ROWS, TILE_COLUMNS = 64, 128
 # Of SwiGLU's backward pass; more elements a thread would spill.
 GATE_ROWS, GATE_COLUMNS, GATE_WARPS = 64, 128, 16
@@ -123,17 +125,9 @@ def _swiglu_kernel(
     gate = tl.load(base + columns, mask=real, other=0.0).to(tl.float32)
     up = tl.load(base + width + columns, mask=real, other=0.0).to(tl.float32)
     weight = tl.load(weights + slot, mask=slot >= 0, other=0.0).to(tl.float32)
-    act = gate / (1.0 + tl.exp(-gate)) * up * weight
+    act = swiglu_of(gate, up) * weight
     scaled = eight_bits(act, _scale(tl.load(bound), LIMIT), LIMIT, out)
     tl.store(out + row.to(tl.int64) * width + columns, scaled, mask=inside)
-
-
-@triton.jit
-def swiglu_gradients(gate, up, grad):
-    """The gradients of gate and up from that of silu(gate) * up, and that product."""
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    silu = gate * sigmoid
-    return grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), grad * silu, silu * up
 
 
 @triton.jit

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.kernels.fp8 import largest, swiglu_gradients
+from runtime.kernels.fp8 import largest
 from runtime.kernels.fp8_blocks import BLOCK, SIDE, Pair, empty_rows, scales_of, store_columns, to_bits
+from runtime.kernels.swiglu import swiglu_gradients, swiglu_of
 
 TILE_ROWS, TILE_COLUMNS = 32, 32  # that a program holds at a time
 
@@ -50,7 +51,7 @@ def _swiglu_kernel(
     row = (first + tl.arange(0, TILE_R)).to(tl.int64)
     column = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     gate, up, weight, _ = _load(hidden, weights, slots, row, column, width)
-    act = gate / (1.0 + tl.exp(-gate)) * up * weight
+    act = swiglu_of(gate, up) * weight
     factor, scale = scales_of(tl.max(tl.abs(act), 1), LIMIT)
     tl.store(out + row[:, None] * width + column[None, :], to_bits(act, factor[:, None], out))
     tl.store(scales + tl.program_id(1).to(tl.int64) * num_rows + row, scale)

@@ -15,6 +15,20 @@ MAX_BLOCK = 2048
 
 
 @triton.jit
+def swiglu_of(gate, up):
+    """silu(gate) * up."""
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def swiglu_gradients(gate, up, grad):
+    """The gradients of gate and up from that of silu(gate) * up, and that product."""
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sigmoid
+    return grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), grad * silu, silu * up
+
+
+@triton.jit
 def _forward_kernel(
     hidden, weights, slots, out, ends, width, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):
@@ -28,7 +42,7 @@ def _forward_kernel(
     up = tl.load(base + width + columns, mask=inside, other=0.0).to(ACC)
     slot = tl.load(slots + row)
     weight = tl.load(weights + slot, mask=slot >= 0, other=0.0).to(ACC)
-    act = gate / (1.0 + tl.exp(-gate)) * up * weight
+    act = swiglu_of(gate, up) * weight
     tl.store(out + row.to(tl.int64) * width + columns, act.to(out.dtype.element_ty), mask=inside)
 
 
@@ -59,15 +73,11 @@ def _backward_kernel(
         gate = tl.load(base + columns, mask=inside, other=0.0).to(ACC)
         up = tl.load(base + WIDTH + columns, mask=inside, other=0.0).to(ACC)
         incoming = tl.load(grad_base + columns, mask=inside, other=0.0).to(ACC)
-        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-        silu = gate * sigmoid
-        act = silu * up
+        grad_gate, grad_up, act = swiglu_gradients(gate, up, incoming * weight)
         dot += incoming * act
-        scaled = incoming * weight
-        grad_gate = scaled * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         # In place: every element is read by the thread that writes it, before it does.
         tl.store(base + columns, grad_gate.to(hidden.dtype.element_ty), mask=inside)
-        tl.store(base + WIDTH + columns, (scaled * silu).to(hidden.dtype.element_ty), mask=inside)
+        tl.store(base + WIDTH + columns, grad_up.to(hidden.dtype.element_ty), mask=inside)
         tl.store(grad_base + columns, (act * weight).to(grad.dtype.element_ty), mask=inside)
     tl.store(grad_weights + slot, tl.sum(dot, 0).to(grad_weights.dtype.element_ty), mask=slot >= 0)
 
@@ -80,7 +90,7 @@ def _alone_forward_kernel(hidden, out, width, BLOCK: tl.constexpr, ACC: tl.const
     base = hidden + row * (2 * width) + columns
     gate = tl.load(base, mask=inside, other=0.0).to(ACC)
     up = tl.load(base + width, mask=inside, other=0.0).to(ACC)
-    act = gate / (1.0 + tl.exp(-gate)) * up
+    act = swiglu_of(gate, up)
     tl.store(out + row * width + columns, act.to(out.dtype.element_ty), mask=inside)
 
 
@@ -93,10 +103,9 @@ def _alone_backward_kernel(hidden, grad, grad_hidden, width, BLOCK: tl.constexpr
     gate = tl.load(hidden + place, mask=inside, other=0.0).to(ACC)
     up = tl.load(hidden + width + place, mask=inside, other=0.0).to(ACC)
     incoming = tl.load(grad + row * width + columns, mask=inside, other=0.0).to(ACC)
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    grad_gate = incoming * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    grad_gate, grad_up, _ = swiglu_gradients(gate, up, incoming)
     tl.store(grad_hidden + place, grad_gate.to(grad_hidden.dtype.element_ty), mask=inside)
-    tl.store(grad_hidden + width + place, (incoming * gate * sigmoid).to(grad_hidden.dtype.element_ty), mask=inside)
+    tl.store(grad_hidden + width + place, grad_up.to(grad_hidden.dtype.element_ty), mask=inside)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -77,12 +77,8 @@ def plain(kind: Kind, documents: Packed | None) -> Callable[..., tuple[Tensor, .
     """torch's own, by a mask where it needs one."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> tuple[Tensor, ...]:
-        v = F.pad(v, (0, kind.width - kind.value))
-        if sinks:
-            return (attention._with_sinks(q, k, v, kind.window, None, sinks[0], documents),)
-        causal = kind.window is None and documents is None and kind.queries == POSITIONS
-        mask = None if causal else attention._mask(q, k, kind.window, documents)
-        return (attention._plain(q, k, v, mask, None),)
+        v, sink = F.pad(v, (0, kind.width - kind.value)), sinks[0] if sinks else None
+        return (attention.attend_by_torch(q, k, v, kind.window, sinks_H=sink, packed=documents),)
 
     return run
 

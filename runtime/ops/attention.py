@@ -97,10 +97,27 @@ def attend(
             v_SBGV = F.pad(v_SBGV, (0, q_SBHK.shape[-1] - width))
         flash = Flash(scale, window, None if packed is None else packed.bounds())
         return attend_in_parts(q_SBHK, k_SBGK, v_SBGV, sinks_H, [(flash, len(k_SBGK))])[..., :width]
+    return attend_by_torch(q_SBHK, k_SBGK, v_SBGV, window, scale=scale, sinks_H=sinks_H, packed=packed)
+
+
+def attend_by_torch(
+    q_SBHK: Tensor,
+    k_SBGK: Tensor,
+    v_SBGV: Tensor,
+    window: int | None,
+    *,
+    scale: float | None = None,
+    sinks_H: Tensor | None = None,
+    packed: Packed | None = None,
+) -> Tensor:
+    """Attention by torch's choice of a kernel, with a mask of all pairs where a row isn't just causal.
+
+    Args and Returns are as of `attend`.
+    """
     if sinks_H is not None:
         return _with_sinks(q_SBHK, k_SBGK, v_SBGV, window, scale, sinks_H, packed)
-    mask = None if plain and len(q_SBHK) == len(k_SBGK) else _mask(q_SBHK, k_SBGK, window, packed)
-    return _plain(q_SBHK, k_SBGK, v_SBGV, mask, scale)
+    causal = window is None and packed is None and len(q_SBHK) == len(k_SBGK)
+    return _plain(q_SBHK, k_SBGK, v_SBGV, None if causal else _mask(q_SBHK, k_SBGK, window, packed), scale)
 
 
 def describe_attention(device: torch.device, dtype: torch.dtype, *, windows: bool, documents: bool) -> list[str]:

@@ -25,6 +25,7 @@ from runtime.data.summary import describe_data, document_lengths
 from runtime.errors import require
 from runtime.estimate.forecast import Forecast, Gpu, Measured
 from runtime.estimate.stages import level_stages, same_stages
+from runtime.flag import flag_name
 from runtime.host_memory import available_memory
 from runtime.job.failure import USER_ERROR, end_with
 from runtime.job.meeting import do_together
@@ -39,6 +40,7 @@ from runtime.log.records import Speed
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.targets import describe_adapters
 from runtime.model.tensor_maps import describe_overlap
+from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import describe_backend
 from runtime.ops.attention import describe_attention
 from runtime.optim.config import EMA
@@ -104,6 +106,11 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     if run.moe is not None:
         sizes = run.model.sizes["hidden"], run.model.sizes["ffn"] // run.parallel.etp
         notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype], run.fp8, sizes))
+        if run.moe.force_load_balancing:
+            notes.append(
+                f"WARNING: {flag_name(MoEConfig, 'force_load_balancing')} sends tokens to all experts in turn, whatever the "
+                "router says: measure with it; a model that should learn trains without"
+            )
     forecast = expect(run, process)
     if forecast is not None:
         forecast.check()

@@ -96,7 +96,9 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
         )
         return Local(**common, **none, exchanged=False)
     sent = common["tokens_moe"] * moe.topk
-    uneven = 1.0 if parallel.ep == 1 else machine.imbalance if imbalance is None else imbalance
+    uneven = machine.imbalance if imbalance is None else imbalance
+    if parallel.ep == 1 or moe.force_load_balancing:
+        uneven = 1.0
     factor = moe.capacity_factor
     if factor is not None:
         uneven = factor if moe.pad_to_capacity else min(uneven, factor)

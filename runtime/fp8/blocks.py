@@ -57,7 +57,7 @@ def quantise(
     """Bring matrices, side by side, to 8 bits.
 
     Args:
-        parts_TD: [T, D] each, contiguous.
+        parts_TD: [T, D] each, the last dim contiguous.
         dtype: the format.
         alignment: P is T rounded up to a multiple of it.
         rows: whether the rows are wanted.
@@ -103,13 +103,7 @@ def _columns(operand: Operand, first: int, last: int) -> tuple[Tensor, Tensor]:
 
 def _empty(rows: int, depth: int, dtype: torch.dtype, device: torch.device) -> Operand:
     bits = torch.empty(rows, depth, dtype=dtype, device=device)
-    return Operand(bits, torch.empty(depth // BLOCK, rows, device=device))
-
-
-def _side_by_side(made: Quantised, first: int, last: int) -> tuple[Operand | None, Operand | None]:
-    """Where some columns of a matrix go."""
-    rows = made.rows and Operand(made.rows.bits[:, first:last], made.rows.scale[first // BLOCK : last // BLOCK])
-    return rows, made.columns and made.columns.part(first, last)
+    return Operand(bits, torch.empty(depth // BLOCK, rows, dtype=torch.float32, device=device))
 
 
 def empty_matrices(num_matrices: int, rows: int, depth: int, device: torch.device) -> Quantised:
@@ -117,7 +111,8 @@ def empty_matrices(num_matrices: int, rows: int, depth: int, device: torch.devic
 
     def empty(*shape: int) -> Operand:
         bits = torch.empty(num_matrices, *shape, dtype=E4M3, device=device)
-        return Operand(bits, torch.empty(num_matrices, *(size // BLOCK for size in shape), device=device))
+        blocks = (num_matrices, *(size // BLOCK for size in shape))
+        return Operand(bits, torch.empty(blocks, dtype=torch.float32, device=device))
 
     return Quantised(empty(rows, depth), empty(depth, rows))
 

@@ -20,7 +20,7 @@ from runtime.kernels.fp8 import largest
 
 BLOCK = 128
 SIDE = tl.constexpr(BLOCK)
-MOST = tl.constexpr(100)  # the exponent of the largest factor
+MOST = tl.constexpr(100)  # the exponent of the largest factor, as in `runtime.fp8.blocks`
 LIMIT_EXPONENT_E4M3, LIMIT_EXPONENT_E5M2 = tl.constexpr(127 + 8), tl.constexpr(127 + 15)
 PIECE = 64  # columns that a program holds at a time for the transpose
 Pair = tuple[Tensor, Tensor]

@@ -59,7 +59,7 @@ def _swiglu_kernel(
 
 @triton.jit
 def _gradients_of(hidden, weights, slots, grad, row, column, width):
-    """Gradients of gate and up, the activation before its weight, the weight, and the dot products, of some rows."""
+    """Gradients of gate and up, the weighted activation, and dot products of gradient and activation, of some rows and columns."""
     gate, up, weight, real = _load(hidden, weights, slots, row, column, width)
     incoming = tl.load(grad + row[:, None] * width + column[None, :], mask=real, other=0.0).to(tl.float32)
     grad_gate, grad_up, act = swiglu_gradients(gate, up, incoming * weight)

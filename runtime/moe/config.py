@@ -46,6 +46,8 @@ class MoEConfig:
     """Auxiliary-loss-free balancing: a bias per expert takes part in the choice but not in the weights."""
     expert_bias_update_rate: float = flag(1e-3, "--moe-router-bias-update-rate", at_least=0)
     """Step of the expert bias after each global batch."""
+    force_load_balancing: bool = flag(False, "--moe-router-force-load-balancing")
+    """Send each rank's tokens to all experts in turn, whatever the router says: to measure speed, not to train."""
     expert_bias_centered: bool = False
     """Subtract the mean of the bias step, so that biases keep their sum."""
     router_dtype: RouterDtype = flag("fp32", "--moe-router-dtype")
@@ -96,6 +98,8 @@ class MoEConfig:
             raise MoEConfigError(f"{named} balances by itself: leave {coeff} out")
         if self.enable_expert_bias:
             raise MoEConfigError(f"{named} balances by itself: leave {_flag('enable_expert_bias')} out")
+        if self.force_load_balancing:
+            raise MoEConfigError(f"{named} balances by itself: leave {_flag('force_load_balancing')} out")
         if self.router.groups > 1:
             raise MoEConfigError(f"{named} doesn't choose by groups, as this model's router does: take another")
         if kind == "sinkhorn" and self.capacity_factor is not None:

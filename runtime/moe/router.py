@@ -17,7 +17,7 @@ from runtime.moe.config import MoEConfig
 from runtime.moe.groups import MoEGroups
 from runtime.moe.losses import LinearLoss
 from runtime.moe.router_linear import router_linear
-from runtime.moe.routing import Routing, choose
+from runtime.moe.routing import Routing, choose, in_turn
 from runtime.moe.scoring import Scored, score, score_fused
 from runtime.moe.statistics import RouterStats
 from runtime.moe.tape import active_tape
@@ -126,6 +126,8 @@ class Router(nn.Module):
         tape = active_tape()
         counting = tape is None or not tape.replaying
         chosen = tape.replay() if tape is not None and tape.replaying else None
+        if chosen is None and config.force_load_balancing:
+            chosen = in_turn(logits.shape[0], config, logits.device)
         # With a tape both runs take the same path: checkpointing compares what they save for the backward pass.
         if _fusable(config, logits):
             scored = score_fused(logits, config, chosen)

@@ -87,6 +87,20 @@ def best_tokens(priority_TE: Tensor, capacity: int) -> Tensor:
     return torch.zeros_like(priority_TE, dtype=torch.bool).scatter_(0, order, True)
 
 
+def in_turn(num_tokens: int, config: MoEConfig, device: torch.device) -> Tensor:
+    """Send each token to the experts after those of the token before, so that all have as many, or one more.
+
+    Args:
+        num_tokens: T.
+        config: the layer's options.
+        device: where the tokens are.
+
+    Returns:
+        [T, topk] int64.
+    """
+    return (torch.arange(num_tokens * config.topk, device=device) % config.num_experts).view(-1, config.topk)
+
+
 def choose(logits_TE: Tensor, config: MoEConfig, *, training: bool, bias_E: Tensor | None = None) -> Tensor:
     """Choose each token's experts, before any drop; no gradient.
 

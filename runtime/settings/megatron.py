@@ -170,7 +170,6 @@ REFUSED: dict[str, str] = {
     "--mscale-all-dim": _CONFIG,
     "--init-method-xavier-uniform": "weights are drawn from normal distributions: give --init-method-std",
     "--moe-use-upcycling": "turn the checkpoint into a mixture with `moeconv upcycle` first",
-    "--moe-router-force-load-balancing": "tokens go where the router sends them; leave it out",
     "--vocab-file": "give the tokenizer, a folder or file that transformers loads, with --tokenizer-model",
     "--merge-file": "give the tokenizer, a folder or file that transformers loads, with --tokenizer-model",
     "--no-check-for-nan-in-loss-and-grad": "NaN and inf are always noticed; --on-nonfinite skip leaves such steps out",

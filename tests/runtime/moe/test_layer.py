@@ -201,6 +201,34 @@ def test_the_fused_router_runs_again_with_its_choices(monkeypatch: pytest.Monkey
     torch.testing.assert_close(again.weights_TK, shares)
 
 
+@pytest.mark.parametrize("fusable", [False, True])
+def test_forced_balance_sends_tokens_to_all_experts_in_turn(fusable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weights that the router gives those experts, its gradients and losses, and again where a layer runs again."""
+    monkeypatch.setattr("runtime.moe.router._fusable", lambda *_: fusable)
+    options = {"num_experts": 5, "topk": 2, "router_dtype": "fp32", "force_load_balancing": True}
+    module = make(torch.float32, **options, load_balancing=("aux_loss",), aux_loss_coeff=(0.1,)).to(DEVICE)
+    module.reset_stats()
+    x = torch.randn(31, 16, device=DEVICE, requires_grad=True)
+    out = module(x)
+    chosen = torch.tensor([[2 * token % 5, (2 * token + 1) % 5] for token in range(31)], device=DEVICE)
+    weights = torch.softmax((x @ module.router.weight.t()).gather(1, chosen), dim=-1)
+    shares = torch.zeros(31, 5, device=DEVICE).scatter(1, chosen, weights)
+    expected = moe_output(x, shares, module.experts.w13, module.experts.w2)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert (
+        module.stats.load_E.tolist() == torch.bincount(chosen.flatten(), minlength=5).tolist() == [13, 13, 12, 12, 12]
+    )
+    out.sum().backward()
+    assert module.router.weight.grad.abs().max() > 0
+    grads = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    checkpoint(module, x, use_reentrant=False, context_fn=RoutingTape().contexts).sum().backward()
+    for mine, theirs in zip(module.parameters(), grads, strict=True):
+        torch.testing.assert_close(mine.grad, theirs)
+    module.eval()
+    assert torch.equal(module(x), out)
+
+
 def test_statistics_and_non_finite_tokens() -> None:
     module = make(capacity_factor=0.5)
     x = torch.randn(40, 16, dtype=torch.float64)

@@ -102,6 +102,10 @@ def test_tied_embeddings_disagree() -> None:
         ("--clip-grad -1", "--clip-grad is -1.0"),
         ("--keep-last -1", "--keep-last is -1"),
         ("--moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff 0.1", "balances by itself"),
+        (
+            "--moe-router-load-balancing-type sinkhorn --moe-router-force-load-balancing",
+            "balances by itself: leave --moe-router-force",
+        ),
         ("--lr-warmup-iters 10", "--lr-warmup-iters is 10"),
         ("--train-iters 0", "--train-iters is missing"),
     ],

@@ -62,6 +62,10 @@ _FULL = (
     "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 "
     "--use-distributed-optimizer --recompute-granularity full"
 )
+_EIGHT = (
+    "--seq-length 4096 --bf16 --global-batch-size 128 --moments-dtype bfloat16 --use-distributed-optimizer "
+    "--expert-model-parallel-size 8"
+)
 _OTHER = f"{_LENGTH} --global-batch-size 32 --moments-dtype bfloat16 --pipeline-model-parallel-size 4"
 SECTIONS: dict[str, list[Case]] = {
     "offload": [
@@ -138,6 +142,22 @@ SECTIONS: dict[str, list[Case]] = {
             model="mixtral-8x7b",
             ranks=2,
             flags=f"{_LORA} {_ALL} --global-batch-size 8 --expert-model-parallel-size 2",
+        ),
+    ],
+    "eight": [
+        Case(
+            name="Qwen3-30B-A3B, all weights, tokens to all experts in turn and as routed",
+            model="qwen3-30b-a3b",
+            ranks=8,
+            flags=f"{_EIGHT} --micro-batch-size 2 --moe-router-force-load-balancing",
+            beside=f"{_EIGHT} --micro-batch-size 2",
+        ),
+        Case(
+            name="Mixtral 8x7B, all weights on eight GPUs, saved without the optimizer's state",
+            model="mixtral-8x7b",
+            ranks=8,
+            flags=f"{_EIGHT} --micro-batch-size 1 --no-save-optim",
+            save_and_resume=f"{_OTHER.replace('parallel-size 4', 'parallel-size 8')} --no-save-optim",
         ),
     ],
 }

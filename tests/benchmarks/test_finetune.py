@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from benchmarks.finetune import MODELS, SECTIONS, Case, config_of, lines, main, parse
+from benchmarks.finetune_rank import Spec, read_run
 from moeconv.families import family_of
 from moeconv.families.base import Model
+from runtime.job.processes import Process
 
 FLAGS = "--seq-length 32 --global-batch-size 4 --bf16 --moments-dtype bfloat16"
 
@@ -38,6 +41,15 @@ def test_models_have_their_published_sizes() -> None:
     for name, size in (("mixtral-8x7b", 46.70e9), ("qwen3-30b-a3b", 30.53e9)):
         model = Model.from_config(family_of(MODELS[name]), config_of(Case(name="", model=name, flags="")))
         assert sum(tensor.size for tensor in model.tensors.values()) == pytest.approx(size, rel=1e-3)
+
+
+@pytest.mark.parametrize("case", [case for cases in SECTIONS.values() for case in cases], ids=lambda case: case.name)
+def test_the_trainer_takes_the_flags_of_every_case(case: Case) -> None:
+    for flags in (case.flags, case.beside, case.save_and_resume):
+        if flags is not None:
+            spec = Spec(config=config_of(case), flags=shlex.split(flags), steps=1, folder="none")
+            run = read_run(spec, Process(world_size=case.ranks))
+            assert run.train.global_batch_size % (case.ranks // run.parallel.tp // run.parallel.pp) == 0
 
 
 def test_sections_and_own_cases_are_read() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -20,28 +21,50 @@ from runtime.settings.table import BEGIN, END, render
 ROOT = Path(__file__).parents[3]
 
 
-def _trees() -> list[tuple[Path, ast.Module]]:
-    files = [path for top in ("runtime", "cli") for path in sorted((ROOT / top).rglob("*.py"))]
-    return [(path, ast.parse(path.read_text(encoding="utf8"))) for path in files]
+class Module(NamedTuple):
+    """The nodes of a file that these tests look at, found in one walk."""
+
+    annotated: list[tuple[str, set[str]]]
+    """Variables and arguments, with the names in their annotation."""
+    assigned: list[tuple[ast.expr, ast.expr]]
+    read: list[ast.Attribute]
+    classes: list[ast.ClassDef]
 
 
-def _names_of(owner: str, trees: list[tuple[Path, ast.Module]]) -> set[str]:
+def _modules() -> list[Module]:
+    return [
+        _module(ast.parse(path.read_text(encoding="utf8")))
+        for top in ("runtime", "cli")
+        for path in sorted((ROOT / top).rglob("*.py"))
+    ]
+
+
+def _module(tree: ast.Module) -> Module:
+    out = Module([], [], [], [])
+    for node in ast.walk(tree):
+        annotation = getattr(node, "annotation", None)
+        if annotation is not None:
+            target = node.arg if isinstance(node, ast.arg) else getattr(getattr(node, "target", None), "id", "")
+            out.annotated.append((target, {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)}))
+        if isinstance(node, ast.Assign):
+            out.assigned.extend(_pairs(node))
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            out.read.append(node)
+        elif isinstance(node, ast.ClassDef):
+            out.classes.append(node)
+    return out
+
+
+def _names_of(owner: str, modules: list[Module]) -> set[str]:
     """The variables and attributes that hold a settings object: whatever is annotated with its class, or read of those."""
-    names = set()
-    for _, tree in trees:
-        for node in ast.walk(tree):
-            annotation = getattr(node, "annotation", None)
-            if annotation is not None and any(isinstance(n, ast.Name) and n.id == owner for n in ast.walk(annotation)):
-                target = node.arg if isinstance(node, ast.arg) else getattr(node.target, "id", "")
-                names |= {target, f"_{target}"}
-    for _, tree in trees:  # config = self.run.train; a, b = x.optim, y
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Assign):
-                for target, value in _pairs(node):
-                    made = isinstance(value, ast.Call) and getattr(value.func, "id", "") == owner
-                    held = isinstance(value, ast.Attribute) and value.attr in names
-                    if isinstance(target, ast.Name) and (made or held):
-                        names.add(target.id)
+    held = {target for module in modules for target, names in module.annotated if owner in names}
+    names = held | {f"_{target}" for target in held}
+    for module in modules:  # config = self.run.train; a, b = x.optim, y
+        for target, value in module.assigned:
+            made = isinstance(value, ast.Call) and getattr(value.func, "id", "") == owner
+            read = isinstance(value, ast.Attribute) and value.attr in names
+            if isinstance(target, ast.Name) and (made or read):
+                names.add(target.id)
     return names
 
 
@@ -53,34 +76,33 @@ def _pairs(node: ast.Assign) -> list[tuple[ast.expr, ast.expr]]:
 
 
 def test_every_field_has_a_reader_outside_its_class() -> None:
-    trees = _trees()
+    modules = _modules()
     unread = set()
     for group in GROUPS:
-        owner, holders = group.owner.__name__, _names_of(group.owner.__name__, trees)
-        read = set()
-        for _, tree in trees:
-            inside = {
-                id(n) for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and c.name == owner for n in ast.walk(c)
-            }
-            for node in ast.walk(tree):
-                if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load):
-                    continue
-                base = node.value
-                holder = base.id if isinstance(base, ast.Name) else base.attr if isinstance(base, ast.Attribute) else ""
-                # Methods of the class are its public face: what they read is read by whoever calls them.
-                if holder in holders and id(node) not in inside:
-                    read.add(node.attr)
-        for _, tree in trees:
-            for cls in (c for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and c.name == owner):
-                for method in (m for m in cls.body if isinstance(m, ast.FunctionDef) and m.name in read):
-                    read |= {n.attr for n in ast.walk(method) if isinstance(n, ast.Attribute)}
-                    ends = _computed_names(method)
-                    read |= {f.name for f in dataclasses.fields(group.owner) if f.name.endswith(ends)}
-                for method in (m for m in cls.body if isinstance(m, ast.FunctionDef) and m.name == "__post_init__"):
-                    # A field that another is derived from in the class counts where that one is read.
-                    read |= _sources(method, read)
+        owner, holders = group.owner.__name__, _names_of(group.owner.__name__, modules)
+        own = [cls for module in modules for cls in module.classes if cls.name == owner]
+        inside = {id(node) for cls in own for node in ast.walk(cls)}
+        # Methods of the class are its public face: what they read is read by whoever calls them.
+        read = {
+            node.attr
+            for module in modules
+            for node in module.read
+            if _holder(node.value) in holders and id(node) not in inside
+        }
+        for cls in own:
+            for method in (m for m in cls.body if isinstance(m, ast.FunctionDef) and m.name in read):
+                read |= {n.attr for n in ast.walk(method) if isinstance(n, ast.Attribute)}
+                ends = _computed_names(method)
+                read |= {f.name for f in dataclasses.fields(group.owner) if f.name.endswith(ends)}
+            for method in (m for m in cls.body if isinstance(m, ast.FunctionDef) and m.name == "__post_init__"):
+                # A field that another is derived from in the class counts where that one is read.
+                read |= _sources(method, read)
         unread |= {f"{owner}.{f.name}" for f in dataclasses.fields(group.owner) if f.name not in read}
     assert not unread, f"nobody reads {sorted(unread)}"
+
+
+def _holder(base: ast.expr) -> str:
+    return base.id if isinstance(base, ast.Name) else base.attr if isinstance(base, ast.Attribute) else ""
 
 
 def _computed_names(method: ast.FunctionDef) -> tuple[str, ...]:

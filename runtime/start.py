@@ -25,7 +25,6 @@ from runtime.data.summary import describe_data, document_lengths
 from runtime.errors import require
 from runtime.estimate.forecast import Forecast, Gpu, Measured
 from runtime.estimate.stages import level_stages, same_stages
-from runtime.flag import flag_name
 from runtime.host_memory import available_memory
 from runtime.job.failure import USER_ERROR, end_with
 from runtime.job.meeting import do_together
@@ -40,9 +39,6 @@ from runtime.log.records import Speed
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.targets import describe_adapters
 from runtime.model.tensor_maps import describe_overlap
-from runtime.moe.config import MoEConfig
-from runtime.moe.grouped_gemm import describe_backend
-from runtime.ops.attention import describe_attention
 from runtime.optim.config import EMA
 from runtime.optim.groups import check_states, describe_frozen, resolve_groups
 from runtime.settings.assemble import make_run
@@ -50,6 +46,7 @@ from runtime.settings.capture import describe_capture
 from runtime.settings.check import check_run, data_parallel_size
 from runtime.settings.flags import Given
 from runtime.settings.generation import for_generation
+from runtime.settings.kernels import describe_kernels
 from runtime.settings.origin import Origin, find_origin
 from runtime.settings.override import override_router
 from runtime.settings.quantised import check_stored_blocks, with_plain_numbers
@@ -99,18 +96,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if not run.train.skip_train:
         notes += describe_capture(run, process.world_size, device)
-    windows = any(window is not None and window < run.train.seq_length for window in run.model.compute.windows)
-    documents = run.data.separates_documents
-    if run.parallel.cp == 1:
-        notes += describe_attention(device, TORCH_DTYPES[run.dtype], windows=windows, documents=documents)
-    if run.moe is not None:
-        sizes = run.model.sizes["hidden"], run.model.sizes["ffn"] // run.parallel.etp
-        notes.append(describe_backend(run.moe, device, TORCH_DTYPES[run.dtype], run.fp8, sizes))
-        if run.moe.force_load_balancing:
-            notes.append(
-                f"WARNING: {flag_name(MoEConfig, 'force_load_balancing')} sends tokens to all experts in turn, whatever the "
-                "router says: measure with it; a model that should learn trains without"
-            )
+    notes += describe_kernels(run, device)
     forecast = expect(run, process)
     if forecast is not None:
         forecast.check()

@@ -96,9 +96,8 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
         )
         return Local(**common, **none, exchanged=False)
     sent = common["tokens_moe"] * moe.topk
-    uneven = machine.imbalance if imbalance is None else imbalance
-    if parallel.ep == 1 or moe.force_load_balancing:
-        uneven = 1.0
+    even = parallel.ep == 1 or moe.force_load_balancing
+    uneven = 1.0 if even else machine.imbalance if imbalance is None else imbalance
     factor = moe.capacity_factor
     if factor is not None:
         uneven = factor if moe.pad_to_capacity else min(uneven, factor)

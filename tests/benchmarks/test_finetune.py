@@ -43,8 +43,11 @@ def test_models_have_their_published_sizes() -> None:
         assert sum(tensor.size for tensor in model.tensors.values()) == pytest.approx(size, rel=1e-3)
 
 
-@pytest.mark.parametrize("case", [case for cases in SECTIONS.values() for case in cases], ids=lambda case: case.name)
-def test_the_trainer_takes_the_flags_of_every_case(case: Case) -> None:
+SPREAD = [case for cases in SECTIONS.values() for case in cases if case.ranks > 1]
+
+
+@pytest.mark.parametrize("case", SPREAD, ids=lambda case: case.name)
+def test_the_trainer_takes_the_flags_of_cases_on_several_gpus(case: Case) -> None:
     for flags in (case.flags, case.beside, case.save_and_resume):
         if flags is not None:
             spec = Spec(config=config_of(case), flags=shlex.split(flags), steps=1, folder="none")

@@ -142,7 +142,7 @@ def alone_wide(pool: RankPool) -> tuple[Run, Run]:
     return run(pool, "blockwise", None, wide=True), run(pool, None, None, wide=True)
 
 
-@pytest.mark.parametrize("layout", [*SAME, "tp2 sp", "ep2"])
+@pytest.mark.parametrize("layout", ["dp2 sharded", "pp2", "tp2 sp", "ep2"])
 def test_blocks_are_those_of_one_rank(layout: str, alone_wide: tuple[Run, Run], pool: RankPool) -> None:
     """Under tensor parallelism too, whose pieces are whole blocks; an expert's rows come from other ranks in other blocks."""
     got, (one, exact) = run(pool, "blockwise", layout, wide=True), alone_wide

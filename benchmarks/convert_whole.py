@@ -65,8 +65,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the model; default: all 32")
     parser.add_argument("--folder", type=Path, help="disk with room for two models; default: that of temporary files")
     args = parser.parse_args()
-    config = mixtral_config(args.layers) | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
-    config["num_hidden_layers"] = args.layers
+    config = mixtral_config(LAYERS) | {"num_hidden_layers": args.layers}
     with tempfile.TemporaryDirectory(prefix="convert-", dir=args.folder) as folder:
         for found in convert(config, Path(folder)):
             print(json.dumps(found), flush=True)

@@ -66,7 +66,7 @@ _EIGHT = (
     "--seq-length 4096 --bf16 --global-batch-size 128 --moments-dtype bfloat16 --use-distributed-optimizer "
     "--expert-model-parallel-size 8"
 )
-_OTHER = f"{_LENGTH} --global-batch-size 32 --moments-dtype bfloat16 --pipeline-model-parallel-size 4"
+_OTHER = f"{_LENGTH} --global-batch-size 32 --moments-dtype bfloat16 --pipeline-model-parallel-size"
 SECTIONS: dict[str, list[Case]] = {
     "offload": [
         Case(
@@ -91,7 +91,7 @@ SECTIONS: dict[str, list[Case]] = {
             ranks=4,
             flags=f"{_FULL} --no-save-optim",
             steps=2,
-            save_and_resume=f"{_OTHER} {_HOST} --recompute-granularity full",
+            save_and_resume=f"{_OTHER} 4 {_HOST} --recompute-granularity full",
         ),
         Case(
             name="Mixtral 8x7B, 4 layers, saved with the optimizer's state",
@@ -99,7 +99,7 @@ SECTIONS: dict[str, list[Case]] = {
             ranks=4,
             layers=4,
             flags=_FULL,
-            save_and_resume=_OTHER,
+            save_and_resume=f"{_OTHER} 4",
         ),
     ],
     "lora": [
@@ -157,7 +157,7 @@ SECTIONS: dict[str, list[Case]] = {
             model="mixtral-8x7b",
             ranks=8,
             flags=f"{_EIGHT} --micro-batch-size 1 --no-save-optim",
-            save_and_resume=f"{_OTHER.replace('parallel-size 4', 'parallel-size 8')} --no-save-optim",
+            save_and_resume=f"{_OTHER} 8 --no-save-optim",
         ),
     ],
 }

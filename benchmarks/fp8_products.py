@@ -37,8 +37,9 @@ def _product_ms(
     return _ms(lambda: launch(kind, left, right, out, ends, gate, add=out.dtype == torch.float32, bounds=bounds))
 
 
-def _row(name: str, flops: float, *times: float) -> None:
-    print(f"| {name} | " + " | ".join(f"{ms:.2f} ({flops / ms / 1e9:.0f})" for ms in times) + " |", flush=True)
+def _row(name: str, flops: float, *times: float | None) -> None:
+    cells = ("" if ms is None else f"{ms:.2f} ({flops / ms / 1e9:.0f})" for ms in times)
+    print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def _pass(name: str, gigabytes: float, ms: float) -> None:
@@ -80,7 +81,7 @@ def products(
             out = torch.empty(num_rows, columns, device="cuda", dtype=BF16)
         act = torch.empty(num_rows, columns // 2, device="cuda", dtype=BF16) if gated else None
         gate = Gate(act, weights, slots) if gated else None
-        times = [_product_ms(kind, left, right, out, plan_ends, gate)]
+        times: list[float | None] = [_product_ms(kind, left, right, out, plan_ends, gate)]
         del left, right, act, gate
         if kind == "tn":
             left8, right8 = _bits(depth, num_rows, dtype=E5M2), _bits(columns, num_rows)
@@ -98,7 +99,7 @@ def products(
             bounds = Bounds(one * 1e-2, one if kind == "tn" else each, split)
             times.append(_product_ms(form, left8, right8, out, plan_ends, gate8, bounds))
         if gated:
-            times.append(times[-1])
+            times.append(None)  # the tensor cores sum it
         times.append(_product_ms(form, left8, right8, out, plan_ends, None, _blocks(left8, right8, num_experts, form)))
         _row(name, factor * flops, *times)
 
@@ -154,7 +155,9 @@ def _block_passes(
     """The passes that scale block by block."""
     slots, ends, topk = plan.slot_of_row_R, plan.offsets_E, plan.topk
     (num_tokens, width), kept = x.shape, weights.numel()
-    rows, columns = (_room(*shape) for shape in ((num_tokens, width), (width, num_tokens)))
+    rows, columns = (
+        fp8_blocks.empty_rows(*shape, E4M3, x.device) for shape in ((num_tokens, width), (width, num_tokens))
+    )
     giga = num_tokens * width / 1e9
     _pass("tokens to blocks", 3 * giga, _ms(lambda: fp8_blocks.quantise(x, rows, None)))
     _pass("tokens to blocks, both layouts", 4 * giga, _ms(lambda: fp8_blocks.quantise(x, rows, columns)))
@@ -170,10 +173,6 @@ def _block_passes(
     _pass("SwiGLU to blocks", 5 * giga, _ms(lambda: fp8_blocks_swiglu.swiglu(hidden, weights, slots, ends)))
     inputs = (hidden, weights, grad, slots, ends, E4M3)
     _pass("SwiGLU backward to blocks", 11 * giga, _ms(lambda: fp8_blocks_swiglu.swiglu_backward(*inputs)))
-
-
-def _room(rows: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(rows, depth, device="cuda", dtype=E4M3), torch.empty(depth // 128, rows, device="cuda")
 
 
 def weights_passes(sizes: tuple[int, int, int, int, int]) -> None:

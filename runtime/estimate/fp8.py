@@ -90,7 +90,6 @@ def expert_passes(setup: Setup, local: Local, machine: Machine) -> tuple[float, 
     inner, looked = local.rows_computed * local.width, _looked_at(setup, local)
     made = machine.moving(tokens * (local.item + 1 + looked), "quantise")
     gather = machine.moving(rows + tokens, "gather")
-    # Read twice two bytes and written one; with a bound that is known, the product before writes it.
     # Read twice two bytes and written one; delayed, where the bound is known, the product before writes it.
     swiglu = 0.0 if setup.fp8.recipe == "delayed" else machine.moving(5 * inner, "swiglu")
     # Gate, up and gradient read; gradients in both layouts and the activation written; tensorwise read once more for the

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from runtime.fp8.operands import BLOCK, E4M3, Operand, Quantised, spread
+from runtime.fp8.operands import BLOCK, E4M3, Operand, Quantised, spans, spread
 
 MOST = 2.0**100
 """Of a factor: a block of the smallest numbers is not brought to the format's largest."""
@@ -71,21 +71,19 @@ def quantise(
     if device.type != "cuda":
         whole = pad(torch.cat(list(parts_TD), 1), (0, 0, 0, padded - num_rows))
         return Quantised(rows_of(whole, dtype) if rows else None, columns_of(whole, dtype) if columns else None)
+    from runtime.kernels.fp8_blocks import empty_rows
     from runtime.kernels.fp8_blocks import quantise as kernel
 
     made = Quantised(
-        _empty(padded, total, dtype, device) if rows else None,
-        _empty(total, padded, dtype, device) if columns else None,
+        Operand(*empty_rows(padded, total, dtype, device)) if rows else None,
+        Operand(*empty_rows(total, padded, dtype, device)) if columns else None,
     )
-    first = 0
-    for part in parts_TD:
-        last = first + part.shape[1]
+    for part, (first, last) in zip(parts_TD, spans(part.shape[1] for part in parts_TD), strict=True):
         into = (
             None if made.rows is None else _columns(made.rows, first, last),
             None if made.columns is None else _rows(made.columns, first, last),
         )
         kernel(part, *into)
-        first = last
     return made
 
 
@@ -99,11 +97,6 @@ def _columns(operand: Operand, first: int, last: int) -> tuple[Tensor, Tensor]:
     place = slice(first // BLOCK, last // BLOCK)
     scale = operand.scale[place] if operand.bits.dim() == 2 else operand.scale[:, :, place]
     return operand.bits[..., first:last], scale
-
-
-def _empty(rows: int, depth: int, dtype: torch.dtype, device: torch.device) -> Operand:
-    bits = torch.empty(rows, depth, dtype=dtype, device=device)
-    return Operand(bits, torch.empty(depth // BLOCK, rows, dtype=torch.float32, device=device))
 
 
 def empty_matrices(num_matrices: int, rows: int, depth: int, device: torch.device) -> Quantised:
@@ -130,11 +123,8 @@ def quantise_matrices(parts_GNK: Sequence[Tensor], made: Quantised) -> None:
     if rows.bits.is_cuda:
         from runtime.kernels.fp8_blocks import quantise_matrices as kernel
 
-        first = 0
-        for part in parts_GNK:
-            last = first + part.shape[1]
-            kernel(part, _rows(rows, first, last), _columns(columns, first, last))
-            first = last
+        for part, place in zip(parts_GNK, spans(part.shape[1] for part in parts_GNK), strict=True):
+            kernel(part, _rows(rows, *place), _columns(columns, *place))
         return
     whole = torch.cat(list(parts_GNK), 1).float()
     num, height, depth = whole.shape

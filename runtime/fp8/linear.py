@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from runtime.fp8.operands import E4M3, Operand, Quantised
+from runtime.fp8.operands import E4M3, Operand, Quantised, spans
 from runtime.fp8.products import rows_times_transposed, weight_gradient
 from runtime.fp8.quantise import quantise, row_alignment
 from runtime.fp8.scaling import Scaling
@@ -35,19 +35,17 @@ class _Fp8Linears(torch.autograd.Function):
         weights, biases = cast("tuple[Tensor, ...]", parameters[:count]), parameters[count:]
         x_TD = x.reshape(-1, x.shape[-1]).contiguous()
         wanted = ctx.needs_input_grad[4 : 4 + count]
-        quantised = quantise(maps.scaling, maps.x_slot, [x_TD], E4M3, alignment=maps.alignment(x), columns=any(wanted))
+        quantised = maps.quantised(maps.x_slot, [x_TD], E4M3, columns=any(wanted))
         made = maps.weights.of(weights)
         rows, columns = quantised.rows, quantised.columns
         assert rows is not None
         assert made.rows is not None
-        end, outs, first = _end(rows.bits.shape[0], x.device), [], 0
-        for weight, bias in zip(weights, biases, strict=True):
-            last = first + weight.shape[0]
-            out = rows_times_transposed(rows, made.rows.part(first, last), end, x.dtype, exact=False)
+        end, outs = _end(rows.bits.shape[0], x.device), []
+        for weight, bias, place in zip(weights, biases, spans(w.shape[0] for w in weights), strict=True):
+            out = rows_times_transposed(rows, made.rows.part(*place), end, x.dtype, exact=False)
             # Never a view: what adds to it does so in place.
             out = out if out.shape[0] == x_TD.shape[0] else out[: x_TD.shape[0]].clone()
             outs.append((out if bias is None else out.add_(bias)).view(*x.shape[:-1], weight.shape[0]))
-            first = last
         ctx.maps, ctx.made, ctx.end, ctx.shape = maps, made, end, x.shape
         ctx.save_for_backward(*(None, None) if columns is None else (columns.bits, columns.scale), *weights)
         ctx.biases = biases
@@ -59,22 +57,21 @@ class _Fp8Linears(torch.autograd.Function):
         (x_bits, x_scale, *weights), maps, count = ctx.saved_tensors, ctx.maps, len(grads)
         flat = [grad.reshape(-1, grad.shape[-1]).contiguous() for grad in grads]
         wanted = ctx.needs_input_grad[4 : 4 + count]
-        bits = maps.quantised_gradients(flat, rows=ctx.needs_input_grad[0], columns=any(wanted))
+        dtype = maps.scaling.config.gradient_dtype
+        bits = maps.quantised(maps.grad_slot, flat, dtype, rows=ctx.needs_input_grad[0], columns=any(wanted))
         grad_x = None
         if ctx.needs_input_grad[0]:
             assert bits.rows is not None
             product = rows_times_transposed(bits.rows, ctx.made.columns, ctx.end, grads[0].dtype, exact=True)
             grad_x = product[: flat[0].shape[0]].view(ctx.shape)
         left: list[Tensor | None] = []
-        first = 0
-        for grad, weight, sink, want in zip(flat, weights, ctx.sinks[:count], wanted, strict=True):
-            last = first + grad.shape[1]
+        side_by_side = spans(grad.shape[1] for grad in flat)
+        for weight, sink, want, span in zip(weights, ctx.sinks[:count], wanted, side_by_side, strict=True):
             gradient = None
             if want and bits.columns is not None:
-                operands = (bits.columns.part(first, last), Operand(x_bits, x_scale), ctx.end, weight, sink)
+                operands = (bits.columns.part(*span), Operand(x_bits, x_scale), ctx.end, weight, sink)
                 gradient = weight_gradient(*operands)
             left.append(gradient)
-            first = last
         for place, (grad, bias) in enumerate(zip(flat, ctx.biases, strict=True)):
             if bias is None or not ctx.needs_input_grad[4 + count + place]:
                 left.append(None)
@@ -95,7 +92,7 @@ class Fp8Linears:
         """
         self.scaling = scaling
         self.weights = QuantisedWeights(scaling)
-        self.x_slot, self._grad_slot = (scaling.take_slot(f"{name}:{what}") for what in ("input", "gradient"))
+        self.x_slot, self.grad_slot = (scaling.take_slot(f"{name}:{what}") for what in ("input", "gradient"))
 
     def __call__(
         self,
@@ -110,11 +107,12 @@ class Fp8Linears:
         out = _Fp8Linears.apply(x, self, len(weights_ND), sinks, *weights_ND, *biases)  # type: ignore[no-untyped-call]
         return cast("tuple[Tensor, ...]", out)
 
-    def alignment(self, x: Tensor) -> int:
-        """What the products want the number of tokens to be a multiple of."""
-        return row_alignment(x.device, self.scaling)
+    def quantised(
+        self, slot: int, parts_TD: Sequence[Tensor], dtype: torch.dtype, *, rows: bool = True, columns: bool
+    ) -> Quantised:
+        """Bring the input, or the gradients of all maps, to 8 bits, with as many rows as products want.
 
-    def quantised_gradients(self, grads_TN: Sequence[Tensor], *, rows: bool, columns: bool) -> Quantised:
-        """Bring the gradients of all maps to 8 bits, side by side and with one bound, or block by block."""
-        dtype, alignment = self.scaling.config.gradient_dtype, self.alignment(grads_TN[0])
-        return quantise(self.scaling, self._grad_slot, grads_TN, dtype, alignment=alignment, rows=rows, columns=columns)
+        Args and Returns are as of `runtime.fp8.quantise.quantise`.
+        """
+        alignment = row_alignment(parts_TD[0].device, self.scaling)
+        return quantise(self.scaling, slot, parts_TD, dtype, alignment=alignment, rows=rows, columns=columns)

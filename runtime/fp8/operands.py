@@ -5,6 +5,7 @@ Legend: G matrices of one shape (experts, or one), T rows, P rows with padding, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,14 @@ class Operand:
         if self.bits.dim() == 2:
             return self.bits.float() * self.scale.repeat_interleave(BLOCK, 0).t()
         return self.bits.float() * spread(self.scale)
+
+
+def spans(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Give where parts of such sizes, one behind another, begin and end."""
+    first = 0
+    for size in sizes:
+        yield first, first + size
+        first += size
 
 
 def spread(blocks: Tensor) -> Tensor:

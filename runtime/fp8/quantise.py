@@ -12,7 +12,7 @@ from torch import Tensor
 
 from runtime.fp8 import blocks
 from runtime.fp8.config import ROW_ALIGNMENT
-from runtime.fp8.operands import Operand, Quantised, quantise_into, raise_amax
+from runtime.fp8.operands import Operand, Quantised, quantise_into, raise_amax, spans
 from runtime.fp8.scaling import Scaling
 
 
@@ -59,11 +59,8 @@ def quantise(
         torch.empty(shape, dtype=dtype, device=device) if wanted else None
         for shape, wanted in (((padded, total), rows), ((total, padded), columns))
     ]
-    first = 0
-    for part in parts_TD:
-        last = first + part.shape[1]
+    for part, (first, last) in zip(parts_TD, spans(part.shape[1] for part in parts_TD), strict=True):
         into = (None if made[0] is None else made[0][None, :, first:last],
                 None if made[1] is None else made[1][None, first:last])  # fmt: skip
         quantise_into(part.unsqueeze(0), bound, *into, amax)
-        first = last
     return Quantised(*(None if bits is None else Operand(bits, bound) for bits in made))

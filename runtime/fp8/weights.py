@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.fp8 import blocks
-from runtime.fp8.operands import E4M3, Operand, Quantised, quantise_into, raise_amax
+from runtime.fp8.operands import E4M3, Operand, Quantised, quantise_into, raise_amax, spans
 from runtime.fp8.scaling import Scaling
 
 
@@ -56,8 +56,5 @@ def _quantise_matrices(parts_ENK: Sequence[Tensor], made: Quantised) -> None:
     bound = rows.scale.zero_()
     for part in parts_ENK:
         raise_amax(part, bound)
-    first = 0
-    for part in parts_ENK:
-        last = first + part.shape[1]
+    for part, (first, last) in zip(parts_ENK, spans(part.shape[1] for part in parts_ENK), strict=True):
         quantise_into(part, bound, rows.bits[:, first:last], columns.bits[:, :, first:last])
-        first = last

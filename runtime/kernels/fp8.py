@@ -26,7 +26,7 @@ def _scale(bound, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def eight_bits(values, scale, LIMIT: tl.constexpr, out):
+def _eight_bits(values, scale, LIMIT: tl.constexpr, out):
     """Saturate; what is not finite becomes NaN, so that a loss tells of it."""
     scaled = values * scale
     clipped = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
@@ -79,10 +79,10 @@ def _quantise_kernel(
     written = (row < padded_rows)[:, None] & (column < num_columns)[None, :]
     if ROWS:
         to = group * rows_group + row[:, None] * rows_pitch + column[None, :]
-        tl.store(rows_out + to, eight_bits(values, scale, LIMIT, rows_out), mask=written)
+        tl.store(rows_out + to, _eight_bits(values, scale, LIMIT, rows_out), mask=written)
     if COLUMNS:
         to = group * columns_group + column.to(tl.int64)[None, :] * columns_pitch + row[:, None]
-        tl.store(columns_out + to, eight_bits(values, scale, LIMIT, columns_out), mask=written)
+        tl.store(columns_out + to, _eight_bits(values, scale, LIMIT, columns_out), mask=written)
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def _swiglu_kernel(
     up = tl.load(base + width + columns, mask=real, other=0.0).to(tl.float32)
     weight = tl.load(weights + slot, mask=slot >= 0, other=0.0).to(tl.float32)
     act = swiglu_of(gate, up) * weight
-    scaled = eight_bits(act, _scale(tl.load(bound), LIMIT), LIMIT, out)
+    scaled = _eight_bits(act, _scale(tl.load(bound), LIMIT), LIMIT, out)
     tl.store(out + row.to(tl.int64) * width + columns, scaled, mask=inside)
 
 
@@ -172,16 +172,16 @@ def _swiglu_backward_kernel(
     if WRITE:
         tl.store(dots + tl.program_id(1).to(tl.int64) * num_rows + row, tl.sum(incoming * act, 1))
         scale = _scale(tl.load(grad_bound), GRAD_LIMIT)
-        tl.store(grad_rows + at, eight_bits(grad_gate, scale, GRAD_LIMIT, grad_rows))
-        tl.store(grad_rows + width + at, eight_bits(grad_up, scale, GRAD_LIMIT, grad_rows))
+        tl.store(grad_rows + at, _eight_bits(grad_gate, scale, GRAD_LIMIT, grad_rows))
+        tl.store(grad_rows + width + at, _eight_bits(grad_up, scale, GRAD_LIMIT, grad_rows))
         # Rounded anew for the columns, with a scale that the compiler can't know to be the same: where one rounded pair
         # is both packed into a word and split into bytes, ptxas 12.8 for sm_90 splits it before it is there.
         again = _scale(tl.load(grad_bound, volatile=True), GRAD_LIMIT)
         turned = column.to(tl.int64)[None, :] * num_rows + row[:, None]
-        tl.store(grad_columns + turned, eight_bits(grad_gate, again, GRAD_LIMIT, grad_columns))
+        tl.store(grad_columns + turned, _eight_bits(grad_gate, again, GRAD_LIMIT, grad_columns))
         up_columns = grad_columns + tl.cast(width, tl.int64) * num_rows
-        tl.store(up_columns + turned, eight_bits(grad_up, again, GRAD_LIMIT, grad_columns))
-        act_bits = eight_bits(act * weight, _scale(tl.load(act_bound), ACT_LIMIT), ACT_LIMIT, act_columns)
+        tl.store(up_columns + turned, _eight_bits(grad_up, again, GRAD_LIMIT, grad_columns))
+        act_bits = _eight_bits(act * weight, _scale(tl.load(act_bound), ACT_LIMIT), ACT_LIMIT, act_columns)
         tl.store(act_columns + turned, act_bits)
 
 

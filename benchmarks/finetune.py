@@ -250,11 +250,12 @@ def lines(case: Case, found: dict[str, Any]) -> Iterator[str]:
 
 def _speed(found: dict[str, Any]) -> str:
     share = f", MFU {found['mfu']:.1%}" if found["mfu"] else ""
+    rows = f", rows of the fullest rank {found['imbalance']:.2f} of the mean" if found["imbalance"] else ""
     pinned = f", page-locked {found['pinned_gb']:.1f} GB" if found["pinned_gb"] else ""
     return (
         f"{found['ms']:,.0f} ms a step of {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s "
         f"({found['tokens_per_second_a_gpu']:,.0f} a GPU), {found['tflops_a_gpu']:.0f} TFLOP/s a GPU{share}; peak "
-        f"{found['peak_gb']:.1f} GB ({found['reserved_gb']:.1f} reserved){pinned}; loss {found['loss'][0]:.3f} to "
+        f"{found['peak_gb']:.1f} GB ({found['reserved_gb']:.1f} reserved){pinned}{rows}; loss {found['loss'][0]:.3f} to "
         f"{found['loss'][1]:.3f}"
     )
 

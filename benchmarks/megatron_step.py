@@ -56,7 +56,7 @@ def megatron(model: Slice, layout: Layout, fp8: str | None = None, *, overlap: b
             "moe_ffn_hidden_size": model.ffn, "num_moe_experts": model.experts, "moe_router_topk": model.topk,
             "moe_grouped_gemm": True, "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01,
             "moe_token_dispatcher_type": "alltoall", "moe_permute_fusion": True, "moe_router_fusion": fp8 is None,
-            "moe_router_padding_for_fp8": fp8 is not None,
+            "moe_router_padding_for_fp8": fp8 is not None, "moe_router_force_load_balancing": layout.balanced,
         }  # fmt: skip
     config = TransformerConfig(
         num_layers=model.layers, hidden_size=model.hidden, num_attention_heads=model.heads,

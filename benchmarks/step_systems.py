@@ -1,7 +1,7 @@
 """The systems that `benchmarks.train_step --peers` sets beside each other, with the same work on the same GPUs.
 
 The work: a slice of a model with random weights, AdamW, gradients clipped, a balancing loss; several micro-batches of
-sequences of 4096, other ones on each data-parallel rank. `python -m benchmarks.step_systems SYSTEM MODEL NUM...` measures one
+sequences of 4096 random tokens, other ones on each data-parallel rank. `python -m benchmarks.step_systems SYSTEM MODEL NUM...` measures one
 system in this process, for one or several numbers of micro-batches, and prints a line of JSON for each; under torchrun, ranks
 in a layout do it together.
 """
@@ -25,6 +25,7 @@ from benchmarks.megatron_step import megatron
 from benchmarks.step_profile import by_kind, device_of, lines_of, synchronize, write_lines
 from benchmarks.step_work import MODELS, Layout, MakeStep, Slice, Step, Work, device_of_rank, join_ranks, model_of
 from benchmarks.transformers_step import transformers
+from runtime.job.processes import end_groups
 
 
 def runtime(
@@ -39,7 +40,7 @@ def runtime(
 ) -> MakeStep:
     """This project's engine: bf16, fp32 masters, moments and gradient sums; CUDA graphs where the trainer takes them, and
     with `overlap` exchanges of rows hidden, with `tp_comm_overlap` gathers and sums of tensor parallelism."""
-    from benchmarks.train_step import llama, make_engine, mixtral, text_batch
+    from benchmarks.train_step import llama, make_engine, mixtral, random_batch
     from runtime.fp8.config import Fp8Config
     from runtime.parallel.degrees import ParallelConfig
 
@@ -69,12 +70,13 @@ def runtime(
         parallel=parallel,
         on_device=True,
         captures=(not several if captures is None else captures) and fp8 is None and device.type == "cuda",
+        balanced=layout.balanced,
         **options,
     )
 
     def make(num: int) -> Step:
         seeds = range(layout.data_rank, num * layout.data_ranks, layout.data_ranks)
-        batches = [text_batch(model.vocab, layout.sequences, positions, seed) for seed in seeds]
+        batches = [random_batch(model.vocab, layout.sequences, positions, seed) for seed in seeds]
         return lambda: engine.train_step(batches)
 
     return make
@@ -118,6 +120,8 @@ def _ranks_of_experts(work: Work) -> str | None:
 def _alone(work: Work) -> str | None:
     if not work.slice.experts:
         return "set up for a mixture"
+    if work.balanced and work.slice.hub is not None:
+        return "balanced by Mixtral's router alone"
     return "on several GPUs its systems are those with EP in their name" if work.ranks > 1 else None
 
 
@@ -125,11 +129,6 @@ def _spread(work: Work) -> str | None:
     if not work.slice.experts or work.slice.hub is not None:
         return "set up for Mixtral's layers"
     return "expert parallelism needs ep of 2 or more" if work.ep == 1 else None
-
-
-def _one_batch(work: Work) -> str | None:
-    whole = work.ep == work.ranks and work.tp == 1
-    return _spread(work) or (None if whole else "all ranks see one batch, so experts lie on all of them: ep alone")
 
 
 _MEGATRON, _TRANSFORMERS = ("megatron-core", "transformer-engine"), ("transformers",)
@@ -151,6 +150,9 @@ SYSTEMS: dict[str, System] = {
     "runtime, no CUDA graphs": System(make=lambda *work: runtime(*work, captures=False), unfit=_one_rank),
     "runtime, CUDA graphs": System(make=lambda *work: runtime(*work, captures=True), unfit=_ranks_of_experts),
     "runtime, overlap": System(make=lambda *work: runtime(*work, overlap=True), unfit=_exchanges),
+    "runtime, CUDA graphs and overlap": System(
+        make=lambda *work: runtime(*work, captures=True, overlap=True), unfit=_exchanges
+    ),
     "runtime, tp-comm-overlap": System(make=lambda *work: runtime(*work, tp_comm_overlap=True), unfit=_tensor),
     "runtime, bf16 moments": System(make=lambda *work: runtime(*work, moments_dtype="bfloat16")),
     "runtime, FP8 tensorwise": System(make=lambda *work: runtime(*work, "tensorwise")),
@@ -163,9 +165,8 @@ SYSTEMS: dict[str, System] = {
     "Megatron-Core, FP8 blockwise": _megatron("blockwise"),
     "transformers, compiled, pure bf16": _transformers(_alone, compiled=True),
     "transformers, pure bf16": _transformers(_alone, compiled=False),
-    "transformers, EP and FSDP, compiled, pure bf16": _transformers(_spread, compiled=True, spread="batches"),
-    "transformers, EP and FSDP, pure bf16": _transformers(_spread, compiled=False, spread="batches"),
-    "transformers, EP on one batch, pure bf16": _transformers(_one_batch, compiled=False, spread="one batch"),
+    "transformers, EP and FSDP, compiled, pure bf16": _transformers(_spread, compiled=True, spread=True),
+    "transformers, EP and FSDP, pure bf16": _transformers(_spread, compiled=False, spread=True),
 }
 
 
@@ -190,7 +191,14 @@ def seconds_of(step: Step, repeats: int) -> float:
 
 
 def main() -> None:
-    """Measure one system."""
+    """Measure one system, and take the ranks' groups apart."""
+    measure()
+    if torch.distributed.is_initialized():
+        end_groups()
+
+
+def measure() -> None:
+    """Measure the system that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("model", choices=MODELS)
@@ -205,8 +213,9 @@ def main() -> None:
     for name, default in {"tp": 1, "ep": 1, "sequences": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--layers", type=int, help="default: the model's slice")
+    parser.add_argument("--balanced", action="store_true", help="each expert gets as many tokens")
     args = parser.parse_args()
-    model, layout = MODELS[args.model], Layout(args.tp, args.ep, args.sequences)
+    model, layout = MODELS[args.model], Layout(args.tp, args.ep, args.sequences, args.balanced)
     model = replace(model, layers=args.layers or model.layers)
     cuda = torch.cuda.is_available()
     make = SYSTEMS[args.system].make(model, layout)

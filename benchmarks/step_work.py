@@ -72,6 +72,8 @@ class Layout:
     ep: int = 1
     sequences: int = 2
     """Of a micro-batch."""
+    balanced: bool = False
+    """Each expert gets as many tokens, whatever the routers choose: no rank waits for one whose experts drew more."""
 
     @property
     def world(self) -> int:
@@ -122,10 +124,20 @@ class Work:
     """Of a micro-batch."""
     numbers: tuple[int, ...]
     """Of micro-batches of a step: each is measured."""
+    balanced: bool = False
+    """As of `Layout`."""
 
     @classmethod
     def of(
-        cls, model: str, layers: int | None, ranks: int, layout: str, sequences: int, numbers: Sequence[int]
+        cls,
+        model: str,
+        layers: int | None,
+        ranks: int,
+        layout: str,
+        sequences: int,
+        numbers: Sequence[int],
+        *,
+        balanced: bool = False,
     ) -> Work:
         """Read a layout such as `tp2 ep2`; dp is what it leaves of the ranks.
 
@@ -141,8 +153,8 @@ class Work:
         tp, ep, dp = degrees.values()
         if ranks % tp or ranks % ep or dp not in (0, ranks // tp):
             raise SystemExit(f"--layout is {layout!r}, which is none of --ranks {ranks}")
-        layers = layers or MODELS[model].layers
-        return cls(model=model, layers=layers, ranks=ranks, tp=tp, ep=ep, sequences=sequences, numbers=tuple(numbers))
+        shares = {"ranks": ranks, "tp": tp, "ep": ep, "sequences": sequences, "numbers": tuple(numbers)}
+        return cls(model=model, layers=layers or MODELS[model].layers, **shares, balanced=balanced)
 
     @property
     def slice(self) -> Slice:
@@ -154,13 +166,13 @@ class Work:
         """The command line of `benchmarks.step_systems` behind the system's name."""
         options = {"layers": self.layers, "tp": self.tp, "ep": self.ep, "sequences": self.sequences}
         named = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return [self.model, *map(str, self.numbers), *named]
+        return [self.model, *map(str, self.numbers), *named, *(["--balanced"] if self.balanced else [])]
 
     def __str__(self) -> str:
         shares = {"tp": self.tp, "ep": self.ep, "dp": self.ranks // self.tp}
         layout = " ".join(f"{axis}{degree}" for axis, degree in shares.items() if degree > 1)
         work = f"{self.layers} layers of {self.model}, micro-batches of {self.sequences} x {self.slice.positions}"
-        return work + (f", {layout}" if layout else "")
+        return ", ".join([work, *([layout] if layout else []), *(["balanced"] if self.balanced else [])])
 
 
 def device_of_rank() -> torch.device:

@@ -79,12 +79,14 @@ def make_engine(
     on_device: bool = False,
     fp8: Fp8Config | None = None,
     captures: bool = False,
+    balanced: bool = False,
     **optim_options: Any,
 ) -> Engine:
     """Build an engine with random weights: such that depend on names alone, or quickly on the device."""
     parallel = parallel or ParallelConfig()
     router = model.compute.router
-    moe = MoEConfig(router=router, aux_loss_coeff=(0.01,)) if router is not None else None
+    routed = {"aux_loss_coeff": (0.01,), "force_load_balancing": balanced}
+    moe = MoEConfig(router=router, **routed) if router is not None else None
     optim, recompute = OptimConfig(lr=lr, **optim_options), RecomputeConfig(granularity=granularity)
     mesh = ParallelMesh(parallel)
     engine = Engine(model, dtype, parallel, moe, optim, recompute, mesh, device, fp8=fp8, captures=captures)
@@ -127,6 +129,12 @@ def text_batch(vocab: int, batch: int, positions: int, step: int) -> Batch:
         tokens[:, place] = np.where(rng.random(batch) < 0.9, rule, tokens[:, place])
     data = torch.from_numpy(tokens)
     return Batch(tokens=data[:, :-1].contiguous(), labels=data[:, 1:].contiguous())
+
+
+def random_batch(vocab: int, batch: int, positions: int, seed: int) -> Batch:
+    """Sequences without structure, which routers send wherever their weights happen to."""
+    tokens = torch.randint(vocab, (batch, positions + 1), generator=torch.Generator().manual_seed(seed))
+    return Batch(tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous())
 
 
 def compare(device: torch.device, num_steps: int) -> None:
@@ -216,7 +224,8 @@ def compare_systems(args: argparse.Namespace) -> None:
     from benchmarks.step_work import Work
 
     for layout in args.layout:
-        work = Work.of(args.model, args.layers, args.ranks, layout, args.sequences, args.numbers)
+        shares = (args.ranks, layout, args.sequences, args.numbers)
+        work = Work.of(args.model, args.layers, *shares, balanced=args.balanced)
         systems = args.peers or None
         if args.fp8:
             both = [f"{name}, FP8 {args.fp8}" for name in ("runtime", "Megatron-Core")]
@@ -252,6 +261,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, help="with --peers: GPUs")
     parser.add_argument("--layout", nargs="+", default=[""], help="with --ranks: such as 'ep4' 'tp2 ep2' 'dp4'")
     parser.add_argument("--sequences", type=int, default=2, help="with --peers: of a micro-batch")
+    parser.add_argument("--balanced", action="store_true", help="with --peers: each expert gets as many tokens")
     args = parser.parse_args()
     if args.peers is not None:
         compare_systems(args)

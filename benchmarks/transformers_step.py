@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.models import at_depth
 from benchmarks.step_work import Layout, MakeStep, Slice, Step, device_of_rank, join_ranks
-
-Spread = Literal["alone", "batches", "one batch"]
-"""Of a model over ranks. batches: each data-parallel rank has its own, experts lie whole on the ranks of a group and rows are
-exchanged between them, everything else is sharded by FSDP2. one batch: all ranks see the same, of which each sends its part to
-the experts' ranks; everything else is there on each rank, and computed by each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,35 +43,28 @@ class Net:
         return total
 
 
-def distribute(net: Any, layout: Layout, spread: Spread) -> Any:
+def distribute(net: Any, layout: Layout) -> Any:
     """Spread a model over the ranks of a layout, as `from_pretrained(..., distributed_config=...)` does.
+
+    Each data-parallel rank has its own batches, experts lie whole on the ranks of a group and rows are exchanged between them,
+    everything else is sharded by FSDP2.
 
     Args:
         net: the model, whole on each rank and the same on all.
         layout: the ranks.
-        spread: how.
 
     Returns:
         The model.
 
     Raises:
         RuntimeError: transformers is older than this expert parallelism.
-        ValueError: the ranks have one batch, and experts don't lie on all of them.
     """
-    if spread == "alone":
-        return net
     from transformers import __version__
     from transformers.distributed import DistributedConfig
 
     if "ep_size" not in DistributedConfig.__dataclass_fields__:
         raise RuntimeError(f"transformers {__version__} has no DistributedConfig(ep_size=...); 5.23 has")
-    if spread == "one batch":
-        if layout.ep != layout.world:
-            raise ValueError(f"experts over {layout.ep} of {layout.world} ranks that see one batch: give as many")
-        # Without rules of tensor parallelism, its ranks are those that see the same batch.
-        config = DistributedConfig(tp_size=layout.world, tp_plan={}, ep_size=layout.ep)
-    else:
-        config = DistributedConfig(tp_size=layout.tp, fsdp_size=layout.data_ranks, ep_size=layout.ep)
+    config = DistributedConfig(tp_size=layout.tp, fsdp_size=layout.data_ranks, ep_size=layout.ep)
     config, _, mesh = type(net).prepare_distribute_model(config)
     return type(net).maybe_distribute_model(net, config, mesh)
 
@@ -114,6 +102,21 @@ def of_hub(config: dict[str, Any]) -> Any:
     return drawn(kind(made))
 
 
+def balance(net: Any) -> None:
+    """Send tokens to all experts in turn, with the weights that the router gives these: of a Mixtral."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+    def chosen(router: MixtralTopKRouter, _: Any, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits, scores, experts = found
+        turns = torch.arange(experts.numel(), device=experts.device).view_as(experts) % router.num_experts
+        weights = logits.float().softmax(-1).gather(-1, turns)
+        return logits, (weights / weights.sum(-1, keepdim=True)).to(scores.dtype), turns
+
+    for module in net.modules():
+        if isinstance(module, MixtralTopKRouter):
+            module.register_forward_hook(chosen)
+
+
 def drawn(net: Any) -> Any:
     """Draw a model's weights, the same on each rank."""
     torch.manual_seed(0)
@@ -129,26 +132,24 @@ def trained(net: Any, *, compiled: bool = False, lr: float = 1e-5) -> Net:
     return Net(net=net, forward=torch.compile(net) if compiled else net, optimizer=optimizer)
 
 
-def transformers(model: Slice, layout: Layout, *, compiled: bool, spread: Spread = "alone") -> MakeStep:
-    """transformers in pure bf16: no masters, moments and gradients in bf16; fused AdamW, grouped_mm experts.
-
-    Where all ranks see one batch, a step has as many more micro-batches as there are data-parallel ranks otherwise: all
-    systems then train on the same number of tokens.
-    """
-    if spread != "alone":
+def transformers(model: Slice, layout: Layout, *, compiled: bool, spread: bool = False) -> MakeStep:
+    """transformers in pure bf16: no masters, moments and gradients in bf16; fused AdamW, grouped_mm experts; `spread` over ranks."""
+    if spread:
         join_ranks()
     device = device_of_rank()
     torch.set_default_dtype(torch.bfloat16)
     with device:
         net = mixtral(model) if model.hub is None else of_hub(at_depth(model.hub, model.layers))
+    if layout.balanced:
+        balance(net)
     torch.set_default_dtype(torch.float32)
-    system = trained(distribute(net, layout, spread), compiled=compiled)
+    system = trained(distribute(net, layout) if spread else net, compiled=compiled)
 
     def make(num: int) -> Step:
-        shared = spread == "one batch"
-        generator = torch.Generator(device).manual_seed(0 if shared else layout.data_rank)
-        shape = (num * (layout.data_ranks if shared else 1), layout.sequences, model.positions)
-        tokens = torch.randint(0, model.vocab, shape, device=device, generator=generator)
+        generator = torch.Generator(device).manual_seed(layout.data_rank)
+        tokens = torch.randint(
+            0, model.vocab, (num, layout.sequences, model.positions), device=device, generator=generator
+        )
         return lambda: float(system.step(list(tokens)))
 
     return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.peers import compare
@@ -20,15 +21,16 @@ def works(ranks: int, *, quick: bool) -> Iterator[Work]:
 
     Yields:
         Expert parallelism over all ranks, and from 4 of them on beside tensor parallelism, where ranks with data of their own
-        are half as many and so have twice the micro-batches: a step of so many ranks always has as many tokens.
+        are half as many and so have twice the micro-batches: a step of so many ranks always has as many tokens. Balanced, since
+        random weights send each system's tokens elsewhere, and ranks wait for the one that has most.
     """
-    model, layers = ("tiny", 2) if quick else ("mixtral", 4)
+    make = partial(Work.of, *(("tiny", 2) if quick else ("mixtral", 4)), balanced=True)
     for world in (2, 4, 8):
         if world > ranks:
             return
-        yield Work.of(model, layers, world, f"ep{min(world, 4 if quick else 8)}", 1, [_MICROBATCHES])
+        yield make(world, f"ep{min(world, 4 if quick else 8)}", 1, [_MICROBATCHES])
         if world >= 4:
-            yield Work.of(model, layers, world, "tp2 ep2", 1, [2 * _MICROBATCHES])
+            yield make(world, "tp2 ep2", 1, [2 * _MICROBATCHES])
 
 
 def compare_peers(ranks: int, systems: Sequence[str] | None, rounds: int, out: Path | None, *, quick: bool) -> int:

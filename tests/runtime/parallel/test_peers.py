@@ -20,29 +20,29 @@ TINY = Slice(
 STEPS = 3
 
 
-def losses(spread: str, layout: Layout) -> list[float]:
+def losses(layout: Layout, *, spread: bool) -> list[float]:
     """The mean losses of steps over the same four micro-batches, however ranks share them."""
     from benchmarks.transformers_step import distribute, mixtral, trained
 
     ranks = dist.get_world_size() // layout.tp
     tokens = torch.randint(0, TINY.vocab, (4, 2, TINY.positions), generator=torch.Generator().manual_seed(0))
-    net = distribute(mixtral(TINY), layout, spread)  # type: ignore[arg-type]
+    net = distribute(mixtral(TINY), layout) if spread else mixtral(TINY)
     system = trained(net, lr=1e-2)
     found = torch.stack([system.step(list(tokens[dist.get_rank() // layout.tp :: ranks])) for _ in range(STEPS)])
     dist.all_reduce(found)
     return (found / dist.get_world_size()).tolist()
 
 
-def in_world(world: int, spread: str, layout: Layout) -> list[float]:
+def in_world(world: int, layout: Layout) -> list[float]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", str(world))
-        return losses(spread, layout)
+        return losses(layout, spread=world > 1)
 
 
 def test_experts_over_two_ranks_train_as_on_one(pool: RankPool) -> None:
     """Two micro-batches on each of two ranks are four on one: balancing losses, clipped gradients and updates, too."""
-    (want,) = pool.run(1, in_world, 1, "alone", Layout())
-    for found in pool.run(2, in_world, 2, "batches", Layout(ep=2)):
+    (want,) = pool.run(1, in_world, 1, Layout())
+    for found in pool.run(2, in_world, 2, Layout(ep=2)):
         assert found == pytest.approx(want, rel=1e-6)
     assert want[0] - want[-1] > 1e-3, "the updates are seen"
 

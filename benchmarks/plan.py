@@ -89,6 +89,8 @@ class Row:
     fp8: Fp8Recipe | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
     graphs: CudaGraphs = "auto"
+    imbalance: float | None = None
+    """Rows of the fullest rank, of the mean, where that was measured."""
     recompute: str = "none"
     engine: str = "now"
     """A key of `machines`."""
@@ -198,14 +200,23 @@ def another_host() -> Iterator[Row]:
 
 
 def todays_engine() -> Iterator[Row]:
-    """Two H200 of one machine: likewise, 65536 tokens a step."""
-    measured = (
-        ("Mixtral", 4, "ep", 716, 59.5),
-        ("Mixtral", 4, "dp", 742, 76.0),
-        ("Mixtral", 4, "fully sharded", 1500, 64.1),
-        ("Qwen3", 8, "ep", 855, 56.8),
-    )
-    yield from _layers(measured, gpus=2, engine="today, H200")
+    """Two H200 of one machine: 65536 tokens a step, as many for each expert unless it says otherwise; CUDA graphs."""
+    yield from _layers((("Mixtral", 4, "fully sharded", 1500, 64.1),), gpus=2, engine="today, H200")
+    two: dict[str, Any] = {"gpus": 2, "engine": "today, H200", "imbalance": 1.0}
+    mixtral: dict[str, Any] = {"config": MIXTRAL, "layers": 4, "parallel": SHARD | {"ep": 2}, **two}
+    qwen = mixtral | {"config": QWEN3_30B, "layers": 8}
+    yield Row(name="Mixtral, 4 layers, ep2", **mixtral, ms=645.9, gb=_gib(55.64))
+    yield Row(name="the same, no graphs", **mixtral, graphs="none", ms=679.3, gb=_gib(55.19))
+    pairs = mixtral | {"parallel": SHARD | {"ep": 2, "overlap_exchange": True}}
+    yield Row(name="the same, exchanges overlapped", **pairs, ms=654.8, gb=_gib(58.84))
+    tensor = mixtral | {"parallel": SHARD | LAYOUTS["tp2 sp ep2 etp1"]}
+    yield Row(name="Mixtral, 4 layers, tp2 sp ep2 etp1, 32768 tokens", **tensor, ms=368.3, gb=_gib(52.9))
+    data = mixtral | {"parallel": SHARD}
+    yield Row(name="Mixtral, 4 layers, dp2", **data, ms=692.9, gb=76.0)
+    yield Row(name="the same, no graphs", **data, graphs="none", ms=696.6, gb=76.0)
+    yield Row(name="Qwen3, 8 layers, ep2", **qwen, ms=440.7, gb=56.9)
+    yield Row(name="the same, no graphs", **qwen, graphs="none", ms=624.4, gb=56.6)
+    yield Row(name="the same, as routed: 1.035", **(qwen | {"imbalance": 1.035}), ms=475.8, gb=57.6)
 
 
 def _layers(measured: Iterable[tuple[str, int, str, float, float]], *, gpus: int, engine: str) -> Iterator[Row]:
@@ -260,7 +271,7 @@ def several_gpus() -> Iterator[Row]:
         dp = gpus // (parallel.get("tp", 1) * parallel.get("pp", 1))
         yield Row(
             name=f"{name}{gpus if name in ('ep', 'dp') else ''}, {layers} layers", config=MIXTRAL, layers=layers, gpus=gpus,
-            parallel=parallel, microbatches=8 * gpus // dp, ms=ms, gb=sum(memory),
+            parallel=parallel, microbatches=8 * gpus // dp, graphs="none", ms=ms, gb=sum(memory),
             engine="now, H200" if len(memory) == 1 or (gpus == 2 and layers > 5) else "before",
         )  # fmt: skip
 
@@ -330,7 +341,7 @@ def predict(row: Row, machines: dict[str, Machine]) -> Estimate:
         num_microbatches=row.microbatches, recompute=row.recompute, lora=row.lora, graphs=row.graphs,
         fp8=Fp8Config(format="hybrid", recipe=row.fp8) if row.fp8 else Fp8Config(),
     )  # fmt: skip
-    return Estimate(setup, machines[row.engine])
+    return Estimate(setup, machines[row.engine], row.imbalance)
 
 
 def machines() -> dict[str, Machine]:

@@ -33,7 +33,7 @@ def runtime(
     layout: Layout,
     fp8: str | None = None,
     *,
-    captures: bool | None = None,
+    captures: bool = True,
     overlap: bool = False,
     tp_comm_overlap: bool = False,
     **options: Any,
@@ -69,7 +69,7 @@ def runtime(
         lr=1e-5,
         parallel=parallel,
         on_device=True,
-        captures=(not several if captures is None else captures) and fp8 is None and device.type == "cuda",
+        captures=captures and (not several or layout.ep > 1) and fp8 is None and device.type == "cuda",
         balanced=layout.balanced,
         **options,
     )
@@ -103,18 +103,8 @@ def _tensor(work: Work) -> str | None:
     return "without tensor parallelism there is nothing to overlap" if work.tp == 1 else None
 
 
-def _one_rank(work: Work) -> str | None:
-    return "on several GPUs nothing is captured unless it is asked for" if work.ranks > 1 else None
-
-
-def _ranks_of_experts(work: Work) -> str | None:
-    return (
-        "with one GPU it is the default"
-        if work.ranks == 1
-        else None
-        if work.ep > 1
-        else "without expert parallelism nothing is captured"
-    )
+def _captured(work: Work) -> str | None:
+    return "on several GPUs nothing is captured without expert parallelism" if work.ranks > work.ep == 1 else None
 
 
 def _alone(work: Work) -> str | None:
@@ -147,12 +137,8 @@ def _transformers(unfit: Callable[[Work], str | None], **options: Any) -> System
 
 SYSTEMS: dict[str, System] = {
     "runtime": System(make=runtime),
-    "runtime, no CUDA graphs": System(make=lambda *work: runtime(*work, captures=False), unfit=_one_rank),
-    "runtime, CUDA graphs": System(make=lambda *work: runtime(*work, captures=True), unfit=_ranks_of_experts),
+    "runtime, no CUDA graphs": System(make=lambda *work: runtime(*work, captures=False), unfit=_captured),
     "runtime, overlap": System(make=lambda *work: runtime(*work, overlap=True), unfit=_exchanges),
-    "runtime, CUDA graphs and overlap": System(
-        make=lambda *work: runtime(*work, captures=True, overlap=True), unfit=_exchanges
-    ),
     "runtime, tp-comm-overlap": System(make=lambda *work: runtime(*work, tp_comm_overlap=True), unfit=_tensor),
     "runtime, bf16 moments": System(make=lambda *work: runtime(*work, moments_dtype="bfloat16")),
     "runtime, FP8 tensorwise": System(make=lambda *work: runtime(*work, "tensorwise")),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import at_depth
 from benchmarks.step_work import Layout, MakeStep, Slice, Step, device_of_rank, join_ranks
+from runtime.moe.routing import turns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,15 +107,15 @@ def balance(net: Any) -> None:
     """Send tokens to all experts in turn, with the weights that the router gives these: of a Mixtral."""
     from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-    def chosen(router: MixtralTopKRouter, _: Any, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def send(router: MixtralTopKRouter, _: Any, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         logits, scores, experts = found
-        turns = torch.arange(experts.numel(), device=experts.device).view_as(experts) % router.num_experts
-        weights = logits.float().softmax(-1).gather(-1, turns)
-        return logits, (weights / weights.sum(-1, keepdim=True)).to(scores.dtype), turns
+        chosen = turns(experts.numel(), router.num_experts, experts.device).view_as(experts)
+        weights = logits.float().softmax(-1).gather(-1, chosen)
+        return logits, (weights / weights.sum(-1, keepdim=True)).to(scores.dtype), chosen
 
     for module in net.modules():
         if isinstance(module, MixtralTopKRouter):
-            module.register_forward_hook(chosen)
+            module.register_forward_hook(send)
 
 
 def drawn(net: Any) -> Any:

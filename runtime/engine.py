@@ -122,6 +122,11 @@ class Engine:
         """What the model's modules are built with."""
         return self._context
 
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs from which micro-batches are replayed."""
+        return self._runner.num_graphs if isinstance(self._runner, CapturedModel) else 0
+
     def set_lr(self, lr: float, decoupled_lr: float | None = None) -> None:
         """Set the learning rate of the next steps, and that of embedding and head where it is another."""
         self.optimizer.set_lr(lr, decoupled_lr)

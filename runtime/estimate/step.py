@@ -168,12 +168,12 @@ class Estimate:
         reducing = sum(t.seconds(machine) * t.backward for t in reduce)
         backward = sum(cost.backward for cost in self.costs_of(rank).values())
         gathering = sum(t.seconds(machine) * t.forward for t in gather)
-        if not setup.captured:  # hidden behind the next step's first forward pass
-            forward = sum(cost.forward for cost in self.costs_of(rank).values())
-            gathering = _not_hidden(gathering, machine.gather_hidden, forward)
+        # Hidden behind the next step's first forward pass.
+        forward = sum(cost.forward for cost in self.costs_of(rank).values())
+        gathering = _not_hidden(gathering, machine.gather_hidden, forward)
         if setup.parallel.fully_shard:
             exposed, gathering = self._fully_sharded(rank, reduce, gather), 0.0
-        elif setup.captured or (setup.parallel.pp > 1 and setup.parallel.pp_schedule == "zero-bubble"):
+        elif setup.parallel.pp > 1 and setup.parallel.pp_schedule == "zero-bubble":
             exposed = reducing
         else:  # hidden behind the last micro-batch's backward pass
             exposed = _not_hidden(reducing, machine.reduce_hidden, backward)

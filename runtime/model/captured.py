@@ -9,8 +9,9 @@ The first micro-batch of a step overwrites sums of gradients that the others add
 memory, since they never run at once. Documents need more where their numbers differ. Each kind of micro-batch runs as
 usual once before it is captured: kernels compile and libraries choose then.
 
-Ranks that exchange rows capture the exchanges, too, with the room that a `RowBudget` has. What they sum over each other at the
-end of a step follows the last replay.
+What ranks do together is captured with the rest: exchanges of rows, with the room that a `RowBudget` has; updated weights on
+their way, with which a step's first graph begins; and the sums of gradients, beside the backward pass of its last one, which
+therefore is a graph of its own. Ranks agree on what they capture.
 """
 
 from __future__ import annotations
@@ -52,8 +53,16 @@ class _Needs:
         return cls(batch.tokens.shape, positions is not None, None if documents is None else documents.room())
 
 
-Key = tuple[bool, tuple[_Needs, ...]]
-"""Whether they are the first of a step, and what each needs."""
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What sets the micro-batches of a graph apart."""
+
+    first: bool
+    """Whether they are the first of a step, which overwrite sums."""
+    last: bool
+    """Whether they are those with which gradients are summed over ranks."""
+    needs: tuple[_Needs, ...]
+    """Of each."""
 
 
 @dataclass(slots=True)
@@ -83,31 +92,42 @@ class CapturedModel:
         assert isinstance(store, BucketStore), "captures are of ranks that each have the whole model"
         self._whole, self._store, self._device = whole, store, device
         self._budget, self._room = budget, None if budget is None else budget.room
-        self._kinds: dict[Key, _Kind] = {}
+        self._sums = store.sums_over_ranks
+        self._together = self._sums or budget is not None
+        store.defer_sharing()
+        self._kinds: dict[_Key, _Kind] = {}
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
         self._stopped = False
 
     def backwards(self, num_microbatches: int) -> int | None:
-        """As of `Runner.backwards`: one more than there are, since a replay can begin no reduction; all begin at the end."""
-        return num_microbatches + 1
+        """As of `Runner.backwards`."""
+        return self._whole.backwards(num_microbatches)
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that there are."""
+        return sum(kind.graph is not None for kind in self._kinds.values())
 
     def run(self, microbatches: Sequence[Microbatch], *, backward: bool) -> None:
         """Run the micro-batches of a step; arguments as of `Runner.run`."""
-        self._store.settle()  # what a replay computes with is there when it begins
         if not backward:
+            self._store.settle()
             self._evaluate(microbatches)
             return
-        if self._reads_numbers():
-            self._whole.run(microbatches, backward=True)
+        if self._stopped or self._reads_numbers():
+            self._pass(microbatches)
             return
         needs = self._agreed([_Needs.of(batch) for batch in microbatches])
         for place in range(0, len(microbatches), self._whole.at_once):
-            own = slice(place, place + self._whole.at_once)
-            if self._stopped:
-                self._whole.run(microbatches[own], backward=True)
-            else:
-                self._run(microbatches[own], (place == 0, tuple(needs[own])))
+            end = place + self._whole.at_once
+            last = self._sums and end >= len(microbatches)
+            self._run(microbatches[place:end], _Key(place == 0, last, tuple(needs[place:end])))
+
+    def _pass(self, microbatches: Sequence[Microbatch]) -> None:
+        """Run micro-batches one kernel after another."""
+        self._store.send_weights()
+        self._whole.run(microbatches, backward=True)
 
     def _reads_numbers(self) -> bool:
         """Whether the host reads numbers of rows in this step; graphs of another room are of no more use."""
@@ -118,11 +138,11 @@ class CapturedModel:
         return self._budget is not None and room is None
 
     def _highest(self, values: list[int]) -> list[int]:
-        """The highest of each number over ranks that exchange rows, which replay the same graphs: NCCL asks that of captured transfers.
+        """The highest of each number over ranks that do something together, and so replay the same graphs: NCCL asks that of captured transfers.
 
         Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/usage/cudagraph.html
         """
-        if self._budget is None or not dist.is_initialized():
+        if not self._together or not dist.is_initialized():
             return values
         highest = torch.tensor(values)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
@@ -137,7 +157,7 @@ class CapturedModel:
         return [need if need.room is None else replace(need, room=Room(next(found), next(found))) for need in needs]
 
     def _evaluate(self, microbatches: Sequence[Microbatch]) -> None:
-        if self._budget is not None and self._kinds:
+        if self._together and self._kinds:
             # A rank that lacks memory can't begin again by itself in the middle of what ranks do together.
             self._release()
         for place, batch in enumerate(microbatches):
@@ -156,30 +176,35 @@ class CapturedModel:
         self._forget()
         torch.cuda.empty_cache()
 
-    def _run(self, batches: Sequence[Microbatch], key: Key) -> None:
+    def _run(self, batches: Sequence[Microbatch], key: _Key) -> None:
         kind = self._kinds.get(key)
         if kind is None:
-            if len(self._kinds) < MOST_GRAPHS:
-                batches = [_clone(batch, need.room) for batch, need in zip(batches, key[1], strict=True)]
+            if not self._stopped and len(self._kinds) < MOST_GRAPHS:
+                batches = [_clone(batch, need.room) for batch, need in zip(batches, key.needs, strict=True)]
                 self._kinds[key] = _Kind(batches)
-            self._whole.run(batches, backward=True)
+            self._pass(batches)
             return
         if kind.graph is None and self._budget is not None and not self._budget.settled:
-            self._whole.run(batches, backward=True)
+            self._pass(batches)
             return
         for batch, taken in zip(batches, kind.taken, strict=True):
             _copy(batch, taken)
-        if kind.graph is not None:
+        captured = kind.graph is None
+        if captured:
+            kind.graph = self._capture(kind, key)
+        if kind.graph is None:
+            self._pass(kind.taken)
+            return
+        if key.first:
+            self._store.weights_sent()
+        kind.graph.replay()
+        if not captured:  # a capture books by itself
             self._store.book(kind.arrivals)
-        else:
-            kind.graph = self._capture(kind)
-        if kind.graph is not None:
-            kind.graph.replay()
-        else:
-            self._whole.run(kind.taken, backward=True)
 
-    def _capture(self, kind: _Kind) -> torch.cuda.CUDAGraph | None:
+    def _capture(self, kind: _Kind, key: _Key) -> torch.cuda.CUDAGraph | None:
         """Capture a micro-batch, whose kernels don't run by that; None where it can't be done, on whichever rank."""
+        # What is under way can't be waited for in a capture.
+        self._store.settle()
         before = self._store.books()
         graph = torch.cuda.CUDAGraph()
         failure = ""
@@ -187,14 +212,17 @@ class CapturedModel:
             stream, pool = self._prepared()
             # Other threads may do what a capture forbids: page-lock memory for the next batch, say.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                if key.first:
+                    self._store.send_weights(again=True)
                 self._whole.run(kind.taken, backward=True)
+                kind.arrivals = self._store.arrivals_since(before)
+                self._store.join()
         except RuntimeError as error:
             failure = str(error).strip() or "no reason is given"
         if self._highest([bool(failure)])[0]:
             self._store.reopen(before)
             self._give_up(failure or "on another rank, which says why")
             return None
-        kind.arrivals = self._store.arrivals_since(before)
         remember(graph)
         return graph
 

@@ -88,7 +88,10 @@ def best_tokens(priority_TE: Tensor, capacity: int) -> Tensor:
 
 
 def in_turn(num_tokens: int, config: MoEConfig, device: torch.device) -> Tensor:
-    """Send each token to the experts after those of the token before, so that all have as many, or one more.
+    """Send tokens to all experts in turn, so that all have as many, or one more.
+
+    Experts that follow each other in turn lie far apart, for else all of a token's choices would be on one rank, and less would
+    travel than does as routed.
 
     Args:
         num_tokens: T.
@@ -98,7 +101,23 @@ def in_turn(num_tokens: int, config: MoEConfig, device: torch.device) -> Tensor:
     Returns:
         [T, topk] int64.
     """
-    return (torch.arange(num_tokens * config.topk, device=device) % config.num_experts).view(-1, config.topk)
+    return turns(num_tokens * config.topk, config.num_experts, device).view(-1, config.topk)
+
+
+def turns(num: int, num_experts: int, device: torch.device) -> Tensor:
+    """Go through all experts again and again, each time by about the golden section of them.
+
+    Args:
+        num: of turns.
+        num_experts: E.
+        device: of the result.
+
+    Returns:
+        [num] int64; any E in a row are all of them.
+    """
+    wanted = num_experts * (5**0.5 - 1) / 2
+    step = min((n for n in range(1, num_experts + 1) if math.gcd(n, num_experts) == 1), key=lambda n: abs(n - wanted))
+    return torch.arange(num, device=device) * step % num_experts
 
 
 def choose(logits_TE: Tensor, config: MoEConfig, *, training: bool, bias_E: Tensor | None = None) -> Tensor:

@@ -90,15 +90,28 @@ class Arrival:
                 stage.needs = functools.partial(_part_begins, needed)
         self._at_once = not all(isinstance(stage, InParts) for stage in stages)
         self._order = sorted((b for b in buckets if id(b) in first), key=lambda bucket: first[id(bucket)])
+        self.deferred = False
+        """Whether `begin` leaves it to `send`: to a CUDA graph, whose beginning that is."""
+        self.due = False
+        """Whether something has been left."""
 
     def begin(self) -> None:
         """Send the weights off; to stages that don't say when their parts begin, all arrive at once."""
         self.finish()
-        for bucket in self._order:
-            bucket.publish()
-        if self._at_once:
-            self.finish()
+        self.due = True
+        if not self.deferred:
+            self.send()
+
+    def send(self, *, again: bool = False) -> None:
+        """Send off what has been left, and with `again` also where nothing has."""
+        if self.due or again:
+            self.due = False
+            for bucket in self._order:
+                bucket.publish()
+            if self._at_once:
+                _arrive(self._order)
 
     def finish(self) -> None:
         """Wait for all of them."""
+        self.send()
         _arrive(self._order)

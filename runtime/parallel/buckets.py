@@ -50,6 +50,8 @@ class Arrivals:
     """Backward passes of parameters."""
     touched: frozenset[int]
     """Starts of the slots whose gradients it was the first to add to."""
+    reduced: bool
+    """Whether it has begun the reduction over data-parallel ranks."""
 
 
 class Bucket:
@@ -193,12 +195,16 @@ class Bucket:
             elif group_size(self.group) > 1:
                 self.pending.work = dist.all_reduce(self.grads, group=self.group, async_op=True)
         if wait:
-            if self.pending.work is not None:
-                self.pending.work.wait()
-                self.pending.work = None
+            self.join()
             for group in self.partial_groups:
                 dist.all_reduce(self.grad_shard, group=group)
             zero_frozen(self)
+
+    def join(self) -> None:
+        """Wait, on the device, for the sum over the data-parallel ranks, if it has begun."""
+        if self.pending.work is not None:
+            self.pending.work.wait()
+            self.pending.work = None
 
     @property
     def rounded(self) -> Tensor | None:
@@ -348,19 +354,25 @@ class BucketStore:
             assert bucket.pending.count is not None
             assert then.count is not None
             touched = frozenset(then.untouched - bucket.pending.untouched)
-            out.append(Arrivals(then.count - bucket.pending.count, touched))
+            out.append(Arrivals(then.count - bucket.pending.count, touched, bucket.pending.work is not None))
         return out
 
+    def join(self) -> None:
+        """Wait, on the device, for the reductions that have begun."""
+        for bucket in self._buckets:
+            bucket.join()
+
     def book(self, arrivals: Sequence[Arrivals]) -> None:
-        """Count what a replayed micro-batch adds to the sums, as its capture was counted."""
+        """Count what a replayed micro-batch has added to the sums, and what it has reduced, as its capture was counted."""
         for bucket, item in zip(self._buckets, arrivals, strict=True):
             bucket.pending.untouched -= item.touched
+            bucket.pending.launched |= item.reduced
             bucket.arrived(item.count)
 
     def reopen(self, before: Sequence[_Pending]) -> None:
         """Go back to the books as they were before a micro-batch that has come to nothing."""
         for bucket, then in zip(self._buckets, before, strict=True):
-            bucket.pending = then
+            bucket.pending, bucket.gathering = then, None
             for parameter in bucket.parameters:
                 parameter.grad = None
                 if (sink := sink_of(parameter)) is not None:
@@ -384,9 +396,26 @@ class BucketStore:
             bucket.round_masters()
         self.share_weights()
 
+    @property
+    def sums_over_ranks(self) -> bool:
+        """Whether gradients are reduced over data-parallel ranks."""
+        return any(group_size(bucket.group) > 1 for bucket in self._buckets)
+
     def share_weights(self) -> None:
         """Begin to bring the weights that this rank's optimizer has written to all data-parallel ranks."""
         self._arrival.begin()
+
+    def defer_sharing(self) -> None:
+        """From now on `share_weights` leaves it to `send_weights` to begin."""
+        self._arrival.deferred = True
+
+    def send_weights(self, *, again: bool = False) -> None:
+        """Begin what `share_weights` has left, and with `again` also where it has left nothing."""
+        self._arrival.send(again=again)
+
+    def weights_sent(self) -> None:
+        """Take note that what `share_weights` has left was done by a replay."""
+        self._arrival.due = False
 
     def settle(self) -> None:
         """Wait, on the device, for weights that are on their way; a forward pass does so part by part."""

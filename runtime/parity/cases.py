@@ -99,6 +99,8 @@ NF4, FP8 = (
     for kind in ("nf4", "fp8")
 )
 
+REPLAYED: dict[str, Any] = {"captures": True, "num_microbatches": 12, "warm_up": 4}
+
 
 def case(name: str, num_ranks: int, parallel: dict[str, Any] | None = None, **options: Any) -> Case:
     """A case with its degrees as one dict."""
@@ -204,14 +206,18 @@ CASES = (
     case("tp4 frozen embedding, vocabulary 9", 4, {"tp": 4} | SP, model={"vocab_size": 9}, optim={"freeze": ("*embed_tokens*", "*.[0-2].*")}),
     case("pp2 tp2 dp2 tied, groups", 8, {"pp": 2, "tp": 2} | DIST, model=TIED, optim=GROUPS | {"freeze": ("*experts.1.*",)}),
     case("tp2 sp ep2 experts of one rank are trained", 4, {"tp": 2, "ep": 2} | SP, optim=SOME_EXPERTS),
+    # CUDA graphs, and room for rows.
+    case("dp2 replayed", 2, DIST, **REPLAYED),
+    case("tp2 replayed", 2, {"tp": 2}, **REPLAYED),
+    case("tp2 sp gathers overlapped, replayed", 2, {"tp": 2} | GATHERS, **REPLAYED),
+    case("ep2 replayed", 2, {"ep": 2} | DIST, **REPLAYED),
+    case("tp2 sp ep2 etp1 replayed", 2, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, **REPLAYED),
+    case("ep2 etp2 replayed, recomputed", 4, {"ep": 2, "etp": 2} | DIST, recompute={"granularity": "full"}, **REPLAYED),
+    case("ep2 replayed in pairs", 2, {"ep": 2} | DIST | EXCHANGE, **REPLAYED),
+    case("dp2 replayed, adapters", 2, DIST, **LORA, **REPLAYED),
+    case("ep2 dp2 replayed, adapters, clamped experts", 4, {"ep": 2} | DIST, model=OSS, **ALL, **REPLAYED),
     # Adapters.
     case("tp2 adapters", 2, {"tp": 2}, **LORA),
-    case("dp2 distributed optimizer, adapters, replayed", 2, DIST, captures=True, **LORA),
-    case("ep2 replayed", 2, {"ep": 2} | DIST, captures=True, num_microbatches=8),
-    case("tp2 sp ep2 etp1 replayed", 2, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, captures=True),
-    case("ep2 etp2 replayed, recomputed", 4, {"ep": 2, "etp": 2} | DIST, captures=True, num_microbatches=16, recompute={"granularity": "full"}),
-    case("ep2 replayed in pairs", 2, {"ep": 2} | DIST | EXCHANGE, captures=True, num_microbatches=12),
-    case("ep2 dp2 replayed, adapters, clamped experts", 4, {"ep": 2} | DIST, captures=True, num_microbatches=16, model=OSS, **ALL),
     case("tp2 sp ep2 etp1 dp2 distributed optimizer, adapters", 4, {"tp": 2, "ep": 2, "etp": 1} | SP | DIST, **LORA),
     case("tp4 etp2 adapters, two kv heads", 4, {"tp": 4, "etp": 2}, **LORA),
     case("pp2 cp2 zero-bubble, adapters", 4, {"pp": 2, "cp": 2, "pp_schedule": "zero-bubble"}, **LORA),

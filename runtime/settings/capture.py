@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from moeconv.families.adapted import AdaptedModel
 from moeconv.families.base import Model
 from runtime.errors import require
 from runtime.flag import flag_name
@@ -80,10 +79,6 @@ def _obstacles_of_several(run: Planned) -> Iterator[str]:
     split += [FLAGS["fully_shard"]] if parallel.fully_shard else []
     if split:
         yield f"with {split[0]} GPUs wait for each other within a micro-batch in ways that aren't captured"
-    if parallel.ep == 1 and (parallel.tp > 1 or parallel.etp > 1):
-        yield f"with {FLAGS['tp' if parallel.tp > 1 else 'etp']} captures are of ranks that share experts, with {FLAGS['ep']}"
-    elif parallel.ep == 1 and not isinstance(run.model, AdaptedModel):
-        yield "GPUs sum all weights' gradients beside the last backward pass, which a replay couldn't begin"
     if run.moe is not None and "global_aux_loss" in run.moe.load_balancing:
         yield f"{flag_name(MoEConfig, 'load_balancing')} global_aux_loss counts over GPUs in each layer"
     if run.moe is not None and parallel.ep > 1:
@@ -100,7 +95,7 @@ def _obstacles_of_exchanges(moe: MoEConfig) -> Iterator[str]:
 
 def _obstacles_of_experts(moe: MoEConfig, dtype: str) -> Iterator[str]:
     backend = moe.gemm_backend
-    if backend in ("te", "grouped_gemm", "loop") or dtype == "float64":
+    if backend in ("te", "grouped_gemm", "loop") or dtype != "bfloat16":
         named = f"{flag_name(MoEConfig, 'gemm_backend')} {backend}" if backend != "auto" else f"--dtype {dtype}"
         yield f"{named}: the host reads how many rows each expert has"
     if moe.input_jitter_eps:
@@ -121,12 +116,8 @@ def check_capture(run: RunConfig, world_size: int) -> None:
 
 
 def replays(run: Planned, world_size: int, impl: CudaGraphs) -> bool:
-    """Say whether a run replays its micro-batches on GPUs; `impl` is the flag's value.
-
-    Exchanges of rows are captured where that is asked for by name: blocks with room are padded, and gradients summed behind the
-    last backward pass rather than beside it, which pays where the host is the limit.
-    """
-    return impl != "none" and obstacle(run, world_size) is None and (impl == "local" or run.parallel.ep == 1)
+    """Say whether a run replays its micro-batches on GPUs; `impl` is the flag's value."""
+    return impl != "none" and obstacle(run, world_size) is None
 
 
 def captures(run: RunConfig, world_size: int, device: torch.device) -> bool:
@@ -139,6 +130,4 @@ def describe_capture(run: RunConfig, world_size: int, device: torch.device) -> l
     if device.type != "cuda" or run.train.cuda_graph_impl == "none":
         return []
     why = obstacle(run, world_size)
-    if why is None and not captures(run, world_size, device):
-        why = f"with {FLAGS['ep']} they are for {FLAG} local"
     return ["micro-batches are replayed as CUDA graphs" if why is None else f"no CUDA graphs: {why}"]

@@ -38,7 +38,7 @@ class TrainConfig:
     """Type that weights and activations are computed in; by default the checkpoint's own."""
     cuda_graph_impl: CudaGraphs = flag("auto", "--cuda-graph-impl", shorthands={"--enable-cuda-graph": "local"})
     """local: capture a micro-batch's passes once and replay them as a CUDA graph, so that the host needn't launch each kernel. auto:
-    where nothing speaks against it, which the log says, and no rows are exchanged. none: never."""
+    where nothing speaks against it, which the log says. none: never."""
     seed: int = 1234
     """Determines the order of the data, and with the iteration the random numbers of each step."""
     eval_interval: int = flag(0, at_least=0)

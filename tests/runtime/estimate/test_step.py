@@ -201,21 +201,21 @@ def test_the_host_is_the_limit_where_layers_are_small_and_not_replayed() -> None
     twice = Estimate(again, H100).stages[0].launches
     assert twice.forward == once.forward
     assert twice.backward - once.backward == 32 * (DENSE.forward + MOE.forward)
-    assert not mixtral(world=8, ep=8).captured
+    assert mixtral(world=8, ep=8).captured
+    assert not mixtral(world=8, pp=2, ep=4).captured
 
 
 def test_ranks_that_exchange_rows_and_replay_set_room_aside() -> None:
-    """More memory for rows, no numbers of rows to exchange, and the gradients' sums behind the last pass."""
+    """More memory for rows, no numbers of rows to exchange, and the gradients' sums beside the last pass as without."""
     base = dataclasses.replace(mixtral(world=16, ep=8, use_distributed_optimizer=True), graphs="none")
     launched, replayed = (Estimate(dataclasses.replace(base, graphs=graphs), H100) for graphs in ("none", "local"))
-    assert not Estimate(dataclasses.replace(base, graphs="auto"), H100).setup.captured
     assert replayed.setup.captured
     rows = [estimate.costs.local.rows_allocated for estimate in (launched, replayed)]
     assert 1.2 < rows[1] / rows[0] < 1.25
     assert replayed.peak > launched.peak
     kinds = [{t.kind for t, _ in e.stages[0].transfers if t.axis.name == "ep"} for e in (launched, replayed)]
     assert kinds == [{"all_to_all", "all_gather"}, {"all_to_all"}]
-    assert replayed.after[0].reduce > launched.after[0].reduce
+    assert replayed.after[0].reduce == launched.after[0].reduce
 
 
 def test_recomputation_trades_time_for_memory() -> None:
@@ -240,7 +240,7 @@ def test_overlapped_exchanges_keep_two_micro_batches() -> None:
 
 
 def test_traffic_is_what_the_collectives_send() -> None:
-    setup = mixtral(world=8, ep=8)
+    setup = dataclasses.replace(mixtral(world=8, ep=8), graphs="none")
     found = Estimate(setup, H100).traffic
     # Rows go there with their weights behind them and come back, twice for each layer and micro-batch; 7 of 8 rows leave.
     row, rows = 4096 * 2, 4096 * 2 * H100.imbalance

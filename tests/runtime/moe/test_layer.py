@@ -1,6 +1,7 @@
 """The whole layer against transformers' Mixtral block and fp64 oracles."""
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from runtime.moe.grouped_mlp import grouped_mlp
 from runtime.moe.layer import MoELayer
 from runtime.moe.permutation import plan_rows
 from runtime.moe.router import Router
-from runtime.moe.routing import Routing, choose, route
+from runtime.moe.routing import Routing, choose, route, turns
 from runtime.moe.tape import RoutingTape
 from tests.runtime.moe.oracle import dense, moe_output, relative
 from tests.support.moe import moe_config
@@ -210,13 +211,13 @@ def test_forced_balance_sends_tokens_to_all_experts_in_turn(fusable: bool, monke
     module.reset_stats()
     x = torch.randn(31, 16, device=DEVICE, requires_grad=True)
     out = module(x)
-    chosen = torch.tensor([[2 * token % 5, (2 * token + 1) % 5] for token in range(31)], device=DEVICE)
+    chosen = torch.tensor([[6 * token % 5, (6 * token + 3) % 5] for token in range(31)], device=DEVICE)
     weights = torch.softmax((x @ module.router.weight.t()).gather(1, chosen), dim=-1)
     shares = torch.zeros(31, 5, device=DEVICE).scatter(1, chosen, weights)
     expected = moe_output(x, shares, module.experts.w13, module.experts.w2)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     assert (
-        module.stats.load_E.tolist() == torch.bincount(chosen.flatten(), minlength=5).tolist() == [13, 13, 12, 12, 12]
+        module.stats.load_E.tolist() == torch.bincount(chosen.flatten(), minlength=5).tolist() == [13, 12, 12, 13, 12]
     )
     out.sum().backward()
     assert module.router.weight.grad.abs().max() > 0
@@ -227,6 +228,20 @@ def test_forced_balance_sends_tokens_to_all_experts_in_turn(fusable: bool, monke
         torch.testing.assert_close(mine.grad, theirs)
     module.eval()
     assert torch.equal(module(x), out)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "topk", "num_ranks"), [(8, 2, 2), (8, 2, 8), (128, 8, 4), (256, 8, 8), (60, 4, 4)]
+)
+def test_forced_balance_sends_a_token_to_no_fewer_ranks_than_chance(
+    num_experts: int, topk: int, num_ranks: int
+) -> None:
+    chosen = turns(topk * num_experts, num_experts, torch.device("cpu")).view(-1, topk)
+    assert (chosen.sort(1).values.diff(dim=1) > 0).all()
+    assert torch.equal(torch.bincount(chosen.flatten()), torch.full((num_experts,), topk))
+    ranks = (chosen // (num_experts // num_ranks)).tolist()
+    elsewhere = math.comb(num_experts - num_experts // num_ranks, topk) / math.comb(num_experts, topk)
+    assert sum(len(set(row)) for row in ranks) / len(ranks) >= num_ranks * (1 - elsewhere)
 
 
 def test_statistics_and_non_finite_tokens() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -11,7 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from runtime.engine import Engine
+from runtime.model.captured import CapturedModel
 from runtime.parallel import buckets
+from runtime.parallel.mesh import ParallelMesh
+from runtime.parity import case as parity
 from runtime.parity.case import Case, errors, global_batch, make_engine, outcome, own_share, run_rank
 from runtime.parity.cases import CASES
 from runtime.parity.ranks import RankPool
@@ -51,12 +55,30 @@ def run_late(case: Case) -> dict[str, Any]:
         return run_rank(case)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nobody_reads_weights_that_have_not_come(name: str, pool: RankPool) -> None:
+def run_later(case: Case) -> dict[str, Any]:
+    """Weights set out when a step begins, as they do where that is a CUDA graph's beginning; none is captured."""
+
+    def deferring(case: Case) -> tuple[Engine, ParallelMesh]:
+        engine, mesh = make_engine(case)
+        engine._runner = CapturedModel(engine._runner, engine.store, engine.device, engine._budget)  # type: ignore[arg-type]
+        engine._runner._stopped = True
+        return engine, mesh
+
+    with mock.patch.object(parity, "make_engine", deferring):
+        return run_late(case)
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [*((name, run_late) for name in NAMES), *((name, run_later) for name in NAMES if "pp2" not in name)],
+)
+def test_nobody_reads_weights_that_have_not_come(
+    name: str, run: Callable[[Case], dict[str, Any]], pool: RankPool
+) -> None:
     """Steps, evaluations, means of weights and checkpoints, as on one rank."""
     (case,) = (case for case in CASES if case.name == name)
     want = outcome(pool.run(1, run_rank, case.reference))
-    found = errors(outcome(pool.run(case.num_ranks, run_late, case)), want)
+    found = errors(outcome(pool.run(case.num_ranks, run, case)), want)
     assert max(found.values()) < TOLERANCE, found
 
 

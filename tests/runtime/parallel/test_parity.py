@@ -22,6 +22,8 @@ def references() -> dict[str, Outcome]:
 
 def lean(case: Case) -> Case:
     """The case with two micro-batches a rank: outside pipelines and pairs of them, more repeat what the second shows."""
+    if case.captures:  # which on CPUs is room for rows alone, from the second step on
+        case = dataclasses.replace(case, warm_up=0, num_microbatches=4)
     degrees = {name: case.parallel.get(name, 1) for name in ("pp", "cp", "tp")}
     if degrees["pp"] > 1 or case.num_microbatches != 4 or case.parallel.get("overlap_exchange"):
         return case
@@ -29,7 +31,11 @@ def lean(case: Case) -> Case:
     return dataclasses.replace(case, num_microbatches=min(4, 2 * num_data_ranks))
 
 
-@pytest.mark.parametrize("case", [lean(case) for case in CASES], ids=lambda case: case.name.replace(" ", "-"))
+# What is replayed without exchanges differs from the rest on GPUs alone.
+HERE = [lean(case) for case in CASES if not case.captures or case.parallel.get("ep", 1) > 1]
+
+
+@pytest.mark.parametrize("case", HERE, ids=lambda case: case.name.replace(" ", "-"))
 def test_layout_equals_one_rank(case: Case, pool: RankPool, references: dict[str, Outcome]) -> None:
     if case.key not in references:
         references[case.key] = outcome(pool.run(1, run_rank, case.reference))

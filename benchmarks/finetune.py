@@ -250,7 +250,7 @@ def lines(case: Case, found: dict[str, Any]) -> Iterator[str]:
 
 def _speed(found: dict[str, Any]) -> str:
     share = f", MFU {found['mfu']:.1%}" if found["mfu"] else ""
-    rows = f", rows of the fullest rank {found['imbalance']:.2f} of the mean" if found["imbalance"] else ""
+    rows = f", rows of the fullest rank {found['rank_load']:.2f} of the mean" if found["rank_load"] else ""
     pinned = f", page-locked {found['pinned_gb']:.1f} GB" if found["pinned_gb"] else ""
     return (
         f"{found['ms']:,.0f} ms a step of {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s "

@@ -43,7 +43,6 @@ from runtime.settings.capture import captures
 from runtime.settings.check import check_run
 from runtime.settings.flags import parse_flags
 from runtime.settings.run import RunConfig
-from runtime.step_result import StepResult
 
 TIMEOUT = 600.0
 """Seconds that a collective may take: the others wait while a rank page-locks its memory or writes."""
@@ -131,10 +130,8 @@ def measure(run: RunConfig, engine: Engine, mesh: ParallelMesh, job: Job, spec: 
     seconds = (time.perf_counter() - begin) / max(1, spec.steps)
     losses += [result.lm_loss for result in results]
     out: dict[str, Any] = {"ms": seconds * 1e3, "loss": [losses[0], losses[-1]]}
-    out |= {
-        "repeated": sum(result.repeated for result in results),
-        "imbalance": imbalance(results[-1], run.parallel.ep),
-    }
+    out["repeated"] = sum(result.repeated for result in results)
+    out["rank_load"] = None if (routing := results[-1].routing) is None else routing.rank_load
     out |= speed(run, seconds, job.device, world)
     if spec.passes:
         alone = statistics.median(timed(lambda: engine.accumulate(batches), job, 3))
@@ -144,14 +141,6 @@ def measure(run: RunConfig, engine: Engine, mesh: ParallelMesh, job: Job, spec: 
         parts = run.model.sizes["layers"] // run.parallel.pp * len(batches)
         _profile(lambda: engine.train_step(batches), Path(spec.profile_to), mesh.global_rank, seconds, parts)
     return out
-
-
-def imbalance(result: StepResult, ep: int) -> float | None:
-    """Rows of the expert-parallel rank that has most in a layer, of the mean; mean over layers. None for a dense model."""
-    if result.expert_load is None:
-        return None
-    rows_LP = result.expert_load.unflatten(1, (ep, -1)).sum(-1).double()
-    return float((rows_LP.amax(1) / rows_LP.mean(1)).mean())
 
 
 def _profile(step: Callable[[], object], folder: Path, rank: int, seconds: float, parts: int) -> None:

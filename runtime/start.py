@@ -240,7 +240,7 @@ def run_job(
         trainer.evaluate_at_end()
     if log is not None:
         forecast = expect(run, process)
-        if forecast is not None and (outcome := forecast.outcome(Measured(log.seconds, log.memory))):
+        if forecast is not None and (outcome := forecast.outcome(Measured(log.seconds, log.memory, log.rank_loads))):
             log.note(outcome)
         log.close()
     for claim in claims:

@@ -41,6 +41,8 @@ class Measured:
     """Of each step."""
     memory: int
     """Bytes at the highest peak of a step."""
+    rank_loads: Sequence[float] = ()
+    """Rows of the fullest expert-parallel rank, of the mean, in each step; none without expert parallelism."""
 
 
 class Forecast:
@@ -134,9 +136,15 @@ class Forecast:
         time = f", {took * 1e3:,.0f} ms a step (median)"
         if self._known:
             time += f" where {estimate.seconds * 1e3:,.0f} were expected ({_off(estimate.seconds, took)})"
+        rows = ""
+        if measured.rank_loads:
+            local = estimate.costs.local
+            expected = local.rows / (local.rows_sent * estimate.setup.parallel.etp)
+            load = statistics.mean(measured.rank_loads)
+            rows = f"; the fullest rank of experts had {load:.2f} of the mean's rows where {expected:.2f} were expected"
         return (
             f"measured: {measured.memory / GB:.1f} GB at the peak where {estimate.peak / GB:.1f} were expected "
-            f"({_off(estimate.peak, measured.memory)}){time}"
+            f"({_off(estimate.peak, measured.memory)}){time}{rows}"
         )
 
 

@@ -51,6 +51,8 @@ class MetricLog:
         """Of each step so far."""
         self.memory = 0
         """Bytes at the highest peak of a step so far."""
+        self.rank_loads: list[float] = []
+        """Of each step so far, with expert parallelism: rows of the fullest rank of experts, of the mean."""
         self._dead = DeadExperts(config.dead_expert_steps)
         self._clock: tuple[int, float] | None = None
         self._write("run", version=LOG_VERSION, train_iters=train_iters, settings=settings)
@@ -81,6 +83,8 @@ class MetricLog:
         self._screen.step(record.iteration, record.lm_loss, record.num_tokens / max(record.seconds, 1e-9))
         if record.routing is not None:
             self._dead.step(record.routing.load_LE)
+            if record.routing.num_ranks > 1:
+                self.rank_loads.append(record.routing.rank_load)
         if record.iteration % self._interval == 0 or record.iteration == self._train_iters:
             self.flush()
 

@@ -41,6 +41,7 @@ def interval_line(record: IntervalRecord, train_iters: int) -> str:
     add("data_wait", "data wait {:.1%}")
     add("memory_gb", "memory {:.2f} GB")
     add("load_max_over_mean", "expert load max/mean {:.2f}")
+    add("rank_load", "rank load max/mean {:.2f}")
     add("dropped_share", "dropped {:.2%}")
     add("router_entropy", "router entropy {:.3f}")
     add("nonfinite_logits", "NON-FINITE ROUTER LOGITS {:.0f}", always=False)

@@ -41,6 +41,8 @@ class RoutingReport:
     """[L] int64 tokens that the router saw."""
     load_LE: Tensor
     """[L, E] int64 choices of each expert, before any drop."""
+    num_ranks: int = 1
+    """Expert-parallel ranks, of which each has as many experts, in order."""
 
     @property
     def aux_loss(self) -> float:
@@ -61,6 +63,12 @@ class RoutingReport:
     def entropy(self) -> float:
         """Router entropy in nats, mean over the layers with experts; 0 for a dense model."""
         return self._mean(self.entropy_L)
+
+    @property
+    def rank_load(self) -> float:
+        """Choices of the expert-parallel rank that has most, of the mean, for which the others wait: mean over the layers with experts."""
+        rows_LP = self.load_LE.view(len(self.load_LE), self.num_ranks, -1).sum(-1).double()
+        return self._mean(rows_LP.amax(1) / rows_LP.mean(1).clamp(min=1))
 
     @property
     def dropped_share(self) -> float:
@@ -161,6 +169,7 @@ class RouterMetrics:
             nonfinite_L=column["nonfinite"].round().to(torch.int64),
             tokens_L=tokens_L,
             load_LE=load_LE,
+            num_ranks=self._context.mesh.size("ep"),
         )
 
     def expert_bias(self) -> Tensor:

@@ -50,6 +50,12 @@ def test_what_was_measured_stands_beside_it() -> None:
     assert "measured: 60.0 GB at the peak" in text
     assert "710 ms a step (median) where" in text
     assert forecast.outcome(Measured([9.0], 1)) == ""
+    assert text.endswith(")"), "without expert parallelism there is nothing to wait for"
+    apart = Forecast(
+        run_of("--global-batch-size 16 --expert-model-parallel-size 2 --use-distributed-optimizer", 2), 2, H100
+    )
+    text = apart.outcome(Measured([1.0] * 3, 60_000_000_000, [1.5, 1.3, 1.4]))
+    assert text.endswith("; the fullest rank of experts had 1.40 of the mean's rows where 1.05 were expected")
 
 
 def test_an_unknown_gpu_has_no_time() -> None:

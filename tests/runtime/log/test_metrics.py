@@ -114,6 +114,16 @@ def test_what_is_unknown_is_left_out_and_null(tmp_path: Path) -> None:
     assert "iteration 2/2 | lm loss 3.500000 | grad norm" in line
 
 
+def test_ranks_of_experts_are_compared_by_what_they_hold(tmp_path: Path) -> None:
+    """Layers of two ranks with 30 and 70 of 100 choices, and as many each."""
+    log = open_log(file=tmp_path / "log.jsonl", train_iters=1)
+    log.step(step(1, routing=routing([[10, 20, 30, 40], [1, 49, 25, 25]], num_ranks=2)))
+    log.close()
+    [record] = read(tmp_path / "log.jsonl", "train")
+    assert record["rank_load"] == pytest.approx((70 / 50 + 1) / 2)
+    assert log.rank_loads == [record["rank_load"]]
+
+
 def test_a_skipped_step_is_counted_and_left_out_of_means(tmp_path: Path) -> None:
     out = io.StringIO()
     log = open_log(out, file=tmp_path / "log.jsonl", train_iters=4)

@@ -25,6 +25,7 @@ from runtime.fp8.config import Fp8Config
 from runtime.fp8.scaling import FP8_HISTORY, Scaling
 from runtime.model.batches import to_device
 from runtime.model.captured import CapturedModel
+from runtime.model.combination import assert_combination
 from runtime.model.context import ModelContext
 from runtime.model.decoder import DecoderStage
 from runtime.model.diagnosis import NonFiniteError, diagnose
@@ -92,7 +93,7 @@ class Engine:
             captures: set room aside for rows that travel, and on a GPU replay micro-batches as CUDA graphs, where
                 `runtime.settings.capture.obstacle` sees none.
         """
-        _assert_combination(parallel, moe)
+        assert_combination(parallel, moe)
         mesh.share_heads(model.sizes["kv_heads"])
         self.mesh, self.device, self._optim, self._moe = mesh, device, optim, moe
         in_fp8 = fp8 is not None and fp8.format is not None
@@ -391,15 +392,3 @@ class Engine:
     @torch.no_grad()
     def _again(self, batches: Sequence[Microbatch]) -> None:
         self._runner.run(batches, backward=False)
-
-
-def _assert_combination(parallel: ParallelConfig, moe: MoEConfig | None) -> None:
-    """What `runtime.settings.check` refuses in words; here it is an error of the program that built the engine."""
-    assert parallel.tp == 1 or parallel.ep == 1 or parallel.sp, "ep and tp need sp"
-    assert not parallel.fully_shard or parallel.pp == 1 or parallel.pp_schedule != "zero-bubble", "fsdp, zero-bubble"
-    assert parallel.pp > 1 or parallel.vpp == 1, "vpp needs pp"
-    assert not parallel.overlap_exchange or (parallel.pp == 1 and not parallel.fully_shard), "pairs need whole layers"
-    whole = parallel.pp * parallel.tp * parallel.cp == 1
-    assert whole or moe is None or moe.aux_loss_mode != "hf" or not moe.aux_losses, (
-        "aux_loss_mode hf needs pp, tp, cp 1"
-    )

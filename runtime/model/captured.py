@@ -93,7 +93,7 @@ class CapturedModel:
         self._whole, self._store, self._device = whole, store, device
         self._budget, self._room = budget, None if budget is None else budget.room
         self._sums = store.sums_over_ranks
-        self._together = self._sums or budget is not None
+        self._together = dist.is_initialized() and dist.get_world_size() > 1
         store.defer_sharing()
         self._kinds: dict[_Key, _Kind] = {}
         self._stream: torch.cuda.Stream | None = None
@@ -138,11 +138,11 @@ class CapturedModel:
         return self._budget is not None and room is None
 
     def _highest(self, values: list[int]) -> list[int]:
-        """The highest of each number over ranks that do something together, and so replay the same graphs: NCCL asks that of captured transfers.
+        """The highest of each number over all ranks, which replay the same graphs: NCCL asks that of captured transfers.
 
         Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/usage/cudagraph.html
         """
-        if not self._together or not dist.is_initialized():
+        if not self._together:
             return values
         highest = torch.tensor(values)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)

@@ -13,6 +13,7 @@ const CHARTS = [
   { section: "loss", key: "loss", title: "Minimised loss", note: "with the routers' losses" },
   { section: "loss", key: "skipped_steps", title: "Skipped steps", zero: true, optional: true },
   { section: "experts", key: "load_max_over_mean", title: "Expert load", note: "largest over mean, worst layer", references: [{ value: 1, label: "balanced" }] },
+  { section: "experts", key: "rank_load", title: "Load of ranks", note: "fullest over mean, mean over layers", references: [{ value: 1, label: "balanced" }], optional: true },
   { section: "experts", key: "aux_loss", title: "Balancing loss", note: "without its coefficient", references: [{ value: 1, label: "balanced" }] },
   { section: "experts", key: "router_entropy", title: "Router entropy", note: "nats", entropy: true },
   { section: "experts", key: "dropped_share", title: "Dropped choices", unit: "%", zero: true },

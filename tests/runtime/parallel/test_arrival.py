@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from runtime.engine import Engine
 from runtime.model.captured import CapturedModel
-from runtime.parallel import buckets
+from runtime.parallel import bucket, buckets
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parity import case as parity
 from runtime.parity.case import Case, errors, global_batch, make_engine, outcome, own_share, run_rank
@@ -46,7 +46,7 @@ class _Late:
 
 @contextmanager
 def late() -> Iterator[None]:
-    with mock.patch.object(buckets, "_all_gather", _Late):
+    with mock.patch.object(bucket, "_all_gather", _Late):
         yield
 
 
@@ -93,11 +93,11 @@ def arrivals(case: Case) -> list[tuple[str, int]]:
     happened: list[tuple[str, int]] = []
     for place, layer in enumerate(stage.layers):  # type: ignore[arg-type,union-attr]
         layer.register_forward_pre_hook(lambda *_, place=place: happened.append(("begins", place)))
-    for bucket in engine.store._buckets:  # type: ignore[attr-defined]
-        work, names = bucket.gathering, {slot.name.split(".")[2] for slot in bucket.slots if ".layers." in slot.name}
+    for each in engine.store._buckets:  # type: ignore[attr-defined]
+        work, names = each.gathering, {slot.name.split(".")[2] for slot in each.slots if ".layers." in slot.name}
         if work is not None:
             (layer,) = names or {"-1"}
-            bucket.gathering = mock.Mock(wait=lambda w=work, n=int(layer): (happened.append(("comes", n)), w.wait()))
+            each.gathering = mock.Mock(wait=lambda w=work, n=int(layer): (happened.append(("comes", n)), w.wait()))
     engine.train_step(batches[:1])
     return happened
 

@@ -69,7 +69,7 @@ def runtime(
         lr=1e-5,
         parallel=parallel,
         on_device=True,
-        captures=captures and (not several or layout.ep > 1) and fp8 is None and device.type == "cuda",
+        captures=captures and device.type == "cuda",
         balanced=layout.balanced,
         **options,
     )
@@ -103,10 +103,6 @@ def _tensor(work: Work) -> str | None:
     return "without tensor parallelism there is nothing to overlap" if work.tp == 1 else None
 
 
-def _captured(work: Work) -> str | None:
-    return "on several GPUs nothing is captured without expert parallelism" if work.ranks > work.ep == 1 else None
-
-
 def _alone(work: Work) -> str | None:
     if not work.slice.experts:
         return "set up for a mixture"
@@ -137,7 +133,7 @@ def _transformers(unfit: Callable[[Work], str | None], **options: Any) -> System
 
 SYSTEMS: dict[str, System] = {
     "runtime": System(make=runtime),
-    "runtime, no CUDA graphs": System(make=lambda *work: runtime(*work, captures=False), unfit=_captured),
+    "runtime, no CUDA graphs": System(make=lambda *work: runtime(*work, captures=False)),
     "runtime, overlap": System(make=lambda *work: runtime(*work, overlap=True), unfit=_exchanges),
     "runtime, tp-comm-overlap": System(make=lambda *work: runtime(*work, tp_comm_overlap=True), unfit=_tensor),
     "runtime, bf16 moments": System(make=lambda *work: runtime(*work, moments_dtype="bfloat16")),

@@ -317,7 +317,7 @@ class Engine:
         if parallel.pp == 1:
             whole = (PairedMicrobatches if parallel.overlap_exchange else WholeModel)(stages[0], self._loss)
             captures &= self.device.type == "cuda"
-            return CapturedModel(whole, self.store, self.device, self._budget) if captures else whole
+            return CapturedModel(whole, self.store, self.device, self._budget, self._fp8) if captures else whole
         from runtime.parallel.pipeline import Pipeline
 
         taken = (self._activation_shape, self._context.dtype, self._loss, self.store.collect)

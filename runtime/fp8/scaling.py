@@ -39,8 +39,7 @@ class Scaling:
             group: all ranks that compute the same layers, in parts or on other data; None: this rank alone.
         """
         self.config = config
-        self.step = 0
-        """Counts `begin`: weights that were quantised at another count are stale."""
+        self._step, self._replayed = 0, -1  # counts `begin`
         self._device, self._group = device, group
         self._names: list[str] = []
         self._trains = False
@@ -69,12 +68,31 @@ class Scaling:
         Args:
             trains: a step follows, and delayed bounds what the last one found; an evaluation keeps them, and leaves no trace.
         """
-        self.step += 1
+        self._step += 1
         self._trains = trains
         if self.config.recipe == "delayed":
             self._make_room()
             if trains:
                 self._take_over()
+
+    @property
+    def step(self) -> int:
+        """Weights that were quantised at another one are stale."""
+        return self._step
+
+    @property
+    def replayed(self) -> bool:
+        """Whether a CUDA graph has quantised all weights in this step."""
+        return self._replayed == self._step
+
+    def note_replay(self) -> None:
+        """Take note that a graph has done what a step's first micro-batch does: it has quantised the weights, and met all tensors."""
+        self._replayed = self._step
+        self._used |= self._known
+
+    def forget_capture(self) -> None:
+        """Take weights as stale that a capture has marked as quantised: it has come to nothing, and no kernel has run."""
+        self._step += 1
 
     def bound(self, slot: int, find: Callable[[Tensor], object]) -> tuple[Tensor, Tensor | None]:
         """Give a tensor's bound.
@@ -140,7 +158,7 @@ class Scaling:
                 continue
             self._history[:, slot] = _column(name, saved[name]).to(self._device)
             self._known.add(slot)
-        self._bounds = _bounds_of(self._history)
+        self._bounds.copy_(_bounds_of(self._history))
         if not missing:
             return []
         which = "" if len(missing) == len(self._names) else f" of {len(missing)} tensors ({missing[0]}, ...)"
@@ -162,9 +180,10 @@ class Scaling:
         found = torch.where(torch.isfinite(self._amaxes), self._amaxes, self._bounds)
         if self._group is not None:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
-        self._history = torch.cat([found.unsqueeze(0), self._history[:-1]])
-        self._bounds = _bounds_of(self._history)
-        self._amaxes = torch.zeros_like(self._amaxes)
+        # In place: graphs read and raise what lies here.
+        self._history.copy_(torch.cat([found.unsqueeze(0), self._history[:-1]]))
+        self._bounds.copy_(_bounds_of(self._history))
+        self._amaxes.zero_()
         self._known |= self._used
         self._used = set()
 

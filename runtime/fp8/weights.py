@@ -30,7 +30,7 @@ class QuantisedWeights:
         Returns:
             Rows [E, N of all, K] and columns [E, K, N of all].
         """
-        if self._made is not None and self._step == self._scaling.step:
+        if self._made is not None and (self._step == self._scaling.step or self._scaling.replayed):
             return self._made
         parts = [w if w.dim() == 3 else w.unsqueeze(0) for w in weights]
         blockwise = self._scaling.blockwise

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.fp8.scaling import Scaling
 from runtime.moe.row_budget import RowBudget
 from runtime.ops.documents import Room
 from runtime.parallel.buckets import Arrivals, BucketStore
@@ -80,7 +81,14 @@ class _Kind:
 class CapturedModel:
     """Micro-batches one after another through a whole model, replayed where some like them have been captured."""
 
-    def __init__(self, whole: WholeModel, store: Store, device: torch.device, budget: RowBudget | None = None) -> None:
+    def __init__(
+        self,
+        whole: WholeModel,
+        store: Store,
+        device: torch.device,
+        budget: RowBudget | None = None,
+        fp8: Scaling | None = None,
+    ) -> None:
         """Capture nothing yet.
 
         Args:
@@ -88,10 +96,11 @@ class CapturedModel:
             store: has the sums of their gradients.
             device: a GPU.
             budget: room for the rows that travel; None where none do.
+            fp8: what keeps the books of tensors in 8 bits; None where there are none.
         """
         assert isinstance(store, BucketStore), "captures are of ranks that each have the whole model"
         self._whole, self._store, self._device = whole, store, device
-        self._budget, self._room = budget, None if budget is None else budget.room
+        self._budget, self._room, self._fp8 = budget, None if budget is None else budget.room, fp8
         self._sums = store.sums_over_ranks
         self._together = dist.is_initialized() and dist.get_world_size() > 1
         store.defer_sharing()
@@ -195,9 +204,11 @@ class CapturedModel:
         if kind.graph is None:
             self._pass(kind.taken)
             return
+        kind.graph.replay()
         if key.first:
             self._store.weights_sent()
-        kind.graph.replay()
+            if self._fp8 is not None:
+                self._fp8.note_replay()
         if not captured:  # a capture books by itself
             self._store.book(kind.arrivals)
 
@@ -221,6 +232,8 @@ class CapturedModel:
             failure = str(error).strip() or "no reason is given"
         if self._highest([bool(failure)])[0]:
             self._store.reopen(before)
+            if self._fp8 is not None:
+                self._fp8.forget_capture()
             self._give_up(failure or "on another rank, which says why")
             return None
         remember(graph)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Protocol
 from moeconv.families.base import Model
 from runtime.errors import require
 from runtime.flag import flag_name
-from runtime.fp8.config import Fp8Config
 from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
@@ -40,8 +39,6 @@ class Planned(Protocol):
     @property
     def lora(self) -> LoraConfig: ...
     @property
-    def fp8(self) -> Fp8Config: ...
-    @property
     def dtype(self) -> str: ...
 
 
@@ -61,8 +58,6 @@ def obstacle(run: Planned, world_size: int) -> str | None:
 def _obstacles(run: Planned, world_size: int) -> Iterator[str]:
     if world_size > 1:
         yield from _obstacles_of_several(run)
-    if run.fp8.format is not None:
-        yield f"--fp8-format {run.fp8.format} keeps scales of its own in each micro-batch"
     if run.optim.on_host:
         yield "--optimizer-cpu-offload moves what the host meanwhile computes with"
     if run.recompute.offload:

@@ -14,6 +14,7 @@ from runtime.fp8.config import Fp8Config
 from runtime.fp8.linear import Fp8Linears
 from runtime.fp8.operands import E4M3, eight_bits, in_fp32
 from runtime.fp8.scaling import FP8_HISTORY, HISTORY_STEPS, Scaling
+from runtime.fp8.weights import QuantisedWeights
 from runtime.model.recompute import RecomputeConfig
 from runtime.moe.config import MoEConfig
 from runtime.moe.fp8_experts import Fp8Experts
@@ -114,6 +115,41 @@ def test_delayed_bounds_follow_the_last_steps() -> None:
     assert step(float("inf")) == 1.0
     assert step(2.0) == 1.0  # what isn't finite is not taken for a bound
     assert float(bounds.bound(other, lambda out: out.fill_(5.0))[0]) == 5.0
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
+def test_a_replay_counts_as_the_pass_that_it_repeats(recipe: str) -> None:
+    """Weights of a replayed step are not quantised again, those of the next one and of a failed capture are; bounds lie still."""
+    bounds = scaling(recipe=recipe)
+    slot, weights, weight = bounds.take_slot(), QuantisedWeights(bounds), torch.randn(128, 128)
+
+    def current() -> bool:
+        found, want = (kept.of([weight]).rows for kept in (weights, QuantisedWeights(scaling(recipe=recipe))))
+        assert found is not None
+        assert want is not None
+        return torch.equal(found.bits.view(torch.uint8), want.bits.view(torch.uint8))
+
+    bounds.begin(trains=True)
+    bounds.bound(slot, lambda amax: amax.fill_(3.0))
+    assert current()
+    weight.neg_()
+    assert not current()
+    bounds.begin(trains=True)
+    bound, met = bounds.bound(slot, lambda amax: amax.fill_(3.0))
+    bounds.note_replay()
+    assert not current(), "the graph has made them"
+    bounds.forget_capture()
+    assert current()
+    if recipe == "delayed":
+        assert bound.tolist() == [3.0]
+        assert met is not None
+        met.fill_(5.0)  # by a replay
+        bounds.begin(trains=True)
+        assert bound.tolist() == [5.0]
+        assert met.tolist() == [0.0]
+        bounds.note_replay()
+        bounds.begin(trains=True)
+        assert bound.tolist() == [5.0], "one of the last steps had it"
 
 
 def test_a_history_is_kept_by_name() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from runtime.data.batch import Batch
+from runtime.fp8.config import Fp8Config
 from runtime.model.batches import to_device
 from runtime.model.captured import CapturedModel
 from runtime.model.lora import LoraConfig
@@ -21,6 +22,8 @@ from tests.runtime.model.wide import batch, make_engine, packed
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CASES: list[dict[str, Any]] = [
     {},
+    *({"fp8": Fp8Config(format="hybrid", recipe=recipe)} for recipe in ("tensorwise", "delayed", "blockwise")),
+    {"fp8": Fp8Config(format="e4m3", recipe="delayed"), "granularity": "full"},
     {"granularity": "full"},
     {"granularity": "selective"},
     {"recompute_layer": True},

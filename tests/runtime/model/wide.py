@@ -9,6 +9,7 @@ import torch
 
 from runtime.data.batch import Batch
 from runtime.engine import Engine
+from runtime.fp8.config import Fp8Config
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.lora import LoraConfig
 from runtime.model.recompute import RecomputeConfig
@@ -34,6 +35,7 @@ def make_engine(
     granularity: Any = "none",
     family: str = "mixtral",
     lora: LoraConfig | None = None,
+    fp8: Fp8Config | None = None,
     *,
     lr: float = 1e-3,
     captures: bool = False,
@@ -48,7 +50,7 @@ def make_engine(
         options = MoEConfig(router=model.compute.router, **(losses | moe))
     parallel, optim, recompute = ParallelConfig(), OptimConfig(lr=lr), RecomputeConfig(granularity=granularity)
     settings = (TORCH_DTYPES[dtype], parallel, options, optim, recompute, ParallelMesh(parallel), torch.device(device))
-    engine = Engine(model, *settings, lora=lora, captures=captures)
+    engine = Engine(model, *settings, lora=lora, fp8=fp8, captures=captures)
     engine.load_state(initial_reader(model))
     return engine
 

@@ -85,6 +85,11 @@ class Scaling:
         """Whether a CUDA graph has quantised all weights in this step."""
         return self._replayed == self._step
 
+    @property
+    def settled(self) -> bool:
+        """Whether no tensor of this step has been scaled by itself for want of earlier ones: what is captured is done in every step."""
+        return self._used <= self._known
+
     def note_replay(self) -> None:
         """Take note that a graph has done what a step's first micro-batch does: it has quantised the weights, and met all tensors."""
         self._replayed = self._step

@@ -193,7 +193,7 @@ class CapturedModel:
                 self._kinds[key] = _Kind(batches)
             self._pass(batches)
             return
-        if kind.graph is None and self._budget is not None and not self._budget.settled:
+        if kind.graph is None and not self._settled:
             self._pass(batches)
             return
         for batch, taken in zip(batches, kind.taken, strict=True):
@@ -211,6 +211,11 @@ class CapturedModel:
                 self._fp8.note_replay()
         if not captured:  # a capture books by itself
             self._store.book(kind.arrivals)
+
+    @property
+    def _settled(self) -> bool:
+        """Whether micro-batches are done as they will be in all steps to come."""
+        return (self._budget is None or self._budget.settled) and (self._fp8 is None or self._fp8.settled)
 
     def _capture(self, kind: _Kind, key: _Key) -> torch.cuda.CUDAGraph | None:
         """Capture a micro-batch, whose kernels don't run by that; None where it can't be done, on whichever rank."""

@@ -131,11 +131,13 @@ def test_a_replay_counts_as_the_pass_that_it_repeats(recipe: str) -> None:
 
     bounds.begin(trains=True)
     bounds.bound(slot, lambda amax: amax.fill_(3.0))
+    assert bounds.settled == (recipe != "delayed"), "the first step of a tensor is like no other"
     assert current()
     weight.neg_()
     assert not current()
     bounds.begin(trains=True)
     bound, met = bounds.bound(slot, lambda amax: amax.fill_(3.0))
+    assert bounds.settled
     bounds.note_replay()
     assert not current(), "the graph has made them"
     bounds.forget_capture()

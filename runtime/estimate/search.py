@@ -230,7 +230,7 @@ class Search:
     def _estimate(self, setup: Setup) -> Estimate:
         p, moe = setup.parallel, setup.moe
         again = setup.recompute.granularity, moe is not None and moe.recompute_layer
-        key = (p.tp, p.sp, p.cp, p.ep, p.etp, setup.micro_batch_size, again)
+        key = (p.tp, p.sp, p.cp, p.ep, p.etp, setup.micro_batch_size, again, setup.captured)
         layers = self._layers.setdefault(key, {})
         return Estimate(setup.sharing(self._parameters(p)), self._machine, self._imbalance, layers)
 

@@ -89,7 +89,7 @@ class Costs:
             machine: the constants.
             imbalance: rows of the fullest expert-parallel rank, of the mean; None takes the machine's.
             layers: costs of layers that have been worked out for setups which differ in pipeline, data parallelism and
-                optimizer alone; None for none.
+                optimizer alone, and are replayed as CUDA graphs or are not, all of them; None for none.
         """
         self.setup, self.machine = setup, machine
         self.local: Local = local_sizes(setup, machine, imbalance)

@@ -147,7 +147,8 @@ def table(work: Work, chosen: Sequence[str], results: dict[tuple[str, int], Resu
 
 def _figures(name: str, num: int, result: Result, results: dict[tuple[str, int], Result]) -> str:
     alike = f"runtime, FP8 {name.rpartition('FP8 ')[2]}"
-    ours = results.get((alike, num)) or results.get(("runtime", num)) or Result()
+    other = next((key for key in results if key[0].startswith("runtime") and key[1] == num), ("", num))
+    ours = results.get((alike, num)) or results.get(("runtime", num)) or results.get(other) or Result()
     # The median of the rounds' ratios: the card's temperature is alike within a round.
     ratios = [a["ms"] / b["ms"] for a, b in zip(result.rounds, ours.rounds, strict=False)]
     ms, tokens, tflops = (

@@ -106,7 +106,7 @@ MODELS = {
     "glm-4.5-air": Slice.of_hub("glm-4.5-air", 2),
     "glm-4.7-flash": Slice.of_hub("glm-4.7-flash", 4),
     # To try a command out where there is no GPU; no figure of it says anything.
-    "tiny": Slice(2, 64, 96, 4, 2, 4, 2, 16, 512, positions=64),
+    "tiny": Slice(2, 128, 128, 4, 2, 4, 2, 32, 512, positions=64),
 }
 
 

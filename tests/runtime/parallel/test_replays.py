@@ -101,10 +101,12 @@ def run_replayed(case: Case) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.captures and case.num_ranks == 2], ids=lambda case: case.name
-)
-def test_replayed_steps_are_those_of_one_rank(case: Case, pool: RankPool) -> None:
+NAMES = ("dp2 replayed", "tp2 replayed", "ep2 replayed", "ep2 replayed in pairs", "tp2 sp ep2 etp1 replayed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_replayed_steps_are_those_of_one_rank(name: str, pool: RankPool) -> None:
+    (case,) = (dataclasses.replace(case, num_microbatches=8) for case in CASES if case.name == name)
     want = outcome(pool.run(1, run_rank, case.reference))
     found = errors(outcome(pool.run(case.num_ranks, run_replayed, case)), want)
     assert max(found.values()) < TOLERANCE, found

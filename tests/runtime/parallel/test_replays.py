@@ -105,7 +105,7 @@ def run_replayed(case: Case) -> dict[str, Any]:
         found = run_rank(case)
     assert len(graphs) > 1
     assert any(graph._replays > 1 for graph in graphs)
-    return found
+    return found | {"replays": [graph._replays for graph in graphs]}
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
@@ -121,9 +121,13 @@ def test_replayed_steps_in_fp8_are_those_of_passes(recipe: str) -> None:
 NAMES = ("dp2 replayed", "tp2 replayed", "ep2 replayed", "ep2 replayed in pairs", "tp2 sp ep2 etp1 replayed")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_replayed_steps_are_those_of_one_rank(name: str, pool: RankPool) -> None:
-    (case,) = (dataclasses.replace(case, num_microbatches=8) for case in CASES if case.name == name)
+@pytest.mark.parametrize(("name", "documents"), [*((name, False) for name in NAMES), ("ep2 replayed", True)])
+def test_replayed_steps_are_those_of_one_rank(name: str, documents: bool, pool: RankPool) -> None:
+    """And all ranks replay the same graphs, also where their documents need more and less room."""
+    (case,) = (case for case in CASES if case.name == name)
+    case = dataclasses.replace(case, num_microbatches=8, documents=documents)
     want = outcome(pool.run(1, run_rank, case.reference))
-    found = errors(outcome(pool.run(case.num_ranks, run_replayed, case)), want)
+    ranks = pool.run(case.num_ranks, run_replayed, case)
+    found = errors(outcome(ranks), want)
     assert max(found.values()) < TOLERANCE, found
+    assert ranks[0]["replays"] == ranks[1]["replays"]

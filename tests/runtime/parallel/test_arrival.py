@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,6 +78,8 @@ def test_nobody_reads_weights_that_have_not_come(
 ) -> None:
     """Steps, evaluations, means of weights and checkpoints, as on one rank."""
     (case,) = (case for case in CASES if case.name == name)
+    if case.captures:  # of which a CPU knows the room for rows alone
+        case = dataclasses.replace(case, warm_up=0, num_microbatches=4)
     want = outcome(pool.run(1, run_rank, case.reference))
     found = errors(outcome(pool.run(case.num_ranks, run, case)), want)
     assert max(found.values()) < TOLERANCE, found

@@ -108,24 +108,25 @@ def run_replayed(case: Case) -> dict[str, Any]:
     return found | {"replays": [graph._replays for graph in graphs]}
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
+@pytest.mark.parametrize("recipe", ["delayed", "blockwise"])
 def test_replayed_steps_in_fp8_are_those_of_passes(recipe: str) -> None:
     """Of bounds that follow the steps, too, which no capture may take for those of a tensor's first step."""
     model = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "num_hidden_layers": 2}
     fp8 = {"format": "hybrid", "recipe": recipe}
-    case = Case(name="one rank", num_ranks=1, model=model, fp8=fp8, num_microbatches=3, warm_up=3, captures=True)
+    case = Case(name="one rank", num_ranks=1, model=model, fp8=fp8, num_microbatches=3, warm_up=1, captures=True)
     found = errors(outcome([run_replayed(case)]), outcome([run_rank(case.reference)]))
     assert max(found.values()) == 0, found
 
 
-NAMES = ("dp2 replayed", "tp2 replayed", "ep2 replayed", "ep2 replayed in pairs", "tp2 sp ep2 etp1 replayed")
+NAMES = ("dp2 replayed", "tp2 replayed", "ep2 replayed", "ep2 replayed in pairs")
 
 
 @pytest.mark.parametrize(("name", "documents"), [*((name, False) for name in NAMES), ("ep2 replayed", True)])
 def test_replayed_steps_are_those_of_one_rank(name: str, documents: bool, pool: RankPool) -> None:
     """And all ranks replay the same graphs, also where their documents need more and less room."""
     (case,) = (case for case in CASES if case.name == name)
-    case = dataclasses.replace(case, num_microbatches=8, documents=documents)
+    warm_up = 3 if "ep" in case.parallel else 1  # with rows that travel, graphs come when their room has been enough
+    case = dataclasses.replace(case, num_microbatches=8, documents=documents, warm_up=warm_up)
     want = outcome(pool.run(1, run_rank, case.reference))
     ranks = pool.run(case.num_ranks, run_replayed, case)
     found = errors(outcome(ranks), want)

@@ -69,7 +69,7 @@ def runtime(
         lr=1e-5,
         parallel=parallel,
         on_device=True,
-        captures=captures and fp8 != "delayed" and device.type == "cuda",
+        captures=captures and device.type == "cuda",
         balanced=layout.balanced,
         **options,
     )

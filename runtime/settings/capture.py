@@ -61,9 +61,6 @@ def obstacle(run: Planned, world_size: int) -> str | None:
 def _obstacles(run: Planned, world_size: int) -> Iterator[str]:
     if world_size > 1:
         yield from _obstacles_of_several(run)
-    if run.fp8.format is not None and run.fp8.recipe == "delayed":
-        # The engine does it; that its bounds follow the steps has been shown on a CPU alone.
-        yield f"--fp8-format {run.fp8.format} with --fp8-recipe delayed hasn't been proven in graphs, tensorwise and blockwise have"
     if run.optim.on_host:
         yield "--optimizer-cpu-offload moves what the host meanwhile computes with"
     if run.recompute.offload:

@@ -34,12 +34,12 @@ from runtime.checkpoint.writer import Saver, check
 from runtime.data.batch import Batch
 from runtime.engine import Engine
 from runtime.job.processes import Process, connect, end_groups, start
+from runtime.loading import build_engine
 from runtime.log.flops import device_peak, training_flops
 from runtime.measures import host_bytes
 from runtime.model.context import TORCH_DTYPES
 from runtime.parallel.mesh import ParallelMesh
 from runtime.settings.assemble import make_run
-from runtime.settings.capture import captures
 from runtime.settings.check import check_run
 from runtime.settings.flags import parse_flags
 from runtime.settings.run import RunConfig
@@ -214,16 +214,7 @@ def work(spec: Spec, process: Process, device: torch.device) -> dict[str, Any]:
     job = Job(device=device, sizes=FULL, scratch=Path(spec.folder), fill=1.0, control=control)
     mesh = ParallelMesh(run.parallel, process.world_size)
     begin = time.perf_counter()
-    settings = (run.parallel, run.moe, run.optim, run.recompute)
-    engine = Engine(
-        run.model,
-        TORCH_DTYPES[run.dtype],
-        *settings,
-        mesh,
-        device,
-        lora=run.lora,
-        captures=captures(run, process.world_size, device),
-    )
+    engine = build_engine(run, mesh, device)
     engine.set_lr(run.optim.lr)
     out: dict[str, Any] = {}
     if spec.resume:

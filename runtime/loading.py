@@ -61,6 +61,34 @@ def with_adapters(run: RunConfig, origin: Origin, given: Given) -> RunConfig:
     return dataclasses.replace(run, model=model, lora=lora, notes=(*run.notes, note))
 
 
+def build_engine(run: RunConfig, mesh: ParallelMesh, device: torch.device) -> Engine:
+    """Build a run's model over all ranks, as its settings say; its weights are not drawn yet. Collective.
+
+    Args:
+        run: the settings.
+        mesh: the ranks.
+        device: what to compute on.
+
+    Returns:
+        The engine.
+    """
+    trains = not run.train.skip_train
+    return Engine(
+        run.model,
+        TORCH_DTYPES[run.dtype],
+        run.parallel,
+        run.moe,
+        run.optim,
+        run.recompute,
+        mesh,
+        device,
+        trains=trains,
+        lora=run.lora,
+        fp8=run.fp8,
+        captures=trains and captures(run, mesh.world_size, device),
+    )
+
+
 def make_engine(
     run: RunConfig, origin: Origin, process: Process, device: torch.device, progress: Progress
 ) -> tuple[Engine, TrainerState | None]:
@@ -81,20 +109,7 @@ def make_engine(
     """
     progress("loading the checkpoint", limited=False)
     one_first(process.rank == 0, lambda: check_tied(origin.checkpoint, "training") if process.rank == 0 else None)
-    mesh = ParallelMesh(run.parallel, process.world_size)
-    settings = (run.parallel, run.moe, run.optim, run.recompute)
-    trains = not run.train.skip_train
-    engine = Engine(
-        run.model,
-        TORCH_DTYPES[run.dtype],
-        *settings,
-        mesh,
-        device,
-        trains=trains,
-        lora=run.lora,
-        fp8=run.fp8,
-        captures=trains and captures(run, process.world_size, device),
-    )
+    engine = build_engine(run, ParallelMesh(run.parallel, process.world_size), device)
     try:
         return engine, load(engine, run, origin)
     except MoeconvError as error:

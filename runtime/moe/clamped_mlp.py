@@ -14,12 +14,14 @@ from torch import Tensor
 
 from moeconv.families.compute import Gate
 from runtime.moe import passes
-from runtime.moe.expert_node import run_experts
+from runtime.moe.expert_node import Gradients, run_experts
 from runtime.moe.grouped_gemm import GroupedGemm
 from runtime.moe.low_rank import Adapters, product
 from runtime.moe.permutation import RowPlan
 from runtime.moe.thin import Thin
 from runtime.quantised.weight import Weight
+
+_ONES = 8  # columns of the ones that sum a bias's gradient: kernels want whole eights
 
 
 class Activation(NamedTuple):
@@ -84,8 +86,8 @@ def _wide(hidden_R2F: Tensor, weights_TK: Tensor, args: Activation) -> tuple[Ten
 
 
 def activate_backward(
-    hidden_R2F: Tensor, weights_TK: Tensor, grad_RF: Tensor, args: Activation
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden_R2F: Tensor, weights_TK: Tensor, grad_RF: Tensor, args: Activation, *, sum_bias: bool = False
+) -> Gradients:
     """The gradients of `activate`, with its output computed again; on a GPU in the place of what it is given.
 
     Args:
@@ -93,16 +95,18 @@ def activate_backward(
         weights_TK: [T, K] routing weights.
         grad_RF: [R, F] gradient of the output.
         args: the rest.
+        sum_bias: sum the biases' gradient where that costs no pass of its own.
 
     Returns:
-        Gradient of hidden [R, 2F], of the weights [T, K] (in their dtype), and the output [R, F].
+        The gradients, that of the weights in their dtype, and the output.
     """
     bias, experts, plan, gate, fused = args
     if fused and hidden_R2F.is_cuda:
         from runtime.kernels.clamped_gate import clamped_gate_backward as kernel
 
         beside = (plan.slot_of_row_R, plan.offsets_E, gate.alpha, gate.limit)
-        return kernel(hidden_R2F, bias, experts, weights_TK, grad_RF, *beside)
+        given = (hidden_R2F, bias, experts, weights_TK, grad_RF)
+        return Gradients(*kernel(*given, *beside, alignment=plan.alignment, sum_bias=sum_bias))
     biased, weights = _wide(hidden_R2F, weights_TK, args)
     left, right = biased[:, ::2], biased[:, 1::2]
     bounded, linear = left.clamp(max=gate.limit), right.clamp(-gate.limit, gate.limit) + 1
@@ -113,7 +117,7 @@ def activate_backward(
     grad_right = grad * weights * bounded * sigmoid * (right.abs() <= gate.limit)
     grad_hidden = torch.stack([grad_left, grad_right], dim=2).flatten(1).to(hidden_R2F.dtype)
     grad_weights = passes.rows_to_slots((grad * act).sum(1).to(weights_TK.dtype), plan)
-    return grad_hidden, grad_weights, (act * weights).to(hidden_R2F.dtype)
+    return Gradients(grad_hidden, grad_weights, (act * weights).to(hidden_R2F.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +142,14 @@ class _Clamped:
         return hidden, activate(hidden, weights_TK, self._activation(bias))
 
     def backward(
-        self, hidden_R2F: Tensor, bias: Tensor | None, weights_TK: Tensor, grad_RF: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return activate_backward(hidden_R2F, weights_TK, grad_RF, self._activation(bias))
+        self, hidden_R2F: Tensor, bias: Tensor | None, weights_TK: Tensor, grad_RF: Tensor, *, sum_bias: bool
+    ) -> Gradients:
+        found = activate_backward(hidden_R2F, weights_TK, grad_RF, self._activation(bias), sum_bias=sum_bias)
+        if not sum_bias or found.bias_E2F is not None:
+            return found
+        # Sums over each expert's rows in a fixed order: a product with ones.
+        ones = found.hidden_R2F.new_ones(found.hidden_R2F.shape[0], _ONES)
+        return found._replace(bias_E2F=self.gemm.transposed_times_rows(ones, found.hidden_R2F, self.plan)[:, 0])
 
 
 def sum_of_biases(weights_TK: Tensor, bias_ED: Tensor, plan: RowPlan) -> Tensor:

@@ -6,7 +6,7 @@ rank's piece of an expert.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,18 @@ from runtime.ops.norm import Kept, restore
 from runtime.parallel.gradient_sink import sink_of
 from runtime.quantised.weight import Weight, dense, held, numbers
 
-_ONES = 8  # columns of the ones that sum a bias's gradient: kernels want whole eights
+
+class Gradients(NamedTuple):
+    """What an activation's backward pass gives."""
+
+    hidden_R2F: Tensor
+    """Of the first product."""
+    weights_TK: Tensor
+    """Of the routing weights."""
+    act_RF: Tensor
+    """The activation itself, computed again."""
+    bias_E2F: Tensor | None = None
+    """Of the first product's biases, where they are wanted."""
 
 
 class Kind(Protocol):
@@ -47,9 +58,9 @@ class Kind(Protocol):
         """Give the first product [R, 2F], `thin` added, and what its activation is, times the routing weight, [R, F]."""
 
     def backward(
-        self, hidden_R2F: Tensor, bias: Tensor | None, weights_TK: Tensor, grad_RF: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Give the gradients of the first product and of the routing weights, and the activation; on a GPU over what it is given."""
+        self, hidden_R2F: Tensor, bias: Tensor | None, weights_TK: Tensor, grad_RF: Tensor, *, sum_bias: bool
+    ) -> Gradients:
+        """Give the gradients, and the activation; on a GPU over what it is given."""
 
 
 class _Experts(torch.autograd.Function):
@@ -104,7 +115,7 @@ class _Experts(torch.autograd.Function):
         grad_act = _back(kind, behind, grad_rows, dense(w2, ctx.second), grad_small)
         if fused and hidden.is_cuda and torch._C._autograd._get_current_graph_task_keep_graph():
             hidden = hidden.clone()  # written over below, and this node will run again: zero-bubble does so
-        grad_hidden, grad_weights, act = kind.backward(hidden, bias, weights_TK, grad_act)
+        grad_hidden, grad_weights, act, grads[1] = kind.backward(hidden, bias, weights_TK, grad_act, sum_bias=need[3])
         del hidden, grad_act
         if need[4]:
             grads[2] = weight_gradient(gemm, *_laid(kind, grad_rows, act), plan, of_w2)
@@ -112,10 +123,6 @@ class _Experts(torch.autograd.Function):
             grads[5] = behind.grad_a(grad_small, act, a2, of_a2) if need[7] else None
             grads[6] = behind.grad_b(grad_rows, behind.reduce(act), b2, of_b2) if need[8] else None
         del grad_rows, act
-        if need[3]:
-            # Sums over each expert's rows in a fixed order: a product with ones.
-            ones = grad_hidden.new_ones(grad_hidden.shape[0], _ONES)
-            grads[1] = gemm.transposed_times_rows(ones, grad_hidden, plan)[:, 0]
         grad_small = None if before is None else before.grad_reduced(grad_hidden)
         if before is not None and need[6]:
             grads[4] = before.grad_b(grad_hidden, reduced, b1, of_b1)

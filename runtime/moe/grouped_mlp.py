@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from runtime.moe import passes
-from runtime.moe.expert_node import run_experts
+from runtime.moe.expert_node import Gradients, run_experts
 from runtime.moe.grouped_gemm import GatedGemm, GroupedGemm
 from runtime.moe.low_rank import Adapters, product
 from runtime.moe.permutation import RowPlan
@@ -38,9 +38,9 @@ class _SwiGLU:
         return hidden, passes.swiglu(hidden, weights_TK, self.plan, fused=self.fused)
 
     def backward(
-        self, hidden_R2F: Tensor, bias: Tensor | None, weights_TK: Tensor, grad_RF: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return passes.swiglu_backward(hidden_R2F, weights_TK, grad_RF, self.plan, fused=self.fused)
+        self, hidden_R2F: Tensor, bias: Tensor | None, weights_TK: Tensor, grad_RF: Tensor, *, sum_bias: bool
+    ) -> Gradients:
+        return Gradients(*passes.swiglu_backward(hidden_R2F, weights_TK, grad_RF, self.plan, fused=self.fused))
 
 
 def grouped_mlp(

@@ -20,7 +20,7 @@ from runtime.ops.swiglu import swiglu
 from tests.runtime.moe.oracle import relative
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = [(37, 2, 4, 1, 48, 33), (60, 3, 7, 16, 130, 64), (1, 1, 1, 1, 8, 8), (5, 4, 4, 8, 32, 16), (0, 2, 3, 4, 16, 8)]
+SIZES = [(37, 2, 4, 1, 48, 33), (60, 3, 7, 32, 130, 64), (1, 1, 1, 1, 8, 8), (5, 4, 4, 8, 32, 16), (0, 2, 3, 4, 16, 8)]
 
 
 def plans(num_tokens: int, topk: int, num_experts: int, alignment: int) -> tuple[torch.Tensor, RowPlan]:
@@ -284,26 +284,33 @@ def test_clamped_gate(num_tokens: int, topk: int, num_experts: int, alignment: i
     torch.testing.assert_close(out[:end].double(), expected[:end], rtol=1e-5, atol=1e-5)
     exact = activate_backward(hidden_pre.double(), weights.double(), grad.double(), args)
     version = hidden_pre._version
-    actual = clamped_gate_backward(hidden_pre, bias, args.expert_R, weights, grad, *beside)
-    for mine, other, rows in zip(actual, exact, (end, None, end), strict=True):
+    actual = clamped_gate_backward(
+        hidden_pre, bias, args.expert_R, weights, grad, *beside, alignment=alignment, sum_bias=True
+    )
+    for mine, other, rows in zip(actual[:3], exact[:3], (end, None, end), strict=True):
         torch.testing.assert_close(mine[:rows].double(), other[:rows], rtol=1e-5, atol=3e-5)
+    assert (actual[3] is None) == (alignment % 32 != 0)
+    if actual[3] is not None:
+        sums = torch.zeros_like(args.bias_E2F).index_add(0, args.expert_R[:end].long(), exact.hidden_R2F[:end])
+        torch.testing.assert_close(actual[3].double(), sums, rtol=1e-5, atol=1e-4)
     if plan.num_rows:
         assert hidden_pre._version > version  # a second backward pass through it is an error
 
 
+KINDS = [
+    ("nt", "store"),
+    ("nt", "swiglu"),
+    ("nn", "store"),
+    ("tn", "store"),
+    ("tn", "add"),
+    ("tn", "store_fp32"),
+    ("tn", "add_bf16"),
+]
+
+
 @pytest.mark.parametrize("edges", [False, True])
-@pytest.mark.parametrize("block_n", [128, 256])
 @pytest.mark.parametrize(
-    ("kind", "epilogue"),
-    [
-        ("nt", "store"),
-        ("nt", "swiglu"),
-        ("nn", "store"),
-        ("tn", "store"),
-        ("tn", "add"),
-        ("tn", "store_fp32"),
-        ("tn", "add_bf16"),
-    ],
+    ("block_n", "kind", "epilogue"), [(size, *kind) for size in (128, 256) for kind in KINDS] + [(192, "nt", "store")]
 )
 def test_grouped_products_compile_for_hopper(block_n: int, kind: str, epilogue: str, edges: bool) -> None:
     pytest.importorskip("cuda.bindings")

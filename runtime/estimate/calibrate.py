@@ -20,11 +20,11 @@ from moeconv.errors import WriteError
 from moeconv.families.compute import Router
 from runtime.estimate.calibrate_host import measure_launches, measure_link
 from runtime.estimate.compute import attention_operations
-from runtime.estimate.machine import COLLECTIVES, Collective, known_machines
+from runtime.estimate.machine import COLLECTIVES, Collective, find_machine, known_machines
 from runtime.job.processes import Process, connect, end_groups, start
 from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import make_gemm, resolve_backend
-from runtime.moe.permutation import plan_rows
+from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.ops.attention import attend
 from runtime.parallel.collectives import all_gather_single, reduce_scatter_single
 
@@ -101,7 +101,7 @@ def measure(device: torch.device, sizes: Sizes, per_node: int) -> dict[str, Any]
         Keys and values of a calibration file, the same on every rank.
     """
     clock = Clock(device, sizes.warm)
-    dense, grouped, hbm = (rate(clock, sizes) for rate in (_dense, _grouped, _copy))
+    dense, (grouped, sums), hbm = _dense(clock, sizes), _grouped(clock, sizes), _copy(clock, sizes)
     forward, both = _attention(clock, sizes, None)
     _, windowed = _attention(clock, sizes, sizes.positions // 4)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -115,6 +115,7 @@ def measure(device: torch.device, sizes: Sizes, per_node: int) -> dict[str, Any]
         "hbm_tb_s": hbm / 1e12,
         "dense_tflops": dense / 1e12,
         "grouped_tflops": grouped / 1e12,
+        "grouped_sum_tb_s": sums / 1e12,
         "attention_tflops": _attention_operations(sizes, None) / both / 1e12,
         "attention_window_tflops": _attention_operations(sizes, sizes.positions // 4) / windowed / 1e12,
         "attention_forward_share": min(0.9, forward / both),
@@ -207,21 +208,36 @@ def _copy(clock: Clock, sizes: Sizes) -> float:
     return 2 * sizes.message / clock.seconds(lambda: target.copy_(source), 20)
 
 
-def _grouped(clock: Clock, sizes: Sizes) -> float:
-    """Operations a second of the experts' three products, forward and for both gradients."""
+def _grouped(clock: Clock, sizes: Sizes) -> tuple[float, float]:
+    """Operations a second of the experts' three products, forward and for both gradients, and bytes a second of their fp32 sums.
+
+    Each product is longer by what tiles' beginnings and ends take, and its weights are few beside its rows; a product of one
+    tile of rows for each expert is as long as its sum takes.
+    """
     router = Router(experts=sizes.experts, top_k=1, score="softmax", normalise=False)
     gemm = make_gemm(resolve_backend(MoEConfig(router=router), clock.device, sizes.dtype))
-    experts_TK = (torch.arange(sizes.rows, device=clock.device) % sizes.experts).unsqueeze(1)
-    plan = plan_rows(experts_TK, sizes.experts, sizes.rows, alignment=gemm.row_alignment)
     weight = _random(clock, sizes, sizes.experts, sizes.width, sizes.hidden)
-    rows, grads = (_random(clock, sizes, plan.num_rows, width) for width in (sizes.hidden, sizes.width))
+    total = torch.zeros(weight.shape, device=clock.device)
+
+    def of_rows(count: int) -> tuple[Tensor, Tensor, RowPlan]:
+        experts_TK = (torch.arange(count, device=clock.device) % sizes.experts).unsqueeze(1)
+        plan = plan_rows(experts_TK, sizes.experts, count, alignment=gemm.row_alignment)
+        rows, grads = (_random(clock, sizes, plan.num_rows, width) for width in (sizes.hidden, sizes.width))
+        return rows, grads, plan
+
+    rows, grads, plan = of_rows(sizes.rows)
+    few, few_grads, few_plan = of_rows(sizes.experts)
 
     def work() -> None:
         gemm.rows_times_transposed(rows, weight, plan)
         gemm.rows_times(grads, weight, plan)
         gemm.transposed_times_rows(grads, rows, plan)
 
-    return 6 * sizes.rows * sizes.width * sizes.hidden / clock.seconds(work)
+    depth = find_machine("h100").grouped_tile_depth
+    longer = sum(1 + depth / along for along in (sizes.hidden, sizes.width, sizes.rows / sizes.experts))
+    operations = 2 * sizes.rows * sizes.width * sizes.hidden * longer
+    seconds = clock.seconds(lambda: gemm.add_transposed_times_rows(few_grads, few, few_plan, total, fresh=False))
+    return operations / clock.seconds(work), 8 * total.numel() / seconds
 
 
 def _attention(clock: Clock, sizes: Sizes, window: int | None) -> tuple[float, float]:

@@ -209,9 +209,13 @@ def _experts(setup: Setup, local: Local, machine: Machine, parameters: Iterable[
         computing = 2 * local.rows_computed * parameter.size / local.experts / own
         streamed = parameter.size * (item or ITEMSIZE[setup.dtype])
         made = making_numbers(setup, machine, parameter)
-        forward += machine.together(computing, streamed) + made
-        gradient = 0.0 if parameter.frozen else machine.together(computing, parameter.size * 2 * setup.gradient)
-        backward += machine.together(computing, streamed) + made + gradient
+        back, depth = parameter.shape[-2:] if setup.model.compute.gate is None else parameter.shape[:-3:-1]
+        forward += machine.grouped(computing, depth, streamed=streamed) + made
+        gradient = 0.0
+        if not parameter.frozen:
+            summed = parameter.size * 2 * setup.gradient
+            gradient = machine.grouped(computing, local.rows_computed / local.experts, summed=summed)
+        backward += machine.grouped(computing, back, streamed=streamed) + made + gradient
         weights += gradient
     b, rows, width = local.item, local.rows_computed, local.width
     tokens = local.gathered * local.hidden * b

@@ -74,6 +74,9 @@ class Machine:
     attention_widths: Mapping[int, float]
     attention_forward_share: float
     overlap_exponent: float
+    grouped_overlap_exponent: float
+    grouped_tile_depth: float
+    grouped_sum_tb_s: float
     row_alignment: int
     passes: Mapping[str, float]
     sum_bytes: float
@@ -125,8 +128,27 @@ class Machine:
 
     def together(self, computing: float, num_bytes: float) -> float:
         """Give the seconds of a product that streams weights or sums beside its arithmetic."""
-        power, moving = self.overlap_exponent, num_bytes / (self.hbm_tb_s * 1e12)
-        return float((computing**power + moving**power) ** (1 / power))
+        return _overlapped(computing, num_bytes / (self.hbm_tb_s * 1e12), self.overlap_exponent)
+
+    def grouped(self, computing: float, depth: float, *, streamed: float = 0.0, summed: float = 0.0) -> float:
+        """Give the seconds of a grouped product.
+
+        Args:
+            computing: seconds of its operations at the full rate.
+            depth: elements that each of its results sums.
+            streamed: bytes of weights.
+            summed: bytes of sums that it adds to, read and written.
+
+        Returns:
+            Seconds.
+        """
+        moving = streamed / (self.hbm_tb_s * 1e12) + summed / (self.grouped_sum_tb_s * 1e12)
+        tiles = computing * (1 + self.grouped_tile_depth / max(1.0, depth))
+        return _overlapped(tiles, moving, self.grouped_overlap_exponent)
+
+
+def _overlapped(computing: float, moving: float, power: float) -> float:
+    return float((computing**power + moving**power) ** (1 / power))
 
 
 @cache

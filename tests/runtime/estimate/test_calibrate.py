@@ -33,7 +33,15 @@ def test_it_holds_what_was_measured(calibrated: Path) -> None:
     found = yaml.safe_load(calibrated.read_text())
     assert found["gpu"] == "CPU"
     assert found["links"]["nvlink"]["gb_s"].keys() == set(COLLECTIVES)
-    for name in ("hbm_tb_s", "dense_tflops", "grouped_tflops", "attention_tflops", "attention_window_tflops"):
+    rates = (
+        "hbm_tb_s",
+        "dense_tflops",
+        "grouped_tflops",
+        "grouped_sum_tb_s",
+        "attention_tflops",
+        "attention_window_tflops",
+    )
+    for name in rates:
         assert 0 < found[name] < 20, name  # a CPU, in TFLOP/s and TB/s
     assert found["dense_tflops"] != find_machine("h100").dense_tflops
     assert 1 < found["launch_us"] < 1e5

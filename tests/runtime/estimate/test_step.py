@@ -184,7 +184,10 @@ def test_fp8_is_faster_and_delayed_scaling_spares_passes() -> None:
 
 def test_the_host_is_the_limit_where_layers_are_small_and_not_replayed() -> None:
     large = dataclasses.replace(mixtral(world=1, count=4), micro_batch_size=2)
-    for setup, held_up in ((large, False), (dataclasses.replace(large, seq_length=64), True)):
+    tiny = tiny_model("mixtral")
+    assert tiny.compute.router is not None
+    small = dataclasses.replace(large, model=tiny, moe=MoEConfig(router=tiny.compute.router), seq_length=64)
+    for setup, held_up in ((large, False), (small, True)):
         replayed, launched = (Estimate(dataclasses.replace(setup, graphs=graphs), H100) for graphs in ("auto", "none"))
         assert replayed.setup.captured
         assert not launched.setup.captured

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +86,7 @@ class Machine:
     layer_gap_us: float
     links: Mapping[str, Link]
     exchange_wait_us: float
+    replayed_collective_us: float
     reduce_hidden: float
     gather_hidden: float
     imbalance: float
@@ -104,6 +105,13 @@ class Machine:
     def peak(self) -> float | None:
         """Operations a second of dense bf16 products by the data sheet, of which a share is the utilisation."""
         return peak_flops(self.gpu)
+
+    def replayed(self) -> Machine:
+        """Give the machine as passes in CUDA graphs find it: no host between kernels, so that ranks don't wait for each other's."""
+        nvlink = replace(
+            self.links["nvlink"], latency=min(self.links["nvlink"].latency, self.replayed_collective_us * 1e-6)
+        )
+        return replace(self, links={**self.links, "nvlink": nvlink}, collective_gap_us=0.0, exchange_wait_us=0.0)
 
     def attention_width(self, width: int) -> float:
         """Give the share of attention's rate that heads of this width reach."""

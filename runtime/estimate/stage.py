@@ -91,7 +91,7 @@ class Costs:
             layers: costs of layers that have been worked out for setups which differ in pipeline, data parallelism and
                 optimizer alone, and are replayed as CUDA graphs or are not, all of them; None for none.
         """
-        self.setup, self.machine = setup, machine
+        self.setup, self.machine = setup, machine.replayed() if setup.captured else machine
         self.local: Local = local_sizes(setup, machine, imbalance)
         self._layers: dict[object, Cost] = {} if layers is None else layers
 

@@ -16,7 +16,7 @@ from runtime.estimate.setup import Setup
 from runtime.estimate.simulate import Event, bubble, simulate
 from runtime.estimate.stage import Cost, Costs
 from runtime.estimate.state import checkpoint_bytes
-from runtime.estimate.traffic import Transfer, axes, gradient_traffic, partial_traffic
+from runtime.estimate.traffic import Transfer, axes, gradient_traffic, partial_traffic, sharding_passes
 from runtime.log.flops import training_flops
 
 
@@ -186,7 +186,8 @@ class Estimate:
         """Seconds of full sharding's traffic in a step that computing doesn't hide.
 
         Each layer's weights travel while another one is computed, in both passes, and its gradients in the backward pass;
-        as much of it is taken to be hidden as of the gradients' reduction without sharding.
+        as much of it is taken to be hidden as of the gradients' reduction without sharding. What torch's full sharding casts
+        and copies for it takes the memory that computing is bound by, too: nothing of that is hidden.
         """
         machine, layers = self.machine, sum(len(r) for r in self.setup.parameters.chunks[rank :: self.pipeline.pp])
         travelling = 0.0
@@ -195,7 +196,8 @@ class Estimate:
             travelling += times * (transfer.seconds(machine) + (layers - 1) * transfer.latency(machine))
         computing = sum(cost.forward + cost.backward for cost in self.costs_of(rank).values())
         hidden = machine.reduce_hidden
-        return self.setup.num_microbatches * max(travelling * (1 - hidden), travelling - hidden * computing)
+        exposed = max(travelling * (1 - hidden), travelling - hidden * computing)
+        return self.setup.num_microbatches * (exposed + machine.moving(sharding_passes(self.setup, rank), "plain"))
 
     @cached_property
     def events(self) -> list[list[Event]]:

@@ -215,6 +215,29 @@ def gradient_traffic(setup: Setup, sums: Sums) -> tuple[list[Transfer], list[Tra
     return reduce, gather
 
 
+def sharding_passes(setup: Setup, rank: int) -> float:
+    """Count the bytes that full sharding reads and writes on a pipeline rank itself with one micro-batch.
+
+    Shards are cast for a gather, and what has come is copied into the weights, in either pass; gradients are cast for their
+    reduction, and a rank's part is added to its sum.
+
+    Args:
+        setup: what is planned.
+        rank: the pipeline rank.
+
+    Source: https://github.com/pytorch/pytorch/blob/v2.11.0/torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py
+    """
+    along, sums, item = axes(setup), setup.parameters.sums(rank), ITEMSIZE[setup.dtype]
+    out = 0.0
+    for axis, expert in ((along["dp"], False), (along["edp"], True)):
+        if axis.ranks == 1:
+            continue
+        trained, frozen = sums.by_expert[expert], sums.frozen[expert]
+        out += 2 * (trained * (setup.wide + item) + frozen * 2 * item) / axis.ranks + 4 * (trained + frozen) * item
+        out += trained * (item + setup.gradient) + 3 * trained * setup.wide / axis.ranks
+    return out
+
+
 def partial_traffic(setup: Setup, sums: Sums) -> list[Transfer]:
     """List the sums of gradients over the axes beside data parallelism, at the end of a step."""
     along = axes(setup)

@@ -31,10 +31,10 @@ def _cudnn_of_torch() -> None:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
-    """Ranks for every test that wants some: they import torch once. A case that is to end ranks needs a pool of its own."""
-    from runtime.parity.ranks import RankPool
+    """Ranks for every test that wants some: they import nothing. A case that is to end ranks needs a pool of its own."""
+    from tests.support.ranks import make_pool
 
-    pool = RankPool(8)
+    pool = make_pool(8)
     yield pool
     pool.close()
 

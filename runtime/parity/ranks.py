@@ -24,8 +24,15 @@ class RankError(Exception):
 class RankPool:
     """Runs functions on 1 to `size` gloo ranks, each case in a process group of its own; a rank starts with the first case that has it."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, start_method: str = "spawn") -> None:
+        """Make a pool of no processes yet.
+
+        Args:
+            size: the most ranks that a case may have.
+            start_method: multiprocessing's. `forkserver` starts ranks with what its server has imported, where none of that uses a GPU.
+        """
         self.size = size
+        self._context: Any = mp.get_context(start_method)
         self._server: Any = None  # the store, which lives as long as the ranks
         self._count = 0
         self._processes: list[Any] = []
@@ -85,11 +92,10 @@ class RankPool:
     def _start(self, num_ranks: int) -> None:
         if not self._processes:
             self._server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        context = mp.get_context("spawn")
         first = len(self._processes)
         for rank in range(first, num_ranks):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self._server.port, theirs), daemon=True)
+            mine, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(rank, self._server.port, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -24,16 +24,9 @@ import torch.multiprocessing as mp
 from torch.overrides import TorchFunctionMode
 
 from tests.megatron.mcore_models import build
+from tests.support.ranks import preload
 
 WORLD = 4
-
-# What every rank imports: the server that they are forked from does it once.
-PRELOADED = (
-    "megatron.core.dist_checkpointing.strategies.torch",
-    "megatron.core.models.gpt.gpt_layer_specs",
-    "megatron.core.optimizer",
-    "megatron.core.safe_globals",
-)
 
 
 def spawn_ranks(function: Callable[..., None], *args: Any) -> None:
@@ -43,7 +36,7 @@ def spawn_ranks(function: Callable[..., None], *args: Any) -> None:
         function: a top-level function.
         *args: what follows the rank.
     """
-    mp.set_forkserver_preload(list(PRELOADED))
+    preload()
     mp.start_processes(function, args=args, nprocs=WORLD, join=True, start_method="forkserver")
 
 

@@ -16,6 +16,7 @@ from runtime.parity.ranks import RankError, RankPool
 from tests.runtime.jobs import Job, run_jobs
 from tests.runtime.launch import steps
 from tests.runtime.tiny import make_checkpoint, make_text
+from tests.support.ranks import make_pool
 
 
 class Place:
@@ -112,7 +113,7 @@ def test_a_flipped_byte_is_found_in_rectangles_that_are_read_in_part(place: Plac
     flip_a_byte(file, damaged)
     words = ["--load", whole, "--data", place.folder / "text.txt", "--train-iters", 1, "--seq-length", 32]
     words += ["--tensor-model-parallel-size", ranks, "--data-cache-path", place.folder / "cache"]
-    with pytest.raises(RankError, match=rf"{damaged} .* has checksum"), contextlib.closing(RankPool(ranks)) as pool:
+    with pytest.raises(RankError, match=rf"{damaged} .* has checksum"), contextlib.closing(make_pool(ranks)) as pool:
         run_jobs([Job(ranks, tuple(map(str, words)))], pool)
 
 

@@ -19,13 +19,14 @@ from runtime.errors import ConfigError
 from runtime.job.processes import Process
 from runtime.model.lora import LoraConfig
 from runtime.model.targets import adapt
-from runtime.parity.ranks import RankError, RankPool
+from runtime.parity.ranks import RankError
 from runtime.settings.flags import parse_flags
 from runtime.start import prepare
 from tests.runtime.checkpoint.resume import losses
 from tests.runtime.jobs import Job, run_jobs
 from tests.runtime.tiny import make_checkpoint, make_text
 from tests.support.configs import tiny_model
+from tests.support.ranks import make_pool
 
 LORA = (
     *("--lora-rank", "4", "--lora-alpha", "6", "--lora-targets", "*.self_attn.*", "*.experts.*"),
@@ -43,7 +44,7 @@ class Workplace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.base, self.text = make_checkpoint(folder / "base", torch.bfloat16), make_text(folder / "text.txt")
-        with contextlib.closing(RankPool(2)) as pool:
+        with contextlib.closing(make_pool(2)) as pool:
             run_jobs([self.job("whole", 4), self.job("cut", 2)], pool)
             shutil.copytree(folder / "cut", folder / "two", symlinks=True)
             run_jobs([self.job("cut", 4)], pool)

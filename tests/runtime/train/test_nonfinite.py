@@ -10,10 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moeconv.checkpoint import open_checkpoint
-from runtime.parity.ranks import RankError, RankPool
+from runtime.parity.ranks import RankError
 from tests.runtime.jobs import Job, run_jobs
 from tests.runtime.launch import steps
 from tests.runtime.tiny import make_checkpoint, make_text
+from tests.support.ranks import make_pool
 
 BAD = "model.layers.2.block_sparse_moe.gate.weight"
 
@@ -26,7 +27,7 @@ def test_it_stops_with_a_report_or_leaves_the_step_out(tmp_path: Path) -> None:
     common = ["--load", checkpoint, "--data", make_text(tmp_path / "a.txt"), "--data-cache-path", tmp_path / "cache"]
     common += ["--save", tmp_path / "out", "--log-file", tmp_path / "log", "--seq-length", 32, "--train-iters", 2]
     arguments = tuple(map(str, common))
-    with contextlib.closing(RankPool(1)) as pool:
+    with contextlib.closing(make_pool(1)) as pool:
         run_jobs([Job(1, (*arguments, "--on-nonfinite", "skip"))], pool)
         with pytest.raises(RankError, match=rf"NonFiniteError: .*first bad: weight {BAD}, on rank 0"):
             run_jobs([Job(1, (*arguments, "--train-iters", "3"))], pool)

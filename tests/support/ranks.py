@@ -21,6 +21,7 @@ PRELOADED = (
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.optimizer",
     "megatron.core.safe_globals",
+    "tests.support.frozen",
 )
 
 

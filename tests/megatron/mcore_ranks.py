@@ -127,12 +127,11 @@ class Cpu(TorchFunctionMode):
     """Give megatron-core the CPU where it asks for CUDA, and CUDA's name for the tensors' type."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = "cpu"
         if func is torch.Tensor.cuda:
             return args[0]
-        out = func(*args, **kwargs)
+        if kwargs and str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        out = func(*args, **(kwargs or {}))
         return out.replace("torch.", "torch.cuda.") if func is torch.Tensor.type and isinstance(out, str) else out
 
 
@@ -146,6 +145,7 @@ def _allow_cpu() -> None:
     moe_utils.te_general_gemm = None  # v0.16.1 forgets to define it where Transformer Engine is absent
     multi_latent_attention.HAVE_TE = False  # and takes its own wrapper's module, which is there, for it
 
+    torch.compiler.set_stance("force_eager")  # compiling takes seconds, and computes the same
     register_safe_globals()  # as Megatron's own initialisation does
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *_: None

@@ -12,8 +12,14 @@ from safetensors.torch import load_file
 
 from cli.main import main
 from moeconv.checkpoint import open_checkpoint
+from moeconv.errors import MoeconvError
+from runtime.job.processes import Process
+from runtime.parity.ranks import RankPool
+from runtime.settings.flags import parse_flags
+from runtime.start import prepare
 from tests.moeconv.quantised import mxfp4_folder, quantise_folder
-from tests.runtime.launch import run, steps
+from tests.runtime.jobs import Job, run_jobs
+from tests.runtime.launch import steps
 from tests.runtime.tiny import make_text
 from tests.runtime.words import VOCAB_SIZE, make_tokenizer
 
@@ -36,26 +42,28 @@ def folder(name: str, root: Path) -> Path:
     return made
 
 
+def words(*arguments: object) -> tuple[str, ...]:
+    return tuple(map(str, arguments))
+
+
 def command(*arguments: object) -> str:
-    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    done = CliRunner().invoke(main, words(*arguments))
     assert done.exit_code == 0, done.output
     return done.output
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
-def test_a_day_with_a_quantised_release(name: str, tmp_path: Path) -> None:
+def test_a_day_with_a_quantised_release(name: str, tmp_path: Path, pool: RankPool) -> None:
     hf, text = folder(name, tmp_path), make_text(tmp_path / "text.txt")
     arguments = [
         "--data", text, "--save", tmp_path / "run", "--log-file", tmp_path / "log.jsonl", "--data-cache-path", tmp_path / "cache",
         "--train-iters", 4, "--save-interval", 2, "--keep-last", 1, "--seq-length", 32, "--micro-batch-size", 1, "--global-batch-size", 4,
         "--lr", 1e-3, "--split", "95,5,0", "--expert-model-parallel-size", 2,
     ]  # fmt: skip
-    status, output = run(2, ["--load", hf, *arguments])
-    assert status != 0
-    assert "--dtype bfloat16" in output
+    with pytest.raises(MoeconvError, match="--dtype bfloat16"):
+        prepare(parse_flags(words("--load", hf, *arguments)), Process(world_size=2))
     command("import-hf", hf, tmp_path / "ckpt", "--ep", 2, "--dtype", "bfloat16")
-    status, output = run(2, ["--load", tmp_path / "ckpt", *arguments])
-    assert status == 0, output[-3000:]
+    run_jobs([Job(2, words("--load", tmp_path / "ckpt", *arguments))], pool)
     assert len(steps(tmp_path / "log.jsonl")) == 4
     saved = max(path.parent for path in (tmp_path / "run").glob("*/moeconv.json"))
     command("export-hf", saved, tmp_path / "out")

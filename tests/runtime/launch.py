@@ -1,4 +1,7 @@
-"""Runs the trainer as users do, through torchrun; run as a program, it breaks the trainer in a chosen way first."""
+"""Runs the trainer as users do, through torchrun; run as a program, it breaks the trainer in a chosen way first.
+
+torchrun's own process is forked where it has been imported already; the ranks that it starts are programs.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.support.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(
-    num_ranks: int, arguments: Sequence[object], *, fault: str = "none", max_restarts: int = 0
-) -> subprocess.Popen[str]:
+def start(num_ranks: int, arguments: Sequence[object], *, fault: str = "none", max_restarts: int = 0) -> Forked:
     """Start a run.
 
     Args:
@@ -34,13 +38,19 @@ def start(
         torchrun's process, with output and errors in one pipe.
     """
     program = ["-m", "runtime.train"] if fault == "none" else [__file__, fault]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", num_ranks, "--master-port", 0]
+    torchrun = ["--nproc-per-node", num_ranks, "--master-port", 0]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", max_restarts]
     command = [str(part) for part in (*torchrun, *program, *arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT
-    )
+    from tests.support.forked import Forked  # not in the ranks, which run this file
+
+    return Forked(_torchrun, command, environment=environment, folder=ROOT)
+
+
+def _torchrun(arguments: list[str]) -> None:
+    from torch.distributed.run import main
+
+    main(arguments)
 
 
 def run(num_ranks: int, arguments: Sequence[object], *, fault: str = "none", max_restarts: int = 0) -> tuple[int, str]:

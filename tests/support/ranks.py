@@ -8,12 +8,13 @@ import torch.multiprocessing as mp
 
 from runtime.parity.ranks import RankPool
 
-# What ranks import, which takes seconds of each process. The server does it once, for Megatron's ranks as well: there is
+# What ranks and torchrun import, which takes seconds of each process. The server does it once, for Megatron's ranks as well: there is
 # one server in a process. None of it may use a GPU, start threads, or change how something else computes.
 PRELOADED = (
     "runtime.start",
     "runtime.parity.case",
     "runtime.parallel.pipeline",
+    "torch.distributed.run",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.mixtral.modeling_mixtral",

@@ -6,8 +6,7 @@ the slowest counts. What isn't measured here (passes, pauses, waits) is taken fr
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,15 @@ from torch import Tensor
 from moeconv.errors import WriteError
 from moeconv.families.compute import Router
 from runtime.estimate.calibrate_host import measure_launches, measure_link
+from runtime.estimate.calibrate_links import measure_links
+from runtime.estimate.clock import Clock
 from runtime.estimate.compute import attention_operations
-from runtime.estimate.machine import COLLECTIVES, Collective, find_machine, known_machines
+from runtime.estimate.machine import find_machine, known_machines
 from runtime.job.processes import Process, connect, end_groups, start
 from runtime.moe.config import MoEConfig
 from runtime.moe.grouped_gemm import make_gemm, resolve_backend
 from runtime.moe.permutation import RowPlan, plan_rows
 from runtime.ops.attention import attend
-from runtime.parallel.collectives import all_gather_single, reduce_scatter_single
 
 TIMEOUT = 300.0
 """Seconds that a collective may take."""
@@ -126,7 +126,7 @@ def measure(device: torch.device, sizes: Sizes, per_node: int) -> dict[str, Any]
     if device.type == "cuda":
         values["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
         values |= measure_link(host, device, sizes.message, per_node)
-    links = measure_links(Clock(device, sizes.warm_links), sizes, per_node)
+    links = measure_links(Clock(device, sizes.warm_links), sizes.message, per_node)
     return values | ({"links": links} if links else {})
 
 
@@ -155,40 +155,6 @@ def _per_node(process: Process) -> int:
     counts = [0] * process.world_size
     dist.all_gather_object(counts, process.local_rank)
     return 1 + max(counts)
-
-
-class Clock:
-    """Times work on a device, all ranks together."""
-
-    def __init__(self, device: torch.device, warm: float) -> None:
-        self.device, self._warm = device, warm
-
-    def seconds(self, work: Callable[[], object], repeats: int = 5) -> float:
-        """Give the mean time of some work in a row, that of the slowest rank."""
-        self._synchronize()
-        begin = time.perf_counter()
-        work()
-        work()
-        # Ranks must agree on how often, since the work may be a collective: none looks at its own clock alone.
-        while self._agreed(time.perf_counter() - begin) < self._warm:
-            work()
-        self._synchronize()
-        dist.barrier()
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            work()
-        self._synchronize()
-        return self._agreed((time.perf_counter() - begin) / repeats)
-
-    def _agreed(self, seconds: float) -> float:
-        self._synchronize()
-        longest = torch.tensor(seconds, dtype=torch.float64, device=self.device)
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-        return float(longest)
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def _random(clock: Clock, sizes: Sizes, *shape: int) -> Tensor:
@@ -253,72 +219,3 @@ def _attention(clock: Clock, sizes: Sizes, window: int | None) -> tuple[float, f
 def _attention_operations(sizes: Sizes, window: int | None) -> float:
     width = sizes.heads * 128
     return sizes.positions * attention_operations(sizes.positions, window, width, width)
-
-
-def measure_links(clock: Clock, sizes: Sizes, per_node: int) -> dict[str, Any]:
-    """Measure the collectives of groups of 2, 4, ... ranks of a node, and of one rank of each node.
-
-    Args:
-        clock: times them.
-        sizes: how large messages are.
-        per_node: ranks of a node.
-
-    Returns:
-        The `links` of a calibration file; of a link that no group crosses there is nothing.
-    """
-    world, out = dist.get_world_size(), {}
-    counts = [n for n in (2, 4, 8, 16) if n <= per_node and world % n == 0]
-    if counts:
-        out["nvlink"] = _link(clock, sizes, {n: [range(i, i + n) for i in range(0, world, n)] for n in counts})
-    nodes = world // per_node
-    if nodes > 1:
-        rows = {nodes: [range(i, world, per_node) for i in range(per_node)]}
-        out["network"] = {"hop_us": 3} | _link(clock, sizes, rows)
-    return out
-
-
-def _link(clock: Clock, sizes: Sizes, groups: Mapping[int, Sequence[range]]) -> dict[str, Any]:
-    """Latency and rates from the times of a large and a small message."""
-    rates: dict[str, dict[int, float]] = {kind: {} for kind in COLLECTIVES}
-    latencies = []
-    for count, rows in groups.items():
-        # Every rank makes every group, as torch.distributed asks.
-        made = [(row, dist.new_group(list(row))) for row in rows]
-        mine = next(group for row, group in made if dist.get_rank() in row)
-        for kind in COLLECTIVES:
-            if kind == "send" and count > min(groups):
-                continue
-            large, small = (_collective(clock, kind, mine, size) for size in (sizes.message, sizes.message // 16))
-            # Where sixteen times the bytes don't take twice the time, the difference is noise: what was reached then counts.
-            clear = large[1] > 2 * small[1]
-            rate = (large[0] - small[0]) / (large[1] - small[1]) if clear else large[0] / large[1]
-            rates[kind][count] = rate / 1e9
-            latencies.append(max(0.0, small[1] - small[0] / rate))
-    latency = sorted(latencies)[len(latencies) // 2]
-    return {"latency_us": latency * 1e6, "hop_us": 0, "gb_s": rates}
-
-
-def _collective(clock: Clock, kind: Collective, group: dist.ProcessGroup, size: int) -> tuple[float, float]:
-    """Bytes that a rank sends in a collective, and its seconds."""
-    ranks, rank = group.size(), group.rank()
-    count = size // 2 // ranks * ranks
-    whole = torch.zeros(count, dtype=torch.bfloat16, device=clock.device)
-    piece, other = whole[: count // ranks].clone(), whole.clone()
-    share = 2 * count * (ranks - 1) / ranks
-    if kind == "all_gather":
-        return share, clock.seconds(lambda: all_gather_single(whole, piece, group=group))
-    if kind == "reduce_scatter":
-        return share, clock.seconds(lambda: reduce_scatter_single(piece, whole, group=group))
-    if kind == "all_reduce":
-        return 2 * share, clock.seconds(lambda: dist.all_reduce(whole, group=group))
-    if kind == "all_to_all":
-        return share, clock.seconds(lambda: dist.all_to_all_single(other, whole, group=group))
-    ahead, behind = (rank + 1) % ranks, (rank - 1) % ranks
-
-    def pass_on() -> None:
-        send = dist.P2POp(dist.isend, whole, dist.get_global_rank(group, ahead), group)
-        receive = dist.P2POp(dist.irecv, other, dist.get_global_rank(group, behind), group)
-        for work in dist.batch_isend_irecv([send, receive]):
-            work.wait()
-
-    return 2.0 * count, clock.seconds(pass_on)

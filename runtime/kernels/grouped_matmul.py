@@ -178,7 +178,15 @@ class ThinProduct:
 _TYPES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
-def _tile_columns(kind: str, columns: int, gate: Gate | None, *, in_bytes: bool) -> int:
+def tile_columns(kind: str, columns: int, gate: Gate | None, *, in_bytes: bool) -> int:
+    """Give the columns of a tile with which a product is fastest.
+
+    Args:
+        kind: nt, nn or tn.
+        columns: of the result.
+        gate: what a product of pre-activations takes beside itself; its tiles hold as much of gate as of up.
+        in_bytes: whether operands have 8 bits.
+    """
     if gate is not None:
         return 256 if columns % 256 == 0 else 128
     sizes = COSTS if kind == "nt" and not in_bytes else (256, 128)
@@ -213,7 +221,7 @@ def launch(
     """
     columns, num_experts = out.shape[1], offsets_E.shape[0]
     rows_per_expert = (out if kind == "tn" else right).shape[0] // num_experts  # of an expert's matrix
-    block_n = _tile_columns(kind, columns, gate, in_bytes=bounds is not None)
+    block_n = tile_columns(kind, columns, gate, in_bytes=bounds is not None)
     edges = columns % block_n != 0 or (kind == "tn" and rows_per_expert % ROW_ALIGNMENT != 0)
     scaling, types = _scaling(left, right, bounds, gate), (_TYPES[left.dtype], _TYPES[right.dtype])
     boxed = kind == "nt" or bounds is not None  # whether columns of the result are rows of the right operand

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.finetune import MODELS, SECTIONS, Case, config_of, lines, main, parse
 from benchmarks.finetune_rank import Spec, read_run
 from moeconv.families import family_of
 from moeconv.families.base import Model
+from runtime.fp8.config import Fp8Config
 from runtime.job.processes import Process
+from runtime.loading import build_engine
+from runtime.parallel.mesh import ParallelMesh
 
 FLAGS = "--seq-length 32 --global-batch-size 4 --bf16 --moments-dtype bfloat16"
 
@@ -41,6 +46,18 @@ def test_models_have_their_published_sizes() -> None:
     for name, size in (("mixtral-8x7b", 46.70e9), ("qwen3-30b-a3b", 30.53e9)):
         model = Model.from_config(family_of(MODELS[name]), config_of(Case(name="", model=name, flags="")))
         assert sum(tensor.size for tensor in model.tensors.values()) == pytest.approx(size, rel=1e-3)
+
+
+def test_the_engine_is_built_by_all_settings() -> None:
+    flags = f"{FLAGS} --lora-rank 2 --recompute-granularity full"
+    run = read_run(Spec(config=MODELS["tiny"], flags=shlex.split(flags), steps=1, folder="none"), Process(world_size=1))
+    run = dataclasses.replace(run, fp8=Fp8Config(format="hybrid"))  # which no flag gives without a GPU
+    context = build_engine(run, ParallelMesh(run.parallel, 1), torch.device("cpu")).context
+    assert context.fp8 is not None
+    assert context.lora == run.lora
+    assert context.recompute == run.recompute
+    assert context.moe == run.moe
+    assert context.dtype == torch.bfloat16
 
 
 SPREAD = [case for cases in SECTIONS.values() for case in cases if case.ranks > 1]

@@ -323,6 +323,26 @@ def test_grouped_products_compile_for_hopper(block_n: int, kind: str, epilogue: 
     assert grouped_matmul.shared_bytes(block_n) <= 227 * 1024  # of a block on compute capability 9.0
 
 
+@pytest.mark.parametrize(
+    ("columns", "nt", "others"),
+    [
+        (2048, 256, 256),
+        (2880, 192, 256),  # 15 tiles, or 11 and a quarter
+        (1408, 256, 256),  # 9 % for nothing, where narrow tiles take a quarter longer
+        (320, 192, 128),
+        (384, 192, 128),
+        (128, 128, 128),
+    ],
+)
+def test_tiles_are_as_wide_as_is_fastest(columns: int, nt: int, others: int) -> None:
+    pytest.importorskip("cuda.bindings")
+    from runtime.kernels.grouped_matmul import tile_columns
+
+    assert tile_columns("nt", columns, None, in_bytes=False) == nt
+    for kind, in_bytes in (("nn", False), ("tn", False), ("nt", True), ("tn", True)):
+        assert tile_columns(kind, columns, None, in_bytes=in_bytes) == others
+
+
 @pytest.mark.parametrize(("kind", "epilogue"), [("nt", "store"), ("nt", "swiglu"), ("nn", "store")])
 def test_grouped_products_with_a_thin_one_compile_for_hopper(kind: str, epilogue: str) -> None:
     pytest.importorskip("cuda.bindings")

@@ -1,4 +1,4 @@
-"""Runs that were measured, for `benchmarks.plan`: docs/performance.md, docs/finetuning.md and docs/planning.md have them."""
+"""Runs that were measured, for `benchmarks.plan`: docs/performance, docs/finetuning.md and docs/planning.md have them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _gib(value: float) -> float:
 
 
 def todays_engine() -> Iterator[Row]:
-    """One and two H200: docs/performance.md, and runs of the trainer itself."""
+    """One and two H200: docs/performance, and runs of the trainer itself."""
     mixtral: dict[str, Any] = {"config": MIXTRAL, "layers": 2, "microbatch": 2, "engine": TODAY}
     qwen = mixtral | {"config": QWEN3, "layers": 4}
     yield Row(name="Mixtral, `runtime.train`", **mixtral, ms=666, gb=60.4)
@@ -89,7 +89,7 @@ def todays_engine() -> Iterator[Row]:
 
 
 def _families() -> Iterator[Row]:
-    """docs/performance.md, "Other families": some layers of each, four micro-batches of two sequences."""
+    """docs/performance/training-step.md, "Other families": some layers of each, four micro-batches of two sequences."""
     measured = (
         ("gpt-oss-20b", 4, 452, 86.4),
         ("deepseek-v2-lite", 5, 288, 56.9),
@@ -127,7 +127,7 @@ def _two_gpus() -> Iterator[Row]:
 
 
 def one_gpu() -> Iterator[Row]:
-    """docs/performance.md, "A training step"; and the same work before the fused steps."""
+    """docs/performance/training-step.md; and the same work before the fused steps."""
     mixtral: dict[str, Any] = {"config": MIXTRAL, "layers": 2, "microbatch": 2}
     qwen: dict[str, Any] = {"config": QWEN3, "layers": 4, "microbatch": 2}
     yield Row(name="Mixtral, 8 micro-batches", **mixtral, ms=688.5, gb=_gib(56.2))

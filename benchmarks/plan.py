@@ -40,10 +40,10 @@ from runtime.parallel.degrees import ParallelConfig
 
 BEFORE = """\
 # The engine before its fused steps. Shares of the memory's bandwidth: floor over plain torch of the table "The fused steps"
-# (docs/performance.md; norm 0.179 over 0.351 ms, norm of heads 0.112 over 0.408, rotary 0.112 over 1.100, cross entropy 0.524
+# (docs/performance/training-step.md; norm 0.179 over 0.351 ms, norm of heads 0.112 over 0.408, rotary 0.112 over 1.100, cross entropy 0.524
 # over 8.354, embedding 0.112 over 1.156, gradient norm 0.357 over 0.405) and, for AdamW, 36 over 55 ms of a step.
 like: h100
-source: docs/performance.md, the engine before its fused steps
+source: docs/performance, the engine before its fused steps
 passes: {norm: 0.51, head_norm: 0.27, rotary: 0.10, cross_entropy: 0.063, embedding: 0.097, adamw: 0.65, grad_norm: 0.88}
 sum_bytes: 12 # a dense gradient was rounded to bf16, and added by a pass of its own
 layer_gap_us: 450 # nothing on the device without communication in layers: dp4 14.2 ms for 32 layers, dp2 10 for 16

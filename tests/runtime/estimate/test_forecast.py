@@ -39,7 +39,7 @@ def test_a_run_that_fits_says_what_it_will_take() -> None:
     forecast.check()
     found = re.search(r"plan: ([\d.]+) GB at the peak of 84.9 GB .*, ([\d,]+) ms a step", forecast.line())
     assert found is not None
-    # docs/performance.md: 56.2 GiB and 688.5 ms.
+    # docs/performance/training-step.md: 56.2 GiB and 688.5 ms.
     assert float(found[1]) == pytest.approx(56.2 * 1.0737, rel=0.05)
     assert float(found[2].replace(",", "")) == pytest.approx(688.5, rel=0.1)
 

@@ -209,6 +209,7 @@ def _experts(setup: Setup, local: Local, machine: Machine, parameters: Iterable[
         computing = 2 * local.rows_computed * parameter.size / local.experts / own
         streamed = parameter.size * (item or ITEMSIZE[setup.dtype])
         made = making_numbers(setup, machine, parameter)
+        # What the products back and forward sum over: matrices are [out, in], beside a clamped gate [in, out].
         back, depth = parameter.shape[-2:] if setup.model.compute.gate is None else parameter.shape[:-3:-1]
         forward += machine.grouped(computing, depth, streamed=streamed) + made
         gradient = 0.0

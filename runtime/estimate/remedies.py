@@ -17,15 +17,15 @@ def remedies(optim: OptimConfig, dtype: str) -> Iterator[tuple[dict[str, Any], O
         dtype: of the weights.
 
     Yields:
-        The changed fields, and the settings with them: moments in bf16, which cost nothing; masters as remainders besides,
-        which lose nothing; then masters and moments in the host's memory, which cost the way there.
+        The changed fields, and the settings with them: masters as remainders, which lose nothing; moments in bf16 besides,
+        which are rounded; then masters and moments in the host's memory, which cost the way there.
     """
     changed: dict[str, Any] = {}
-    if optim.moments_dtype == "float32":
-        changed = {"moments_dtype": "bfloat16"}
-        yield changed, replace(optim, **changed)
     if optim.optimizer == "adam" and optim.master_weights == "fp32" and dtype == "bfloat16":
         changed = changed | {"master_weights": "remainder"}
+        yield changed, replace(optim, **changed)
+    if optim.moments_dtype == "float32":
+        changed = changed | {"moments_dtype": "bfloat16"}
         yield changed, replace(optim, **changed)
     if optim.optimizer == "adam" and not optim.optimizer_cpu_offload:
         changed = changed | {"optimizer_cpu_offload": True}

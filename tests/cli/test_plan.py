@@ -169,8 +169,11 @@ def test_given_degrees_are_kept_in_a_search(mixtral: Path) -> None:
 def test_where_nothing_fits_it_is_said_and_smaller_moments_are_tried(mixtral: Path) -> None:
     assert "NOTHING FITS: the smallest is" in plan(mixtral, "--gpus", 2, "--seq-length", 4096)
     text = plan(mixtral, "--gpus", 8, "--seq-length", 4096)
-    assert "with --moments-dtype bfloat16:" in text
-    assert plan_json(mixtral, "--gpus", 8, "--seq-length", 4096)["changed"] == {"moments_dtype": "bfloat16"}
+    assert "with --master-weights remainder --moments-dtype bfloat16:" in text
+    assert plan_json(mixtral, "--gpus", 8, "--seq-length", 4096)["changed"] == {
+        "master_weights": "remainder",
+        "moments_dtype": "bfloat16",
+    }
     assert "DOES NOT FIT" in plan(mixtral, "--gpus", 8, "--ep", 8, "--seq-length", 4096)
 
 

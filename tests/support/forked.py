@@ -30,7 +30,10 @@ class Forked:
         preload()
         context = mp.get_context("forkserver")
         mine, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_begin, args=(theirs, dict(environment), folder, function, args))
+        # A daemon: what a failed test leaves behind is ended with pytest's worker.
+        self._process = context.Process(
+            target=_begin, args=(theirs, dict(environment), folder, function, args), daemon=True
+        )
         self._process.start()
         theirs.close()
         self._output = ""

@@ -8,8 +8,8 @@ import torch.multiprocessing as mp
 
 from runtime.parity.ranks import RankPool
 
-# What ranks and torchrun import, which takes seconds of each process. The server does it once, for Megatron's ranks as well: there is
-# one server in a process. None of it may use a GPU, start threads, or change how something else computes.
+# What ranks and torchrun import, which takes seconds of each process. The server does it once, for Megatron's ranks as
+# well: there is one server in a process. None of it may use a GPU, start threads, or change how something else computes.
 PRELOADED = (
     "runtime.start",
     "runtime.parity.case",

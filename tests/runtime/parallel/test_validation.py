@@ -39,8 +39,8 @@ class Workplace:
         words = ["--load", self.base, "--save", self.folder / name, "--log-file", self.folder / f"{name}.jsonl"]
         words += ["--train-data-path", self.folder / "train.bin", "--valid-data-path", self.folder / "valid.bin"]
         words += ["--bare-dtype", "uint16", "--data-cache-path", self.folder / "cache", "--train-iters", MOST]
+        words += ["--micro-batch-size", 4]  # sample by sample, the evaluations would take longest
         # The rate grows until it does harm.
-        words += ["--micro-batch-size", 4]  # of few samples evaluations would take as long as all else
         words += ["--seq-length", 32, "--lr", 0.3, "--lr-decay-iters", 40, "--lr-warmup-iters", 20, *LORA]
         words += ["--eval-interval", 1, "--eval-iters", -1, "--early-stop", PATIENCE, "--keep-best", "--keep-last", 1]
         return tuple(map(str, [*words, *more]))

@@ -57,15 +57,10 @@ def planned(machine: Machine, num_experts: int, hidden: int, width: int, rows: i
     per_expert = -(-rows // machine.row_alignment) * machine.row_alignment
     computing = 2.0 * per_expert * num_experts * hidden * width / (machine.grouped_tflops * 1e12)
     weight = 2.0 * num_experts * hidden * width  # bytes of the second
-    seconds = [
-        machine.grouped(2 * computing, hidden, streamed=2 * weight),
-        machine.grouped(computing, width, streamed=weight),
-        machine.grouped(computing, hidden, streamed=weight),
-        machine.grouped(2 * computing, 2 * width, streamed=2 * weight),
-        machine.grouped(2 * computing, per_expert, summed=8 * weight),
-        machine.grouped(computing, per_expert, summed=4 * weight),
-    ]
-    return [1e3 * value for value in seconds]
+    first = machine.of_matrix(2 * computing, (2 * width, hidden), per_expert, streamed=2 * weight, summed=8 * weight)
+    second = machine.of_matrix(computing, (hidden, width), per_expert, streamed=weight, summed=4 * weight)
+    order = (first[0], second[0], second[1], first[1], first[2], second[2])
+    return [1e3 * value for value in order]
 
 
 def _cells(times: list[float]) -> str:

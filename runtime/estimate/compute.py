@@ -209,14 +209,13 @@ def _experts(setup: Setup, local: Local, machine: Machine, parameters: Iterable[
         computing = 2 * local.rows_computed * parameter.size / local.experts / own
         streamed = parameter.size * (item or ITEMSIZE[setup.dtype])
         made = making_numbers(setup, machine, parameter)
-        # What the products back and forward sum over: matrices are [out, in], beside a clamped gate [in, out].
-        back, depth = parameter.shape[-2:] if setup.model.compute.gate is None else parameter.shape[:-3:-1]
-        forward += machine.grouped(computing, depth, streamed=streamed) + made
-        gradient = 0.0
-        if not parameter.frozen:
-            summed = parameter.size * 2 * setup.gradient
-            gradient = machine.grouped(computing, local.rows_computed / local.experts, summed=summed)
-        backward += machine.grouped(computing, back, streamed=streamed) + made + gradient
+        *_, wide, deep = parameter.shape  # [out, in], beside a clamped gate [in, out]
+        sizes = (wide, deep) if setup.model.compute.gate is None else (deep, wide)
+        summed, rows = parameter.size * 2 * setup.gradient, local.rows_computed / local.experts
+        there, back, gradient = machine.of_matrix(computing, sizes, rows, streamed=streamed, summed=summed)
+        gradient = 0.0 if parameter.frozen else gradient
+        forward += there + made
+        backward += back + made + gradient
         weights += gradient
     b, rows, width = local.item, local.rows_computed, local.width
     tokens = local.gathered * local.hidden * b

@@ -154,6 +154,22 @@ class Machine:
         tiles = computing * (1 + self.grouped_tile_depth / max(1.0, depth))
         return _overlapped(tiles, moving, self.grouped_overlap_exponent)
 
+    def of_matrix(
+        self, computing: float, sizes: tuple[int, int], rows: float, *, streamed: float, summed: float
+    ) -> tuple[float, float, float]:
+        """Give the seconds of the three grouped products of experts' matrices: forward, gradient of the rows, their own gradient.
+
+        Args:
+            computing: seconds of the operations of one of them at the full rate.
+            sizes: of a matrix, width of what it gives and of what it takes.
+            rows: of an expert.
+            streamed: bytes of all matrices.
+            summed: bytes of their gradient's sums, read and written.
+        """
+        wide, deep = sizes
+        forward, back = (self.grouped(computing, depth, streamed=streamed) for depth in (deep, wide))
+        return forward, back, self.grouped(computing, rows, summed=summed)
+
 
 def _overlapped(computing: float, moving: float, power: float) -> float:
     return float((computing**power + moving**power) ** (1 / power))

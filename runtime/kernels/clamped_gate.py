@@ -20,9 +20,8 @@ ROWS, ROWS_BLOCK = 32, 512
 
 @triton.jit
 def _load_pairs(hidden, bias, columns, inside, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Gate and up with their biases, before they are clamped."""
-    value = tl.load(hidden + columns, mask=inside, other=0.0).to(ACC)
-    value += tl.load(bias + columns, mask=inside, other=0.0).to(ACC)
+    """Gate and up with their biases, which are loaded, before they are clamped."""
+    value = tl.load(hidden + columns, mask=inside, other=0.0).to(ACC) + bias
     return tl.split(tl.reshape(value, (BLOCK, 2)))
 
 
@@ -49,7 +48,9 @@ def _forward_kernel(
     pairs = 2 * first + tl.arange(0, 2 * BLOCK)
     columns = first + tl.arange(0, BLOCK)
     bias = biases + tl.load(experts + row).to(tl.int64) * (2 * width)
-    gate, up = _load_pairs(hidden + row.to(tl.int64) * (2 * width), bias, pairs, pairs < 2 * width, BLOCK, ACC)
+    inside = pairs < 2 * width
+    beside = tl.load(bias + pairs, mask=inside, other=0.0).to(ACC)
+    gate, up = _load_pairs(hidden + row.to(tl.int64) * (2 * width), beside, pairs, inside, BLOCK, ACC)
     slot = tl.load(slots + row)
     weight = tl.load(weights + slot, mask=slot >= 0, other=0.0).to(ACC)
     gate = tl.minimum(gate, limit)
@@ -95,8 +96,7 @@ def _backward_kernel(
             base, grad_base = hidden + row * (2 * WIDTH), grad + row * WIDTH
             slot = tl.load(slots + row)
             weight = tl.load(weights + slot, mask=slot >= 0, other=0.0).to(ACC)
-            value = tl.load(base + pairs, mask=inside_pairs, other=0.0).to(ACC) + beside
-            gate, up = tl.split(tl.reshape(value, (BLOCK, 2)))
+            gate, up = _load_pairs(base, beside, pairs, inside_pairs, BLOCK, ACC)
             incoming = tl.load(grad_base + columns, mask=inside, other=0.0).to(ACC)
             bounded = tl.minimum(gate, limit)
             linear = tl.minimum(tl.maximum(up, -limit), limit) + 1.0

@@ -27,19 +27,25 @@ Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 class _Opaque(nn.Module):
     """Hides that a stage is sharded by FSDP: gradients are then reduced with each backward pass, as without stages.
 
-    Only activations go from stage to stage; what else a stage needs of the batch, its rank has.
+    Only activations go from stage to stage; what else a stage needs of the batch, its rank has. The last one gives its loss:
+    torch's schedules hold a stage's output until its backward pass is over, and logits are large.
     """
 
-    def __init__(self, stage: nn.Module) -> None:
+    def __init__(self, stage: nn.Module, loss: LossFunction | None) -> None:
         super().__init__()
-        self.stage = stage
+        self.stage, self._loss = stage, loss
         self.microbatch: Microbatch | None = None
         """The one whose forward pass is due."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.microbatch is not None
         out: Tensor = self.stage(x, *self.microbatch.more)
-        return out
+        return out if self._loss is None else self._loss(out, self.microbatch.labels)
+
+
+def _as_it_is(loss: Tensor, _: Tensor) -> Tensor:
+    """The loss of a last stage, which has it worked out."""
+    return loss
 
 
 class _Stage(PipelineStage):
@@ -62,7 +68,7 @@ class _Stage(PipelineStage):
         self.collect()
 
     def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
-        # Torch before 2.13 compares shapes of each pass with what was announced; the last stage's output goes to the loss.
+        # Torch before 2.13 compares shapes of each pass with what was announced; the last stage's output is the loss.
         if not self.is_last:
             super()._validate_fwd_outputs(outputs)  # type: ignore[misc]
 
@@ -113,7 +119,7 @@ class Pipeline:
             stage.microbatches = microbatches
         first, last = self._mesh.rank("pp") == 0, self._mesh.rank("pp") == self._mesh.size("pp") - 1
         inputs = (torch.cat([x.tokens for x in microbatches]),) if first else ()
-        target = torch.cat([x.labels for x in microbatches]) if last else None
+        target = torch.empty(num, device="meta") if last else None  # schedules split it, whatever it is
         if backward:
             schedule.step(*inputs, target=target, return_outputs=False)
         else:
@@ -125,12 +131,12 @@ class Pipeline:
         stages = self._make_stages(batch, positions)
         size, plain = self._mesh.size("pp"), list[_PipelineStageBase](stages)
         if self._kind == "zero-bubble":
-            return ScheduleInterleavedZeroBubble(plain, num, loss_fn=self._loss, scale_grads=False), stages
+            return ScheduleInterleavedZeroBubble(plain, num, loss_fn=_as_it_is, scale_grads=False), stages
         if len(stages) > 1:
-            return ScheduleInterleaved1F1B(plain, num, loss_fn=self._loss, scale_grads=False), stages
+            return ScheduleInterleaved1F1B(plain, num, loss_fn=_as_it_is, scale_grads=False), stages
         # With fewer micro-batches than stages there is no steady state for 1F1B: both orders are the same work.
         kind = ScheduleGPipe if self._kind == "gpipe" or num < size else Schedule1F1B
-        return kind(stages[0], num, loss_fn=self._loss, scale_grads=False), stages
+        return kind(stages[0], num, loss_fn=_as_it_is, scale_grads=False), stages
 
     def _make_stages(self, batch: int, positions: int) -> list[_Stage]:
         size, rank = self._mesh.size("pp"), self._mesh.rank("pp")
@@ -140,7 +146,7 @@ class Pipeline:
         mine = [
             # Shapes are known: nothing has to be inferred by a trial run. The last stage sends nothing on.
             _Stage(
-                _Opaque(module),
+                _Opaque(module, self._loss if place * size + rank == total - 1 else None),
                 place * size + rank,
                 total,
                 self._device,

@@ -16,7 +16,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,23 +110,31 @@ def write_folder(
             filled = 0
         groups[-1].append((name, kind, shape))
         filled += size
-    random = np.random.default_rng(0)
-    weight_map, total = {}, 0
-    for number, group in enumerate(groups, 1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        header = encode_header(group, {"format": "pt"})
-        with open(folder / file, "wb") as out:
-            out.write(header.raw)
-            left = 0 if sparse else header.file_size - len(header.raw)
-            while left:
-                left -= out.write(random.bytes(min(left, 1 << 24)))
-            out.truncate(header.file_size)
-        weight_map.update({name: file for name, _, _ in group})
-        total += header.file_size
+    files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    with ThreadPoolExecutor() as pool:
+        sizes = pool.map(partial(_write_file, folder, sparse=sparse), files, groups, range(len(files)))
+        total = sum(sizes)
+    weight_map = {name: file for file, group in zip(files, groups, strict=True) for name, _, _ in group}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return total
+
+
+def _write_file(
+    folder: Path, file: str, tensors: list[tuple[str, str, tuple[int, ...]]], seed: int, *, sparse: bool
+) -> int:
+    """Write one file of random bytes, other ones for each seed; give its size."""
+    header = encode_header(tensors, {"format": "pt"})
+    random = np.random.default_rng(seed)
+    with open(folder / file, "wb") as out:
+        out.write(header.raw)
+        left = 0 if sparse else header.file_size - len(header.raw)
+        while left:
+            words = random.integers(1 << 64, size=min(left + 7 >> 3, 1 << 21), dtype=np.uint64)
+            left -= out.write(words.view(np.uint8)[:left])
+        out.truncate(header.file_size)
+    return header.file_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,10 +126,10 @@ def in_turns(
 
 def digests(folder: Path) -> dict[str, str]:
     """Give the checksum of each file under a folder, by its path there."""
-    return {
-        str(file.relative_to(folder)): CarriedFile(file, file.stat().st_size).copy(lambda _: None)
-        for file in _files(folder)
-    }
+    files = _files(folder)
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda file: CarriedFile(file, file.stat().st_size).copy(lambda _: None), files)
+        return {str(file.relative_to(folder)): digest for file, digest in zip(files, found, strict=True)}
 
 
 def only_cached(folder: Path, *others: Path) -> None:

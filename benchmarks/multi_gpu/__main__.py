@@ -1,12 +1,13 @@
 """Everything that several GPUs of one machine can show, in one command that prints tables.
 
-    python -m benchmarks.multi_gpu [--ranks N] [--only SECTION ...] [--match TEXT] [--out DIR] [--scratch DIR] [--quick]
+    python -m benchmarks.multi_gpu [--ranks N] [--only SECTION ...] [--match TEXT] [--model mixtral|qwen3] [--balanced]
+        [--out DIR] [--scratch DIR] [--quick]
     torchrun --nproc-per-node N -m benchmarks.multi_gpu [...]
     python -m benchmarks.multi_gpu --peers [SYSTEM ...] [--ranks N] [--rounds 3] [--out DIR] [--quick]
 
-Sections: parity of every layout with one GPU over NCCL, in fp32 and bf16; training of a Mixtral that fills the GPUs,
-with memory, hidden communication and exchanges beside the links' speed; scaling from 1 GPU to N; checkpoints saved and
-taken up under other layouts. --quick does all of it with tiny sizes, also on CPU ranks (gloo).
+Sections: parity of every layout with one GPU over NCCL, in fp32 and bf16; training of a model with as many layers as every
+layout holds, with memory, hidden communication and exchanges beside the links' speed, and filled, with all that each holds;
+scaling from 1 GPU to N; checkpoints saved and taken up under other layouts. --quick does all of it with tiny sizes, also on CPU ranks (gloo).
 
 With --peers instead: a training step beside Megatron-Core's and transformers' on 2, 4 and 8 GPUs up to N, each system in
 processes of its own and in turns, and where the device's time of a step goes.
@@ -45,6 +46,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--match", default="", metavar="TEXT", help="only measurements whose layout contains it")
     parser.add_argument("--out", type=Path, default=None, help="folder for report.md, results.jsonl and ranks.log")
     parser.add_argument("--scratch", type=Path, default=None, help="folder on the disk that checkpoints go to")
+    parser.add_argument("--model", choices=("mixtral", "qwen3"), default="mixtral", help="whose layers are trained")
+    parser.add_argument(
+        "--balanced", action="store_true", help="each expert gets as many tokens, whatever routers choose"
+    )
     parser.add_argument("--fill", type=float, default=0.85, help="share of a GPU's memory to plan models for")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few cases")
     parser.add_argument("--peers", nargs="*", choices=SYSTEMS, help="set systems beside each other; none named: all")
@@ -115,8 +120,9 @@ class Launcher:
     def _launch(self, num_ranks: int, tasks: list[Task]) -> int:
         plan = self._scratch / "plan.json"
         fields = {
-            "tasks": [task.to_json() for task in tasks], "quick": self._args.quick, "fill": self._args.fill,
-            "scratch": str(self._scratch), "results": str(self._results),
+            "tasks": [task.to_json() for task in tasks], "sizes": "quick" if self._args.quick else self._args.model,
+            "balanced": self._args.balanced, "fill": self._args.fill, "scratch": str(self._scratch),
+            "results": str(self._results),
         }  # fmt: skip
         plan.write_text(json.dumps(fields))
         print(f"{num_ranks} ranks, {len(tasks)} measurements", flush=True)
@@ -180,7 +186,11 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
     if shutil.which("nvidia-smi") and torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         found = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0]
-    command = f"python -m benchmarks.multi_gpu --ranks {args.ranks}" + (" --quick" if args.quick else "")
+    words = ["python -m benchmarks.multi_gpu --ranks", str(args.ranks)]
+    words += ["--only", *args.only] if args.only != list(SECTIONS) else []
+    words += ["--model", args.model] if args.model != "mixtral" else []
+    words += [f"--{name}" for name in ("balanced", "quick") if getattr(args, name)]
+    command = " ".join(words)
     return {"device": found or "CPU (gloo)", "ranks": args.ranks, "torch": torch.__version__, "command": command}
 
 

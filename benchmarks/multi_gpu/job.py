@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from benchmarks.multi_gpu.sizes import Sizes
 from runtime.engine import Engine
+from runtime.estimate.setup import Setup
 from runtime.job.processes import max_over_ranks
 from runtime.model.context import TORCH_DTYPES
 from runtime.model.recompute import RecomputeConfig
@@ -52,6 +53,8 @@ class Job:
     """Share of a GPU's memory that a model may be planned to take."""
     control: dist.ProcessGroup | None
     """A gloo group of the ranks that take part; None is one rank."""
+    balanced: bool = False
+    """Whether each expert gets as many tokens, whatever the routers choose."""
 
     @property
     def memory(self) -> float:
@@ -80,15 +83,20 @@ class Job:
             dist.all_reduce(torch.zeros(1), group=self.control)
 
     def engine(self, task: Task, num_layers: int) -> tuple[Engine, ParallelMesh]:
-        """Build the engine of a task's layout; its weights are zero."""
+        """Build the engine of a task's layout, with CUDA graphs where the trainer has them; its weights are zero."""
         parallel = ParallelConfig(**task.parallel)
         mesh = ParallelMesh(parallel) if self.control is not None else ParallelMesh(parallel, 1, 0)
         model = self.sizes.model(num_layers)
         assert model.compute.router is not None
-        moe = MoEConfig(router=model.compute.router, aux_loss_coeff=(0.01,))
-        dtype = TORCH_DTYPES[self.sizes.dtype]
-        optim = OptimConfig(lr=1e-4)
-        return Engine(model, dtype, parallel, moe, optim, RecomputeConfig(), mesh, self.device), mesh
+        router = model.compute.router
+        moe = MoEConfig(router=router, aux_loss_coeff=(0.01,), force_load_balancing=self.balanced)
+        dtype, optim, recompute = TORCH_DTYPES[self.sizes.dtype], OptimConfig(lr=1e-4), RecomputeConfig()
+        setup = Setup(
+            model=model, world_size=task.world, parallel=parallel, moe=moe, optim=optim, recompute=recompute,
+            dtype=self.sizes.dtype, seq_length=self.sizes.positions, micro_batch_size=1, num_microbatches=1,
+        )  # fmt: skip
+        captures = self.device.type == "cuda" and setup.captured
+        return Engine(model, dtype, parallel, moe, optim, recompute, mesh, self.device, captures=captures), mesh
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from benchmarks.multi_gpu.job import Task
 from benchmarks.multi_gpu.parity import cases
 from benchmarks.multi_gpu.sizes import FULL, QUICK, layouts
 
-SECTIONS = ("parity", "training", "scaling", "checkpoint")
+SECTIONS = ("parity", "training", "filled", "scaling", "checkpoint")
 
 
 def make_plan(ranks: int, sections: Sequence[str], *, quick: bool) -> list[tuple[int, list[Task]]]:
@@ -36,7 +36,9 @@ def make_plan(ranks: int, sections: Sequence[str], *, quick: bool) -> list[tuple
 
 
 def _tasks(world: int, ranks: int, sections: Sequence[str], quick: bool) -> Iterator[dict[str, Any]]:
-    makers = {"parity": _parity, "training": _training, "scaling": _scaling, "checkpoint": _checkpoint}
+    makers = {
+        "parity": _parity, "training": _training, "filled": _filled, "scaling": _scaling, "checkpoint": _checkpoint,
+    }  # fmt: skip
     for section in SECTIONS:
         if section in sections:
             for fields in makers[section](world, ranks, quick):
@@ -50,21 +52,25 @@ def _parity(world: int, ranks: int, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def _training(world: int, ranks: int, quick: bool) -> Iterator[dict[str, Any]]:
-    """All layouts with a depth that each of them holds, then with all that they hold."""
+    """All layouts with a depth that each of them holds."""
     if world != ranks:
         return
     sequences = (QUICK if quick else FULL).sequences_per_rank * world
-    options: dict[str, Any] = {"sequences": sequences, "fits": world, "profile": True}
+    options = {"sequences": sequences, "fits": world, "profile": True, "layers": "common"}
     for name, parallel in layouts(world).items():
-        yield {"kind": "training", "label": name, "parallel": parallel, "options": options | {"layers": "common"}}
+        yield {"kind": "training", "label": name, "parallel": parallel, "options": options}
         if parallel.get("ep") == world > 1:
             hidden = {"label": f"{name}, exchanges overlapped", "parallel": parallel | {"overlap_exchange": True}}
-            yield {"kind": "training", "options": options | {"layers": "common"}} | hidden
+            yield {"kind": "training", "options": options} | hidden
     if world > 1:
         yield {"kind": "traffic", "label": "collectives"}
-    if quick or world == 1:
+
+
+def _filled(world: int, ranks: int, quick: bool) -> Iterator[dict[str, Any]]:
+    """All layouts with as many layers as they hold."""
+    if quick or world != ranks or world == 1:
         return
-    options |= {"layers": "own", "profile": False}
+    options = {"sequences": FULL.sequences_per_rank * world, "fits": world, "layers": "own"}
     for name, parallel in layouts(world).items():
         yield {"kind": "training", "label": name, "parallel": parallel, "options": options}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,12 +54,16 @@ class Sizes:
 
 FULL = Sizes(
     hidden=4096, ffn=14336, num_heads=32, num_kv_heads=8, head_dim=128, vocab=32000, dtype="bfloat16", positions=4096,
-    sequences_per_rank=8, warmup=2, steps=4, checkpoint_layers=2, raw_bytes=2**28,
+    sequences_per_rank=8, warmup=4, steps=4, checkpoint_layers=2, raw_bytes=2**28,
 )  # fmt: skip
+QWEN3 = replace(FULL, hidden=2048, ffn=768, num_kv_heads=4, vocab=151936, num_experts=128, topk=8)
+"""Qwen3-30B-A3B's layers, without the norms of heads."""
 QUICK = Sizes(
     hidden=32, ffn=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab=64, dtype="float32", positions=16,
     sequences_per_rank=4, warmup=1, steps=1, checkpoint_layers=2, raw_bytes=2**20,
 )  # fmt: skip
+
+SIZES = {"mixtral": FULL, "qwen3": QWEN3, "quick": QUICK}
 
 
 def layouts(world: int) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import Store
 from benchmarks.multi_gpu.job import Job, Task
 from benchmarks.multi_gpu.parity import parity
 from benchmarks.multi_gpu.saving import resume, save
-from benchmarks.multi_gpu.sizes import FULL, QUICK
+from benchmarks.multi_gpu.sizes import SIZES
 from benchmarks.multi_gpu.traffic import traffic
 from benchmarks.multi_gpu.training import training
 from runtime.job.processes import Process, connect, end_groups, start
@@ -46,8 +46,8 @@ def main() -> int:
         members = range(task.world)
         assert task.world in (1, process.world_size), "a launch has tasks of all its ranks, and of one"
         job = Job(
-            device=device, sizes=QUICK if plan["quick"] else FULL, scratch=Path(plan["scratch"]), fill=plan["fill"],
-            control=None if task.world == 1 else control,
+            device=device, sizes=SIZES[plan["sizes"]], scratch=Path(plan["scratch"]), fill=plan["fill"],
+            control=None if task.world == 1 else control, balanced=plan["balanced"],
         )  # fmt: skip
         begin = time.perf_counter()
         result, error = _run(task, job) if process.rank in members else (None, "")

@@ -68,7 +68,7 @@ def test_failed_measurements_are_named_and_the_next_is_made(tmp_path: Path) -> N
         Task(number=2, kind="scaling", world=1, label="good", options=options),
     ]
     machine = {"command": "test", "ranks": 1, "device": "CPU", "torch": "2"}
-    launcher = Launcher(argparse.Namespace(quick=True, fill=0.85), tmp_path / "out", tmp_path, machine)
+    launcher = Launcher(argparse.Namespace(quick=True, balanced=False, fill=0.85), tmp_path / "out", tmp_path, machine)
     launcher.run(1, tasks)
     bad, ended, good = launcher.records()
     assert bad.failed is not None

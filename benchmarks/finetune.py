@@ -226,6 +226,8 @@ def lines(case: Case, found: dict[str, Any]) -> Iterator[str]:
     layers = config_of(case)["num_hidden_layers"]
     yield f"{case.name}: {case.ranks} x {found['device']}, torch {found['torch']}, {layers} layers"
     yield f"  flags: {case.flags}"
+    if found["pp_layers"] is not None:
+        yield f"  layers of the stages: {', '.join(map(str, found['pp_layers']))}"
     if "ms" in found:
         yield f"  {_speed(found)}"
         if "passes_ms" in found:

@@ -33,6 +33,7 @@ from runtime.checkpoint.rank_files import collect_files, commit_checkpoint
 from runtime.checkpoint.writer import Saver, check
 from runtime.data.batch import Batch
 from runtime.engine import Engine
+from runtime.estimate.stages import level_stages, same_stages
 from runtime.job.processes import Process, connect, end_groups, start
 from runtime.loading import build_engine
 from runtime.log.flops import device_peak, training_flops
@@ -43,6 +44,7 @@ from runtime.settings.assemble import make_run
 from runtime.settings.check import check_run
 from runtime.settings.flags import parse_flags
 from runtime.settings.run import RunConfig
+from runtime.start import gpu_of
 
 TIMEOUT = 600.0
 """Seconds that a collective may take: the others wait while a rank page-locks its memory or writes."""
@@ -72,12 +74,12 @@ class Spec:
 
 
 def read_run(spec: Spec, process: Process) -> RunConfig:
-    """Put the settings together as the trainer does, with its checks; data are random tokens."""
+    """Put the settings together as the trainer does, with its checks and levelled stages; data are random tokens."""
     given = parse_flags([*spec.flags, "--mock-data", "--train-iters", str(spec.steps), "--save", spec.folder + "/none"])
     model = Model.from_config(family_of(spec.config), spec.config)
     run = make_run(given, model, Path(spec.folder))
     check_run(run, process.world_size)
-    return run
+    return level_stages(run, process.world_size, gpu_of(run, process), None)
 
 
 def random_batches(run: RunConfig, mesh: ParallelMesh) -> list[Batch]:
@@ -207,16 +209,16 @@ def resume(engine: Engine, job: Job, spec: Spec) -> dict[str, Any]:
     return {"load_s": max(job.everyone(seconds)), "equal": equal}
 
 
-def work(spec: Spec, process: Process, device: torch.device) -> dict[str, Any]:
+def work(spec: Spec, process: Process, device: torch.device, store: dist.Store) -> dict[str, Any]:
     """Do a launch on this rank."""
-    run = read_run(spec, process)
+    run = same_stages(read_run(spec, process), process, store)
     control = dist.new_group(backend="gloo")
     job = Job(device=device, sizes=FULL, scratch=Path(spec.folder), fill=1.0, control=control)
     mesh = ParallelMesh(run.parallel, process.world_size)
     begin = time.perf_counter()
     engine = build_engine(run, mesh, device)
     engine.set_lr(run.optim.lr)
-    out: dict[str, Any] = {}
+    out: dict[str, Any] = {"pp_layers": run.parallel.pp_layers}
     if spec.resume:
         out |= resume(engine, job, spec)
     else:
@@ -234,8 +236,9 @@ def main() -> None:
     """Do a launch and print what the first rank found."""
     spec = Spec(**json.loads(sys.argv[1]))
     process = Process.from_environment()
-    device = start(process, connect(process, "benchmark"), TIMEOUT)
-    out = work(spec, process, device)
+    store = connect(process, "benchmark")
+    device = start(process, store, TIMEOUT)
+    out = work(spec, process, device, store)
     if process.rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(

@@ -86,6 +86,7 @@ def todays_engine() -> Iterator[Row]:
     yield Row(name="Qwen3, FP8 blockwise", **qwen, **launched, fp8="blockwise", ms=491.8, gb=_gib(61.4))
     yield from _families()
     yield from _two_gpus()
+    yield from _every_layout()
 
 
 def _families() -> Iterator[Row]:
@@ -124,6 +125,24 @@ def _two_gpus() -> Iterator[Row]:
     yield Row(name="the same, as routed: 1.035", **(qwen | {"imbalance": 1.035}), ms=475.8, gb=57.6)
     yield Row(name="the same, FP8 tensorwise", **qwen, fp8="tensorwise", ms=420.8, gb=62.2)
     yield Row(name="the same, FP8 blockwise", **qwen, fp8="blockwise", ms=428.9, gb=62.3)
+
+
+def _every_layout() -> Iterator[Row]:
+    """`benchmarks.multi_gpu --ranks 2 --only training filled --balanced`, of both models; and levelled stages."""
+    two: dict[str, Any] = {"gpus": 2, "engine": TODAY, "imbalance": 1.0}
+    for model, name, layers, ms, memory in BALANCED:
+        parallel = SHARD | LAYOUTS[name.removesuffix(" overlapped")] | ({"ep": 2} if name.startswith("ep") else {})
+        if name.endswith(" overlapped"):
+            parallel |= {"overlap_exchange": True}
+        yield Row(
+            name=f"{model}, {layers} layers, {name}{2 if name in ('ep', 'dp') else ''}", layers=layers, parallel=parallel,
+            config={"Mixtral": MIXTRAL, "Qwen3": QWEN3}[model], ms=ms, gb=sum(memory),
+            microbatches=8 * parallel.get("tp", 1) * parallel.get("pp", 1), **two,
+        )  # fmt: skip
+    stages: dict[str, Any] = {"config": QWEN3_30B, "layers": 6, "microbatch": 2, **two}
+    even, levelled = ({"pp": 2, "pp_layers": counts} for counts in ((3, 3), (4, 2)))
+    yield Row(name="Qwen3 with head norms, 6 layers, pp2", **stages, parallel=even, ms=452.9, gb=46.4)
+    yield Row(name="the same, stages levelled", **stages, parallel=levelled, ms=390.1, gb=55.8)
 
 
 def one_gpu() -> Iterator[Row]:
@@ -245,6 +264,24 @@ SEVERAL = (
     (4, "ep", 8, 1470.1, (6.83, 13.67, 11.87, 23.74, 7.83)),
     (4, "tp2 sp ep2 etp1", 7, 1903.0, (10.42, 20.84, 10.42, 20.84, 4.17)),
     (4, "pp2 ep2", 8, 1620.1, (6.24, 12.47, 11.87, 23.74, 7.84)),
+)
+
+
+# Model, layout, layers, ms; weights, gradients, masters, moments, activations and buffers (10^9 bytes).
+BALANCED = (
+    ("Mixtral", "ep", 6, 964.4, (9.48, 18.97, 17.94, 35.88, 5.65)),
+    ("Mixtral", "ep overlapped", 6, 954.3, (9.48, 18.97, 17.94, 35.88, 10.90)),
+    ("Mixtral", "tp2 sp", 6, 1068.7, (8.97, 17.94, 17.94, 35.88, 2.97)),
+    ("Mixtral", "pp2", 6, 1077.6, (8.97, 17.94, 17.94, 35.88, 5.30)),
+    ("Mixtral", "dp", 6, 1027.6, (17.94, 35.88, 17.94, 35.88, 4.79)),
+    ("Mixtral", "ep", 8, 1272.0, (12.47, 24.94, 23.74, 47.49, 7.59)),
+    ("Mixtral", "tp2 sp", 9, 1578.7, (13.32, 26.65, 26.65, 53.30, 4.40)),
+    ("Mixtral", "pp2", 8, 1398.9, (11.87, 23.74, 23.74, 47.49, 6.86)),
+    ("Qwen3", "ep", 12, 616.1, (8.95, 17.90, 16.20, 32.40, 5.03)),
+    ("Qwen3", "ep overlapped", 12, 605.3, (8.95, 17.90, 16.20, 32.40, 9.93)),
+    ("Qwen3", "tp2 sp", 12, 817.1, (8.10, 16.21, 16.21, 32.41, 2.93)),
+    ("Qwen3", "pp2", 12, 819.9, (8.10, 16.20, 16.20, 32.40, 4.70)),
+    ("Qwen3", "dp", 12, 707.0, (16.20, 32.40, 16.20, 32.40, 4.80)),
 )
 
 

@@ -82,7 +82,7 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
     run = make_run(given, origin.checkpoint.model, origin.path, drawn=origin.drawn, generates=generates)
     run = with_adapters(run, origin, given)
     check_run(run, process.world_size)
-    run = level_stages(run, process.world_size, _gpu(run, process), origin.state.degrees if origin.own else None)
+    run = level_stages(run, process.world_size, gpu_of(run, process), origin.state.degrees if origin.own else None)
     check_stored_blocks(run, origin)
     if run.data.chat_template is not None:
         # Whoever talks to the trained model needs the template that it was trained with.
@@ -112,11 +112,11 @@ def prepare(given: Given, process: Process) -> tuple[RunConfig, Origin]:
 
 def expect(run: RunConfig, process: Process) -> Forecast | None:
     """Give the run's own plan; None where it trains on no GPU."""
-    return None if (gpu := _gpu(run, process)) is None else Forecast(run, process.world_size, gpu)
+    return None if (gpu := gpu_of(run, process)) is None else Forecast(run, process.world_size, gpu)
 
 
-def _gpu(run: RunConfig, process: Process) -> Gpu | None:
-    """What this process trains on; None where that is no GPU."""
+def gpu_of(run: RunConfig, process: Process) -> Gpu | None:
+    """Say what this process trains on; None where that is no GPU."""
     if run.train.skip_train or not torch.cuda.is_available() or process.local_rank >= torch.cuda.device_count():
         return None
     found, count = torch.cuda.get_device_properties(process.local_rank), torch.cuda.device_count()

@@ -122,7 +122,7 @@ def _experts(setup: Setup, local: Local) -> tuple[float, float]:
 def _around_experts(setup: Setup, local: Local, kept: float, working: float) -> tuple[float, float]:
     """Add what is sent back; or keep the layer's input alone."""
     if local.exchanged:
-        working += local.rows_sent * local.hidden * local.item
+        working += local.departing * local.hidden * local.item
     if setup.moe is not None and setup.moe.recompute_layer:
         working += kept
         kept = local.tokens_moe * local.hidden * local.item

@@ -232,7 +232,7 @@ def _experts(setup: Setup, local: Local, machine: Machine, parameters: Iterable[
         # With biases, or torch's products: the activation is a pass of its own.
         forward += machine.moving(3 * rows * width * b, "swiglu")
     if local.exchanged:  # rows are put in the order of their ranks, and summed when they are back
-        sent = local.rows_sent * local.hidden * b + local.tokens_moe * local.hidden * b
+        sent = local.departing * local.hidden * b + local.tokens_moe * local.hidden * b
         forward += machine.moving(sent, "gather") + machine.moving(sent, "sum")
         backward += machine.moving(sent, "gather") + machine.moving(sent, "sum")
     if setup.moe.recompute_layer:

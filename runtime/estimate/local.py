@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from runtime.estimate.machine import Machine
 from runtime.estimate.setup import ITEMSIZE, Setup
+from runtime.moe.config import MoEConfig
+from runtime.moe.sent_once import sends_once, share_saved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +48,12 @@ class Local:
     """With the room for each expert's padding."""
     rows_computed: float
     """With the padding that is expected."""
+    departing: float
+    """Rows that this rank sends where rows are exchanged: one for each choice, or for each rank that a token goes to."""
+    arriving: float
+    """Such rows that come to the fullest rank, or that it has room for."""
     gathered: float
-    """Tokens that the experts' inputs hold: where ranks gather tokens instead of exchanging rows."""
+    """Tokens that the experts' inputs hold: those that arrive, or those of all ranks that gather them."""
     exchanged: bool
     """Whether rows are exchanged (all-to-all)."""
 
@@ -91,10 +97,8 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
     }
     moe = setup.moe
     if moe is None:
-        none = dict.fromkeys(
-            ("num_experts", "experts", "width", "rows_sent", "rows", "rows_allocated", "rows_computed", "gathered"), 0
-        )
-        return Local(**common, **none, exchanged=False)
+        counts = ("rows_sent", "rows", "rows_allocated", "rows_computed", "departing", "arriving", "gathered")
+        return Local(**common, **dict.fromkeys(("num_experts", "experts", "width", *counts), 0), exchanged=False)
     sent = common["tokens_moe"] * moe.topk
     even = parallel.ep == 1 or moe.force_load_balancing
     uneven = 1.0 if even else machine.imbalance if imbalance is None else imbalance
@@ -105,6 +109,7 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
     experts, align = moe.num_experts // parallel.ep, machine.row_alignment
     rows = sent * parallel.etp * uneven
     room = rows * setup.row_margin
+    departing, arriving = (_travelling(setup, moe, count, common["tokens_moe"]) for count in (sent, sent * uneven))
     return Local(
         **common,
         num_experts=moe.num_experts,
@@ -114,6 +119,18 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
         rows=rows,
         rows_allocated=-(-(room + experts * (align - 1)) // align) * align,
         rows_computed=rows + experts * min((align - 1) / 2, rows / experts),
-        gathered=rows if exchanged else common["tokens_moe"] * parallel.ep * parallel.etp,
+        departing=departing,
+        arriving=arriving,
+        gathered=(arriving if exchanged else common["tokens_moe"] * parallel.ep) * parallel.etp,
         exchanged=exchanged,
     )
+
+
+def _travelling(setup: Setup, moe: MoEConfig, choices: float, tokens: int) -> float:
+    """Rows of so many choices that are exchanged between ranks with so many tokens each."""
+    ep, captured = setup.parallel.ep, setup.captured
+    if not (captured or sends_once(moe.num_experts, moe.topk, ep)):
+        return choices
+    rows = choices * (1 - share_saved(moe.num_experts, moe.topk, ep))
+    # In a CUDA graph blocks with room, of all tokens at most.
+    return min(rows * setup.row_margin, tokens * ep) if captured else rows

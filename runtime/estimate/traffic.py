@@ -9,7 +9,6 @@ from runtime.estimate.local import Local
 from runtime.estimate.machine import Collective, Machine
 from runtime.estimate.parameters import Sums
 from runtime.estimate.setup import ITEMSIZE, Setup
-from runtime.moe.sent_once import sends_once, share_saved
 from runtime.moe.tail import TAIL
 
 ROUTING_WEIGHT_BYTES = 4
@@ -149,18 +148,13 @@ def _moe(setup: Setup, local: Local, along: dict[str, Axis]) -> Iterator[Transfe
     if ep.ranks * etp.ranks == 1:
         return
     if local.exchanged:
-        rows, topk = local.rows / etp.ranks, setup.model.sizes["top_k"]
-        if setup.captured or sends_once(local.num_experts, topk, ep.ranks):
-            rows *= 1 - share_saved(local.num_experts, topk, ep.ranks)
-        if setup.captured:  # blocks with room, of all tokens at most
-            rows = min(rows * setup.row_margin, local.tokens_moe * ep.ranks)
         # There with their weights behind them, and back without.
         for bytes_of_row in (row + TAIL * local.item, row):
-            yield Transfer(ep, "all_to_all", _sent(ep, rows * bytes_of_row), 1, 1, exchange=True)
+            yield Transfer(ep, "all_to_all", _sent(ep, local.arriving * bytes_of_row), 1, 1, exchange=True)
         if not setup.captured:
             yield Transfer(ep, "all_gather", _sent(ep, 8.0 * local.num_experts * ep.ranks), 1, 0)
         if etp.ranks > 1:
-            size = _sent(etp, local.rows * row)
+            size = _sent(etp, local.gathered * row)
             yield Transfer(etp, "all_gather", size, 1, 1)
             yield Transfer(etp, "reduce_scatter", size, 1, 1)
         return

@@ -1,8 +1,8 @@
 """The clamped gated activation with bias and routing weight, forward and backward, over rows in expert order.
 
 Legend: R rows, E experts, F width of an expert; gate and up columns are in turns. Floor, at memory bandwidth: 3 F elements
-a row forward, 6 F backward. Backward, a program has ROWS rows of one expert where rows are aligned to that, and sums their
-gradients for the biases' on the way.
+a row forward, 6 F backward. A program has several rows of one expert where rows are aligned to that, of which the next are on
+their way while one is computed; backward it sums their gradients for the biases' on the way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 from runtime.kernels.swiglu import accumulator
 
 MAX_BLOCK = 1024
-ROWS, ROWS_BLOCK = 32, 512
+FORWARD_ROWS, ROWS = 8, 32
+AHEAD = tl.constexpr(3)
+"""Rows whose values are on their way or in use at once."""
 
 
 @triton.jit
@@ -38,25 +40,28 @@ def _forward_kernel(
     alpha,
     limit,
     NUM_EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    if row >= tl.load(ends + NUM_EXPERTS - 1):
+    first = tl.program_id(0) * ROWS
+    if first >= tl.load(ends + NUM_EXPERTS - 1):
         return
-    first = tl.program_id(1) * BLOCK
-    pairs = 2 * first + tl.arange(0, 2 * BLOCK)
-    columns = first + tl.arange(0, BLOCK)
-    bias = biases + tl.load(experts + row).to(tl.int64) * (2 * width)
+    start = tl.program_id(1) * BLOCK
+    pairs = 2 * start + tl.arange(0, 2 * BLOCK)
+    columns = start + tl.arange(0, BLOCK)
+    bias = biases + tl.load(experts + first).to(tl.int64) * (2 * width)
     inside = pairs < 2 * width
     beside = tl.load(bias + pairs, mask=inside, other=0.0).to(ACC)
-    gate, up = _load_pairs(hidden + row.to(tl.int64) * (2 * width), beside, pairs, inside, BLOCK, ACC)
-    slot = tl.load(slots + row)
-    weight = tl.load(weights + slot, mask=slot >= 0, other=0.0).to(ACC)
-    gate = tl.minimum(gate, limit)
-    up = tl.minimum(tl.maximum(up, -limit), limit)
-    act = (up + 1.0) * gate / (1.0 + tl.exp(-alpha * gate)) * weight
-    tl.store(out + row.to(tl.int64) * width + columns, act.to(out.dtype.element_ty), mask=columns < width)
+    for place in tl.range(ROWS, num_stages=AHEAD):
+        row = (first + place).to(tl.int64)
+        gate, up = _load_pairs(hidden + row * (2 * width), beside, pairs, inside, BLOCK, ACC)
+        slot = tl.load(slots + row)
+        weight = tl.load(weights + slot, mask=slot >= 0, other=0.0).to(ACC)
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        act = (up + 1.0) * gate / (1.0 + tl.exp(-alpha * gate)) * weight
+        tl.store(out + row * width + columns, act.to(out.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit
@@ -91,7 +96,7 @@ def _backward_kernel(
         inside, inside_pairs = columns < WIDTH, pairs < 2 * WIDTH
         beside = tl.load(bias + pairs, mask=inside_pairs, other=0.0).to(ACC)
         total = tl.zeros((2 * BLOCK,), dtype=ACC)
-        for place in range(ROWS):
+        for place in tl.range(ROWS, num_stages=AHEAD):
             row = (first + place).to(tl.int64)
             base, grad_base = hidden + row * (2 * WIDTH), grad + row * WIDTH
             slot = tl.load(slots + row)
@@ -146,6 +151,8 @@ def clamped_gate_forward(
     offsets_E: Tensor,
     alpha: float,
     limit: float,
+    *,
+    alignment: int = 1,
 ) -> Tensor:
     """(up + 1) * gate * sigmoid(alpha * gate) * weight of what is biased and clamped, in fp32 (fp64 for fp64).
 
@@ -158,6 +165,7 @@ def clamped_gate_forward(
         offsets_E: [E] int32 ends of the experts' rows; rows past the last stay unwritten.
         alpha: steepness.
         limit: bound of gate from above, and of up from both sides.
+        alignment: each expert's rows start at a multiple of it.
 
     Returns:
         [R, F].
@@ -165,11 +173,16 @@ def clamped_gate_forward(
     num_rows, width = hidden_R2F.shape[0], hidden_R2F.shape[1] // 2
     out = hidden_R2F.new_empty(num_rows, width)
     if num_rows:
-        block = min(MAX_BLOCK, triton.next_power_of_2(width))
-        grid = (num_rows, triton.cdiv(width, block))
+        rows, block = _rows(FORWARD_ROWS, num_rows, alignment), min(MAX_BLOCK, triton.next_power_of_2(width))
+        grid = (num_rows // rows, triton.cdiv(width, block))
         args = (hidden_R2F, bias_E2F, expert_R, weights_TK, slot_of_row_R, out, offsets_E, width, alpha, limit)
-        _forward_kernel[grid](*args, offsets_E.shape[0], block, accumulator(hidden_R2F.dtype))
+        _forward_kernel[grid](*args, offsets_E.shape[0], rows, block, accumulator(hidden_R2F.dtype))
     return out
+
+
+def _rows(most: int, num_rows: int, alignment: int) -> int:
+    """Rows of a program: all of one expert."""
+    return most if alignment % most == 0 and num_rows % most == 0 else 1
 
 
 def clamped_gate_backward(
@@ -208,15 +221,15 @@ def clamped_gate_backward(
     num_rows, width = grad_RF.shape
     num_experts, acc = offsets_E.shape[0], accumulator(hidden_R2F.dtype)
     grad_weights = torch.zeros_like(weights_TK)
-    rows = ROWS if alignment % ROWS == 0 and num_rows % ROWS == 0 else 1
+    rows = _rows(ROWS, num_rows, alignment)
     summed = sum_bias and rows == ROWS
     wide = torch.float64 if hidden_R2F.dtype == torch.float64 else torch.float32
     sums = hidden_R2F.new_empty(num_rows // rows if summed else 0, 2 * width, dtype=wide)
     if num_rows:
-        block = min(ROWS_BLOCK, triton.next_power_of_2(width))
+        block = min(MAX_BLOCK, triton.next_power_of_2(width))
         args = (hidden_R2F, bias_E2F, expert_R, weights_TK, slot_of_row_R, grad_RF, grad_weights, sums, offsets_E)
         sizes = (width, num_experts, rows, block, summed, acc)
-        _backward_kernel[(num_rows // rows,)](*args, alpha, limit, *sizes)
+        _backward_kernel[(num_rows // rows,)](*args, alpha, limit, *sizes, num_warps=max(1, min(8, block // 128)))
         # Whoever still holds the pre-activations for another backward pass must get an error, not our gradient.
         torch.autograd.graph.increment_version(hidden_R2F)
     grad_bias = None

@@ -73,7 +73,7 @@ def activate(hidden_R2F: Tensor, weights_TK: Tensor, args: Activation) -> Tensor
         from runtime.kernels.clamped_gate import clamped_gate_forward as kernel
 
         beside = (plan.slot_of_row_R, plan.offsets_E, gate.alpha, gate.limit)
-        return kernel(hidden_R2F, bias, experts, weights_TK, *beside)
+        return kernel(hidden_R2F, bias, experts, weights_TK, *beside, alignment=plan.alignment)
     biased, weights = _wide(hidden_R2F, weights_TK, args)
     return (clamped_gate(biased, gate) * weights).to(hidden_R2F.dtype)
 

@@ -151,7 +151,7 @@ def test_a_start_on_gpus_takes_the_split(tmp_path: Path, monkeypatch: pytest.Mon
         f"--init-config {tmp_path / 'config.json'} --mock-data --tokenizer-type NullTokenizer --train-iters 12 --bf16"
     )
     words += " --seq-length 4096 --micro-batch-size 2 --global-batch-size 32 --pipeline-model-parallel-size 2"
-    monkeypatch.setattr(start, "_gpu", lambda run, process: H100)
+    monkeypatch.setattr(start, "gpu_of", lambda run, process: H100)
     run, _ = start.prepare(parse_flags(words.split()), Process(rank=1, local_rank=1, world_size=2))
     assert stages_of(run) == (4, 2)
     assert any(note.startswith("--pp-layers 4,2 is taken, about") for note in run.notes)

@@ -36,9 +36,9 @@ def _forward_kernel(
     slots,
     out,
     ends,
-    width,
     alpha,
     limit,
+    WIDTH: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -50,18 +50,18 @@ def _forward_kernel(
     start = tl.program_id(1) * BLOCK
     pairs = 2 * start + tl.arange(0, 2 * BLOCK)
     columns = start + tl.arange(0, BLOCK)
-    bias = biases + tl.load(experts + first).to(tl.int64) * (2 * width)
-    inside = pairs < 2 * width
+    bias = biases + tl.load(experts + first).to(tl.int64) * (2 * WIDTH)
+    inside = pairs < 2 * WIDTH
     beside = tl.load(bias + pairs, mask=inside, other=0.0).to(ACC)
     for place in tl.range(ROWS, num_stages=AHEAD):
         row = (first + place).to(tl.int64)
-        gate, up = _load_pairs(hidden + row * (2 * width), beside, pairs, inside, BLOCK, ACC)
+        gate, up = _load_pairs(hidden + row * (2 * WIDTH), beside, pairs, inside, BLOCK, ACC)
         slot = tl.load(slots + row)
         weight = tl.load(weights + slot, mask=slot >= 0, other=0.0).to(ACC)
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
         act = (up + 1.0) * gate / (1.0 + tl.exp(-alpha * gate)) * weight
-        tl.store(out + row * width + columns, act.to(out.dtype.element_ty), mask=columns < width)
+        tl.store(out + row * WIDTH + columns, act.to(out.dtype.element_ty), mask=columns < WIDTH)
 
 
 @triton.jit
@@ -175,8 +175,8 @@ def clamped_gate_forward(
     if num_rows:
         rows, block = _rows(FORWARD_ROWS, num_rows, alignment), min(MAX_BLOCK, triton.next_power_of_2(width))
         grid = (num_rows // rows, triton.cdiv(width, block))
-        args = (hidden_R2F, bias_E2F, expert_R, weights_TK, slot_of_row_R, out, offsets_E, width, alpha, limit)
-        _forward_kernel[grid](*args, offsets_E.shape[0], rows, block, accumulator(hidden_R2F.dtype))
+        args = (hidden_R2F, bias_E2F, expert_R, weights_TK, slot_of_row_R, out, offsets_E, alpha, limit)
+        _forward_kernel[grid](*args, width, offsets_E.shape[0], rows, block, accumulator(hidden_R2F.dtype))
     return out
 
 

@@ -79,6 +79,7 @@ def todays_engine() -> Iterator[Row]:
     qwen = mixtral | {"config": QWEN3, "layers": 4}
     yield Row(name="Mixtral, `runtime.train`", **mixtral, ms=666, gb=60.4)
     yield Row(name="Qwen3 with head norms, `runtime.train`", **(qwen | {"config": QWEN3_30B}), ms=513, gb=61.0)
+    yield Row(name="Mixtral, 1 micro-batch", **mixtral, microbatches=1, ms=112.5, gb=None)
     launched: dict[str, Any] = {"graphs": "none"}  # FP8 had none then
     yield Row(name="Mixtral, FP8 tensorwise", **mixtral, **launched, fp8="tensorwise", ms=494.0, gb=_gib(62.9))
     yield Row(name="Mixtral, FP8 blockwise", **mixtral, **launched, fp8="blockwise", ms=538.7, gb=_gib(63.0))
@@ -92,10 +93,10 @@ def todays_engine() -> Iterator[Row]:
 def _families() -> Iterator[Row]:
     """docs/performance/training-step.md, "Other families": some layers of each, four micro-batches of two sequences."""
     measured = (
-        ("gpt-oss-20b", 4, 452, 86.4),
-        ("deepseek-v2-lite", 5, 288, 56.9),
-        ("glm-4.5-air", 2, 456, 73.9),
-        ("glm-4.7-flash", 4, 297, 53.6),
+        ("gpt-oss-20b", 4, 448, 86.4),
+        ("deepseek-v2-lite", 5, 290, 56.9),
+        ("glm-4.5-air", 2, 454, 73.9),
+        ("glm-4.7-flash", 4, 299, 53.6),
     )
     for name, layers, ms, gb in measured:
         yield Row(
@@ -131,11 +132,12 @@ def _every_layout() -> Iterator[Row]:
     """`benchmarks.multi_gpu --ranks 2 --only training filled --balanced`, of both models; and levelled stages."""
     two: dict[str, Any] = {"gpus": 2, "engine": TODAY, "imbalance": 1.0}
     for model, name, layers, ms, memory in BALANCED:
-        parallel = SHARD | LAYOUTS[name.removesuffix(" overlapped")] | ({"ep": 2} if name.startswith("ep") else {})
-        if name.endswith(" overlapped"):
-            parallel |= {"overlap_exchange": True}
+        layout, _, overlapped = name.partition(", ")
+        parallel = SHARD | LAYOUTS[layout] | ({"ep": 2} if layout == "ep" else {})
+        parallel |= {"overlap_exchange": True} if overlapped else {}
+        shown = name.replace("ep", "ep2", 1) if layout == "ep" else name.replace("dp", "dp2", 1)
         yield Row(
-            name=f"{model}, {layers} layers, {name}{2 if name in ('ep', 'dp') else ''}", layers=layers, parallel=parallel,
+            name=f"{model}, {layers} layers, {shown}", layers=layers, parallel=parallel,
             config={"Mixtral": MIXTRAL, "Qwen3": QWEN3}[model], ms=ms, gb=sum(memory),
             microbatches=8 * parallel.get("tp", 1) * parallel.get("pp", 1), **two,
         )  # fmt: skip
@@ -274,7 +276,7 @@ SEVERAL = (
 # Model, layout, layers, ms; weights, gradients, masters, moments, activations and buffers (10^9 bytes).
 BALANCED = (
     ("Mixtral", "ep", 6, 964.4, (9.48, 18.97, 17.94, 35.88, 5.65)),
-    ("Mixtral", "ep overlapped", 6, 954.3, (9.48, 18.97, 17.94, 35.88, 10.90)),
+    ("Mixtral", "ep, exchanges overlapped", 6, 954.3, (9.48, 18.97, 17.94, 35.88, 10.90)),
     ("Mixtral", "tp2 sp", 6, 1068.7, (8.97, 17.94, 17.94, 35.88, 2.97)),
     ("Mixtral", "pp2", 6, 1077.6, (8.97, 17.94, 17.94, 35.88, 5.30)),
     ("Mixtral", "dp", 6, 1027.6, (17.94, 35.88, 17.94, 35.88, 4.79)),
@@ -282,7 +284,7 @@ BALANCED = (
     ("Mixtral", "tp2 sp", 9, 1578.7, (13.32, 26.65, 26.65, 53.30, 4.40)),
     ("Mixtral", "pp2", 8, 1398.9, (11.87, 23.74, 23.74, 47.49, 6.86)),
     ("Qwen3", "ep", 12, 616.1, (8.95, 17.90, 16.20, 32.40, 5.03)),
-    ("Qwen3", "ep overlapped", 12, 605.3, (8.95, 17.90, 16.20, 32.40, 9.93)),
+    ("Qwen3", "ep, exchanges overlapped", 12, 605.3, (8.95, 17.90, 16.20, 32.40, 9.93)),
     ("Qwen3", "tp2 sp", 12, 817.1, (8.10, 16.21, 16.21, 32.41, 2.93)),
     ("Qwen3", "pp2", 12, 819.9, (8.10, 16.20, 16.20, 32.40, 4.70)),
     ("Qwen3", "dp", 12, 707.0, (16.20, 32.40, 16.20, 32.40, 4.80)),

@@ -82,21 +82,26 @@ class Job:
         if self.control is not None:
             dist.all_reduce(torch.zeros(1), group=self.control)
 
-    def engine(self, task: Task, num_layers: int) -> tuple[Engine, ParallelMesh]:
-        """Build the engine of a task's layout, with CUDA graphs where the trainer has them; its weights are zero."""
-        parallel = ParallelConfig(**task.parallel)
-        mesh = ParallelMesh(parallel) if self.control is not None else ParallelMesh(parallel, 1, 0)
+    def setup(self, task: Task, num_layers: int) -> Setup:
+        """Give the settings of a task's layout, with CUDA graphs where the trainer has them."""
         model = self.sizes.model(num_layers)
-        assert model.compute.router is not None
         router = model.compute.router
-        moe = MoEConfig(router=router, aux_loss_coeff=(0.01,), force_load_balancing=self.balanced)
-        dtype, optim, recompute = TORCH_DTYPES[self.sizes.dtype], OptimConfig(lr=1e-4), RecomputeConfig()
-        setup = Setup(
-            model=model, world_size=task.world, parallel=parallel, moe=moe, optim=optim, recompute=recompute,
-            dtype=self.sizes.dtype, seq_length=self.sizes.positions, micro_batch_size=1, num_microbatches=1,
+        assert router is not None
+        return Setup(
+            model=model, world_size=task.world, parallel=ParallelConfig(**task.parallel),
+            moe=MoEConfig(router=router, aux_loss_coeff=(0.01,), force_load_balancing=self.balanced),
+            optim=OptimConfig(lr=1e-4), recompute=RecomputeConfig(), dtype=self.sizes.dtype,
+            seq_length=self.sizes.positions, micro_batch_size=1, num_microbatches=1,
+            graphs="auto" if self.device.type == "cuda" else "none",
         )  # fmt: skip
-        captures = self.device.type == "cuda" and setup.captured
-        return Engine(model, dtype, parallel, moe, optim, recompute, mesh, self.device, captures=captures), mesh
+
+    def engine(self, task: Task, num_layers: int) -> tuple[Engine, ParallelMesh]:
+        """Build the engine of a task's layout; its weights are zero."""
+        setup = self.setup(task, num_layers)
+        parallel, dtype = setup.parallel, TORCH_DTYPES[setup.dtype]
+        mesh = ParallelMesh(parallel) if self.control is not None else ParallelMesh(parallel, 1, 0)
+        taken = (setup.model, dtype, parallel, setup.moe, setup.optim, setup.recompute, mesh, self.device)
+        return Engine(*taken, captures=setup.captured), mesh
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from benchmarks.multi_gpu.traffic import all_to_all_floor, profile
 from benchmarks.train_step import PEAK_TFLOPS, flops_per_token, memory_by_kind
 from runtime.data.batch import Batch
 from runtime.engine import Engine, StepResult
+from runtime.estimate.local import local_sizes
+from runtime.estimate.machine import find_machine
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from runtime.parity.case import own_share
@@ -71,7 +73,8 @@ def training(task: Task, job: Job) -> dict[str, Any] | None:
     }
     if task.options.get("profile"):
         out["overlap"] = profile(lambda: engine.train_step(batches), job)
-        out["exchange"] = _exchange(out["overlap"], mesh, len(batches) * layers, task, job)
+        rows = local_sizes(job.setup(task, layers), find_machine("h100"), 1.0).departing
+        out["exchange"] = _exchange(out["overlap"], mesh, len(batches) * layers, int(rows), job)
     return out
 
 
@@ -104,7 +107,7 @@ def _fullest(load_LE: Tensor, task: Task) -> float:
 
 
 def _exchange(
-    overlap: dict[str, Any] | None, mesh: ParallelMesh, num_passes: int, task: Task, job: Job
+    overlap: dict[str, Any] | None, mesh: ParallelMesh, num_passes: int, num_rows: int, job: Job
 ) -> dict[str, float | None] | None:
     """A layer's four exchanges of rows (there and back, forward and backward) beside four with nothing else to do.
 
@@ -114,9 +117,8 @@ def _exchange(
     group = mesh.group("ep")
     if group is None:
         return None
-    rows = job.sizes.positions // mesh.size("tp") * job.sizes.topk
     dtype = getattr(torch, job.sizes.dtype)
-    floor = all_to_all_floor(rows, job.sizes.hidden, dtype, group, job)
+    floor = all_to_all_floor(num_rows, job.sizes.hidden, dtype, group, job)
     kinds = overlap["kinds"] if overlap is not None and mesh.size("pp") == 1 else {}
     in_step = kinds["SendRecv"]["ms"] / num_passes if "SendRecv" in kinds else None
     return {"mb": floor["mb"], "gb_s": floor["gb_s"], "floor_ms": 4 * floor["ms"], "in_step_ms": in_step}

@@ -74,28 +74,7 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
     Returns:
         The sizes of the fullest rank.
     """
-    model, parallel = setup.model, setup.parallel
-    sizes, tp = model.sizes, parallel.tp
-    tokens = setup.micro_batch_size * setup.seq_length // parallel.cp
-    latent = model.has("attention.kv_b")
-    heads = max(1, sizes["heads"] // tp)
-    width_q = sizes["qk_dim"] if latent else sizes["head_dim"]
-    kv_heads = heads if latent else max(1, sizes["kv_heads"] // tp)
-    width_kv = width_q + (sizes["v_dim"] if latent else sizes["head_dim"])
-    vocabulary = next(p.shape[0] for p in setup.parameters.chunk(range(1)) if p.part == "embedding")
-    common = {
-        "item": ITEMSIZE[setup.dtype],
-        "tokens": tokens,
-        "tokens_between": tokens // tp if setup.sp else tokens,
-        "tokens_moe": -(-tokens // tp),
-        "hidden": sizes["hidden"],
-        "query": heads * width_q,
-        "key_value": kv_heads * width_kv,
-        "value": heads * (sizes["v_dim"] if latent else sizes["head_dim"]),
-        "heads": heads,
-        "vocabulary": vocabulary,
-    }
-    moe = setup.moe
+    parallel, common, moe = setup.parallel, _sizes_without_experts(setup), setup.moe
     if moe is None:
         counts = ("rows_sent", "rows", "rows_allocated", "rows_computed", "departing", "arriving", "gathered")
         return Local(**common, **dict.fromkeys(("num_experts", "experts", "width", *counts), 0), exchanged=False)
@@ -114,7 +93,7 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
         **common,
         num_experts=moe.num_experts,
         experts=experts,
-        width=sizes["ffn"] // parallel.etp,
+        width=setup.model.sizes["ffn"] // parallel.etp,
         rows_sent=sent,
         rows=rows,
         rows_allocated=-(-(room + experts * (align - 1)) // align) * align,
@@ -124,6 +103,30 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
         gathered=(arriving if exchanged else common["tokens_moe"] * parallel.ep) * parallel.etp,
         exchanged=exchanged,
     )
+
+
+def _sizes_without_experts(setup: Setup) -> dict[str, int]:
+    """Work out the fields of `Local` that don't depend on experts."""
+    model, tp = setup.model, setup.parallel.tp
+    sizes, tokens = model.sizes, setup.micro_batch_size * setup.seq_length // setup.parallel.cp
+    latent = model.has("attention.kv_b")
+    heads = max(1, sizes["heads"] // tp)
+    width_q = sizes["qk_dim"] if latent else sizes["head_dim"]
+    kv_heads = heads if latent else max(1, sizes["kv_heads"] // tp)
+    width_kv = width_q + (sizes["v_dim"] if latent else sizes["head_dim"])
+    vocabulary = next(p.shape[0] for p in setup.parameters.chunk(range(1)) if p.part == "embedding")
+    return {
+        "item": ITEMSIZE[setup.dtype],
+        "tokens": tokens,
+        "tokens_between": tokens // tp if setup.sp else tokens,
+        "tokens_moe": -(-tokens // tp),
+        "hidden": sizes["hidden"],
+        "query": heads * width_q,
+        "key_value": kv_heads * width_kv,
+        "value": heads * (sizes["v_dim"] if latent else sizes["head_dim"]),
+        "heads": heads,
+        "vocabulary": vocabulary,
+    }
 
 
 def _travelling(setup: Setup, moe: MoEConfig, choices: float, tokens: int) -> float:

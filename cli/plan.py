@@ -161,7 +161,8 @@ def _search(
     setup, batch = searched_setup(source, given, world)
     size = given.values.get(("train", "micro_batch_size"))
     again = not given.of("recompute") and ("moe", "recompute_layer") not in given.values
-    free = Free(fixed=given.of("parallel"), micro_batch_size=size, recompute=again)
+    share = ("optim", "optimizer_offload_fraction") not in given.values
+    free = Free(fixed=given.of("parallel"), micro_batch_size=size, recompute=again, offload=share)
     found = Search(setup, batch, machine, free, options["imbalance"]).run(options["top"])
     lines = list(found_lines(found, time.perf_counter() - start))
     changed: dict[str, Any] = {}

@@ -70,10 +70,11 @@ def _table(found: Found) -> Iterator[str]:
         f"of {setup.seq_length} tokens a step, moments in {setup.optim.moments_dtype}{_on_host(found.best[0])}"
     )
     yield ""
-    heads = ("micro-batch", "recomputed", "ms", "tokens/s a GPU", "used", "waiting", "exposed", "peak GB")
-    widths = (11, 12, 9, 14, 6, 7, 7, 7)
+    heads = ("micro-batch", "recomputed", "ms", "tokens/s a GPU", "used", "waiting", "exposed", "peak GB", "on host")
+    widths = (11, 12, 9, 14, 6, 7, 7, 7, 7)
+    columns = list(zip(heads, widths, strict=True))[: None if setup.optim.on_host else -1]
     width = max(len(layout_name(e.setup)) for e in found.best)
-    yield "layout".ljust(width) + "".join("  " + h.rjust(w) for h, w in zip(heads, widths, strict=True))
+    yield "layout".ljust(width) + "".join("  " + head.rjust(n) for head, n in columns)
     for e in found.best:
         used = e.utilization
         cells = (
@@ -85,6 +86,9 @@ def _table(found: Found) -> Iterator[str]:
             f"{e.bubble:.1%}",
             f"{e.exposed / e.seconds:.1%}",
             f"{e.peak / GB:.1f}",
+            f"{e.setup.optim.on_host:.0%}",
         )
-        yield layout_name(e.setup).ljust(width) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths, strict=True))
+        yield layout_name(e.setup).ljust(width) + "".join(
+            "  " + c.rjust(n) for c, (_, n) in zip(cells, columns, strict=False)
+        )
     yield ""

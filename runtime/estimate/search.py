@@ -19,6 +19,7 @@ from runtime.estimate.machine import Machine
 from runtime.estimate.memory import rank_activations
 from runtime.estimate.parameters import RankParameters
 from runtime.estimate.setup import ITEMSIZE, Setup
+from runtime.estimate.spare import all_on_host, keep_what_fits
 from runtime.estimate.split import settle
 from runtime.estimate.stage import Cost
 from runtime.estimate.step import Estimate
@@ -62,6 +63,8 @@ class Free:
     """None: may be chosen."""
     recompute: bool = True
     """Whether recomputation may be chosen."""
+    offload: bool = True
+    """Whether it may be chosen how much of the optimizer's state is on the host, where some is."""
 
 
 class Search:
@@ -201,6 +204,7 @@ class Search:
                 estimate = self._estimate(setup)
                 self.found.tried += 1
                 if self._peak(estimate, states) <= self._machine.memory:
+                    estimate = self._kept(estimate)
                     if estimate.fits_host:
                         yield estimate
                     else:
@@ -272,7 +276,18 @@ class Search:
     def _leveled(self, estimate: Estimate) -> Estimate:
         """Level the stages as a run would, unless it is given how many layers they have."""
         stated = bool({"pp_layers", "layers_per_virtual_stage"} & self._free.fixed.keys())
-        return settle(estimate, stated=stated)[0]
+        if not self._chooses_offload:
+            return settle(estimate, stated=stated)[0]
+        leveled = self._kept(settle(all_on_host(estimate), stated=stated)[0])
+        return leveled if leveled.fits else estimate
+
+    @property
+    def _chooses_offload(self) -> bool:
+        return self._free.offload and bool(self._setup.optim.on_host)
+
+    def _kept(self, estimate: Estimate) -> Estimate:
+        """Have no more on the host than must be, where that may be chosen."""
+        return keep_what_fits(estimate) if self._chooses_offload and estimate.fits_gpus else estimate
 
     def _reason(self, text: str, count: int) -> None:
         if count:

@@ -18,6 +18,7 @@ from runtime.estimate.stage import Cost, Costs
 from runtime.estimate.state import checkpoint_bytes
 from runtime.estimate.traffic import Transfer, axes, gradient_traffic, partial_traffic, sharding_passes
 from runtime.log.flops import training_flops
+from runtime.optim.config import OptimConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,13 @@ class Estimate:
 
     def split(self, counts: tuple[int, ...] | None) -> Estimate:
         """Give the estimate of the same setup with other numbers of layers on the (virtual) stages; None: equally many."""
-        parallel = replace(self.setup.parallel, pp_layers=counts)
-        setup = replace(self.setup, parallel=parallel)
+        return self._of(replace(self.setup, parallel=replace(self.setup.parallel, pp_layers=counts)))
+
+    def with_optim(self, optim: OptimConfig) -> Estimate:
+        """Give the estimate of the same setup with other settings of the optimizer, and the same groups of tensors."""
+        return self._of(replace(self.setup, optim=optim).sharing(self.setup.parameters))
+
+    def _of(self, setup: Setup) -> Estimate:
         return Estimate(setup, self.machine, self._imbalance, self._layers)
 
     @cached_property
@@ -116,7 +122,12 @@ class Estimate:
     @property
     def fits(self) -> bool:
         """Whether the fullest rank's peak fits its GPU, and the fullest machine's state its memory."""
-        return self.peak <= self.machine.memory and self.fits_host
+        return self.fits_gpus and self.fits_host
+
+    @property
+    def fits_gpus(self) -> bool:
+        """Whether the fullest rank's peak fits its GPU."""
+        return self.peak <= self.machine.memory
 
     @property
     def fits_host(self) -> bool:

@@ -123,7 +123,7 @@ def test_layers_that_do_not_divide_are_dealt_out() -> None:
 
 
 def test_state_in_the_hosts_memory_is_proposed_where_nothing_else_fits_and_it_fits_there() -> None:
-    base, whole = setup_of(4), Free(fixed={"fully_shard": False})
+    base, whole = setup_of(4), Free(fixed={"fully_shard": False}, offload=False)
     ways = [({}, base.optim), *remedies(base.optim, base.dtype)]
 
     def first(limit: float | None) -> tuple[dict[str, Any] | None, Estimate | None]:
@@ -141,6 +141,33 @@ def test_state_in_the_hosts_memory_is_proposed_where_nothing_else_fits_and_it_fi
     assert best.host == pytest.approx(6 * 30.53e9, rel=0.05)  # two bytes of masters, and moments in bf16
     assert first(best.host / 1e9 + 1)[1].setup == best.setup
     assert first(150) == (None, None)
+
+
+def test_as_much_of_the_state_as_fits_stays_on_the_gpus() -> None:
+    """All states would be 183 GB: where the host has 150, the rest is on the GPUs, with room for all that is beside it."""
+    optim = OptimConfig(moments_dtype="bfloat16", master_weights="remainder", optimizer_cpu_offload=True)
+    base = dataclasses.replace(setup_of(4), optim=optim)
+
+    def best(limit: float | None, *, offload: bool) -> Estimate | None:
+        found = Search(base, BATCH, find_machine("h100", host_memory_gb=limit), Free(offload=offload)).run()
+        for estimate in found.best:
+            assert estimate.fits
+            assert estimate.peak <= 0.95 * estimate.machine.memory or estimate.setup.optim.on_host == 1
+        return found.best[0] if found.best else None
+
+    whole, part, less = best(None, offload=False), best(None, offload=True), best(150, offload=True)
+    assert whole is not None
+    assert part is not None
+    assert less is not None
+    assert whole.setup.optim.on_host == 1
+    assert part.seconds <= whole.seconds
+    assert 0.05 <= less.setup.optim.on_host < 1
+    assert less.host <= 150e9
+    # Five hundredths less would fill a GPU beyond what is left free, but for whole buckets.
+    fraction = less.setup.optim.optimizer_offload_fraction - 0.05
+    fewer = less.with_optim(dataclasses.replace(less.setup.optim, optimizer_offload_fraction=fraction))
+    assert fewer.peak > 0.95 * fewer.machine.memory
+    assert best(20, offload=True) is None
 
 
 def test_the_update_takes_what_the_link_takes(machine: Machine) -> None:

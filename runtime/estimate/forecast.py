@@ -13,6 +13,7 @@ from runtime.estimate.machine import Machine, find_machine, known_machines
 from runtime.estimate.remedies import remedies
 from runtime.estimate.search import Free, Search
 from runtime.estimate.setup import Setup
+from runtime.estimate.spare import all_on_host, keep_what_fits
 from runtime.estimate.step import Estimate
 from runtime.settings.run import RunConfig
 
@@ -92,11 +93,14 @@ class Forecast:
         optim, recompute = estimate.setup.optim, estimate.setup.recompute
         flags = ["--optimizer-cpu-offload"] if optim.on_host else []
         flags += [f"--offload-activations {' '.join(recompute.offload)}"] if recompute.offload else []
-        smaller = "keep a part on the GPUs with --optimizer-offload-fraction below 1" if optim.on_host else "send less"
-        smaller += ", --moments-dtype bfloat16" if optim.on_host and estimate.setup.moment > 2 else ""
+        smaller = ["--moments-dtype bfloat16 makes it less"] if optim.on_host and estimate.setup.moment > 2 else []
+        kept = keep_what_fits(all_on_host(estimate)) if optim.on_host else estimate
+        if kept.fits_gpus and kept.host <= free:
+            share = kept.setup.optim.optimizer_offload_fraction
+            smaller.insert(0, f"--optimizer-offload-fraction {share} keeps the rest on the GPUs, where it fits")
         raise ConfigError(
             f"{' and '.join(flags)} keeps {estimate.host / GB:.1f} GB of {ranks} ranks in this machine's memory, of which "
-            f"{free / GB:.1f} GB are free: {smaller}, or take more machines"
+            f"{free / GB:.1f} GB are free: {'; '.join([*smaller, 'otherwise send less, or take more machines'])}"
         )
 
     def _remedy(self) -> str:

@@ -92,8 +92,15 @@ def test_state_that_the_host_has_no_room_for_is_refused() -> None:
     enough = Forecast(run, 4, Gpu(H100.name, H100.memory, 4, host=400_000_000_000))
     enough.check()
     assert "and 373.6 GB of the machine's memory" in enough.line()  # 8 bytes of 46.7 G parameters
-    with pytest.raises(ConfigError, match=r"offload keeps 373.6 GB of 4 ranks .* of which 350.0 GB are free"):
+    with pytest.raises(ConfigError, match=r"offload keeps 373.6 GB of 4 ranks .* of which 350.0 GB are free: otherwise"):
         Forecast(run, 4, Gpu(H100.name, H100.memory, 4, host=350_000_000_000)).check()
+    large = Gpu(H100.name, 140_000_000_000, 4, host=300_000_000_000)
+    with pytest.raises(ConfigError, match=r"--optimizer-offload-fraction 0\.\d+ keeps the rest") as caught:
+        Forecast(run, 4, large).check()
+    share = str(caught.value).split("--optimizer-offload-fraction ")[1].split()[0]
+    obeyed = Forecast(run_of(f"{flags} --optimizer-cpu-offload --optimizer-offload-fraction {share}"), 4, large)
+    obeyed.check()
+    assert "MORE THAN FITS" not in obeyed.line()
     Forecast(run, 4, Gpu(H100.name, H100.memory, 2, host=350_000_000_000)).check()  # two machines
     fraction = run_of(f"{flags} --optimizer-cpu-offload --optimizer-offload-fraction 0.9")
     Forecast(fraction, 4, Gpu(H100.name, H100.memory, 4, host=350_000_000_000)).check()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from runtime.estimate.parameters import Parameter
 from runtime.estimate.setup import Setup
 from runtime.estimate.traffic import Transfer
+from runtime.moe.sent_once import sends_once
 
 
 class Launches(NamedTuple):
@@ -37,6 +38,24 @@ ADAPTER = Launches(2, 5)
 EXPERTS_ADAPTER = Launches(5, 9)
 ENDS = Launches(10, 13)
 """Embedding, head and loss together."""
+_TO_PRODUCT, _TO_PRODUCT_ONCE = 4, 8
+"""From where the host knows how many rows come: exchange, unpacking, gather, product; where a token comes once, sorting besides."""
+
+
+def launches_behind_wait(setup: Setup) -> int:
+    """Count what the host launches, while the device has nothing to do, after it has waited for the numbers of rows in a MoE layer.
+
+    Args:
+        setup: what is planned.
+
+    Returns:
+        Launches of the forward pass up to the first product; none where rows aren't exchanged, where room for them is set aside,
+        and where another micro-batch is computed meanwhile.
+    """
+    moe, parallel = setup.moe, setup.parallel
+    if moe is None or parallel.ep == 1 or moe.dispatcher != "alltoall" or setup.captured or parallel.overlap_exchange:
+        return 0
+    return _TO_PRODUCT_ONCE if sends_once(moe.num_experts, moe.topk, parallel.ep) else _TO_PRODUCT
 
 
 def layer_launches(setup: Setup, parameters: Iterable[Parameter], transfers: Iterable[Transfer]) -> Launches:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from runtime.estimate.activations import Kept, ends_activations, layer_activations, layer_input
 from runtime.estimate.compute import ends_work, layer_work
-from runtime.estimate.launches import ENDS, NONE, Launches, layer_launches
+from runtime.estimate.launches import ENDS, NONE, Launches, launches_behind_wait, layer_launches
 from runtime.estimate.local import Local, local_sizes
 from runtime.estimate.machine import Machine
 from runtime.estimate.setup import Setup
@@ -155,6 +155,8 @@ class Costs:
         gap = machine.layer_gap_us * 1e-6
         if gap:
             _count(cost, "host", gap / 3, 2 * gap / 3, 0.0)
+        if layer in setup.model.moe_layers and (waiting := launches_behind_wait(setup)):
+            _count(cost, "host", waiting * machine.launch_us * 1e-6, 0.0, 0.0)
         transfers = layer_traffic(setup, self.local, layer)
         self._communicate(cost, transfers)
         cost.launches = layer_launches(setup, setup.parameters.layer(layer), transfers)

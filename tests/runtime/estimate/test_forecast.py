@@ -92,7 +92,9 @@ def test_state_that_the_host_has_no_room_for_is_refused() -> None:
     enough = Forecast(run, 4, Gpu(H100.name, H100.memory, 4, host=400_000_000_000))
     enough.check()
     assert "and 373.6 GB of the machine's memory" in enough.line()  # 8 bytes of 46.7 G parameters
-    with pytest.raises(ConfigError, match=r"offload keeps 373.6 GB of 4 ranks .* of which 350.0 GB are free: otherwise"):
+    with pytest.raises(
+        ConfigError, match=r"offload keeps 373.6 GB of 4 ranks .* of which 350.0 GB are free: otherwise"
+    ):
         Forecast(run, 4, Gpu(H100.name, H100.memory, 4, host=350_000_000_000)).check()
     large = Gpu(H100.name, 140_000_000_000, 4, host=300_000_000_000)
     with pytest.raises(ConfigError, match=r"--optimizer-offload-fraction 0\.\d+ keeps the rest") as caught:

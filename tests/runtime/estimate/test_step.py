@@ -182,6 +182,20 @@ def test_fp8_is_faster_and_delayed_scaling_spares_passes() -> None:
         Estimate(dataclasses.replace(base, fp8=settings[1]), find_machine("a100"))
 
 
+@pytest.mark.parametrize(("topk", "launches"), [(2, 4), (4, 8)], ids=["a row for each choice", "sent once"])
+def test_the_device_waits_for_what_the_host_launches_once_it_knows_the_rows(topk: int, launches: int) -> None:
+    base = dataclasses.replace(mixtral(world=2, count=4, ep=2), micro_batch_size=4, graphs="none")
+    assert base.moe is not None
+    router = dataclasses.replace(base.moe.router, top_k=topk)
+    setup = dataclasses.replace(base, moe=dataclasses.replace(base.moe, router=router))
+    layers = setup.model.sizes["layers"]
+    waiting = Estimate(setup, H100).stages[0].parts["host"]
+    assert waiting == pytest.approx(layers * launches * H100.launch_us * 1e-6)
+    pairs = dataclasses.replace(setup.parallel, overlap_exchange=True)
+    for other in ({"graphs": "auto"}, {"parallel": pairs}):
+        assert "host" not in Estimate(dataclasses.replace(setup, **other), H100).stages[0].parts
+
+
 def test_the_host_is_the_limit_where_layers_are_small_and_not_replayed() -> None:
     large = dataclasses.replace(mixtral(world=1, count=4), micro_batch_size=2)
     tiny = tiny_model("mixtral")

@@ -20,6 +20,7 @@ from runtime.optim.config import OptimConfig
 from runtime.parallel.degrees import ParallelConfig
 from runtime.parity.case import Case, make_engine, model_of
 from runtime.parity.ranks import RankPool
+from tests.support.saved import saved_tensors
 
 TOKENS = 96
 MOE: dict[str, Any] = {"force_load_balancing": True, "gemm_backend": "loop"}
@@ -43,17 +44,7 @@ def rows_and_bytes(case: Case) -> tuple[int, int]:
         patch.setattr(dispatch.Dispatch, "_apply", noting(0))
         patch.setattr(dispatch.TokenDispatch, "_apply", noting(1))
         x = torch.randn(TOKENS, model_of(case).sizes["hidden"], requires_grad=True)
-        saved: dict[int, torch.Tensor] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            layer(x)
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
-    least = TOKENS * model_of(case).sizes["experts"]
-    wide = [t for place, t in saved.items() if place not in own and t.numel() > least]
+        wide = saved_tensors(layer, x, TOKENS * model_of(case).sizes["experts"])
     return sum(arrived), sum(t.nbytes for t in wide)  # without the few numbers behind each row
 
 

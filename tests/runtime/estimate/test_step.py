@@ -39,6 +39,7 @@ from runtime.parallel.degrees import ParallelConfig
 from runtime.parallel.mesh import ParallelMesh
 from tests.runtime.estimate.test_state import draw
 from tests.support.configs import tiny_model, trained_families
+from tests.support.saved import saved_tensors
 
 H100 = find_machine("h100")
 MIXTRAL = Model.from_config(
@@ -121,16 +122,7 @@ def test_the_kept_experts_are_what_the_layer_saves(fp8: Fp8Config) -> None:
     scaling = Scaling(fp8, torch.device("cpu")) if fp8.format else None
     layer = MoELayer(config, hidden_size=model.sizes["hidden"], ffn_hidden_size=model.sizes["ffn"], fp8=scaling)
     x = torch.randn(192, model.sizes["hidden"], requires_grad=True)
-    saved: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x)
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
-    wide = [t for place, t in saved.items() if place not in own and t.numel() > 192 * router.experts]
+    wide = saved_tensors(layer, x, 192 * router.experts)
     machine = dataclasses.replace(H100, row_alignment=128 if fp8.recipe == "blockwise" else 1)
     kept = layer_activations(setup, local_sizes(setup, machine), 0)
     assert sum(t.untyped_storage().nbytes() for t in wide) == kept.parts["experts"]

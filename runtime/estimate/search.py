@@ -204,7 +204,8 @@ class Search:
                 estimate = self._estimate(setup)
                 self.found.tried += 1
                 if self._peak(estimate, states) <= self._machine.memory:
-                    estimate = self._kept(estimate)
+                    if not estimate.fits_host:
+                        estimate = self._kept(estimate)
                     if estimate.fits_host:
                         yield estimate
                     else:

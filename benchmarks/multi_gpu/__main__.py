@@ -7,7 +7,8 @@
 
 Sections: parity of every layout with one GPU over NCCL, in fp32 and bf16; training of a model with as many layers as every
 layout holds, with memory, hidden communication and exchanges beside the links' speed, and filled, with all that each holds;
-scaling from 1 GPU to N; checkpoints saved and taken up under other layouts. --quick does all of it with tiny sizes, also on CPU ranks (gloo).
+scaling from 1 GPU to N; checkpoints saved and taken up under other layouts. --quick does all of it with tiny sizes, also on
+CPU ranks (gloo).
 
 With --peers instead: a training step beside Megatron-Core's and transformers' on 2, 4 and 8 GPUs up to N, each system in
 processes of its own and in turns, and where the device's time of a step goes.

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from runtime.estimate.local import Local
 from runtime.estimate.parameters import Parameter
 from runtime.estimate.setup import Setup
 from runtime.estimate.traffic import Transfer
-from runtime.moe.sent_once import sends_once
 
 
 class Launches(NamedTuple):
@@ -42,20 +42,20 @@ _TO_PRODUCT, _TO_PRODUCT_ONCE = 4, 8
 """From where the host knows how many rows come: exchange, unpacking, gather, product; where a token comes once, sorting besides."""
 
 
-def launches_behind_wait(setup: Setup) -> int:
+def launches_behind_wait(setup: Setup, local: Local) -> int:
     """Count what the host launches, while the device has nothing to do, after it has waited for the numbers of rows in a MoE layer.
 
     Args:
         setup: what is planned.
+        local: one rank's sizes.
 
     Returns:
         Launches of the forward pass up to the first product; none where rows aren't exchanged, where room for them is set aside,
         and where another micro-batch is computed meanwhile.
     """
-    moe, parallel = setup.moe, setup.parallel
-    if moe is None or parallel.ep == 1 or moe.dispatcher != "alltoall" or setup.captured or parallel.overlap_exchange:
+    if not local.exchanged or setup.captured or setup.parallel.overlap_exchange:
         return 0
-    return _TO_PRODUCT_ONCE if sends_once(moe.num_experts, moe.topk, parallel.ep) else _TO_PRODUCT
+    return _TO_PRODUCT_ONCE if local.once else _TO_PRODUCT
 
 
 def layer_launches(setup: Setup, parameters: Iterable[Parameter], transfers: Iterable[Transfer]) -> Launches:

@@ -5,6 +5,7 @@ Legend: T tokens, D hidden size, H query heads, G key/value heads, K choices of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from runtime.estimate.machine import Machine
@@ -56,6 +57,8 @@ class Local:
     """Tokens that the experts' inputs hold: those that arrive, or those of all ranks that gather them."""
     exchanged: bool
     """Whether rows are exchanged (all-to-all)."""
+    once: bool
+    """Whether a token has one such row for all its choices of experts on a rank."""
 
     @property
     def has_experts(self) -> bool:
@@ -77,7 +80,9 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
     parallel, common, moe = setup.parallel, _sizes_without_experts(setup), setup.moe
     if moe is None:
         counts = ("rows_sent", "rows", "rows_allocated", "rows_computed", "departing", "arriving", "gathered")
-        return Local(**common, **dict.fromkeys(("num_experts", "experts", "width", *counts), 0), exchanged=False)
+        return Local(
+            **common, **dict.fromkeys(("num_experts", "experts", "width", *counts), 0), exchanged=False, once=False
+        )
     sent = common["tokens_moe"] * moe.topk
     even = parallel.ep == 1 or moe.force_load_balancing
     uneven = 1.0 if even else machine.imbalance if imbalance is None else imbalance
@@ -88,7 +93,9 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
     experts, align = moe.num_experts // parallel.ep, machine.row_alignment
     rows = sent * parallel.etp * uneven
     room = rows * setup.row_margin
-    departing, arriving = (_travelling(setup, moe, count, common["tokens_moe"]) for count in (sent, sent * uneven))
+    once = exchanged and (setup.captured or sends_once(moe.num_experts, moe.topk, parallel.ep))
+    travelling = (sent, sent * uneven)
+    departing, arriving = _once(setup, moe, travelling, common["tokens_moe"]) if once else travelling
     return Local(
         **common,
         num_experts=moe.num_experts,
@@ -102,6 +109,7 @@ def local_sizes(setup: Setup, machine: Machine, imbalance: float | None = None) 
         arriving=arriving,
         gathered=(arriving if exchanged else common["tokens_moe"] * parallel.ep) * parallel.etp,
         exchanged=exchanged,
+        once=once,
     )
 
 
@@ -129,11 +137,9 @@ def _sizes_without_experts(setup: Setup) -> dict[str, int]:
     }
 
 
-def _travelling(setup: Setup, moe: MoEConfig, choices: float, tokens: int) -> float:
-    """Rows of so many choices that are exchanged between ranks with so many tokens each."""
-    ep, captured = setup.parallel.ep, setup.captured
-    if not (captured or sends_once(moe.num_experts, moe.topk, ep)):
-        return choices
-    rows = choices * (1 - share_saved(moe.num_experts, moe.topk, ep))
+def _once(setup: Setup, moe: MoEConfig, choices: tuple[float, ...], tokens: int) -> tuple[float, ...]:
+    """Rows of so many choices where a token is sent once to each of the ranks, which have so many tokens each."""
+    share = 1 - share_saved(moe.num_experts, moe.topk, setup.parallel.ep)
     # In a CUDA graph blocks with room, of all tokens at most.
-    return min(rows * setup.row_margin, tokens * ep) if captured else rows
+    most = tokens * setup.parallel.ep if setup.captured else math.inf
+    return tuple(min(count * share * setup.row_margin, most) for count in choices)

@@ -155,7 +155,7 @@ class Costs:
         gap = machine.layer_gap_us * 1e-6
         if gap:
             _count(cost, "host", gap / 3, 2 * gap / 3, 0.0)
-        if layer in setup.model.moe_layers and (waiting := launches_behind_wait(setup)):
+        if layer in setup.model.moe_layers and (waiting := launches_behind_wait(setup, self.local)):
             _count(cost, "host", waiting * machine.launch_us * 1e-6, 0.0, 0.0)
         transfers = layer_traffic(setup, self.local, layer)
         self._communicate(cost, transfers)

@@ -132,15 +132,10 @@ def _every_layout() -> Iterator[Row]:
     """`benchmarks.multi_gpu --ranks 2 --only training filled --balanced`, of both models; and levelled stages."""
     two: dict[str, Any] = {"gpus": 2, "engine": TODAY, "imbalance": 1.0}
     for model, name, layers, ms, memory in BALANCED:
-        layout, _, overlapped = name.partition(", ")
-        parallel = SHARD | LAYOUTS[layout] | ({"ep": 2} if layout == "ep" else {})
-        parallel |= {"overlap_exchange": True} if overlapped else {}
-        shown = name.replace("ep", "ep2", 1) if layout == "ep" else name.replace("dp", "dp2", 1)
-        yield Row(
-            name=f"{model}, {layers} layers, {shown}", layers=layers, parallel=parallel,
-            config={"Mixtral": MIXTRAL, "Qwen3": QWEN3}[model], ms=ms, gb=sum(memory),
-            microbatches=8 * parallel.get("tp", 1) * parallel.get("pp", 1), **two,
-        )  # fmt: skip
+        shown, fields = _layout(name, 2)
+        config = {"Mixtral": MIXTRAL, "Qwen3": QWEN3}[model]
+        named = f"{model}, {layers} layers, {shown}"
+        yield Row(name=named, config=config, layers=layers, ms=ms, gb=sum(memory), **fields, **two)
     stages: dict[str, Any] = {"config": QWEN3_30B, "layers": 6, "microbatch": 2, **two}
     even, levelled = ({"pp": 2, "pp_layers": counts} for counts in ((3, 3), (4, 2)))
     yield Row(name="Qwen3 with head norms, 6 layers, pp2", **stages, parallel=even, ms=450.1, gb=43.9)
@@ -231,18 +226,25 @@ def another_host() -> Iterator[Row]:
 def _layers(measured: Iterable[tuple[str, int, str, float, float]], *, gpus: int, engine: str) -> Iterator[Row]:
     """Rows of a model's layers in a layout, 8 micro-batches a GPU, no graphs: model, layers, layout, ms and GB of each."""
     for model, layers, name, ms, gb in measured:
-        parallel = {"fully_shard": True} if name == "fully sharded" else SHARD | LAYOUTS[name]
-        parallel |= {"ep": gpus} if name == "ep" else {}
+        shown, fields = _layout(name, gpus)
         yield Row(
-            name=f"{model}, {layers} layers, {name}{gpus if name in ('ep', 'dp') else ''}", layers=layers, gpus=gpus,
-            config=MIXTRAL if model == "Mixtral" else QWEN3_30B, parallel=parallel, engine=engine,
-            microbatches=8 * parallel.get("tp", 1) * parallel.get("pp", 1), graphs="none", ms=ms, gb=gb,
+            name=f"{model}, {layers} layers, {shown}", layers=layers, gpus=gpus, engine=engine, graphs="none", ms=ms, gb=gb,
+            config=MIXTRAL if model == "Mixtral" else QWEN3_30B, **fields,
         )  # fmt: skip
+
+
+def _layout(name: str, gpus: int) -> tuple[str, dict[str, Any]]:
+    """How a layout is shown, and what of a row it decides, with 8 sequences a GPU in micro-batches of one."""
+    key, _, overlapped = name.partition(", ")
+    parallel = LAYOUTS[key] if key == "fully sharded" else SHARD | LAYOUTS[key]
+    parallel = parallel | ({"ep": gpus} if key == "ep" else {}) | ({"overlap_exchange": True} if overlapped else {})
+    shown = name.replace(key, f"{key}{gpus}", 1) if key in ("ep", "dp") else name
+    return shown, {"parallel": parallel, "microbatches": 8 * parallel.get("tp", 1) * parallel.get("pp", 1)}
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ep": {}, "dp": {}, "tp2 sp": {"tp": 2, "sp": True}, "pp2": {"pp": 2}, "pp2 ep2": {"pp": 2, "ep": 2},
-    "tp2 sp ep2 etp1": {"tp": 2, "sp": True, "ep": 2, "etp": 1},
+    "tp2 sp ep2 etp1": {"tp": 2, "sp": True, "ep": 2, "etp": 1}, "fully sharded": {"fully_shard": True},
 }  # fmt: skip
 # GPUs, layout, layers, ms, weights, gradients, masters, moments, activations and buffers (10^9 bytes).
 SEVERAL = (
@@ -294,12 +296,10 @@ BALANCED = (
 def several_gpus() -> Iterator[Row]:
     """`benchmarks.multi_gpu` on two and four GPUs: Mixtral's layers, 8 sequences a GPU, micro-batches of one."""
     for gpus, name, layers, ms, memory in SEVERAL:
-        parallel = SHARD | LAYOUTS[name] | ({"ep": gpus} if name == "ep" else {})
-        dp = gpus // (parallel.get("tp", 1) * parallel.get("pp", 1))
+        shown, fields = _layout(name, gpus)
         yield Row(
-            name=f"{name}{gpus if name in ('ep', 'dp') else ''}, {layers} layers", config=MIXTRAL, layers=layers, gpus=gpus,
-            parallel=parallel, microbatches=8 * gpus // dp, graphs="none", ms=ms, gb=sum(memory),
-            engine="now, H200" if len(memory) == 1 or (gpus == 2 and layers > 5) else "before",
+            name=f"{shown}, {layers} layers", config=MIXTRAL, layers=layers, gpus=gpus, graphs="none", ms=ms, gb=sum(memory),
+            engine="now, H200" if len(memory) == 1 or (gpus == 2 and layers > 5) else "before", **fields,
         )  # fmt: skip
 
 
